@@ -1,0 +1,1 @@
+"""The data plane: hidden states to experts and back, every MoE layer."""

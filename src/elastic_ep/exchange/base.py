@@ -1,0 +1,102 @@
+"""The exchange contract (DESIGN section 10): hidden states to experts and back, every MoE layer.
+
+An implementation never raises because a peer died and never waits for a masked peer, so a step always
+completes. Whether its result may be used is told by `end_step`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from elastic_ep.messages import Member
+
+TILE = 16
+"""Rows per expert tile: the row capacity of `Received.packed` is a multiple of it."""
+
+NO_EXPERT = -1
+"""In `physical_experts`: this (token, k) goes nowhere and contributes exactly zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeShape:
+    """What all members must agree on.
+
+    `max_tokens` per rank and step, `hidden` elements a token, `top_k` experts a token, `slots_per_rank`
+    physical experts a rank.
+    """
+
+    num_ranks: int
+    max_tokens: int
+    hidden: int
+    top_k: int
+    slots_per_rank: int
+    operations_per_step: int
+    """Two (dispatch, combine) for every MoE layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Inputs of this rank's local slots.
+
+    `packed` [slots_per_rank, C, hidden], C a multiple of `TILE` (at least one tile); rows from `counts[slot]`
+    on are zero. `counts` [slots_per_rank], int64. `packed` may be a view that the next `dispatch` overwrites.
+    """
+
+    packed: torch.Tensor
+    counts: torch.Tensor
+
+
+class Exchange(Protocol):
+    """One rank's end of the exchange. Forward thread only, except where said."""
+
+    @property
+    def waiting_for(self) -> int | None:
+        """The rank whose data the forward thread is waiting for. Any thread."""
+        ...
+
+    @property
+    def operations(self) -> int:
+        """Operations completed so far. Any thread."""
+        ...
+
+    def connect(self, member: Member) -> None:
+        """Get ready for `member`, which stays inactive. Control loop; may be slow; idempotent."""
+        ...
+
+    def activate(self, member: Member) -> None:
+        """From the next step on `member` takes part. At a boundary only. No effect on a masked incarnation."""
+        ...
+
+    def mask(self, member: Member) -> None:
+        """Stop sending to and waiting for this incarnation, for ever. Any thread, any time; ends a wait on it."""
+        ...
+
+    def begin_step(self, step: int) -> None:
+        """Operation numbers of this step follow from `step`."""
+        ...
+
+    def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
+        """Send x [T, hidden] float32 to physical_experts [T, top_k] int64; 0 <= T <= max_tokens."""
+        ...
+
+    def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Send back y (shaped like `Received.packed`); returns sum over k of weights[:, k] * y_k, [T, hidden].
+
+        weights [T, top_k] float32. Summed in top-k order, in float32, at the source, so that the result does
+        not depend on placement. A (token, k) whose owner is masked contributes zero.
+        """
+        ...
+
+    def end_step(self) -> frozenset[int]:
+        """The active ranks that were masked since the last `end_step` returned; if any, the step is poisoned.
+
+        A step without all its operations (an aborted or empty one) must still perform them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release resources. Idempotent."""
+        ...

@@ -1,0 +1,1 @@
+"""Decisions, as pure synchronous state machines: events in, effects out, no IO."""

@@ -1,0 +1,1 @@
+"""The model, its paged KV cache, its scheduler and its sampler."""
