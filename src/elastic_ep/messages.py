@@ -341,7 +341,7 @@ def _reader(hint: Any) -> _Reader:
 def _make_reader(hint: Any) -> _Reader:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return _union_reader([arm for arm in typing.get_args(hint)])
+        return _union_reader(list(typing.get_args(hint)))
     if origin is tuple:
         return _sequence_reader(typing.get_args(hint)[0])
     if hint is Member:
@@ -355,7 +355,9 @@ def _make_reader(hint: Any) -> _Reader:
 
 def _union_reader(arms: list[Any]) -> _Reader:
     records = {arm.__name__: _reader(arm) for arm in arms if getattr(arm, "__name__", None) in _TYPES}
-    others = [_reader(arm) for arm in arms if getattr(arm, "__name__", None) not in _TYPES and arm is not type(None)]
+    others = [
+        _reader(arm) for arm in arms if getattr(arm, "__name__", None) not in _TYPES and arm is not type(None)
+    ]
     optional = type(None) in arms
 
     def read(plain: Any) -> Any:

@@ -8,8 +8,9 @@ state machine (events in, instructions out) and etcd's raft (time as ticks).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 EventT = TypeVar("EventT", contravariant=True)
 EffectT = TypeVar("EffectT", covariant=True)
@@ -26,8 +27,8 @@ class Tick:
     now_ms: int
 
 
-class Machine(Protocol, Generic[EventT, EffectT]):
-    def step(self, event: EventT) -> list[EffectT]:
+class Machine(Protocol[EventT, EffectT]):
+    def step(self, event: EventT) -> Sequence[EffectT]:
         """Take one event, change state, say what must be done. Raises `UnexpectedEvent`."""
         ...
 

@@ -1,0 +1,84 @@
+"""Where a rank's control loop and its forward thread meet.
+
+Plain attributes, no locks: the control loop writes, the forward thread reads at each boundary. Two of them need
+an order. The forward thread first says which step it is about to begin (`begun`), then looks at `hold_at`; the
+control loop first sets `hold_at`, then looks at `begun`. The interpreter lock makes both orders total, so a
+step that the control loop found not begun cannot begin past the hold.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from elastic_ep.messages import Assign, Cancel, RankState, StepReport, View
+
+NEVER = 1 << 62
+PROMISE_MARGIN = 2
+"""Steps between the one in progress and the promised one: nobody stops unless the commit takes longer."""
+
+
+class Mailbox:
+    def __init__(self, notify: Callable[[], None]) -> None:
+        # Written by the control loop.
+        self.join_ready = False
+        """There is a view that the forward thread has not adopted."""
+        self.view = View(epoch=0, seats=())
+        self.hold_at = NEVER
+        self.inbox: deque[Assign | Cancel] = deque()
+        self.stop = False
+        # Written by the forward thread.
+        self.begun = -1
+        self.waiting_at: int | None = None
+        """The step before which the forward thread waits because of a hold or because the group is parked."""
+        self.outbox: deque[StepReport | tuple[RankState, str]] = deque()
+        self._wake = threading.Event()
+        self._notify = notify
+
+    # Control loop
+
+    def adopt(self, view: View) -> None:
+        self.view = view
+        self.join_ready = True
+        self._wake.set()
+
+    def promise(self) -> int:
+        """Hold before a step that is not begun yet; returns it."""
+        while True:
+            waiting_at = self.waiting_at
+            step = waiting_at if waiting_at is not None else self.begun + PROMISE_MARGIN
+            self.hold_at = step
+            begun = self.begun
+            if begun < step or (begun == step and self.waiting_at == step):
+                return step
+
+    def release(self) -> None:
+        self.hold_at = NEVER
+        self._wake.set()
+
+    def deliver(self, message: Assign | Cancel) -> None:
+        self.inbox.append(message)
+
+    def request_stop(self) -> None:
+        self.stop = True
+        self._wake.set()
+
+    # Forward thread
+
+    def may_begin(self, step: int) -> bool:
+        """Whether `step` may begin now; else `wait`."""
+        self.waiting_at = None
+        self.begun = step
+        if self.hold_at <= step or (self.view.park_at is not None and self.view.park_at <= step):
+            self.waiting_at = step
+            return False
+        return True
+
+    def wait(self, timeout_s: float) -> None:
+        self._wake.wait(timeout_s)
+        self._wake.clear()
+
+    def post(self, item: StepReport | tuple[RankState, str]) -> None:
+        self.outbox.append(item)
+        self._notify()

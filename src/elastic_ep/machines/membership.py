@@ -1,0 +1,436 @@
+"""The membership machine: who takes part, from which step on.
+
+Loss needs no agreement: the newest view simply lacks the member. Gain takes two phases: every member promises
+not to begin some step before it hears the outcome, and the joiner's first step is the largest promise, which
+therefore nobody has begun. Parking is the same protocol without a joiner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from elastic_ep.machines import membership_events as ev
+from elastic_ep.machines.contract import Tick
+from elastic_ep.machines.membership_events import Effect, Event, GroupState, MembershipConfig
+from elastic_ep.machines.rank_lifecycle import RANK, REPORTED_TRIGGERS
+from elastic_ep.machines.tables import Row, Table, TableMachine
+from elastic_ep.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
+from elastic_ep.placement import Placement
+
+STEP_GAP_AFTER_TOTAL_LOSS = 100_000
+"""Steps that a member may have begun unseen since the last `StepSeen`; far more than could have run."""
+
+_RUNNING = (
+    GroupState.SERVING,
+    GroupState.DEGRADED,
+    GroupState.ADMITTING,
+    GroupState.PAUSED,
+    GroupState.HOLDING,
+)
+
+GROUP = Table(
+    name="group",
+    initial=GroupState.FORMING,
+    rows=(
+        Row("admit", (GroupState.FORMING, *_RUNNING), GroupState.ADMITTING),
+        Row("all_seats_filled", _RUNNING, GroupState.SERVING),
+        Row("seat_empty", _RUNNING, GroupState.DEGRADED),
+        Row("park", _RUNNING, GroupState.PAUSED),
+        Row("expert_uncovered", _RUNNING, GroupState.HOLDING),
+        Row("nobody_left", _RUNNING, GroupState.FORMING),
+        Row("stop", (GroupState.FORMING, *_RUNNING), GroupState.STOPPING),
+    ),
+    final=frozenset({GroupState.STOPPING}),
+)
+_TRIGGER = {row.dest: row.trigger for row in GROUP.rows}
+
+
+@dataclass
+class Slot:
+    """What the controller knows of one rank."""
+
+    member: Member
+    lifecycle: TableMachine
+    reason: str = ""
+    failures: int = 0
+    """Incarnations in a row that died before they were stable."""
+    since_ms: int = 0
+    gone: bool = False
+    fenced: str = ""
+    relaunch_at_ms: int | None = None
+    gave_up: bool = False
+
+    @property
+    def state(self) -> RankState:
+        return RankState(self.lifecycle.state)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    number: int
+    joiners: frozenset[Member]
+    """Empty: the attempt is to park."""
+    awaited: frozenset[Member]
+    first_step: int
+    deadline_ms: int
+
+
+@dataclass
+class MembershipMachine:
+    """Feed it with `step`; `view` and `slots` may be read."""
+
+    num_ranks: int
+    placement: Placement
+    config: MembershipConfig = field(default_factory=MembershipConfig)
+
+    def __post_init__(self) -> None:
+        self.view = View(epoch=0, seats=())
+        self.slots = {rank: Slot(Member(rank, 1), TableMachine(RANK)) for rank in range(self.num_ranks)}
+        self.group = TableMachine(GROUP)
+        self.attempt: Attempt | None = None
+        self.attempts = 0
+        self.now_ms = 0
+        self.has_work = False
+        self.idle_since_ms = 0
+        self.highest_step = 0
+        self.first_joining_ms: int | None = None
+        self.stopping = False
+        self._all_stopped_said = False
+        self._effects: list[Effect] = []
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            ev.Start: self._on_start,
+            Tick: self._on_tick,
+            ev.ProcessStarted: self._on_process_started,
+            ev.Reported: self._on_reported,
+            ev.Promised: self._on_promised,
+            ev.DeathNoticed: self._on_death,
+            ev.ProcessGone: self._on_gone,
+            ev.Suspected: self._on_suspected,
+            ev.WorkBegan: self._on_work_began,
+            ev.WorkEnded: self._on_work_ended,
+            ev.StepSeen: self._on_step_seen,
+            ev.StopRequested: self._on_stop,
+            ev.StopRanks: self._on_stop_ranks,
+            ev.StopForced: self._on_stop_forced,
+        }
+
+    # Reading
+
+    @property
+    def state(self) -> GroupState:
+        return GroupState(self.group.state)
+
+    @property
+    def covered(self) -> bool:
+        return self.placement.covered_by([seat.rank for seat in self.view.seats])
+
+    @property
+    def tolerates(self) -> int:
+        return max(0, self.placement.tolerates([seat.rank for seat in self.view.seats]))
+
+    def next_deadline_ms(self) -> int | None:
+        """When a `Tick` may next have an effect."""
+        times = [slot.relaunch_at_ms for slot in self.slots.values() if slot.relaunch_at_ms is not None]
+        times += [
+            slot.since_ms + self.config.init_deadline_ms
+            for slot in self.slots.values()
+            if slot.state in (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
+            and not slot.fenced
+        ]
+        if self.attempt:
+            times.append(self.attempt.deadline_ms)
+        elif self._would_park():
+            times.append(self.idle_since_ms + self.config.park_after_ms)
+        if not self.view.seats and self.first_joining_ms is not None:
+            times.append(self.first_joining_ms + self.config.forming_grace_ms)
+        return min(times, default=None)
+
+    # The machine
+
+    def step(self, event: Event) -> list[Effect]:
+        self._effects = []
+        self._handlers[type(event)](event)
+        self._advance()
+        self._settle()
+        return self._effects
+
+    def check(self) -> None:
+        for seat in self.view.seats:
+            slot = self.slots[seat.rank]
+            assert slot.member == seat.member, f"rank {seat.rank} is seated under an old incarnation"
+            assert slot.state in (RankState.SERVING, RankState.DRAINING), (
+                f"{slot.member} seated in {slot.state}"
+            )
+        if self.attempt:
+            assert not self.attempt.joiners & self.view.members, "a joiner is already seated"
+            assert self.attempt.awaited <= self.attempt.joiners | self.view.members, "awaits a stranger"
+            assert self.attempt.awaited, "an attempt that awaits nobody has not ended"
+
+    def _on_start(self, _event: ev.Start) -> None:
+        for slot in self.slots.values():
+            slot.since_ms = self.now_ms
+            self._effects.append(ev.Launch(slot.member))
+
+    def _on_tick(self, event: Tick) -> None:
+        self.now_ms = max(self.now_ms, event.now_ms)
+        if self.attempt and self.now_ms >= self.attempt.deadline_ms:
+            self._time_out(self.attempt)
+        for slot in self.slots.values():
+            if slot.relaunch_at_ms is not None and self.now_ms >= slot.relaunch_at_ms:
+                self._relaunch(slot)
+            starting = slot.state in (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
+            if starting and not slot.fenced and self.now_ms >= slot.since_ms + self.config.init_deadline_ms:
+                self._fence(slot, f"stuck in {slot.state} for {self.config.init_deadline_ms / 1000:g} s")
+
+    def _on_process_started(self, event: ev.ProcessStarted) -> None:
+        slot = self._current(event.member)
+        if slot and slot.state is RankState.LAUNCHING:
+            self._move(slot, "process_started")
+
+    def _on_reported(self, event: ev.Reported) -> None:
+        slot = self._current(event.member)
+        if slot is None or slot.state in RANK.final:
+            return
+        if event.state is RankState.FAILED:
+            slot.reason = event.reason
+            self._fence(slot, event.reason)
+        elif event.state in REPORTED_TRIGGERS and event.state is not slot.state:
+            self._move(slot, REPORTED_TRIGGERS[event.state])
+            if event.state is RankState.JOINING and self.first_joining_ms is None:
+                self.first_joining_ms = self.now_ms
+
+    def _on_promised(self, event: ev.Promised) -> None:
+        attempt = self.attempt
+        # A promise of another attempt is stale: counting it would let two members run one step under two views.
+        if attempt is None or event.attempt != attempt.number or event.member not in attempt.awaited:
+            return
+        self.attempt = replace(
+            attempt,
+            awaited=attempt.awaited - {event.member},
+            first_step=max(attempt.first_step, event.step),
+        )
+        if not self.attempt.awaited:
+            self._commit(self.attempt)
+
+    def _on_death(self, event: ev.DeathNoticed) -> None:
+        slot = self._current(event.member)
+        if slot is None or slot.state in RANK.final:
+            return
+        self._lose(slot, slot.fenced or event.cause)
+
+    def _on_gone(self, event: ev.ProcessGone) -> None:
+        slot = self._current(event.member)
+        if slot is None:
+            return
+        if slot.state not in RANK.final:
+            self._lose(slot, slot.fenced or event.status)
+        slot.gone = True
+        if not self.stopping and slot.state is RankState.FAILED:
+            self._plan_relaunch(slot)
+
+    def _on_suspected(self, event: ev.Suspected) -> None:
+        slot = self._current(event.member)
+        if slot and slot.state not in RANK.final:
+            self._fence(slot, event.reason)
+
+    def _on_work_began(self, _event: ev.WorkBegan) -> None:
+        self.has_work = True
+
+    def _on_work_ended(self, _event: ev.WorkEnded) -> None:
+        self.has_work = False
+        self.idle_since_ms = self.now_ms
+
+    def _on_step_seen(self, event: ev.StepSeen) -> None:
+        self.highest_step = max(self.highest_step, event.step)
+
+    def _on_stop(self, _event: ev.StopRequested) -> None:
+        self.stopping = True
+        if self.attempt:
+            self._abort()
+        for slot in self.slots.values():
+            slot.relaunch_at_ms = None
+            if slot.state is RankState.SERVING:
+                self._move(slot, "drain")
+
+    def _on_stop_ranks(self, _event: ev.StopRanks) -> None:
+        for slot in self.slots.values():
+            if slot.state not in RANK.final:
+                if slot.state in (RankState.SERVING, RankState.DRAINING, RankState.JOINING):
+                    self._effects.append(ev.SendTo(slot.member, Shutdown()))
+                else:
+                    self._fence(slot, "stopping")
+
+    def _on_stop_forced(self, _event: ev.StopForced) -> None:
+        for slot in self.slots.values():
+            if not slot.gone:
+                self._effects.append(ev.Fence(slot.member, "stopping: deadline passed"))
+
+    # Moves
+
+    def _current(self, member: Member) -> Slot | None:
+        """The slot, if this incarnation is its present one: news of an older one is dropped."""
+        slot = self.slots.get(member.rank)
+        return slot if slot and slot.member == member else None
+
+    def _move(self, slot: Slot, trigger: str, reason: str = "") -> None:
+        if slot.lifecycle.fire(trigger):
+            slot.since_ms = self.now_ms
+            self._effects.append(ev.RankMoved(slot.member, slot.state, reason))
+
+    def _fence(self, slot: Slot, reason: str) -> None:
+        slot.fenced = slot.fenced or reason
+        self._effects.append(ev.Fence(slot.member, reason))
+
+    def _lose(self, slot: Slot, reason: str) -> None:
+        was_seated = self.view.seat(slot.member.rank) is not None
+        served_ms = self.now_ms - slot.since_ms if slot.state is RankState.SERVING else 0
+        slot.failures = 0 if served_ms >= self.config.stable_after_ms else slot.failures + 1
+        slot.reason = reason
+        if self.stopping:
+            self._move(slot, "stopped", reason)
+        else:
+            self._move(slot, "lost", reason)
+        if self.attempt and slot.member in self.attempt.joiners | self.view.members:
+            self._abort()
+        if was_seated:
+            seats = tuple(seat for seat in self.view.seats if seat.member != slot.member)
+            self._publish_view(seats, self.view.park_at)
+            self._effects.append(ev.MemberDown(slot.member, reason))
+
+    def _plan_relaunch(self, slot: Slot) -> None:
+        if slot.failures > self.config.relaunch_limit:
+            slot.gave_up = True
+            slot.reason = (
+                f"gave up after {slot.failures} launches in a row that died early (--relaunch-limit "
+                f"{self.config.relaunch_limit}); last: {slot.reason}"
+            )
+            return
+        delay = 0
+        if slot.failures > 1:
+            doubled = self.config.relaunch_backoff_ms << min(slot.failures - 2, 20)
+            delay = min(doubled, self.config.relaunch_backoff_max_ms)
+        slot.relaunch_at_ms = self.now_ms + delay
+        if delay == 0:
+            self._relaunch(slot)
+
+    def _relaunch(self, slot: Slot) -> None:
+        slot.relaunch_at_ms = None
+        slot.member = Member(slot.member.rank, slot.member.incarnation + 1)
+        slot.gone, slot.fenced = False, ""
+        self._move(slot, "relaunch")
+        self._effects.append(ev.Launch(slot.member))
+
+    def _abort(self) -> None:
+        assert self.attempt is not None
+        self._effects.append(ev.Publish(Abort(self.attempt.number)))
+        self.attempt = None
+        # Parking is a convenience: after an abort wait a while before asking again.
+        self.idle_since_ms = self.now_ms
+
+    def _time_out(self, attempt: Attempt) -> None:
+        """A joiner that did not connect is fenced. A member that did not promise is the progress watch's to judge."""
+        self._abort()
+        for member in sorted(attempt.awaited & attempt.joiners):
+            self._fence(self.slots[member.rank], "did not connect in time")
+
+    def _commit(self, attempt: Attempt) -> None:
+        self.attempt = None
+        seats, park_at = self.view.seats, self.view.park_at
+        if not attempt.joiners:
+            park_at = attempt.first_step
+        first_step = attempt.first_step
+        if not seats:
+            park_at = None
+            first_step = self.highest_step + STEP_GAP_AFTER_TOTAL_LOSS if self.view.epoch else 0
+        joined = tuple(Seat(*member, first_step) for member in sorted(attempt.joiners))
+        all_seats = tuple(sorted(seats + joined, key=lambda seat: seat.rank))
+        if attempt.joiners and self.has_work and self.placement.covered_by([seat.rank for seat in all_seats]):
+            park_at = None
+        self.highest_step = max(self.highest_step, first_step)
+        self.view = View(self.view.epoch + 1, all_seats, park_at)
+        self._effects.append(ev.Publish(Commit(attempt.number, self.view)))
+        self.idle_since_ms = self.now_ms
+        for seat in joined:
+            self._move(self.slots[seat.rank], "admitted")
+            self._effects.append(ev.MemberUp(seat.member))
+
+    def _publish_view(self, seats: tuple[Seat, ...], park_at: int | None) -> None:
+        self.view = View(self.view.epoch + 1, seats, park_at if seats else None)
+        self._effects.append(ev.Publish(self.view))
+
+    # What follows from the state alone
+
+    def _advance(self) -> None:
+        """Begin or end what the state now calls for."""
+        if self.stopping:
+            self._say_all_stopped()
+            if self.view.park_at is not None:
+                self._publish_view(self.view.seats, None)
+            return
+        if self.attempt and not self.attempt.joiners and self.has_work and self.covered:
+            self._abort()
+        if self.attempt is None:
+            joiners = self._ready_joiners()
+            if joiners:
+                self._begin(joiners)
+            elif self._would_park() and (
+                not self.covered or self.now_ms >= self.idle_since_ms + self.config.park_after_ms
+            ):
+                self._begin(frozenset())
+        if self.view.park_at is not None and self.has_work and self.covered:
+            self._publish_view(self.view.seats, None)
+
+    def _would_park(self) -> bool:
+        wanted = bool(self.view.seats) and (not self.has_work or not self.covered)
+        return wanted and self.view.park_at is None and not self.stopping
+
+    def _ready_joiners(self) -> frozenset[Member]:
+        waiting = frozenset(
+            slot.member for slot in self.slots.values() if slot.state is RankState.JOINING and not slot.fenced
+        )
+        if self.view.seats or not waiting:
+            return waiting
+        # Forming: all together, unless somebody is hopelessly late.
+        missing = [s for s in self.slots.values() if s.member not in waiting and not s.gave_up]
+        assert self.first_joining_ms is not None
+        late = self.now_ms >= self.first_joining_ms + self.config.forming_grace_ms
+        return waiting if not missing or late or self.view.epoch else frozenset()
+
+    def _begin(self, joiners: frozenset[Member]) -> None:
+        self.attempts += 1
+        self.attempt = Attempt(
+            number=self.attempts,
+            joiners=joiners,
+            awaited=joiners | self.view.members,
+            first_step=0,
+            deadline_ms=self.now_ms + self.config.attempt_deadline_ms,
+        )
+        self._effects.append(ev.Publish(Prepare(self.attempts, tuple(sorted(joiners)))))
+
+    def _say_all_stopped(self) -> None:
+        over = all(slot.gone or slot.gave_up for slot in self.slots.values())
+        if over and not self._all_stopped_said:
+            self._all_stopped_said = True
+            self._effects.append(ev.AllStopped())
+
+    def _settle(self) -> None:
+        """Name the state that the data amounts to; the table says whether that move is legal."""
+        target = self._target()
+        if target is not self.state:
+            self.group.fire(_TRIGGER[target])
+            self._effects.append(ev.GroupMoved(target))
+
+    def _target(self) -> GroupState:
+        if self.stopping:
+            return GroupState.STOPPING
+        if self.attempt and self.attempt.joiners:
+            return GroupState.ADMITTING
+        if not self.view.seats:
+            return GroupState.FORMING
+        if not self.covered:
+            return GroupState.HOLDING
+        if self.view.park_at is not None:
+            return GroupState.PAUSED
+        return GroupState.SERVING if len(self.view.seats) == self.num_ranks else GroupState.DEGRADED
