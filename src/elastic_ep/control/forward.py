@@ -1,0 +1,133 @@
+"""The forward thread: the only user of the device.
+
+It runs lockstep steps. At each boundary it looks into the mailbox (the join-ready flag, new requests) and adopts
+the newest view; between two boundaries it takes notice of nothing, because a step always completes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from elastic_ep.config import RankConfig
+from elastic_ep.control.mailbox import Mailbox
+from elastic_ep.exchange.base import Exchange
+from elastic_ep.messages import Assign, Member, RankState, StepReport, View
+from elastic_ep.model.runner import ModelRunner
+
+_WAIT_S = 1.0
+"""How long a boundary waits before it looks again; a wake-up comes earlier."""
+
+
+class ForwardThread:
+    """`build` makes the engine, on this thread: it may take seconds and touches the device."""
+
+    def __init__(
+        self,
+        config: RankConfig,
+        mailbox: Mailbox,
+        build: Callable[[RankConfig], tuple[ModelRunner, Exchange]],
+    ) -> None:
+        self._config = config
+        self._me = Member(config.rank, config.incarnation)
+        self._mailbox = mailbox
+        self._build = build
+        self.exchange: Exchange | None = None
+        self.step = 0
+        self.done = False
+        self._view = View(epoch=0, seats=())
+        self._pending = False
+        self._active: frozenset[Member] = frozenset()
+        self._covered = False
+        self._thread = threading.Thread(target=self._main, name="forward", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def cpu_ms(self) -> int:
+        """Processor time of the forward thread, milliseconds. Any thread."""
+        if not self._thread.is_alive() or self._thread.ident is None:
+            return 0
+        return time.clock_gettime_ns(time.pthread_getcpuclockid(self._thread.ident)) // 1_000_000
+
+    def _main(self) -> None:
+        try:
+            self._runner, self.exchange = self._build(self._config)
+            self._mailbox.post((RankState.INIT_DIST, ""))
+            self._runner.warm_up()
+            self._mailbox.post((RankState.JOINING, ""))
+            self._run()
+            self.done = True
+            self._mailbox.post((RankState.STOPPED, ""))
+        except BaseException as error:
+            traceback.print_exc()
+            self._mailbox.post((RankState.FAILED, f"{type(error).__name__}: {error}"))
+
+    def _run(self) -> None:
+        mailbox = self._mailbox
+        while not mailbox.stop:
+            if self._view.seat(self._me.rank) is None and not self._take_seat():
+                mailbox.wait(_WAIT_S)
+            elif not mailbox.may_begin(self.step):
+                self._settle_in()
+                mailbox.wait(_WAIT_S)
+            else:
+                self._settle_in()
+                self._one_step()
+                self.step += 1
+
+    def _take_seat(self) -> bool:
+        view = self._mailbox.view
+        seat = view.seat(self._me.rank)
+        if seat is None or seat.member != self._me:
+            return False
+        self.step = seat.first_step
+        self._view, self._pending = view, True
+        return True
+
+    def _settle_in(self) -> None:
+        """Adopt what the control loop left at this boundary."""
+        mailbox = self._mailbox
+        if mailbox.join_ready:
+            mailbox.join_ready = False  # cleared first: a view that comes now sets it again
+            self._view, self._pending = mailbox.view, True
+        if self._pending:
+            self._activate()
+        while mailbox.inbox:
+            message = mailbox.inbox.popleft()
+            if isinstance(message, Assign):
+                self._runner.add(message)
+            else:
+                self._runner.cancel(message.request_id)
+
+    def _activate(self) -> None:
+        assert self.exchange is not None
+        active = frozenset(seat.member for seat in self._view.seats if seat.first_step <= self.step)
+        self._pending = len(active) < len(self._view.seats)
+        if active != self._active:
+            for member in sorted(active - self._active - {self._me}):
+                self.exchange.activate(member)
+            self._active = active
+            self._covered = self._runner.set_routing({member.rank for member in active})
+
+    def _one_step(self) -> None:
+        started_ns = time.monotonic_ns()
+        # Without a copy of every expert no token would be right: keep the lockstep, schedule nothing.
+        result = self._runner.run_step(self.step, schedule=self._covered)
+        if result.tokens or result.masked:
+            self._mailbox.post(
+                StepReport(
+                    rank=self._me.rank,
+                    incarnation=self._me.incarnation,
+                    step=self.step,
+                    epoch=self._view.epoch,
+                    started_ns=started_ns,
+                    ended_ns=time.monotonic_ns(),
+                    tokens=result.tokens,
+                    running=self._runner.running,
+                    waiting=self._runner.waiting,
+                    masked=tuple(sorted(result.masked)),
+                )
+            )

@@ -1,0 +1,225 @@
+"""A rank process: its control loop. Never blocks, never touches the device.
+
+The fork server calls `main` in the main thread of a freshly forked process that holds its death mutex.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import anyio
+
+from elastic_ep.config import RankConfig
+from elastic_ep.control.engine import build_engine
+from elastic_ep.control.forward import ForwardThread
+from elastic_ep.control.mailbox import Mailbox
+from elastic_ep.control.wire import RankWire
+from elastic_ep.machines.member import (
+    Adopt,
+    AskSnapshot,
+    Connect,
+    Expelled,
+    MakePromise,
+    Mask,
+    MemberMachine,
+    ReleaseHold,
+)
+from elastic_ep.messages import (
+    Assign,
+    Cancel,
+    Drain,
+    Heartbeat,
+    Hello,
+    Member,
+    Numbered,
+    Promise,
+    RankReport,
+    RankState,
+    Shutdown,
+    Snapshot,
+    SnapshotRequest,
+    StepReport,
+    ToRank,
+)
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long the forward thread may keep the interpreter lock while the control loop wants it."""
+_SYNC_RETRY_S = 0.02
+_PARKED_HEARTBEAT_FACTOR = 3
+EXPELLED_STATUS = 3
+ORPHANED_STATUS = 4
+
+
+def main(config_json: str, windows_fd: int, life_fd: int) -> int:
+    """Run this rank until it is told to stop; the exit status. `life_fd` ends when the run process does."""
+    config = RankConfig.from_json(config_json)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return anyio.run(RankProcess(config, windows_fd, life_fd).run)
+
+
+class RankProcess:
+    def __init__(self, config: RankConfig, windows_fd: int, life_fd: int) -> None:
+        self._config = config
+        self._life_fd = life_fd
+        self._me = Member(config.rank, config.incarnation)
+        self._machine = MemberMachine(self._me)
+        self._mailbox = Mailbox(self._notify)
+        self._forward = ForwardThread(config, self._mailbox, lambda c: build_engine(c, windows_fd))
+        self._heard_pub = False
+        self._early_masks: list[Member] = []
+        self._ready_to_join = False
+        self._status: int | None = None
+
+    async def run(self) -> int:
+        self._loop = asyncio.get_running_loop()
+        self._finished = anyio.Event()
+        self._loop.add_reader(self._life_fd, self._orphaned)
+        self._wire = RankWire(Path(self._config.directory), self._me, self._on_numbered, self._on_direct)
+        self._wire.send(Hello(*self._me, os.getpid()))
+        self._report(RankState.INIT_CUDA)
+        self._forward.start()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._synchronise)
+            tasks.start_soon(self._send_heartbeats)
+            await self._finished.wait()
+            tasks.cancel_scope.cancel()
+        self._wire.close()
+        assert self._status is not None
+        return self._status
+
+    def _finish(self, status: int) -> None:
+        if self._status is None:
+            self._status = status
+            self._finished.set()
+
+    def _orphaned(self) -> None:
+        os._exit(ORPHANED_STATUS)
+
+    # Control plane
+
+    async def _synchronise(self) -> None:
+        """Ask until a snapshot has come and the subscription is proven: PUB loses what precedes it."""
+        while not self._synchronised():
+            self._wire.send(SnapshotRequest(*self._me))
+            await anyio.sleep(_SYNC_RETRY_S)
+
+    def _synchronised(self) -> bool:
+        return self._heard_pub and self._machine.number is not None
+
+    def _on_numbered(self, message: Numbered) -> None:
+        self._heard_pub = True
+        self._perform(self._machine.step(message))
+
+    def _on_direct(self, message: ToRank) -> None:
+        match message:
+            case Snapshot():
+                self._perform(self._machine.step(message))
+            case Assign() | Cancel():
+                self._mailbox.deliver(message)
+            case Drain():
+                pass  # the router gives nothing new; what runs, runs on
+            case Shutdown():
+                self._shut_down()
+
+    def _perform(self, effects: list[object]) -> None:
+        for effect in effects:
+            match effect:
+                case AskSnapshot():
+                    self._wire.send(SnapshotRequest(*self._me))
+                case Connect(members):
+                    for member in members:
+                        self._exchange().connect(member)
+                case MakePromise(attempt, seated):
+                    step = self._mailbox.promise() if seated else 0
+                    self._wire.send(Promise(*self._me, attempt, step))
+                case ReleaseHold():
+                    self._mailbox.release()
+                case Mask(member):
+                    self._mask(member)
+                case Adopt(view):
+                    self._mailbox.adopt(view)
+                case Expelled():
+                    print(f"rank {self._me.rank}: expelled from the group", file=sys.stderr, flush=True)
+                    os._exit(EXPELLED_STATUS)
+        self._say_ready()
+
+    def _exchange(self):  # type: ignore[no-untyped-def]
+        exchange = self._forward.exchange
+        assert exchange is not None, "asked to take part before this rank was ready"
+        return exchange
+
+    def _mask(self, member: Member) -> None:
+        """Masks that come before the exchange exists are kept for it."""
+        if self._forward.exchange is None:
+            self._early_masks.append(member)
+        else:
+            self._forward.exchange.mask(member)
+
+    def _shut_down(self) -> None:
+        """Stop at the next boundary. Peers stop too, each at its own boundary: wait for none of them."""
+        self._mailbox.request_stop()
+        if self._forward.exchange is None:
+            self._finish(0)
+            return
+        for member in self._machine.view.members - {self._me}:
+            self._forward.exchange.mask(member)
+
+    # Forward thread
+
+    def _notify(self) -> None:
+        self._loop.call_soon_threadsafe(self._drain_outbox)
+
+    def _drain_outbox(self) -> None:
+        outbox = self._mailbox.outbox
+        while outbox:
+            item = outbox.popleft()
+            if isinstance(item, StepReport):
+                self._wire.send(item)
+            else:
+                self._on_forward_state(*item)
+
+    def _on_forward_state(self, state: RankState, reason: str) -> None:
+        match state:
+            case RankState.JOINING:
+                self._ready_to_join = True
+                self._say_ready()
+            case RankState.STOPPED:
+                self._report(state)
+                self._finish(0)
+            case RankState.FAILED:
+                self._report(state, reason)
+                self._finish(1)
+            case _:
+                for member in self._early_masks:
+                    self._mask(member)
+                self._early_masks.clear()
+                self._report(state)
+
+    def _say_ready(self) -> None:
+        if self._ready_to_join and self._synchronised():
+            self._ready_to_join = False
+            self._report(RankState.JOINING)
+
+    def _report(self, state: RankState, reason: str = "") -> None:
+        self._wire.send(RankReport(*self._me, state, reason))
+
+    async def _send_heartbeats(self) -> None:
+        while True:
+            exchange = self._forward.exchange
+            parked = self._mailbox.waiting_at is not None
+            beat = Heartbeat(
+                *self._me,
+                step=self._forward.step,
+                operations=exchange.operations if exchange else 0,
+                cpu_ms=self._forward.cpu_ms(),
+                waiting_for=exchange.waiting_for if exchange else None,
+                parked=parked,
+            )
+            self._wire.send(beat)
+            factor = _PARKED_HEARTBEAT_FACTOR if parked else 1
+            await anyio.sleep(self._config.heartbeat_ms / 1000 * factor)
