@@ -1,0 +1,71 @@
+"""Health, metrics, status, version and the tokenizer's endpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+
+from elastic_ep.api.backend import Backend
+from elastic_ep.api.fields import parse_object, read_fields
+from elastic_ep.api.metrics import Metrics
+from elastic_ep.api.openapi import description
+from elastic_ep.api.requests import JobReader, detokenize_fields, tokenize_fields
+from elastic_ep.api.settings import ApiSettings
+from elastic_ep.text import Text
+
+
+class AdminHandlers:
+    def __init__(self, backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._text = text
+        self._metrics = metrics
+        self._jobs = JobReader(settings, text)
+        self._description = description(settings)
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/live", self.live),
+            web.get("/health", self.health),
+            web.get("/metrics", self.metrics),
+            web.get("/version", self.version),
+            web.get("/openapi.json", self.openapi),
+            web.get("/v1/fault_tolerance/status", self.status),
+            web.post("/tokenize", self.tokenize),
+            web.post("/detokenize", self.detokenize),
+        ]
+
+    async def live(self, request: web.Request) -> web.StreamResponse:
+        """The process answers; says nothing about ranks."""
+        return web.json_response({"status": "live"})
+
+    async def health(self, request: web.Request) -> web.StreamResponse:
+        """200 while at least one rank serves."""
+        serving = self._backend.serving_ranks()
+        return web.json_response({"serving_ranks": serving}, status=200 if serving else 503)
+
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    async def version(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"version": self._settings.version})
+
+    async def openapi(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(self._description)
+
+    async def status(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(asdict(self._backend.status()))
+
+    async def tokenize(self, request: web.Request) -> web.StreamResponse:
+        values = read_fields(parse_object(await request.read()), tokenize_fields())
+        special = values["add_special_tokens"]
+        tokens = await self._jobs.encode(values["prompt"], "prompt", add_special_tokens=special)
+        body: dict[str, Any] = {"tokens": tokens, "count": len(tokens)}
+        return web.json_response({**body, "max_model_len": self._settings.max_model_len})
+
+    async def detokenize(self, request: web.Request) -> web.StreamResponse:
+        values = read_fields(parse_object(await request.read()), detokenize_fields(self._settings))
+        return web.json_response({"prompt": self._text.decode(values["tokens"])})

@@ -1,0 +1,85 @@
+"""Puts the HTTP API together and serves it."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from elastic_ep.api.admin import AdminHandlers
+from elastic_ep.api.backend import Backend
+from elastic_ep.api.errors import ApiError, Handler, error_middleware
+from elastic_ep.api.metrics import Metrics
+from elastic_ep.api.openai import OpenAiHandlers
+from elastic_ep.api.settings import ApiSettings
+from elastic_ep.text import Text
+
+_OPEN_PATHS = frozenset({"/live", "/health", "/metrics"})
+
+
+def create_app(backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics) -> web.Application:
+    """The application. Serve it with `serve`, or a runner with `handler_cancellation=True`: without it
+    aiohttp lets handlers run on after their client has gone."""
+    middlewares = [error_middleware(metrics.http_error)]
+    if settings.api_keys:
+        middlewares.append(_key_middleware(settings.api_keys))
+    app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
+    app.add_routes(OpenAiHandlers(backend, settings, text, metrics).routes())
+    app.add_routes(AdminHandlers(backend, settings, text, metrics).routes())
+    return app
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that listens. `url` has the real port, also when 0 was asked for."""
+
+    url: str
+    port: int
+    _runner: web.AppRunner
+
+    async def close(self) -> None:
+        """Stop listening, let responses under way finish as long as `serve` was told, then cut them off."""
+        await self._runner.cleanup()
+
+
+async def serve(app: web.Application, host: str, port: int, *, grace_s: float = 1.0) -> Server:
+    """Listen on `host`:`port` (0 picks one). Raises OSError when the port is taken.
+
+    Handlers are cancelled when their client disconnects, and `grace_s` seconds after `Server.close`.
+    """
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, handle_signals=False, shutdown_timeout=grace_s
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except BaseException:
+        await runner.cleanup()
+        raise
+    bound: int = runner.addresses[0][1]
+    shown = f"[{host}]" if ":" in host else host
+    return Server(f"http://{shown}:{bound}", bound, runner)
+
+
+def _key_middleware(keys: tuple[str, ...]) -> Any:
+    accepted = [f"Bearer {key}".encode() for key in keys]
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path not in _OPEN_PATHS:
+            # aiohttp decodes headers with surrogateescape.
+            given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+            # Compare with all of them, and in constant time: nothing can be learnt from how long it takes.
+            if not sum(hmac.compare_digest(given, key) for key in accepted):
+                raise ApiError(
+                    "A valid API key is needed, as 'Authorization: Bearer KEY'.",
+                    status=401,
+                    kind="authentication_error",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        return await handler(request)
+
+    return middleware

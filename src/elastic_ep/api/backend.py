@@ -1,0 +1,79 @@
+"""What the HTTP layer needs of the rest of the run process. The router's shell implements it; tests fake it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from elastic_ep.messages import SamplingParams, Token
+
+
+# Not frozen dataclasses: contextlib and asyncio assign __traceback__ and __context__ on exceptions.
+class Busy(Exception):
+    """Too many requests are queued already: 429, try again after `retry_after_s` seconds."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"too many requests, retry after {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class Stopping(Exception):
+    """The server takes no new requests because it is shutting down: 503."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """One rank in `GET /v1/fault_tolerance/status`.
+
+    `status` is "healthy", "unhealthy" or "dead"; `state` the lifecycle's own word (`RankState`); `pid` None
+    when no process exists; `reason` says why a rank is not healthy.
+    """
+
+    id: int
+    status: str
+    state: str
+    incarnation: int
+    pid: int | None
+    running: int
+    waiting: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FaultToleranceStatus:
+    """The body of `GET /v1/fault_tolerance/status`.
+
+    `state` is the group's lifecycle word, `tolerates` how many more ranks can be lost, in the worst case,
+    with every expert still alive.
+    """
+
+    state: str
+    epoch: int
+    step: int
+    tolerates: int
+    engines: tuple[EngineStatus, ...]
+
+
+class Stream(Protocol):
+    """The tokens of one request, in batches of what is ready. Ends after the token whose `finish` is set."""
+
+    def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]: ...
+
+    async def __anext__(self) -> tuple[Token, ...]: ...
+
+    def cancel(self) -> None:
+        """Stop generating. Idempotent, and no error after the end."""
+
+
+class Backend(Protocol):
+    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> Stream:
+        """Queue one request. Noise is a function of (`seed`, `choice`, position); 0 <= seed < 2**63.
+
+        Raises `Busy` and `Stopping`.
+        """
+        ...
+
+    def status(self) -> FaultToleranceStatus: ...
+
+    def serving_ranks(self) -> int: ...

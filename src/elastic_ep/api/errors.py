@@ -1,0 +1,122 @@
+"""Every error a client can see, as OpenAI's error object."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from elastic_ep.api.backend import Busy, Stopping
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An answer other than success: `status` and the four fields of OpenAI's error object."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> web.Response:
+        return web.Response(
+            body=json.dumps(self.body()).encode("ascii"),
+            status=self.status,
+            content_type="application/json",
+            headers=self.headers,
+        )
+
+
+def translate(error: Exception) -> ApiError | None:
+    """`error` as an `ApiError`, or None for what is a defect of ours or no error."""
+    match error:
+        case ApiError():
+            return error
+        case Busy():
+            return ApiError(
+                "The server has too many requests queued. Try again later.",
+                status=429,
+                kind="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(error.retry_after_s)},
+            )
+        case Stopping():
+            return stopping()
+        case web.HTTPException():
+            return _from_aiohttp(error)
+        case HttpProcessingError() | ClientPayloadError() | web.RequestPayloadError():
+            return ApiError("The request body could not be read.")
+    return None
+
+
+def unexpected(request: web.Request, error: Exception) -> ApiError:
+    """A defect of ours: log it, and tell the client no more than that."""
+    log.error("unhandled error in %s %s", request.method, request.path, exc_info=error)
+    return ApiError("Internal server error.", status=500, kind="internal_error")
+
+
+def stopping() -> ApiError:
+    return ApiError(
+        "The server is shutting down.",
+        status=503,
+        kind="service_unavailable_error",
+        code="stopping",
+        headers={"Retry-After": "5"},
+    )
+
+
+def _from_aiohttp(error: web.HTTPException) -> ApiError | None:
+    if error.status < 400:
+        return None
+    kept = {name: value for name, value in error.headers.items() if name in ("Allow", "Retry-After")}
+    messages = {
+        404: "Unknown path.",
+        405: f"Method not allowed here. Allowed: {kept.get('Allow', 'none')}.",
+        413: "The request body is larger than this server accepts.",
+    }
+    code = {413: "request_too_large", 404: "not_found", 405: "method_not_allowed"}.get(error.status)
+    return ApiError(messages.get(error.status, error.reason), status=error.status, code=code, headers=kept)
+
+
+def error_middleware(count: Callable[[int], None]) -> Any:
+    """Turns exceptions into error objects. `count` is called with the status of each."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        # A broken connection is nobody's error: the client has gone. aiohttp expects it to come through.
+        except ConnectionError:
+            raise
+        except Exception as error:
+            answer = translate(error)
+            if answer is None:
+                if isinstance(error, web.HTTPException):
+                    raise
+                answer = unexpected(request, error)
+            count(answer.status)
+            return answer.response()
+
+    return middleware

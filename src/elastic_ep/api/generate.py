@@ -1,0 +1,102 @@
+"""Submitting a job and following one choice: tokens in, text that may be shown out.
+
+This is the path every generated token takes through the run process, so it is kept short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+
+from elastic_ep.api.backend import Backend, Stream
+from elastic_ep.api.metrics import Metrics
+from elastic_ep.api.requests import Job
+from elastic_ep.messages import Token
+from elastic_ep.stop_strings import StopStrings
+from elastic_ep.text import Text
+
+
+class ChoiceReader:
+    """Turns the tokens of one choice into text, stop strings cut off.
+
+    `finish` is None until the end, then OpenAI's finish_reason, or "abort". `generated` counts tokens, the
+    end-of-sequence token and those of a stop string included, and nothing that came after them. With
+    `keep_tokens`, `tokens` collects them for logprobs; whoever shows them empties it.
+    """
+
+    __slots__ = ("_push", "_rest", "_stops", "finish", "generated", "keep_tokens", "tokens")
+
+    def __init__(self, text: Text, stop: Sequence[str], *, keep_tokens: bool) -> None:
+        detokenizer = text.detokenizer()
+        self._push = detokenizer.push
+        self._rest = detokenizer.finish
+        self._stops = StopStrings(stop) if stop else None
+        self.keep_tokens = keep_tokens
+        self.tokens: list[Token] = []
+        self.generated = 0
+        self.finish: str | None = None
+
+    def feed(self, batch: tuple[Token, ...]) -> str:
+        """The text that may be shown now."""
+        shown = ""
+        for token in batch:
+            self.generated += 1
+            if self.keep_tokens:
+                self.tokens.append(token)
+            if token.finish is not None:
+                return shown + self._end(token, token.finish)
+            piece = self._push(token.token)
+            if self._stops is not None:
+                piece, found = self._stops.push(piece)
+                if found:
+                    self.finish = "stop"
+                    return shown + piece
+            shown += piece
+        return shown
+
+    def _end(self, token: Token, finish: str) -> str:
+        # The token that ended the sequence is not part of the text; one at the length limit is.
+        piece = "" if finish == "stop" else self._push(token.token)
+        piece += self._rest()
+        self.finish = finish
+        if self._stops is None:
+            return piece
+        piece, found = self._stops.push(piece)
+        if found:
+            self.finish = "stop"
+            return piece
+        return piece + self._stops.finish()
+
+
+class Clock:
+    """Records time to first token and between batches of one choice."""
+
+    __slots__ = ("_last", "_metrics", "_started")
+
+    def __init__(self, metrics: Metrics, started: float) -> None:
+        """`started` is when the HTTP request was read, `time.monotonic()` seconds."""
+        self._metrics = metrics
+        self._started = started
+        self._last = 0.0
+
+    def batch(self, tokens: int) -> None:
+        now = monotonic()
+        if self._last:
+            self._metrics.tokens(tokens, now - self._last)
+        else:
+            self._metrics.first_token(tokens, now - self._started)
+        self._last = now
+
+
+def submit(backend: Backend, job: Job) -> list[Stream]:
+    """A stream for each choice, in order of index; all or none. Raises `Busy` and `Stopping`."""
+    streams: list[Stream] = []
+    try:
+        for part in job.parts:
+            for choice in range(job.n):
+                streams.append(backend.submit(part.prompt, part.params, part.seed, choice))  # noqa: PERF401
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+    return streams

@@ -1,0 +1,176 @@
+"""Prometheus metrics of the whole run process, behind plain methods.
+
+Names follow vLLM where it has them, with this project's prefix. Everything belongs to one registry made here,
+so two servers in one process do not meet.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from elastic_ep.messages import RankState
+
+_PREFIX = "elastic_ep:"
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_PAUSE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class _FastHistogram(Collector):
+    """A histogram whose `observe` costs a bisection and two additions, not a lock and a walk of the buckets.
+
+    For what happens at every token; only the event loop's thread writes and reads it.
+    """
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Metric]:
+        buckets = []
+        total = 0
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+
+
+class _FastCounter(Collector):
+    """A counter that is a plain number."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name = name
+        self._text = text
+        self.value = 0
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(self._name, self._text, value=self.value)
+
+
+class Metrics:
+    """What the server counts. Call from the event loop's thread only. All durations are seconds."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._make_request_metrics()
+        self._make_group_metrics()
+
+    def _make_request_metrics(self) -> None:
+        self._prompt_tokens = self._fast_counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self._generation_tokens = self._fast_counter("generation_tokens", "Generated tokens.")
+        self._first_token = self._fast_histogram(
+            "time_to_first_token_seconds", "From reading a request to its first token.", _FIRST_TOKEN_SECONDS
+        )
+        self._between_tokens = self._fast_histogram(
+            "inter_token_latency_seconds", "Between deliveries of tokens of one stream.", _TOKEN_SECONDS
+        )
+        self._finished = self._counter("request_success", "Finished choices.", "finished_reason")
+        self._http_errors = self._counter("http_errors", "Error answers over HTTP.", "status")
+        self._disconnects = self._counter("client_disconnects", "Requests that their client left.")
+        self._running = self._gauge("num_requests_running", "Requests that a rank works on.")
+        self._waiting = self._gauge("num_requests_waiting", "Requests that wait for a rank.")
+        self._replayed = self._counter("requests_replayed", "Requests taken over from a lost rank.")
+
+    def _make_group_metrics(self) -> None:
+        self._rank_state = self._gauge("rank_state", "1 for the state that a rank is in.", "rank", "state")
+        self._epoch = self._gauge("epoch", "Epoch of the newest view.")
+        self._rank_losses = self._counter("rank_losses", "Ranks lost.", "cause")
+        self._failover_stall = self._histogram(
+            "failover_stall_seconds", "Longest gap between a survivor's steps around a loss."
+        )
+        self._rejoin_pause = self._histogram(
+            "rejoin_pause_seconds", "Longest gap between a member's steps around a join."
+        )
+        self._poisoned_steps = self._counter("poisoned_steps", "Steps run again because a peer was masked.")
+        self._dropped_messages = self._counter("dropped_messages", "Messages dropped.", "reason")
+
+    # What the HTTP layer records.
+
+    def prompt_tokens(self, count: int) -> None:
+        self._prompt_tokens.value += count
+
+    def first_token(self, count: int, seconds: float) -> None:
+        """The first `count` tokens of a choice, `seconds` after its request."""
+        self._generation_tokens.value += count
+        self._first_token.observe(seconds)
+
+    def tokens(self, count: int, seconds: float) -> None:
+        """`count` more tokens of a choice, `seconds` after the ones before."""
+        self._generation_tokens.value += count
+        self._between_tokens.observe(seconds)
+
+    def finished(self, reason: str) -> None:
+        """A choice ended: "stop", "length" or "abort"."""
+        self._finished.labels(reason).inc()
+
+    def http_error(self, status: int) -> None:
+        self._http_errors.labels(str(status)).inc()
+
+    def disconnect(self) -> None:
+        self._disconnects.inc()
+
+    # What the control plane records.
+
+    def requests(self, running: int, waiting: int) -> None:
+        self._running.set(running)
+        self._waiting.set(waiting)
+
+    def request_replayed(self, count: int = 1) -> None:
+        self._replayed.inc(count)
+
+    def rank_state(self, rank: int, state: RankState) -> None:
+        for other in RankState:
+            self._rank_state.labels(str(rank), other.value).set(1.0 if other is state else 0.0)
+
+    def epoch(self, epoch: int) -> None:
+        self._epoch.set(epoch)
+
+    def rank_lost(self, cause: str) -> None:
+        self._rank_losses.labels(cause).inc()
+
+    def failover_stall(self, seconds: float) -> None:
+        self._failover_stall.observe(seconds)
+
+    def rejoin_pause(self, seconds: float) -> None:
+        self._rejoin_pause.observe(seconds)
+
+    def poisoned_step(self, count: int = 1) -> None:
+        self._poisoned_steps.inc(count)
+
+    def dropped_message(self, reason: str) -> None:
+        self._dropped_messages.labels(reason).inc()
+
+    def render(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(_PREFIX + name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(_PREFIX + name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(_PREFIX + name, text, registry=self.registry, buckets=_PAUSE_SECONDS)
+
+    def _fast_counter(self, name: str, text: str) -> _FastCounter:
+        made = _FastCounter(_PREFIX + name, text)
+        self.registry.register(made)
+        return made
+
+    def _fast_histogram(self, name: str, text: str, bounds: Sequence[float]) -> _FastHistogram:
+        made = _FastHistogram(_PREFIX + name, text, bounds)
+        self.registry.register(made)
+        return made

@@ -1,0 +1,219 @@
+"""`/v1/models`, `/v1/completions` and `/v1/chat/completions`."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from elastic_ep.api.backend import Backend, Stream
+from elastic_ep.api.errors import stopping, translate, unexpected
+from elastic_ep.api.fields import parse_object
+from elastic_ep.api.generate import ChoiceReader, Clock, submit
+from elastic_ep.api.metrics import Metrics
+from elastic_ep.api.requests import Job, JobReader, unknown_model
+from elastic_ep.api.settings import ApiSettings
+from elastic_ep.api.shapes import (
+    Answer,
+    ChatShape,
+    ChunkWriter,
+    CompletionShape,
+    Shape,
+    Usage,
+    sse,
+    usage_chunk,
+    whole,
+)
+from elastic_ep.text import Text
+
+_T = TypeVar("_T")
+Write = Callable[[bytes], Awaitable[None]]
+_EVENT_STREAM = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One choice on its way."""
+
+    index: int
+    stream: Stream
+    reader: ChoiceReader
+    clock: Clock
+    echo: str
+
+
+class OpenAiHandlers:
+    def __init__(self, backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._text = text
+        self._metrics = metrics
+        self._jobs = JobReader(settings, text)
+        self._completion = CompletionShape(text)
+        self._chat = ChatShape(text)
+        self._created = int(time.time())
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v1/models", self.models),
+            web.get("/v1/models/{model:.+}", self.model),
+            web.post("/v1/completions", self.completions),
+            web.post("/v1/chat/completions", self.chat_completions),
+        ]
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["model"]
+        if name != self._settings.model_name:
+            raise unknown_model(name)
+        return web.json_response(self._model())
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        started = time.monotonic()
+        job = await self._jobs.completion(parse_object(await request.read()))
+        return await self._serve(request, job, self._completion, started)
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        started = time.monotonic()
+        job = await self._jobs.chat(parse_object(await request.read()))
+        return await self._serve(request, job, self._chat, started)
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self._settings.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "elastic_ep",
+            "max_model_len": self._settings.max_model_len,
+        }
+
+    async def _serve(
+        self, request: web.Request, job: Job, shape: Shape, started: float
+    ) -> web.StreamResponse:
+        streams = submit(self._backend, job)
+        # Whatever ends this handler, the cancellation at a client's disconnect included, nobody generates
+        # for it any longer.
+        try:
+            self._metrics.prompt_tokens(sum(len(part.prompt) for part in job.parts))
+            runs = [
+                _Run(
+                    index,
+                    stream,
+                    ChoiceReader(self._text, job.stop, keep_tokens=job.logprobs is not None),
+                    Clock(self._metrics, started),
+                    job.parts[index // job.n].echo,
+                )
+                for index, stream in enumerate(streams)
+            ]
+            answer = Answer(
+                shape.prefix + secrets.token_hex(12),
+                int(time.time()),
+                self._settings.model_name,
+                job.include_usage,
+            )
+            if job.stream:
+                return await self._stream(request, job, shape, answer, runs)
+            choices = await _together([self._whole_choice(shape, run) for run in runs])
+            body = whole(shape, answer, choices, _usage(job, runs))
+            return web.Response(body=body, content_type="application/json")
+        except (ConnectionError, asyncio.CancelledError):
+            self._metrics.disconnect()
+            raise
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+    async def _whole_choice(self, shape: Shape, run: _Run) -> dict[str, Any]:
+        reader = run.reader
+        pieces = [run.echo]
+        async for batch in run.stream:
+            run.clock.batch(len(batch))
+            pieces.append(reader.feed(batch))
+            if reader.finish is not None:
+                break
+        finish = self._finished(run)
+        logprobs = shape.logprobs(reader.tokens, len(run.echo)) if reader.keep_tokens else None
+        return shape.choice(run.index, "".join(pieces), logprobs, finish)
+
+    async def _stream(
+        self, request: web.Request, job: Job, shape: Shape, answer: Answer, runs: list[_Run]
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers=_EVENT_STREAM)
+        await response.prepare(request)
+        try:
+            await _together([self._stream_choice(shape, answer, run, response.write) for run in runs])
+            if job.include_usage:
+                await response.write(usage_chunk(shape, answer, _usage(job, runs)))
+        except ConnectionError:
+            raise
+        except Exception as error:
+            # The status line is long gone; clients look for an error object among the events.
+            failure = translate(error) or unexpected(request, error)
+            self._metrics.http_error(failure.status)
+            await response.write(sse(failure.body()))
+        await response.write_eof(b"data: [DONE]\n\n")
+        return response
+
+    async def _stream_choice(self, shape: Shape, answer: Answer, run: _Run, write: Write) -> None:
+        reader = run.reader
+        chunks = ChunkWriter(shape, answer, run.index)
+        opening = chunks.opening + (chunks.text(run.echo) if run.echo else b"")
+        offset = len(run.echo)
+        text = ""
+        async for batch in run.stream:
+            run.clock.batch(len(batch))
+            text = reader.feed(batch)
+            if reader.finish is not None:
+                break
+            if not text:
+                continue
+            if reader.keep_tokens:
+                chunk = chunks.full(text, shape.logprobs(reader.tokens, offset), None)
+                offset += sum(len(self._text.token_text(token.token)) for token in reader.tokens)
+                reader.tokens.clear()
+            else:
+                chunk = chunks.text(text)
+            if opening:
+                chunk, opening = opening + chunk, b""
+            await write(chunk)
+        finish = self._finished(run)
+        logprobs = shape.logprobs(reader.tokens, offset) if reader.keep_tokens else None
+        await write(opening + chunks.full(text, logprobs, finish))
+
+    def _finished(self, run: _Run) -> str:
+        """The finish reason of a choice that has ended. Raises `ApiError` if it was aborted."""
+        finish = run.reader.finish
+        run.stream.cancel()
+        self._metrics.finished(finish or "abort")
+        if finish is None or finish == "abort":
+            raise stopping()
+        return finish
+
+
+def _usage(job: Job, runs: list[_Run]) -> Usage:
+    """A prompt counts once, however many choices were made for it."""
+    return Usage(sum(len(part.prompt) for part in job.parts), sum(run.reader.generated for run in runs))
+
+
+async def _together(parts: list[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """The results of all, run concurrently; when one raises, the others are cancelled and it is raised."""
+    if len(parts) == 1:
+        return [await parts[0]]
+    tasks = [asyncio.create_task(part) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

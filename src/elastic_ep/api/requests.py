@@ -1,0 +1,342 @@
+"""Bodies of the generating endpoints: their tables, and from a body to a `Job`."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_ep.api.errors import ApiError
+from elastic_ep.api.fields import (
+    Boolean,
+    Field,
+    Integer,
+    Kind,
+    ListOf,
+    Number,
+    Object,
+    OneOf,
+    Schema,
+    String,
+    bad_value,
+    read_fields,
+    wrong_type,
+)
+from elastic_ep.api.settings import ApiSettings
+from elastic_ep.messages import SamplingParams
+from elastic_ep.text import ChatTemplateError, Text
+
+# Below this the division by the temperature leaves one candidate anyway, or overflows: greedy, as in vLLM.
+_GREEDY_BELOW = 1e-5
+# Longer texts are tokenised on a thread, so that they do not hold up the streams of others.
+_INLINE_CHARACTERS = 4096
+_COMPLETION_MAX_TOKENS = 16
+_TEXT_PART = Object((Field("type", OneOf(("text",)), required=True), Field("text", String(), required=True)))
+_STOP_STRINGS = ListOf(String(min_length=1, max_length=256), max_items=16, or_single=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One prompt of a job. `echo` is the text to show before the generated one."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    echo: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A valid request: `n` choices for each part; choice j of part i has index i * n + j."""
+
+    parts: tuple[Part, ...]
+    n: int
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    logprobs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenList:
+    """A prompt of token ids. One that is too long is refused before its ids are looked at."""
+
+    token: Integer
+    max_model_len: int
+
+    def read(self, value: Any, param: str) -> tuple[int, ...]:
+        if isinstance(value, list) and len(value) >= self.max_model_len:
+            raise _too_long(self.max_model_len, str(len(value)), param)
+        return ListOf(self.token).read(value, param)
+
+    def schema(self) -> Schema:
+        return ListOf(self.token, 1, self.max_model_len - 1).schema()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A string, a list of strings, a list of token ids, or a list of such lists; read to a tuple of prompts."""
+
+    token: Integer
+    max_prompts: int
+    max_model_len: int
+
+    def read(self, value: Any, param: str) -> tuple[str | tuple[int, ...], ...]:
+        if isinstance(value, str):
+            return (String().read(value, param),)
+        if not isinstance(value, list):
+            raise wrong_type(param, "a string or an array", value)
+        if not value:
+            raise bad_value(param, "must not be empty.")
+        if isinstance(value[0], (str, list)):
+            kind: Kind = String() if isinstance(value[0], str) else TokenList(self.token, self.max_model_len)
+            prompts: tuple[Any, ...] = ListOf(kind, max_items=self.max_prompts).read(value, param)
+            return prompts
+        return (TokenList(self.token, self.max_model_len).read(value, param),)
+
+    def schema(self) -> Schema:
+        tokens = TokenList(self.token, self.max_model_len).schema()
+        texts = ListOf(String(), 1, self.max_prompts).schema()
+        many = {"type": "array", "items": tokens, "minItems": 1, "maxItems": self.max_prompts}
+        return {"anyOf": [String().schema(), texts, tokens, many]}
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A message's content: a string, or OpenAI's list of text parts joined to one."""
+
+    def read(self, value: Any, param: str) -> str:
+        if isinstance(value, list):
+            return "".join(part["text"] for part in ListOf(_TEXT_PART).read(value, param))
+        return String().read(value, param)
+
+    def schema(self) -> Schema:
+        return {"anyOf": [{"type": "string"}, ListOf(_TEXT_PART).schema()]}
+
+
+def _token_id(settings: ApiSettings) -> Integer:
+    return Integer(0, settings.vocab_size - 1)
+
+
+def _common_fields(settings: ApiSettings) -> tuple[Field, ...]:
+    defaults = settings.defaults
+    return (
+        Field("model", String()),
+        Field("n", Integer(1, min(128, settings.max_choices)), 1),
+        Field("stream", Boolean(), False),
+        Field("stream_options", Object((Field("include_usage", Boolean(), False),))),
+        Field("stop", _STOP_STRINGS, ()),
+        Field("stop_token_ids", ListOf(_token_id(settings), max_items=128), ()),
+        Field("ignore_eos", Boolean(), False),
+        Field("seed", Integer(-(2**63), 2**63 - 1)),
+        Field("max_tokens", Integer(1, 2**31 - 1)),
+        Field("temperature", Number(0.0, 2.0), defaults.temperature),
+        Field("top_p", Number(0.0, 1.0, above_low=True), defaults.top_p),
+        Field("top_k", Integer(-1, 2**31 - 1), defaults.top_k),
+        Field("min_p", Number(0.0, 1.0), defaults.min_p),
+        Field("repetition_penalty", Number(0.01, 100.0), defaults.repetition_penalty),
+        Field("presence_penalty", Number(-2.0, 2.0), 0.0),
+        Field("frequency_penalty", Number(-2.0, 2.0), 0.0),
+        Field("logit_bias", OneOf(({},))),
+    )
+
+
+def completion_fields(settings: ApiSettings) -> tuple[Field, ...]:
+    return (
+        Field(
+            "prompt", Prompt(_token_id(settings), settings.max_choices, settings.max_model_len), required=True
+        ),
+        *_common_fields(settings),
+        Field("logprobs", Integer(0, settings.max_logprobs)),
+        Field("echo", Boolean(), False),
+        Field("suffix", OneOf(("",))),
+        Field("best_of", OneOf((1,))),
+    )
+
+
+_MESSAGE = Object(
+    (
+        Field("role", String(min_length=1, max_length=64), required=True),
+        Field("content", Content(), ""),
+        Field("name", String()),
+        Field("reasoning_content", String()),
+        Field("tool_calls", OneOf(([],))),
+    )
+)
+
+
+def chat_fields(settings: ApiSettings) -> tuple[Field, ...]:
+    return (
+        Field("messages", ListOf(_MESSAGE, min_items=1, max_items=settings.max_model_len), required=True),
+        *_common_fields(settings),
+        Field("max_completion_tokens", Integer(1, 2**31 - 1)),
+        Field("logprobs", Boolean(), False),
+        Field("top_logprobs", Integer(0, settings.max_logprobs)),
+        Field("add_generation_prompt", Boolean(), True),
+        Field("chat_template_kwargs", Object()),
+        Field("tools", OneOf(([],))),
+        Field("response_format", OneOf(({"type": "text"},))),
+    )
+
+
+def tokenize_fields() -> tuple[Field, ...]:
+    return (Field("prompt", String(), required=True), Field("add_special_tokens", Boolean(), True))
+
+
+def detokenize_fields(settings: ApiSettings) -> tuple[Field, ...]:
+    return (Field("tokens", ListOf(_token_id(settings), max_items=settings.max_model_len), required=True),)
+
+
+class JobReader:
+    """Makes jobs from bodies. Every method raises `ApiError`."""
+
+    def __init__(self, settings: ApiSettings, text: Text) -> None:
+        self._settings = settings
+        self._text = text
+        self._completion_fields = completion_fields(settings)
+        self._chat_fields = chat_fields(settings)
+        # Every token covers some bytes of the text; what normalisation shrinks away is covered by the 4.
+        self._max_prompt_bytes = 4 * text.max_token_bytes * settings.max_model_len
+
+    async def completion(self, body: dict[str, Any]) -> Job:
+        values = read_fields(body, self._completion_fields)
+        self._check_model(values["model"])
+        logprobs = values["logprobs"]
+        if values["echo"] and logprobs is not None:
+            raise ApiError(
+                "'echo' with 'logprobs' is not supported: prompts have no logprobs here.",
+                param="echo",
+                code="unsupported_parameter",
+            )
+        prompts = values["prompt"]
+        self._check_choices(len(prompts), values["n"])
+        parts = []
+        for prompt in prompts:
+            # Many short prompts must not hold up the streams of others either.
+            await asyncio.sleep(0)
+            ids = tuple(await self.encode(prompt, "prompt") if isinstance(prompt, str) else prompt)
+            limit = self._max_tokens(ids, values["max_tokens"], "prompt", default=_COMPLETION_MAX_TOKENS)
+            shown = prompt if isinstance(prompt, str) else self._text.decode(prompt) if values["echo"] else ""
+            echo = shown if values["echo"] else ""
+            parts.append(Part(ids, _sampling(values, limit, logprobs), _seed(values["seed"]), echo))
+        return _job(values, tuple(parts), logprobs)
+
+    async def chat(self, body: dict[str, Any]) -> Job:
+        values = read_fields(body, self._chat_fields)
+        self._check_model(values["model"])
+        if values["top_logprobs"] is not None and not values["logprobs"]:
+            raise bad_value("top_logprobs", "needs 'logprobs' to be true.")
+        logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else None
+        self._check_choices(1, values["n"])
+        prompt = self._render(values)
+        ids = tuple(await self.encode(prompt, "messages", add_special_tokens=False))
+        asked = values["max_completion_tokens"]
+        asked = values["max_tokens"] if asked is None else asked
+        limit = self._max_tokens(ids, asked, "messages", default=self._settings.max_model_len)
+        part = Part(ids, _sampling(values, limit, logprobs), _seed(values["seed"]))
+        return _job(values, (part,), logprobs)
+
+    async def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text that may be far too long: that is seen without tokenising it."""
+        if len(text) > self._max_prompt_bytes:
+            at_least = len(text) // self._text.max_token_bytes
+            raise _too_long(self._settings.max_model_len, f"at least {at_least}", param)
+        try:
+            if len(text) <= _INLINE_CHARACTERS:
+                return self._text.encode(text, add_special_tokens=add_special_tokens)
+            return await asyncio.to_thread(self._text.encode, text, add_special_tokens=add_special_tokens)
+        # The tokenizers library raises bare Exception, for example for a character it has no token for.
+        except Exception as error:
+            raise bad_value(param, f"cannot be tokenised: {error}") from error
+
+    def _render(self, values: dict[str, Any]) -> str:
+        messages = [
+            {name: value for name, value in message.items() if value is not None}
+            for message in values["messages"]
+        ]
+        try:
+            prompt = self._text.render_chat(
+                messages,
+                add_generation_prompt=values["add_generation_prompt"],
+                variables=values["chat_template_kwargs"],
+            )
+        except ChatTemplateError as error:
+            raise ApiError(str(error), param="messages", code="chat_template_error") from error
+        # Variables of the template can carry what `String` keeps out of messages.
+        return String().read(prompt, "chat_template_kwargs")
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._settings.model_name:
+            raise unknown_model(name)
+
+    def _check_choices(self, prompts: int, n: int) -> None:
+        if prompts * n > self._settings.max_choices:
+            most = self._settings.max_choices
+            raise bad_value("n", f"times the number of prompts must be at most {most}, not {prompts * n}.")
+
+    def _max_tokens(self, prompt: tuple[int, ...], asked: int | None, param: str, *, default: int) -> int:
+        """How many tokens may be generated: what was asked for, or `default` as far as the context goes."""
+        longest = self._settings.max_model_len
+        if not prompt:
+            raise bad_value(param, "must not be empty: it has no tokens.")
+        if len(prompt) >= longest:
+            raise _too_long(longest, str(len(prompt)), param)
+        if asked is None:
+            return min(default, longest - len(prompt))
+        if len(prompt) + asked > longest:
+            raise ApiError(
+                f"This model's maximum context length is {longest} tokens. You asked for "
+                f"{len(prompt) + asked} ({len(prompt)} in the {param}, {asked} to generate).",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return asked
+
+
+def unknown_model(name: str) -> ApiError:
+    return ApiError(f"The model '{name}' does not exist.", status=404, param="model", code="model_not_found")
+
+
+def _too_long(longest: int, tokens: str, param: str) -> ApiError:
+    return ApiError(
+        f"This model's maximum context length is {longest} tokens, and one must be left to generate. "
+        f"Your {param} came to {tokens} tokens.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def _seed(given: int | None) -> int:
+    return random.getrandbits(63) if given is None else given & (2**63 - 1)
+
+
+def _sampling(values: dict[str, Any], max_tokens: int, logprobs: int | None) -> SamplingParams:
+    temperature = values["temperature"]
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
+        top_p=values["top_p"],
+        top_k=max(values["top_k"], 0),
+        min_p=values["min_p"],
+        repetition_penalty=values["repetition_penalty"],
+        presence_penalty=values["presence_penalty"],
+        frequency_penalty=values["frequency_penalty"],
+        ignore_eos=values["ignore_eos"],
+        stop_token_ids=values["stop_token_ids"],
+        logprobs=logprobs,
+    )
+
+
+def _job(values: dict[str, Any], parts: tuple[Part, ...], logprobs: int | None) -> Job:
+    options = values["stream_options"]
+    if options is not None and not values["stream"]:
+        raise bad_value("stream_options", "is only allowed when 'stream' is true.")
+    return Job(
+        parts=parts,
+        n=values["n"],
+        stop=values["stop"],
+        stream=values["stream"],
+        include_usage=options is not None and options["include_usage"],
+        logprobs=logprobs,
+    )

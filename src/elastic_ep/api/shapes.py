@@ -1,0 +1,187 @@
+"""The JSON of OpenAI's two generating endpoints, whole and as server-sent events.
+
+A chunk differs from the one before only in its text, so everything around the text is made once a choice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from elastic_ep.messages import Token
+from elastic_ep.text import Text
+
+_LEAST_LOGPROB = -9999.0  # as OpenAI writes minus infinity, which JSON cannot
+_dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_escape = json.encoder.encode_basestring_ascii
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What every object of one response shares."""
+
+    id: str
+    created: int
+    model: str
+    include_usage: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    def plain(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+class Shape(Protocol):
+    """One endpoint's way to write choices."""
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
+        """A choice of a response that is not streamed."""
+        ...
+
+    def opening(self, index: int) -> str | None:
+        """A choice to stream before any text, as JSON."""
+        ...
+
+    def chunk_parts(self, index: int) -> tuple[str, str]:
+        """What stands before and after the text in a streamed choice, up to its logprobs, as JSON."""
+        ...
+
+    def logprobs(self, tokens: Sequence[Token], offset: int) -> Any:
+        """The logprobs object of `tokens`; the texts of all tokens before came to `offset` characters."""
+        ...
+
+
+class CompletionShape:
+    prefix = "cmpl-"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+
+    def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def opening(self, index: int) -> str | None:
+        return None
+
+    def chunk_parts(self, index: int) -> tuple[str, str]:
+        return f'{{"index":{index},"text":', ""
+
+    def logprobs(self, tokens: Sequence[Token], offset: int) -> Any:
+        texts = [self._text.token_text(token.token) for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: Token) -> dict[str, float]:
+        """By text; the sampled token is always among them, and of two with one text the likelier stays."""
+        top: dict[str, float] = {}
+        for one in token.top:
+            top.setdefault(self._text.token_text(one.token), _finite(one.logprob))
+        top.setdefault(self._text.token_text(token.token), _finite(token.logprob))
+        return top
+
+
+class ChatShape:
+    prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+
+    def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+
+    def opening(self, index: int) -> str | None:
+        return (
+            f'{{"index":{index},"delta":{{"role":"assistant","content":""}},'
+            '"logprobs":null,"finish_reason":null}'
+        )
+
+    def chunk_parts(self, index: int) -> tuple[str, str]:
+        return f'{{"index":{index},"delta":{{"content":', "}"
+
+    def logprobs(self, tokens: Sequence[Token], offset: int) -> Any:
+        content = []
+        for token in tokens:
+            top = [self._entry(one.token, one.logprob) for one in token.top]
+            content.append({**self._entry(token.token, token.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        raw = self._text.token_bytes(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+class ChunkWriter:
+    """Makes the server-sent events of one choice."""
+
+    __slots__ = ("_after", "_before", "_common_end", "_head", "_plain_end", "opening")
+
+    def __init__(self, shape: Shape, answer: Answer, index: int) -> None:
+        self._head = (
+            f'data: {{"id":{_escape(answer.id)},"object":"{shape.chunk_object}",'
+            f'"created":{answer.created},"model":{_escape(answer.model)},"choices":['
+        )
+        self._common_end = '],"usage":null}\n\n' if answer.include_usage else "]}\n\n"
+        before, self._after = shape.chunk_parts(index)
+        self._before = self._head + before
+        self._plain_end = f'{self._after},"logprobs":null,"finish_reason":null}}{self._common_end}'
+        first = shape.opening(index)
+        self.opening = b"" if first is None else f"{self._head}{first}{self._common_end}".encode("ascii")
+
+    def text(self, text: str) -> bytes:
+        """A chunk with nothing but text."""
+        return (self._before + _escape(text) + self._plain_end).encode("ascii")
+
+    def full(self, text: str, logprobs: Any, finish: str | None) -> bytes:
+        end = f'{self._after},"logprobs":{_dumps(logprobs)},"finish_reason":{_dumps(finish)}}}'
+        return f"{self._before}{_escape(text)}{end}{self._common_end}".encode("ascii")
+
+
+def usage_chunk(shape: Shape, answer: Answer, usage: Usage) -> bytes:
+    """The last chunk of `stream_options.include_usage`: no choices, but the totals."""
+    return sse({**_envelope(answer, shape.chunk_object), "choices": [], "usage": usage.plain()})
+
+
+def whole(shape: Shape, answer: Answer, choices: Sequence[dict[str, Any]], usage: Usage) -> bytes:
+    """The body of a response that is not streamed."""
+    body = {**_envelope(answer, shape.whole_object), "choices": list(choices), "usage": usage.plain()}
+    return _dumps(body).encode("ascii")
+
+
+def sse(body: dict[str, Any]) -> bytes:
+    return f"data: {_dumps(body)}\n\n".encode("ascii")
+
+
+def _envelope(answer: Answer, kind: str) -> dict[str, Any]:
+    return {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model}
+
+
+def _finite(logprob: float | None) -> float:
+    """JSON has neither NaN nor infinity."""
+    return logprob if logprob is not None and logprob > _LEAST_LOGPROB else _LEAST_LOGPROB
