@@ -1,0 +1,301 @@
+"""The routing machine: which rank runs which request, and which tokens its client has had.
+
+The router knows the prompt and every delivered token of every live request, so the loss of a rank costs a
+request nothing but time: it goes to another rank as a longer prompt and continues at the next index. Tokens
+are believed only from the request's present owner and only at the next index, hence exactly once, in order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from elastic_ep.machines import routing_events as ev
+from elastic_ep.machines.contract import UnexpectedEvent
+from elastic_ep.machines.request import REQUEST, RequestState
+from elastic_ep.machines.routing_events import Effect, Event, RoutingConfig
+from elastic_ep.machines.tables import TableMachine
+from elastic_ep.messages import Assign, Cancel, Member, Token
+
+
+@dataclass(slots=True)
+class Request:
+    """A live request. `emitted` holds the tokens that the client has had."""
+
+    asked: ev.NewRequest
+    life: TableMachine
+    owner: Member | None = None
+    emitted: list[int] = field(default_factory=list)
+    emitted_before: int = 0
+    """Length of `emitted` when its owner got it."""
+    fruitless: int = 0
+    """Owners lost in a row without one token."""
+
+
+@dataclass(slots=True)
+class Rank:
+    """A member that is up, and what was assigned to it, by request id."""
+
+    member: Member
+    requests: dict[int, Request] = field(default_factory=dict)
+    accepting: bool = True
+    faulty: bool = False
+    last_assigned: int = 0
+
+
+@dataclass
+class RoutingMachine:
+    """Feed it with `step`; everything without an underscore may be read.
+
+    `requests` holds the live ones by id, `waiting` the ids among them that no rank has, in the order in which
+    they will be assigned: those that lost their rank first, then first come, first served.
+    """
+
+    config: RoutingConfig
+
+    def __post_init__(self) -> None:
+        self.requests: dict[int, Request] = {}
+        self.waiting: OrderedDict[int, Request] = OrderedDict()
+        self.ranks: dict[Member, Rank] = {}
+        self.stopping = False
+        self.replays = 0
+        self.stale_tokens = 0
+        """From a member that does not own the request, or not any more."""
+        self.duplicate_tokens = 0
+        self._newest: dict[int, int] = {}
+        self._highest_id = -1
+        self._assignments = 0
+        self._drained_said = False
+        self._effects: list[Effect] = []
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            ev.Submitted: self._on_submitted,
+            ev.CancelRequested: self._on_cancel,
+            ev.RankUp: self._on_rank_up,
+            ev.RankDraining: self._on_rank_draining,
+            ev.RankDown: self._on_rank_down,
+            ev.TokensCommitted: self._on_tokens,
+            ev.StopRequested: self._on_stop,
+            ev.DeadlinePassed: self._on_deadline,
+        }
+
+    @property
+    def running(self) -> int:
+        return len(self.requests) - len(self.waiting)
+
+    def state(self, request_id: int) -> RequestState | None:
+        """None: never heard of, refused, or ended."""
+        request = self.requests.get(request_id)
+        return RequestState(request.life.state) if request else None
+
+    # The machine
+
+    def step(self, event: Event) -> list[Effect]:
+        """Take one event. Raises `UnexpectedEvent` for one that its sender must not send, changing nothing."""
+        effects: list[Effect] = []
+        self._effects = effects
+        had_work = bool(self.requests)
+        self._handlers[type(event)](event)
+        if self.requests:
+            if not had_work:
+                effects.insert(0, ev.WorkBegan())
+        else:
+            if had_work:
+                effects.append(ev.WorkEnded())
+            if self.stopping and not self._drained_said:
+                self._drained_said = True
+                effects.append(ev.Drained())
+        return effects
+
+    def _on_submitted(self, event: ev.Submitted) -> None:
+        asked = event.request
+        if asked.request_id <= self._highest_id or asked.params.max_tokens < 1:
+            raise UnexpectedEvent(f"request {asked.request_id}: a used id, or no tokens wanted")
+        self._highest_id = asked.request_id
+        if self.stopping or len(self.waiting) >= self.config.max_queued:
+            reason = "stopping" if self.stopping else "busy"
+            self._effects.append(ev.Refuse(asked.request_id, reason, self.config.retry_after_s))
+            return
+        request = Request(asked, TableMachine(REQUEST))
+        self.requests[asked.request_id] = self.waiting[asked.request_id] = request
+        self._assign_waiting()
+
+    def _on_cancel(self, event: ev.CancelRequested) -> None:
+        request = self.requests.get(event.request_id)
+        if request is not None:
+            self._withdraw(request, "cancel")
+            self._assign_waiting()
+
+    def _on_rank_up(self, event: ev.RankUp) -> None:
+        rank, incarnation = event.member
+        if incarnation <= self._newest.get(rank, 0):
+            raise UnexpectedEvent(f"{event.member} is up, but that incarnation was up or down already")
+        older = Member(rank, self._newest.get(rank, 0))
+        self._newest[rank] = incarnation
+        self._remove(older)
+        self.ranks[event.member] = Rank(event.member)
+        self._assign_waiting()
+
+    def _on_rank_draining(self, event: ev.RankDraining) -> None:
+        rank = self.ranks.get(event.member)
+        if rank is not None:
+            rank.accepting = False
+
+    def _on_rank_down(self, event: ev.RankDown) -> None:
+        rank, incarnation = event.member
+        self._newest[rank] = max(incarnation, self._newest.get(rank, 0))
+        self._remove(event.member)
+        self._assign_waiting()
+
+    def _on_tokens(self, event: ev.TokensCommitted) -> None:
+        """The only handler that runs all the time: no table, no search, a few dictionary look-ups a token."""
+        rank = self.ranks.get(event.member)
+        if rank is None or rank.faulty:
+            self.stale_tokens += len(event.tokens)
+            return
+        batches: dict[int, list[Token]] = {}
+        ended: dict[int, str] = {}
+        fault = ""
+        for token in event.tokens:
+            request_id = token.request_id
+            request = rank.requests.get(request_id)
+            if request is None:
+                self.stale_tokens += 1
+                continue
+            emitted = request.emitted
+            if token.index != len(emitted):
+                if token.index > len(emitted):
+                    fault = f"request {request_id}: token {token.index} came before {len(emitted)}"
+                    break
+                self.duplicate_tokens += 1
+                continue
+            emitted.append(token.token)
+            if token.finish is None and len(emitted) >= request.asked.params.max_tokens:
+                token = replace(token, finish="length")
+            if request_id in batches:
+                batches[request_id].append(token)
+            else:
+                batches[request_id] = [token]
+            if token.finish is not None:
+                ended[request_id] = token.finish
+                self._end(request, "fail" if token.finish == "abort" else "finish")
+        for request_id, tokens in batches.items():
+            self._effects.append(ev.Deliver(request_id, tuple(tokens)))
+            if request_id in ended:
+                self._effects.append(ev.Finish(request_id, ended[request_id]))
+        if fault:
+            rank.accepting, rank.faulty = False, True
+            self._effects.append(ev.Fault(event.member, fault))
+        if ended:
+            self._assign_waiting()
+
+    def _on_stop(self, event: ev.StopRequested) -> None:
+        self.stopping = True
+
+    def _on_deadline(self, event: ev.DeadlinePassed) -> None:
+        self.stopping = True
+        for request in list(self.requests.values()):
+            self._withdraw(request, "fail")
+            self._effects.append(ev.Finish(request.asked.request_id, "abort"))
+
+    # Parts
+
+    def _end(self, request: Request, trigger: str) -> None:
+        request.life.fire(trigger)
+        request_id = request.asked.request_id
+        del self.requests[request_id]
+        if request.owner is None:
+            del self.waiting[request_id]
+        else:
+            del self.ranks[request.owner].requests[request_id]
+
+    def _withdraw(self, request: Request, trigger: str) -> None:
+        """End it before its time, so its owner has to hear of it."""
+        self._end(request, trigger)
+        if request.owner is not None:
+            self._effects.append(ev.Send(request.owner, Cancel(request.asked.request_id)))
+
+    def _remove(self, member: Member) -> None:
+        """The member is no more; what it had goes to the front of the queue, in the order it came in."""
+        rank = self.ranks.pop(member, None)
+        if rank is None:
+            return
+        for request_id, request in sorted(rank.requests.items(), reverse=True):
+            fruitless = len(request.emitted) == request.emitted_before
+            request.fruitless = request.fruitless + 1 if fruitless else 0
+            request.owner = None
+            self.waiting[request_id] = request
+            self.waiting.move_to_end(request_id, last=False)
+            request.life.fire("rank_lost")
+        for request_id, request in sorted(rank.requests.items()):
+            if request.fruitless > self.config.max_fruitless_replays:
+                self._end(request, "fail")
+                self._effects.append(ev.Finish(request_id, "abort"))
+            else:
+                self.replays += 1
+                self._effects.append(ev.Replayed(request_id, member))
+
+    def _assign_waiting(self) -> None:
+        while self.waiting:
+            request_id, request = next(iter(self.waiting.items()))
+            replaying = request.life.state is RequestState.REPLAYING
+            rank = self._least_loaded(self.config.replay_limit if replaying else self.config.assign_limit)
+            if rank is None:
+                return
+            del self.waiting[request_id]
+            request.life.fire("assign")
+            request.owner = rank.member
+            request.emitted_before = len(request.emitted)
+            rank.requests[request_id] = request
+            self._assignments += 1
+            rank.last_assigned = self._assignments
+            self._effects.append(ev.Send(rank.member, _assign(request)))
+
+    def _least_loaded(self, limit: int) -> Rank | None:
+        """Fewest requests, then longest not chosen, then lowest number."""
+        free = [rank for rank in self.ranks.values() if rank.accepting and len(rank.requests) < limit]
+        return min(free, key=lambda rank: (len(rank.requests), rank.last_assigned, rank.member), default=None)
+
+    # Invariants
+
+    def check(self) -> None:
+        seen = dict.fromkeys(self.waiting, 0)
+        for member, rank in self.ranks.items():
+            assert rank.member == member
+            assert self._newest[member.rank] == member.incarnation, f"{member} is up, but not the newest"
+            assert len(rank.requests) <= self.config.replay_limit, f"{member} has too many requests"
+            for request_id, request in rank.requests.items():
+                assert request_id not in seen, f"request {request_id} is in two places"
+                seen[request_id] = 1
+                assert request.owner == member, f"request {request_id}: owner {request.owner}, is at {member}"
+                assert request.life.state is RequestState.RUNNING
+        assert seen.keys() == self.requests.keys(), (
+            "a live request is nowhere, or one that ended is somewhere"
+        )
+        for request_id, request in self.requests.items():
+            assert request.asked.request_id == request_id <= self._highest_id
+            assert len(request.emitted) < request.asked.params.max_tokens, f"request {request_id} is done"
+        self._check_queue()
+
+    def _check_queue(self) -> None:
+        for request_id, request in self.waiting.items():
+            assert request.owner is None, f"request {request_id} waits, but {request.owner} has it"
+        states = [request.life.state for request in self.waiting.values()]
+        replaying = states.count(RequestState.REPLAYING)
+        assert set(states[:replaying]) <= {RequestState.REPLAYING}, "a replay waits behind a new request"
+        queued = list(self.waiting.items())[replaying:]
+        assert queued == sorted(queued, key=lambda item: item[0]), "not first come, first served"
+        for request_id, request in queued:
+            assert request.life.state is RequestState.QUEUED
+            assert not request.emitted, f"request {request_id} has tokens, but never had a rank"
+        if self.waiting:
+            limit = self.config.replay_limit if replaying else self.config.assign_limit
+            assert self._least_loaded(limit) is None, "a request waits beside a free rank"
+
+
+def _assign(request: Request) -> Assign:
+    asked = request.asked
+    return Assign(
+        asked.request_id, asked.prompt, tuple(request.emitted), asked.params, asked.seed, asked.choice
+    )

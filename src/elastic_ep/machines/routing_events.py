@@ -1,0 +1,177 @@
+"""What goes into the routing machine and what comes out of it.
+
+`StopRequested`, `WorkBegan` and `WorkEnded` are the membership machine's own: one event stops both machines,
+and what the router says about work is what the membership machine hears.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from elastic_ep.machines.membership_events import StopRequested, WorkBegan, WorkEnded
+from elastic_ep.messages import Assign, Cancel, Member, SamplingParams, Token
+
+__all__ = [
+    "CancelRequested", "DeadlinePassed", "Deliver", "Drained", "Effect", "Event", "Fault", "Finish",
+    "NewRequest", "RankDown", "RankDraining", "RankUp", "Refuse", "Replayed", "RoutingConfig", "Send",
+    "StopRequested", "Submitted", "TokensCommitted", "WorkBegan", "WorkEnded",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingConfig:
+    """`max_num_seqs` is what a rank runs at once; `max_queued` how many requests may wait in the router.
+
+    A rank is assigned `overcommit` times as many, so that it has the next one at hand when one finishes.
+    Requests of a lost rank may fill a survivor to `replay_overcommit` times: their clients see a stall, but a
+    last survivor must not hoard what returning ranks could run.
+
+    A request fails when more than `max_fruitless_replays` ranks in a row died with it before it got one token:
+    it may well be what kills them.
+    """
+
+    max_num_seqs: int
+    max_queued: int = 1024
+    overcommit: float = 1.25
+    replay_overcommit: float = 2.5
+    max_fruitless_replays: int = 8
+    retry_after_s: int = 1
+
+    @property
+    def assign_limit(self) -> int:
+        return math.ceil(self.max_num_seqs * self.overcommit)
+
+    @property
+    def replay_limit(self) -> int:
+        return math.ceil(self.max_num_seqs * self.replay_overcommit)
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """What a client wants; `request_id` was never used before. `params.max_tokens` is at least 1."""
+
+    request_id: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    choice: int
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    request: NewRequest
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """The client went away or has enough. Harmless when the request has ended already."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankUp:
+    """The member serves from now on."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class RankDraining:
+    """The member finishes what it has and takes nothing new."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class RankDown:
+    """The member is lost, or has drained as far as it could: what it still has continues elsewhere."""
+
+    member: Member
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokensCommitted:
+    """From a step report: tokens of any of the member's requests, those of one request in order."""
+
+    member: Member
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The time for a graceful stop is over: what still lives fails."""
+
+
+Event = (
+    Submitted
+    | CancelRequested
+    | RankUp
+    | RankDraining
+    | RankDown
+    | TokensCommitted
+    | StopRequested
+    | DeadlinePassed
+)
+
+# Effects
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    member: Member
+    message: Assign | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """To the client: the next tokens, each index exactly once, in order."""
+
+    request_id: int
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """To the client: that was all. `reason` as in `Token.finish`; "abort" when the request failed."""
+
+    request_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Not admitted: "busy" (come again after `retry_after_s` seconds) or "stopping"."""
+
+    request_id: int
+    reason: str
+    retry_after_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The request lost its rank and continues elsewhere."""
+
+    request_id: int
+    from_member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The member broke the protocol. It gets nothing more and is not believed any more: fence it."""
+
+    member: Member
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """A stop was requested and no request is left. Said once."""
+
+
+Effect = Send | Deliver | Finish | Refuse | Replayed | Fault | WorkBegan | WorkEnded | Drained

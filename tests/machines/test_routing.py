@@ -1,0 +1,439 @@
+"""The routing machine, rule by rule, and under hypothesis with ranks that die at any time."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from elastic_ep.machines import routing_events as ev
+from elastic_ep.machines.contract import UnexpectedEvent
+from elastic_ep.machines.request import RequestState
+from elastic_ep.machines.routing import RoutingMachine
+from elastic_ep.messages import Assign, Cancel, Member, SamplingParams, Token
+
+A, A2, B = Member(0, 1), Member(0, 2), Member(1, 1)
+
+
+def oracle(request_id: int, index: int) -> int:
+    """The one right token of a request at an index."""
+    return zlib.crc32(f"{request_id}/{index}".encode()) % 1000
+
+
+def new(request_id: int, max_tokens: int = 4) -> ev.Submitted:
+    return ev.Submitted(ev.NewRequest(request_id, (7, request_id), SamplingParams(max_tokens), 5, 0))
+
+
+def tokens(member: Member, *items: tuple[int, int] | tuple[int, int, str]) -> ev.TokensCommitted:
+    """(request, index) or (request, index, finish)."""
+    return ev.TokensCommitted(
+        member, tuple(Token(item[0], item[1], oracle(item[0], item[1]), *item[2:]) for item in items)
+    )
+
+
+def assigned(effects: list[ev.Effect]) -> dict[int, Member]:
+    return {
+        e.message.request_id: e.member
+        for e in effects
+        if isinstance(e, ev.Send) and isinstance(e.message, Assign)
+    }
+
+
+def run(machine: RoutingMachine, *events: ev.Event) -> list[ev.Effect]:
+    """The effects of the last event."""
+    effects: list[ev.Effect] = []
+    for event in events:
+        effects = machine.step(event)
+        machine.check()
+    return effects
+
+
+def machine_of(max_num_seqs: int = 4, **config: float) -> RoutingMachine:
+    return RoutingMachine(ev.RoutingConfig(max_num_seqs, **config))  # type: ignore[arg-type]
+
+
+def test_a_request_from_submit_to_finish() -> None:
+    machine = machine_of()
+    assert run(machine, ev.RankUp(A)) == []
+    assert run(machine, new(0, max_tokens=2)) == [
+        ev.WorkBegan(),
+        ev.Send(A, Assign(0, (7, 0), (), SamplingParams(2), 5, 0)),
+    ]
+    assert machine.state(0) is RequestState.RUNNING
+    first, last = tokens(A, (0, 0)), tokens(A, (0, 1, "length"))
+    assert run(machine, first) == [ev.Deliver(0, first.tokens)]
+    assert run(machine, last) == [ev.Deliver(0, last.tokens), ev.Finish(0, "length"), ev.WorkEnded()]
+    assert (machine.state(0), machine.running, machine.requests) == (None, 0, {})
+
+
+def test_least_loaded_then_longest_not_chosen() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), ev.RankUp(B))
+    assert [assigned(run(machine, new(i)))[i] for i in range(4)] == [A, B, A, B]
+    run(machine, tokens(A, (0, 0, "stop"), (2, 0, "stop")))
+    assert assigned(run(machine, new(4))) == {4: A}
+    run(machine, tokens(A, (4, 0, "stop")), tokens(B, (1, 0, "stop"), (3, 0, "stop")))
+    assert assigned(run(machine, new(5))) == {5: B}
+
+
+def test_the_rest_waits_in_order() -> None:
+    machine = machine_of(max_num_seqs=1, overcommit=2.0)
+    run(machine, ev.RankUp(A), *(new(i) for i in range(5)))
+    assert (machine.running, list(machine.waiting)) == (2, [2, 3, 4])
+    assert assigned(run(machine, tokens(A, (1, 0, "stop")))) == {2: A}
+    assert assigned(run(machine, ev.CancelRequested(0))) == {3: A}
+    assert assigned(run(machine, ev.RankUp(B))) == {4: B}
+
+
+def test_a_lost_rank_is_replayed_to_survivors_first() -> None:
+    machine = machine_of(max_num_seqs=2, overcommit=1.0, replay_overcommit=2.0)
+    run(machine, ev.RankUp(A), ev.RankUp(B), *(new(i) for i in range(5)))
+    assert list(machine.waiting) == [4]
+    run(machine, tokens(A, (0, 0), (0, 1), (2, 0)))
+    effects = run(machine, ev.RankDown(A, "killed"))
+    assert effects == [
+        ev.Replayed(0, A),
+        ev.Replayed(2, A),
+        ev.Send(B, Assign(0, (7, 0), (oracle(0, 0), oracle(0, 1)), SamplingParams(4), 5, 0)),
+        ev.Send(B, Assign(2, (7, 2), (oracle(2, 0),), SamplingParams(4), 5, 0)),
+    ]
+    assert (list(machine.waiting), machine.replays) == ([4], 2)
+    late = tokens(B, (0, 2))
+    assert run(machine, late) == [ev.Deliver(0, late.tokens)]
+
+
+def test_replays_wait_at_the_front_when_nobody_serves() -> None:
+    machine = machine_of(max_num_seqs=2, overcommit=1.0)
+    run(machine, ev.RankUp(A), *(new(i) for i in range(4)))
+    run(machine, tokens(A, (1, 0)), ev.RankDown(A, "killed"))
+    assert list(machine.waiting) == [0, 1, 2, 3]
+    assert [machine.state(i) for i in (0, 1, 2)] == [
+        RequestState.REPLAYING,
+        RequestState.REPLAYING,
+        RequestState.QUEUED,
+    ]
+    assert assigned(run(machine, ev.RankUp(A2))) == {0: A2, 1: A2}
+
+
+def test_a_survivor_takes_replays_only_to_their_limit() -> None:
+    machine = machine_of(max_num_seqs=2, overcommit=1.0, replay_overcommit=1.5)
+    run(machine, ev.RankUp(A), ev.RankUp(B), *(new(i) for i in range(4)))
+    assert assigned(run(machine, ev.RankDown(A, "killed"))) == {0: B}
+    assert assigned(run(machine, ev.RankUp(A2))) == {2: A2}
+
+
+def test_tokens_of_a_former_owner_are_dropped() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), new(0), tokens(A, (0, 0)), ev.RankDown(A, "killed"))
+    assert run(machine, tokens(A, (0, 1), (0, 2))) == []
+    run(machine, ev.RankUp(A2))
+    assert run(machine, tokens(A, (0, 1))) == []
+    assert machine.stale_tokens == 3
+    again = tokens(A2, (0, 1))
+    assert run(machine, again) == [ev.Deliver(0, again.tokens)]
+
+
+def test_tokens_for_a_request_of_another_rank_are_dropped() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), ev.RankUp(B), new(0), new(1))
+    event = tokens(B, (0, 0), (1, 0))
+    assert run(machine, event) == [ev.Deliver(1, event.tokens[1:])]
+    assert machine.stale_tokens == 1
+
+
+def test_duplicates_are_dropped() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), new(0), tokens(A, (0, 0), (0, 1)))
+    twice = tokens(A, (0, 1), (0, 2))
+    assert run(machine, twice) == [ev.Deliver(0, twice.tokens[1:])]
+    assert machine.duplicate_tokens == 1
+
+
+def test_a_gap_is_a_fault_said_once() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), new(0), new(1))
+    event = tokens(A, (1, 0), (0, 1), (1, 1))
+    assert run(machine, event) == [
+        ev.Deliver(1, event.tokens[:1]),
+        ev.Fault(A, "request 0: token 1 came before 0"),
+    ]
+    assert run(machine, tokens(A, (1, 1), (0, 2))) == []
+    assert assigned(run(machine, new(2))) == {}
+    run(machine, ev.RankUp(B))
+    assert assigned(run(machine, ev.RankDown(A, "fenced"))) == {0: B, 1: B}
+
+
+def test_max_tokens_finish_even_if_the_rank_does_not_say_so() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), new(0, max_tokens=2))
+    effects = run(machine, tokens(A, (0, 0), (0, 1), (0, 2)))
+    deliver = effects[0]
+    assert isinstance(deliver, ev.Deliver)
+    assert [token.finish for token in deliver.tokens] == [None, "length"]
+    assert effects[1:] == [ev.Finish(0, "length"), ev.WorkEnded()]
+    assert run(machine, ev.RankDown(A, "killed")) == []
+
+
+def test_abort_from_the_rank() -> None:
+    machine = machine_of()
+    effects = run(machine, ev.RankUp(A), new(0), tokens(A, (0, 0, "abort")))
+    assert effects[1:] == [ev.Finish(0, "abort"), ev.WorkEnded()]
+
+
+def test_draining_takes_nothing_new() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), new(0), ev.RankDraining(A), new(1))
+    assert list(machine.waiting) == [1]
+    assert assigned(run(machine, ev.RankUp(B))) == {1: B}
+    assert machine.ranks[A].requests.keys() == {0}
+    assert assigned(run(machine, ev.RankDown(A, "drained"))) == {0: B}
+    assert run(machine, ev.RankDraining(A)) == []
+
+
+def test_cancel_everywhere_and_too_late() -> None:
+    machine = machine_of(max_num_seqs=1, overcommit=1.0)
+    run(machine, ev.RankUp(A), new(0), new(1))
+    assert run(machine, ev.CancelRequested(1)) == []
+    assert run(machine, ev.CancelRequested(0)) == [ev.Send(A, Cancel(0)), ev.WorkEnded()]
+    assert run(machine, ev.CancelRequested(0)) == []
+    run(machine, new(2), ev.RankDown(A, "killed"))
+    assert run(machine, ev.CancelRequested(2)) == [ev.WorkEnded()]
+    assert run(machine, ev.RankUp(A2)) == []
+
+
+def test_too_many_are_refused() -> None:
+    machine = machine_of(max_queued=2, retry_after_s=3)
+    run(machine, new(0), new(1))
+    assert run(machine, new(2)) == [ev.Refuse(2, "busy", 3)]
+    run(machine, ev.RankUp(A))
+    assert assigned(run(machine, new(3))) == {3: A}
+
+
+def test_stop_lets_the_rest_finish() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), new(0))
+    assert run(machine, ev.StopRequested()) == []
+    assert run(machine, new(1)) == [ev.Refuse(1, "stopping", 1)]
+    assert run(machine, tokens(A, (0, 0, "stop")))[1:] == [
+        ev.Finish(0, "stop"),
+        ev.WorkEnded(),
+        ev.Drained(),
+    ]
+    assert run(machine, ev.StopRequested()) == []
+
+
+def test_stop_without_work() -> None:
+    assert run(machine_of(), ev.StopRequested()) == [ev.Drained()]
+
+
+def test_the_deadline_fails_what_is_left() -> None:
+    machine = machine_of(max_num_seqs=1, overcommit=1.0)
+    run(machine, ev.RankUp(A), new(0), new(1))
+    assert run(machine, ev.DeadlinePassed()) == [
+        ev.Send(A, Cancel(0)),
+        ev.Finish(0, "abort"),
+        ev.Finish(1, "abort"),
+        ev.WorkEnded(),
+        ev.Drained(),
+    ]
+
+
+def test_a_request_that_kills_every_rank_fails_in_the_end() -> None:
+    machine = machine_of(max_fruitless_replays=2)
+    run(machine, new(0))
+    ends = []
+    for incarnation in range(1, 8):
+        member = Member(0, incarnation)
+        if incarnation == 2:
+            run(machine, ev.RankUp(member), tokens(member, (0, 0)))
+        else:
+            run(machine, ev.RankUp(member))
+        ends.append(ev.Finish(0, "abort") in run(machine, ev.RankDown(member, "crashed")))
+    assert ends == [False, False, False, False, True, False, False]
+
+
+def test_a_new_incarnation_displaces_the_old_one() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), new(0))
+    assert assigned(run(machine, ev.RankUp(A2))) == {0: A2}
+    assert run(machine, ev.RankDown(A, "late news")) == []
+    assert machine.state(0) is RequestState.RUNNING
+
+
+@pytest.mark.parametrize(
+    "event", [ev.RankUp(A), ev.RankUp(Member(2, 3)), new(3), new(1), new(9, max_tokens=0)]
+)
+def test_what_nobody_must_send(event: ev.Event) -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), ev.RankDown(Member(2, 3), "died before it served"), new(3))
+    with pytest.raises(UnexpectedEvent):
+        machine.step(event)
+    machine.check()
+
+
+# Under hypothesis
+
+
+@dataclass
+class FakeRank:
+    """Generates right tokens for what it was assigned. Reports lie in `outbox` until they are delivered."""
+
+    assigned: dict[int, tuple[Assign, int]] = field(default_factory=dict)
+    outbox: deque[tuple[Token, ...]] = field(default_factory=deque)
+
+    def take(self, message: Assign | Cancel) -> None:
+        if isinstance(message, Assign):
+            assert message.request_id not in self.assigned
+            self.assigned[message.request_id] = message, len(message.emitted)
+        else:
+            self.assigned.pop(message.request_id, None)
+
+    def compute(self, count: int) -> None:
+        """One report with `count` tokens of each request, fewer where one ends."""
+        report = []
+        for request_id, (message, index) in list(self.assigned.items()):
+            for position in range(index, min(index + count, message.params.max_tokens)):
+                last = position == message.params.max_tokens - 1
+                report.append(
+                    Token(request_id, position, oracle(request_id, position), "length" if last else None)
+                )
+                if last:
+                    del self.assigned[request_id]
+                else:
+                    self.assigned[request_id] = message, position + 1
+        if report:
+            self.outbox.append(tuple(report))
+
+
+RANKS = st.integers(0, 2)
+
+
+class RoutingUnderFaults(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        config = ev.RoutingConfig(2, max_queued=6, max_fruitless_replays=10**6)
+        self.machine = RoutingMachine(config)
+        self.fakes: dict[Member, FakeRank] = defaultdict(FakeRank)
+        self.up: dict[int, Member] = {}
+        self.draining: set[Member] = set()
+        self.incarnations = [0, 0, 0]
+        self.submitted = 0
+        self.wanted: dict[int, int] = {}
+        self.heard: dict[int, list[int]] = defaultdict(list)
+        self.finished: set[int] = set()
+        self.working = False
+
+    def feed(self, event: ev.Event) -> None:
+        for effect in self.machine.step(event):
+            match effect:
+                case ev.Send(member, message):
+                    assert self.up.get(member.rank) == member, f"sent to {member}, which is down"
+                    if isinstance(message, Assign):
+                        assert member not in self.draining
+                        assert list(message.emitted) == self.heard[message.request_id]
+                    self.fakes[member].take(message)
+                case ev.Deliver(request_id, batch):
+                    assert request_id not in self.finished
+                    for token in batch:
+                        assert token.index == len(self.heard[request_id])
+                        self.heard[request_id].append(token.token)
+                case ev.Finish(request_id, reason):
+                    assert reason == "length"
+                    assert request_id not in self.finished
+                    self.finished.add(request_id)
+                case ev.Refuse(request_id):
+                    del self.wanted[request_id]
+                case ev.WorkBegan():
+                    assert not self.working
+                    self.working = True
+                case ev.WorkEnded():
+                    assert self.working
+                    self.working = False
+                case ev.Fault():
+                    raise AssertionError(effect)
+
+    @rule(max_tokens=st.integers(1, 6))
+    def submit(self, max_tokens: int) -> None:
+        self.wanted[self.submitted] = max_tokens
+        self.submitted += 1
+        self.feed(new(self.submitted - 1, max_tokens))
+
+    @rule(rank=RANKS)
+    def launch(self, rank: int) -> None:
+        if rank not in self.up:
+            self.incarnations[rank] += 1
+            self.up[rank] = Member(rank, self.incarnations[rank])
+            self.feed(ev.RankUp(self.up[rank]))
+
+    @rule(rank=RANKS, count=st.integers(1, 3))
+    def compute(self, rank: int, count: int) -> None:
+        if rank in self.up:
+            self.fakes[self.up[rank]].compute(count)
+
+    @rule(rank=RANKS, again=st.booleans())
+    def deliver(self, rank: int, again: bool) -> None:
+        """Also a second time: a link that repeats itself does no harm."""
+        fake = self.fakes[self.up[rank]] if rank in self.up else None
+        if fake is not None and fake.outbox:
+            report = fake.outbox[0] if again else fake.outbox.popleft()
+            self.feed(ev.TokensCommitted(self.up[rank], report))
+
+    @rule(rank=RANKS)
+    def kill(self, rank: int) -> None:
+        if rank in self.up:
+            self.feed(ev.RankDown(self.up.pop(rank), "killed"))
+
+    @rule(rank=RANKS)
+    def drain(self, rank: int) -> None:
+        if rank in self.up:
+            self.draining.add(self.up[rank])
+            self.feed(ev.RankDraining(self.up[rank]))
+
+    @precondition(lambda self: self.fakes)
+    @rule(data=st.data())
+    def late_words_of_the_dead(self, data: st.DataObject) -> None:
+        dead = [m for m, fake in self.fakes.items() if fake.outbox and self.up.get(m.rank) != m]
+        if dead:
+            member = data.draw(st.sampled_from(sorted(dead)))
+            self.feed(ev.TokensCommitted(member, self.fakes[member].outbox.popleft()))
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.integers(0, self.submitted - 1))
+        if request_id not in self.finished:
+            self.wanted.pop(request_id, None)
+        self.feed(ev.CancelRequested(request_id))
+
+    @invariant()
+    def consistent(self) -> None:
+        self.machine.check()
+        assert self.working == bool(self.machine.requests)
+        for member, rank in self.machine.ranks.items():
+            assert rank.requests.keys() >= self.fakes[member].assigned.keys()
+
+    def teardown(self) -> None:
+        """With one healthy rank everything ends, and whoever did not cancel has the full sequence."""
+        for rank in list(self.up):
+            self.kill(rank)
+        self.launch(0)
+        while self.machine.requests:
+            fake = self.fakes[self.up[0]]
+            fake.compute(3)
+            assert fake.outbox, "requests are left, but the rank has nothing to do"
+            self.deliver(0, again=False)
+            self.machine.check()
+        for request_id, max_tokens in self.wanted.items():
+            assert request_id in self.finished
+            assert self.heard[request_id] == [oracle(request_id, i) for i in range(max_tokens)]
+
+
+RoutingUnderFaults.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None, derandomize=True
+)
+test_routing_under_faults = RoutingUnderFaults.TestCase
