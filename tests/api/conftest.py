@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from elastic_ep.api.app import create_app, serve
+from elastic_ep.api.app import Server, create_app, serve
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings
 
@@ -22,6 +22,7 @@ class Running:
     backend: FakeBackend
     metrics: Metrics
     http: aiohttp.ClientSession
+    server: Server
 
     async def post(self, path: str, body: Any) -> tuple[int, Any]:
         async with self.http.post(self.url + path, json=body) as response:
@@ -53,7 +54,7 @@ async def start(anyio_backend: str) -> AsyncIterator[Start]:
         server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
         http = aiohttp.ClientSession()
         closing.append((server, http))
-        return Running(server.url, backend, metrics, http)
+        return Running(server.url, backend, metrics, http, server)
 
     yield begin
     for server, http in closing:

@@ -11,6 +11,7 @@ from functools import cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from elastic_ep.api.backend import Busy, EngineStatus, FaultToleranceStatus, Stopping
+from elastic_ep.detokenize import byte_level_alphabet
 from elastic_ep.messages import SamplingParams, Token, TopLogprob
 from elastic_ep.text import Text
 
@@ -43,6 +44,13 @@ def byte_level_tokenizer() -> Tokenizer:
 @cache
 def sample_text() -> Text:
     return Text(byte_level_tokenizer(), TEMPLATE, {"eos_token": "<|im_end|>"})
+
+
+def byte_tokens(written: str) -> list[int]:
+    """One token for each byte."""
+    characters = {byte: char for char, byte in byte_level_alphabet().items()}
+    vocabulary = byte_level_tokenizer().get_vocab()
+    return [vocabulary[characters[byte]] for byte in written.encode()]
 
 
 def tokens_of(
@@ -81,6 +89,7 @@ class FakeStream:
         self._batches = deque(batches)
         self._ended = False
         self.taken = 0
+        self.idle = asyncio.Event()
         self.cancelled = asyncio.Event()
 
     def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]:
@@ -90,6 +99,7 @@ class FakeStream:
         if self._ended:
             raise StopAsyncIteration
         if not self._batches:
+            self.idle.set()
             await asyncio.Event().wait()
         await asyncio.sleep(0)
         batch = self._batches.popleft()
@@ -134,6 +144,7 @@ class FakeBackend:
     stopping: bool = False
     submitted: list[Submitted] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
+    arrived: asyncio.Queue[FakeStream] = field(default_factory=asyncio.Queue)
 
     def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> FakeStream:
         if self.stopping:
@@ -144,6 +155,7 @@ class FakeBackend:
         stream = FakeStream(self.reply(request))
         self.submitted.append(request)
         self.streams.append(stream)
+        self.arrived.put_nowait(stream)
         return stream
 
     def status(self) -> FaultToleranceStatus:

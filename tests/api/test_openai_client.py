@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionTokenLogprob
+from openai.types.completion_choice import CompletionChoice
 
 from elastic_ep.messages import Token
 
@@ -13,7 +15,7 @@ from .conftest import Running, Start
 from .fakes import MODEL, FakeBackend, Submitted, sample_text, says, tokens_of
 
 pytestmark = pytest.mark.anyio
-MESSAGES = [{"role": "user", "content": "What is 12 - 5?"}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 12 - 5?"}]
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ async def test_streamed_completion(client: openai.AsyncOpenAI) -> None:
 
 
 async def test_chat(client: openai.AsyncOpenAI, running: Running) -> None:
-    answer = await client.chat.completions.create(model=MODEL, messages=MESSAGES)  # type: ignore[arg-type]
+    answer = await client.chat.completions.create(model=MODEL, messages=MESSAGES)
     assert answer.choices[0].message.content == "The answer is 7."
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason == "stop"
@@ -89,7 +91,7 @@ async def test_chat(client: openai.AsyncOpenAI, running: Running) -> None:
 async def test_streamed_chat(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model=MODEL,
-        messages=MESSAGES,  # type: ignore[arg-type]
+        messages=MESSAGES,
         stream=True,
         stream_options={"include_usage": True},
     )
@@ -122,7 +124,7 @@ async def test_many_choices(client: openai.AsyncOpenAI, running: Running, stream
 async def test_sampling_parameters_arrive(client: openai.AsyncOpenAI, running: Running) -> None:
     await client.chat.completions.create(
         model=MODEL,
-        messages=MESSAGES,  # type: ignore[arg-type]
+        messages=MESSAGES,
         temperature=0.7,
         top_p=0.9,
         presence_penalty=0.5,
@@ -180,12 +182,12 @@ async def test_completion_logprobs(client: openai.AsyncOpenAI, stream: bool) -> 
     tokens: list[str] = []
     offsets: list[int] = []
     text = ""
-    parts = []
+    parts: list[CompletionChoice] = []
     if stream:
-        async for chunk in await client.completions.create(
+        chunks = await client.completions.create(
             model=MODEL, prompt="A", logprobs=2, max_tokens=50, stream=True
-        ):
-            parts.append(chunk.choices[0])
+        )
+        parts = [chunk.choices[0] async for chunk in chunks]
     else:
         parts = (await client.completions.create(model=MODEL, prompt="A", logprobs=2, max_tokens=50)).choices
     for part in parts:
@@ -205,11 +207,11 @@ async def test_completion_logprobs(client: openai.AsyncOpenAI, stream: bool) -> 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_chat_logprobs(client: openai.AsyncOpenAI, running: Running, stream: bool) -> None:
     running.backend.reply = says("Zoë 🙂")
-    entries = []
+    entries: list[ChatCompletionTokenLogprob] = []
     if stream:
         async for chunk in await client.chat.completions.create(
             model=MODEL,
-            messages=MESSAGES,  # type: ignore[arg-type]
+            messages=MESSAGES,
             logprobs=True,
             top_logprobs=3,
             stream=True,
@@ -219,7 +221,7 @@ async def test_chat_logprobs(client: openai.AsyncOpenAI, running: Running, strea
     else:
         answer = await client.chat.completions.create(
             model=MODEL,
-            messages=MESSAGES,  # type: ignore[arg-type]
+            messages=MESSAGES,
             logprobs=True,
             top_logprobs=3,
         )
