@@ -210,6 +210,16 @@ async def test_events_that_arise_meanwhile_wait_their_turn() -> None:
     assert rig.sent[-1][0] == B
 
 
+async def test_the_notices_of_one_event_stay_together() -> None:
+    rig = Rig()
+    rig.answers[ev.Replayed] = ev.DeadlinePassed()
+    rig.router.handle(ev.RankUp(A))
+    rig.submit()
+    rig.submit()
+    rig.router.handle(ev.RankDown(A, "killed"))
+    assert rig.notices[1:] == [ev.Replayed(0, A), ev.Replayed(1, A), ev.WorkEnded(), ev.Drained()]
+
+
 async def test_an_unexpected_event_leaves_the_router_working() -> None:
     rig = Rig()
     rig.router.handle(ev.RankUp(A))
