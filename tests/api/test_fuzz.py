@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import requests
@@ -37,10 +38,6 @@ def url() -> Iterator[str]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
-    async def begin() -> tuple[str, object]:
-        server = await serve(create_app(FakeBackend(), settings(), sample_text(), Metrics()), "127.0.0.1", 0)
-        return server.url, server
-
     server = asyncio.run_coroutine_threadsafe(
         serve(create_app(FakeBackend(), settings(), sample_text(), Metrics()), "127.0.0.1", 0), loop
     ).result(10)
@@ -69,12 +66,12 @@ _few = hypothesis_settings(
 @seed(20261123)
 @_few
 @given(case=SCHEMA.as_strategy(GenerationMode.POSITIVE))
-def test_valid_requests(case: Case, url: str, session: requests.Session) -> None:
+def test_valid_requests(case: Case[Any], url: str, session: requests.Session) -> None:
     case.validate_response(case.call(base_url=url, session=session), checks=CHECKS)
 
 
 @seed(20261124)
 @_few
 @given(case=SCHEMA.as_strategy(GenerationMode.NEGATIVE))
-def test_invalid_requests(case: Case, url: str, session: requests.Session) -> None:
+def test_invalid_requests(case: Case[Any], url: str, session: requests.Session) -> None:
     case.validate_response(case.call(base_url=url, session=session), checks=CHECKS)

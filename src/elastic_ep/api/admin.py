@@ -9,10 +9,11 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from elastic_ep.api.backend import Backend
+from elastic_ep.api.bodies import detokenize_fields, tokenize_fields
 from elastic_ep.api.fields import parse_object, read_fields
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.openapi import description
-from elastic_ep.api.requests import JobReader, detokenize_fields, tokenize_fields
+from elastic_ep.api.requests import JobReader
 from elastic_ep.api.settings import ApiSettings
 from elastic_ep.text import Text
 

@@ -87,6 +87,19 @@ def stopping() -> ApiError:
     )
 
 
+def unknown_model(name: str) -> ApiError:
+    return ApiError(f"The model '{name}' does not exist.", status=404, param="model", code="model_not_found")
+
+
+def prompt_too_long(longest: int, tokens: str, param: str) -> ApiError:
+    return ApiError(
+        f"This model's maximum context length is {longest} tokens, and one must be left to generate. "
+        f"Your {param} came to {tokens} tokens.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
 def _from_aiohttp(error: web.HTTPException) -> ApiError | None:
     if error.status < 400:
         return None

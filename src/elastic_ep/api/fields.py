@@ -33,17 +33,16 @@ class Field:
     required: bool = False
 
 
-def read_fields(body: Mapping[str, Any], table: Iterable[Field]) -> dict[str, Any]:
-    """The fields of `table` as they are in `body`. Raises `ApiError`."""
+def read_fields(body: Mapping[str, Any], table: Iterable[Field], within: str = "") -> dict[str, Any]:
+    """The fields of `table` as they are in `body`, which is the value of `within`. Raises `ApiError`."""
     values = {}
     for field in table:
         value = body.get(field.name)
+        param = within + field.name
         if value is not None:
-            values[field.name] = field.kind.read(value, field.name)
+            values[field.name] = field.kind.read(value, param)
         elif field.required:
-            raise ApiError(
-                f"'{field.name}' is required.", param=field.name, code="missing_required_parameter"
-            )
+            raise ApiError(f"'{param}' is required.", param=param, code="missing_required_parameter")
         else:
             values[field.name] = field.default
     return values
@@ -201,13 +200,7 @@ class Object:
     def read(self, value: Any, param: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise wrong_type(param, "an object", value)
-        if not self.table:
-            return value
-        try:
-            return read_fields(value, self.table)
-        except ApiError as error:
-            error.param = f"{param}.{error.param}"
-            raise
+        return read_fields(value, self.table, f"{param}.") if self.table else value
 
     def schema(self) -> Schema:
         return object_schema(self.table)

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from elastic_ep.api.backend import Backend, Stream
-from elastic_ep.api.errors import stopping, translate, unexpected
+from elastic_ep.api.errors import stopping, translate, unexpected, unknown_model
 from elastic_ep.api.fields import parse_object
 from elastic_ep.api.generate import ChoiceReader, Clock, submit
 from elastic_ep.api.metrics import Metrics
-from elastic_ep.api.requests import Job, JobReader, unknown_model
+from elastic_ep.api.requests import Job, JobReader
 from elastic_ep.api.settings import ApiSettings
 from elastic_ep.api.shapes import (
     Answer,

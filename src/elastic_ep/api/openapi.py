@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from elastic_ep.api.bodies import chat_fields, completion_fields, detokenize_fields, tokenize_fields
 from elastic_ep.api.fields import Field, Schema, object_schema
-from elastic_ep.api.requests import chat_fields, completion_fields, detokenize_fields, tokenize_fields
 from elastic_ep.api.settings import ApiSettings
 from elastic_ep.messages import RankState
 
