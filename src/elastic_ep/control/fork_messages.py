@@ -1,0 +1,76 @@
+"""What the launcher and the fork server say to each other: one JSON object a packet, over a SEQPACKET socket."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PACKET_BYTES = 128 << 10
+CONFIG_LIMIT = 60_000
+"""Bytes of a rank's configuration; quoting may double it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Become this rank. Travels with the read end of the rank's life line."""
+
+    rank: int
+    incarnation: int
+    slot: int
+    """Of the rank's mutex."""
+    config_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """All is imported. `threads` should be 1: only a single-threaded process forks safely."""
+
+    pid: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """Travels with a pidfd, taken before the child could be reaped. `fork_us`: how long the fork took."""
+
+    rank: int
+    incarnation: int
+    pid: int
+    fork_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    rank: int
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The child is reaped; nothing of it is left."""
+
+    rank: int
+    incarnation: int
+    status: str
+
+
+ForkMessage = Fork | Ready | Forked | Refused | Exited
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Fork, Ready, Forked, Refused, Exited)}
+
+
+def pack(message: ForkMessage) -> bytes:
+    return json.dumps({"is": type(message).__name__, **asdict(message)}, ensure_ascii=False).encode()
+
+
+def unpack(data: bytes) -> ForkMessage:
+    """Raises ValueError, KeyError or TypeError on anything that `pack` did not make."""
+    fields = json.loads(data)
+    message: ForkMessage = _KINDS[fields.pop("is")](**fields)
+    return message
+
+
+def status_text(returncode: int) -> str:
+    """In words, from a return code as `subprocess` and `os.waitstatus_to_exitcode` give it."""
+    return f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
