@@ -55,7 +55,7 @@ def session() -> Iterator[requests.Session]:
 
 
 _few = hypothesis_settings(
-    max_examples=150,
+    max_examples=300,
     deadline=None,
     database=None,
     phases=[Phase.generate],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any
 
 import openai
 import pytest
@@ -12,7 +15,7 @@ from openai.types.completion_choice import CompletionChoice
 from elastic_ep.messages import Token
 
 from .conftest import Running, Start
-from .fakes import MODEL, FakeBackend, Submitted, sample_text, says, tokens_of
+from .fakes import MODEL, FakeBackend, Submitted, never_ends, sample_text, says, tokens_of
 
 pytestmark = pytest.mark.anyio
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 12 - 5?"}]
@@ -178,6 +181,45 @@ async def test_stop_string(client: openai.AsyncOpenAI, running: Running, stream:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_ends_its_choice_and_no_other(
+    client: openai.AsyncOpenAI, running: Running, stream: bool
+) -> None:
+    def reply(request: Submitted) -> Iterable[tuple[Token, ...]]:
+        return never_ends("7 #### 7" if request.choice == 0 else "7")(request)
+
+    running.backend.reply = reply
+    asked = client.completions.create(model=MODEL, prompt="A", stop="####", n=2, stream=stream)
+    answer = asyncio.create_task(_read_all(asked))
+    async with asyncio.timeout(5):
+        first, second = [await running.backend.arrived.get() for _ in range(2)]
+        await first.cancelled.wait()
+        await second.idle.wait()
+    assert not second.cancelled.is_set()
+    answer.cancel()
+    async with asyncio.timeout(1):
+        await second.cancelled.wait()
+
+
+async def _read_all(asked: Coroutine[Any, Any, Any]) -> None:
+    answer = await asked
+    if isinstance(answer, openai.AsyncStream):
+        async for _ in answer:
+            pass
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_token_that_ends_the_text_is_not_part_of_it(
+    client: openai.AsyncOpenAI, running: Running, stream: bool
+) -> None:
+    running.backend.reply = says("The answer is 7", end=".")
+    asked = {"prompt": "A", "max_tokens": 50, "stream": stream}
+    async with running.http.post(f"{running.url}/v1/completions", json=asked) as response:
+        lines = (await response.text()).replace("data: [DONE]", "").splitlines()
+    texts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines if line]
+    assert "".join(texts) == "The answer is 7"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_completion_logprobs(client: openai.AsyncOpenAI, stream: bool) -> None:
     tokens: list[str] = []
     offsets: list[int] = []
@@ -283,8 +325,8 @@ async def test_an_abort_in_mid_stream_is_an_error_for_the_client(
         return [tuple(tokens_of([70, 71], finish=None)), tuple(tokens_of([72], finish="abort"))]
 
     running.backend.reply = reply
-    with pytest.raises(openai.APIError, match="shutting down"):
+    with pytest.raises(openai.APIError, match="before it was complete"):
         async for _ in await client.completions.create(model=MODEL, prompt="A", stream=True):
             pass
-    with pytest.raises(openai.InternalServerError, match="shutting down"):
+    with pytest.raises(openai.InternalServerError, match="before it was complete"):
         await client.completions.create(model=MODEL, prompt="A")

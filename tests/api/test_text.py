@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -98,9 +98,16 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     return (text[: min(found)[1]], True) if found else (text, False)
 
 
-@given(st.text(alphabet="abc", max_size=40), st.lists(letters, min_size=1, max_size=4), st.data())
-def test_the_cut_does_not_depend_on_the_pieces(text: str, stops: list[str], data: st.DataObject) -> None:
-    places = sorted(data.draw(st.lists(st.integers(0, len(text)))))
+@settings(max_examples=400)
+@given(
+    st.text(alphabet="ab", max_size=40),
+    st.lists(letters, min_size=1, max_size=3),
+    st.lists(st.integers(0, 40)),
+)
+@example("aaab", ["aab"], [])
+@example("ababbab", ["abb", "babba"], [2, 3])
+def test_the_cut_does_not_depend_on_the_pieces(text: str, stops: list[str], splits: list[int]) -> None:
+    places = sorted(min(place, len(text)) for place in splits)
     matcher = StopStrings(stops)
     shown = ""
     stopped = False

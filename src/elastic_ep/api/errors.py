@@ -7,8 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aiohttp import ClientPayloadError, web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp import web
 
 from elastic_ep.api.backend import Busy, Stopping
 
@@ -66,7 +65,7 @@ def translate(error: Exception) -> ApiError | None:
             return stopping()
         case web.HTTPException():
             return _from_aiohttp(error)
-        case HttpProcessingError() | ClientPayloadError() | web.RequestPayloadError():
+        case web.RequestPayloadError():
             return ApiError("The request body could not be read.")
     return None
 
@@ -97,6 +96,15 @@ def prompt_too_long(longest: int, tokens: str, param: str) -> ApiError:
         f"Your {param} came to {tokens} tokens.",
         param=param,
         code="context_length_exceeded",
+    )
+
+
+def aborted() -> ApiError:
+    return ApiError(
+        "The server ended this request before it was complete.",
+        status=503,
+        kind="service_unavailable_error",
+        code="aborted",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from elastic_ep.api.backend import Backend, Stream
-from elastic_ep.api.errors import stopping, translate, unexpected, unknown_model
+from elastic_ep.api.errors import aborted, translate, unexpected, unknown_model
 from elastic_ep.api.fields import parse_object
 from elastic_ep.api.generate import ChoiceReader, Clock, submit
 from elastic_ep.api.metrics import Metrics
@@ -197,7 +197,7 @@ class OpenAiHandlers:
         run.stream.cancel()
         self._metrics.finished(finish or "abort")
         if finish is None or finish == "abort":
-            raise stopping()
+            raise aborted()
         return finish
 
 

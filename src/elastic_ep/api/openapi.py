@@ -71,7 +71,7 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
 
 def _generating(summary: str, table: Iterable[Field], answer: Schema) -> dict[str, Any]:
     success = _json("The answer, or its server-sent events with `stream`.", answer)
-    success["content"]["text/event-stream"] = {"schema": _STRING}
+    success["content"]["text/event-stream"] = {"schema": {}}
     return _post(summary, table, success, 404, 429, 503)
 
 
