@@ -1,0 +1,121 @@
+"""The MoE block: the gate picks experts, the exchange carries the rows to them and back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from elastic_ep.exchange.base import TILE, Received
+from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.layers import linear
+from elastic_ep.model.weights import LayerWeights
+from elastic_ep.placement import Placement
+
+
+class Carrier(Protocol):
+    """The part of an `Exchange` that a layer uses."""
+
+    def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received: ...
+
+    def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor: ...
+
+
+class RoutingTable:
+    """`physical` [layers, experts] int64: the copy of each logical expert that this rank sends to.
+
+    Updated in place, so that whoever captured its address sees the new view.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.physical = torch.zeros(
+            config.num_hidden_layers, config.num_experts, dtype=torch.int64, device=device
+        )
+
+    def update(self, placement: Placement, active_ranks: Collection[int], rank: int) -> bool:
+        """Choose among the copies on `active_ranks`. False, and no change, if some expert has none."""
+        rows = [choose_copies(placement, layer, active_ranks, rank) for layer in range(len(placement.slots))]
+        if any(copy is None for row in rows for copy in row):
+            return False
+        self.physical.copy_(torch.tensor(rows))
+        return True
+
+
+def choose_copies(
+    placement: Placement, layer: int, active_ranks: Collection[int], rank: int
+) -> list[int | None]:
+    """Per logical expert the physical expert for `rank` to use: its own copy, else one of the live ones.
+
+    (rank + expert) picks among several, so that the ranks spread their load over the copies.
+    """
+    live: list[list[int]] = [[] for _ in range(placement.num_experts)]
+    for physical, logical in enumerate(placement.slots[layer]):
+        if logical >= 0 and physical // placement.slots_per_rank in active_ranks:
+            live[logical].append(physical)
+    chosen: list[int | None] = []
+    for logical, copies in enumerate(live):
+        own = [physical for physical in copies if physical // placement.slots_per_rank == rank]
+        chosen.append(own[0] if own else copies[(rank + logical) % len(copies)] if copies else None)
+    return chosen
+
+
+def gate(
+    x: torch.Tensor, weights: LayerWeights, physical: torch.Tensor, config: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [Tp, H] to physical experts [Tp, K] and their weights [Tp, K]; `physical` [E] is the layer's routing."""
+    probabilities = torch.softmax(linear(x, weights.gate), dim=-1)
+    chosen, logical = torch.topk(probabilities, config.num_experts_per_tok, dim=-1)
+    if config.norm_topk_prob:
+        chosen /= chosen.sum(dim=-1, keepdim=True)
+    return torch.take(physical, logical), chosen
+
+
+def experts(received: Received, weights: LayerWeights) -> torch.Tensor:
+    """Each slot's expert on its rows, tile by tile: [S, C, H], shaped like `received.packed`.
+
+    Every product has the shape of one tile, so it does not matter which slot or which row a token got.
+    """
+    packed = received.packed
+    counts: list[int] = received.counts.tolist()
+    most = max(counts, default=0)
+    if most == 0:
+        return packed
+    if packed.shape[1] == TILE:
+        return _swiglu(packed, weights.gate_up, weights.down)
+    y = torch.zeros_like(packed)
+    y[:, :TILE] = _swiglu(packed[:, :TILE], weights.gate_up, weights.down)
+    for slot, count in enumerate(counts):
+        one = slice(slot, slot + 1)
+        for start in range(TILE, count, TILE):
+            tile = slice(start, start + TILE)
+            y[one, tile] = _swiglu(packed[one, tile], weights.gate_up[one], weights.down[one])
+    return y
+
+
+def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """x [S, TILE, H]"""
+    gated, up = torch.bmm(x, gate_up).chunk(2, dim=-1)
+    return torch.bmm(functional.silu(gated).mul_(up), down)
+
+
+def moe(
+    x: torch.Tensor,
+    num_tokens: int,
+    weights: LayerWeights,
+    physical: torch.Tensor,
+    exchange: Carrier,
+    config: ModelConfig,
+) -> torch.Tensor:
+    """x [Tp, H], normed, of which the first `num_tokens` rows are real: their expert mixture [num_tokens, H].
+
+    Exactly two exchange operations, also for no tokens at all.
+    """
+    if num_tokens == 0:
+        chosen = torch.empty(0, config.num_experts_per_tok, dtype=torch.int64, device=x.device)
+        mixing = torch.empty(0, config.num_experts_per_tok, device=x.device)
+    else:
+        chosen, mixing = gate(x, weights, physical, config)
+    received = exchange.dispatch(x[:num_tokens], chosen[:num_tokens])
+    return exchange.combine(experts(received, weights), mixing[:num_tokens])

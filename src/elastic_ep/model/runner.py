@@ -1,0 +1,170 @@
+"""One rank's engine: requests in, one lockstep step at a time, tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from elastic_ep.config import EngineLimits
+from elastic_ep.exchange.base import TILE, Exchange, Received
+from elastic_ep.messages import Assign, SamplingParams, Token
+from elastic_ep.model.batch import KEY_BLOCK, CacheLayout, make_batch
+from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.sampler import Sampled, sample
+from elastic_ep.model.scheduler import Chunk, Scheduler, Sequence
+from elastic_ep.model.transformer import Qwen3Moe
+from elastic_ep.model.weights import Weights
+from elastic_ep.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`masked` names the ranks that poisoned the step; it then committed nothing."""
+
+    tokens: tuple[Token, ...] = ()
+    masked: frozenset[int] = frozenset()
+
+
+class ModelRunner:
+    """Forward thread only. Raises ValueError if the limits do not fit together."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        limits: EngineLimits,
+        weights: Weights,
+        placement: Placement,
+        rank: int,
+        exchange: Exchange,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if KEY_BLOCK % limits.page_size:
+            raise ValueError(f"page size {limits.page_size} does not divide {KEY_BLOCK}")
+        self._limits = limits
+        self._eos = frozenset(config.eos_token_ids)
+        self._placement = placement
+        self._rank = rank
+        self._exchange = exchange
+        self._device = torch.device(device)
+        self._scheduler = Scheduler(limits)
+        self._layout = CacheLayout(
+            config.num_attention_heads, config.num_key_value_heads, limits.page_size, limits.num_pages + 1
+        )
+        self._model = Qwen3Moe(weights, self._layout, limits.max_model_len, self._device)
+        self._ended: list[Token] = []
+        self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
+
+    @property
+    def running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting or self._ended)
+
+    @property
+    def preemptions(self) -> int:
+        return self._scheduler.preemptions
+
+    def set_routing(self, active_ranks: Collection[int], placement: Placement | None = None) -> bool:
+        """Route to the copies on `active_ranks` from the next step on, by a new `placement` if given.
+
+        False if some expert has no copy there; the table then stays as it was and no step may schedule work.
+        """
+        if placement is not None:
+            self._placement = placement
+        return self._model.routing.update(self._placement, active_ranks, self._rank)
+
+    def add(self, assign: Assign) -> None:
+        """Take over a request from position len(prompt) + len(emitted) on."""
+        sequence = Sequence.of(assign)
+        if sequence.output_len >= assign.params.max_tokens:
+            self._ended.append(Token(assign.request_id, sequence.output_len, sequence.tokens[-1], "length"))
+        elif not 0 < len(sequence.tokens) < self._limits.max_model_len:
+            self._ended.append(Token(assign.request_id, sequence.output_len, 0, "abort"))
+        else:
+            self._scheduler.add(sequence)
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request. Unknown ids are no error."""
+        self._ended = [token for token in self._ended if token.request_id != request_id]
+        sequence = self._scheduler.find(request_id)
+        if sequence is not None:
+            self._scheduler.remove(sequence)
+
+    @torch.inference_mode()
+    def run_step(self, step: int, schedule: bool) -> StepResult:
+        """One step: always the same number of exchange operations, tokens only if nothing was masked meanwhile.
+
+        A poisoned step's batch stays scheduled: its KV entries are overwritten when it runs again.
+        """
+        chunks = self._scheduler.schedule() if schedule else []
+        self._exchange.begin_step(step)
+        if not chunks:
+            self._model.forward_idle(self._exchange)
+            masked = self._exchange.end_step()
+            return StepResult(masked=masked) if masked else StepResult(self._take_ended())
+        batch = make_batch(chunks, self._layout, self._device)
+        logits = self._model.forward(batch, self._exchange)
+        masked = self._exchange.end_step()
+        if masked:
+            self._model.cache.forget(batch)
+            return StepResult(masked=masked)
+        self._scheduler.commit(chunks)
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        sampled = sample(logits, sequences) if sequences else []
+        tokens = [self._append(seq, one) for seq, one in zip(sequences, sampled, strict=True)]
+        return StepResult((*self._take_ended(), *tokens))
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """One forward of one tile, and of none, without peers: the first real step must not be slow."""
+        alone = _Alone(self._model.config, self._placement.slots_per_rank, self._device)
+        params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, logprobs=1)
+        chunks = [Chunk(Sequence(0, [0, 0], 2, params, 0, 0, pages=[0]), start, 1) for start in range(2)]
+        batch = make_batch(chunks, self._layout, self._device)
+        sample(self._model.forward(batch, alone), [chunks[1].sequence])
+        self._model.forward_idle(alone)
+        self._model.cache.forget(batch)
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> Token:
+        index = sequence.output_len
+        sequence.tokens.append(sampled.token)
+        finish = self._finish(sequence)
+        if finish is not None:
+            self._scheduler.remove(sequence)
+        return Token(sequence.request_id, index, sampled.token, finish, sampled.logprob, sampled.top)
+
+    def _finish(self, sequence: Sequence) -> str | None:
+        params, token = sequence.params, sequence.tokens[-1]
+        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
+            return "stop"
+        if sequence.output_len >= params.max_tokens or len(sequence.tokens) >= self._limits.max_model_len:
+            return "length"
+        return None
+
+    def _take_ended(self) -> tuple[Token, ...]:
+        ended, self._ended = tuple(self._ended), []
+        return ended
+
+
+class _Alone:
+    """A carrier without peers, for `warm_up`: experts get one tile of zeros, combine gives zeros."""
+
+    def __init__(self, config: ModelConfig, slots: int, device: torch.device) -> None:
+        self._received = Received(
+            torch.zeros(slots, TILE, config.hidden_size, device=device), torch.ones(slots, dtype=torch.int64)
+        )
+        self._hidden = config.hidden_size
+
+    def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
+        return self._received
+
+    def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return y.new_zeros(len(weights), self._hidden)

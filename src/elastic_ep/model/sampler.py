@@ -1,0 +1,152 @@
+"""From logits to tokens. The noise at a position is a function of (seed, choice, position) and nothing else, so a
+stream that moves to another rank, or is computed anew, goes on with the same tokens.
+
+Order as in vLLM: log-probabilities of the raw logits; repetition, presence and frequency penalties; temperature;
+min_p; top_k; top_p. Arithmetic on sampled rows is float64 and row by row independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from elastic_ep.messages import SamplingParams, TopLogprob
+from elastic_ep.model.scheduler import Sequence
+
+_Floats = npt.NDArray[np.float64]
+_Words = npt.NDArray[np.uint64]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    token: int
+    logprob: float | None = None
+    top: tuple[TopLogprob, ...] = ()
+
+
+def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
+    """The next token of each sequence, from the first rows of logits [>= len(sequences), V] float32."""
+    raw = logits.numpy(force=True)[: len(sequences)]
+    if all(_is_plain_greedy(seq.params) for seq in sequences):
+        return [Sampled(int(token)) for token in raw.argmax(axis=-1)]
+    scores = _penalised(raw, sequences)
+    tokens = scores.argmax(axis=-1)
+    rows = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
+    if rows:
+        chosen = [sequences[row] for row in rows]
+        tokens[rows] = _draw(scores[rows], chosen)
+    return [
+        _with_logprobs(int(token), row, seq.params)
+        for token, row, seq in zip(tokens, raw, sequences, strict=True)
+    ]
+
+
+def gumbel(keys: Seq[tuple[int, int, int]], vocab_size: int) -> _Floats:
+    """Standard Gumbel noise [len(keys), vocab_size] for keys (seed, choice, position).
+
+    Counter-based: word v of a key is splitmix64's v-th output from a state that hashes the key.
+    """
+    state = np.array([_key_state(*key) for key in keys], dtype=np.uint64)
+    counter = np.arange(1, vocab_size + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    words = _mix(state[:, None] + counter)
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
+
+
+def _key_state(seed: int, choice: int, position: int) -> int:
+    state = 0
+    for part in (seed, choice, position):
+        state = int(_mix(np.array([(state + _GOLDEN + part) & _MASK], dtype=np.uint64))[0])
+    return state
+
+
+def _mix(x: _Words) -> _Words:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014). Unsigned arithmetic wraps."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _is_plain_greedy(params: SamplingParams) -> bool:
+    return params.temperature == 0 and params.logprobs is None and not _has_penalties(params)
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _penalised(raw: npt.NDArray[np.float32], sequences: Seq[Sequence]) -> _Floats:
+    scores = raw.astype(np.float64)
+    for row, seq in zip(scores, sequences, strict=True):
+        params = seq.params
+        if not _has_penalties(params):
+            continue
+        seen = np.unique(seq.tokens)
+        row[seen] = np.where(
+            row[seen] > 0, row[seen] / params.repetition_penalty, row[seen] * params.repetition_penalty
+        )
+        output, counts = np.unique(seq.tokens[seq.prompt_len :], return_counts=True)
+        if len(output):
+            row[output] -= params.frequency_penalty * counts + params.presence_penalty
+    return scores
+
+
+def _draw(scores: _Floats, sequences: Seq[Sequence]) -> npt.NDArray[np.int64]:
+    """Gumbel-max: the argmax of log-probability plus noise is a sample."""
+    column = _column(sequences)
+    scores = scores / column("temperature")
+    min_p = column("min_p")
+    if (min_p > 0).any():
+        with np.errstate(divide="ignore"):
+            floor = scores.max(axis=-1, keepdims=True) + np.log(min_p)
+        scores[scores < floor] = -np.inf
+    top_k, top_p = column("top_k"), column("top_p")
+    if (top_k > 0).any() or (top_p < 1).any():
+        scores = _cut_tail(scores, top_k, top_p)
+    noise = gumbel([(seq.seed, seq.choice, len(seq.tokens)) for seq in sequences], scores.shape[-1])
+    drawn: npt.NDArray[np.int64] = (scores + noise).argmax(axis=-1)
+    return drawn
+
+
+def _column(sequences: Seq[Sequence]) -> Callable[[str], _Floats]:
+    def column(name: str) -> _Floats:
+        return np.array([[getattr(seq.params, name)] for seq in sequences], dtype=np.float64)
+
+    return column
+
+
+def _cut_tail(scores: _Floats, top_k: _Floats, top_p: _Floats) -> _Floats:
+    """Keep the `top_k` best (0: all), then the smallest set of the best that has at least `top_p` of the mass.
+
+    Scores [R, V]; `top_k`, `top_p` [R, 1]. Ties go to the lower token id.
+    """
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    ranked = np.take_along_axis(scores, order, axis=-1)
+    ranked[(top_k > 0) & (np.arange(scores.shape[-1]) >= top_k)] = -np.inf
+    mass = np.exp(ranked - ranked[:, :1])
+    before = np.cumsum(mass, axis=-1) - mass
+    cut = (top_p < 1) & (before >= top_p * mass.sum(axis=-1, keepdims=True))
+    cut[:, 0] = False
+    ranked[cut] = -np.inf
+    kept = np.empty_like(ranked)
+    np.put_along_axis(kept, order, ranked, axis=-1)
+    return kept
+
+
+def _with_logprobs(token: int, raw: npt.NDArray[np.float32], params: SamplingParams) -> Sampled:
+    if params.logprobs is None:
+        return Sampled(token)
+    wide = raw.astype(np.float64)
+    top = wide.max()
+    logprobs = wide - (top + np.log(np.exp(wide - top).sum()))
+    best = np.argsort(-logprobs, kind="stable")[: params.logprobs]
+    alternatives = tuple(TopLogprob(int(index), float(logprobs[index])) for index in best)
+    return Sampled(token, float(logprobs[token]), alternatives)

@@ -1,0 +1,45 @@
+"""Qwen3-MoE: paged attention on this rank's own sequences, experts through the exchange."""
+
+from __future__ import annotations
+
+import torch
+
+from elastic_ep.model.attention import KVCache, attention
+from elastic_ep.model.batch import Batch, CacheLayout
+from elastic_ep.model.layers import Rope, linear, rms_norm
+from elastic_ep.model.moe import Carrier, RoutingTable, moe
+from elastic_ep.model.weights import Weights
+
+
+class Qwen3Moe:
+    """The forward pass. Every call performs two exchange operations a layer."""
+
+    def __init__(self, weights: Weights, layout: CacheLayout, max_len: int, device: torch.device) -> None:
+        self._weights = weights
+        self._layout = layout
+        self.config = config = weights.config
+        self.cache = KVCache(config, layout, device)
+        self.routing = RoutingTable(config, device)
+        self._rope = Rope(config.head_dim, config.rope_theta, max_len, device)
+        self._nothing = torch.empty(0, config.hidden_size, device=device)
+
+    def forward(self, batch: Batch, exchange: Carrier) -> torch.Tensor:
+        """Logits [R padded, V] float32 of the batch's logit rows. Writes the batch's keys and values."""
+        config, eps = self.config, self.config.rms_norm_eps
+        count = batch.num_tokens
+        rope = (self._rope, *self._rope.at(batch.positions))
+        x = self._weights.embed.index_select(0, batch.tokens)
+        for index, layer in enumerate(self._weights.layers):
+            h = rms_norm(x, layer.input_norm, eps)
+            x += attention(h, layer, self.cache.layers[index], batch, config, self._layout, rope)
+            h = rms_norm(x, layer.post_norm, eps)
+            x[:count] += moe(h, count, layer, self.routing.physical[index], exchange, config)
+        if len(batch.logit_rows) == 0:
+            return x.new_empty(0, config.vocab_size)
+        last = rms_norm(x.index_select(0, batch.logit_rows), self._weights.final_norm, eps)
+        return linear(last, self._weights.lm_head)
+
+    def forward_idle(self, exchange: Carrier) -> None:
+        """No tokens of our own: serve this rank's experts to the others."""
+        for index, layer in enumerate(self._weights.layers):
+            moe(self._nothing, 0, layer, self.routing.physical[index], exchange, self.config)

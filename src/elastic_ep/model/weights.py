@@ -1,0 +1,163 @@
+"""The weights of one rank: everything dense, and the experts that the placement puts here. float32.
+
+Matrices are stored [in, out], ready for `x @ w`. Experts are stacked by slot, so that a slot can be overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from elastic_ep.model.checkpoint import TensorEntry, expected_tensors, expert_tensors, validate_checkpoint
+from elastic_ep.model.config import ModelConfig
+from elastic_ep.placement import EMPTY, Placement
+
+TensorSource = Callable[[str], torch.Tensor]
+"""From a checkpoint's tensor name to its float32 value, in the checkpoint's layout [out, in]."""
+
+_DUMMY_SCALE = 0.05
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """H hidden, Hq query heads, Hk key-value heads, D head dim, E experts, S slots, I expert width."""
+
+    input_norm: torch.Tensor
+    """[H]"""
+    qkv: torch.Tensor
+    """[H, (Hq + 2 Hk) D]: queries, keys, values."""
+    qk_norm: torch.Tensor
+    """[Hq + Hk, D]: one row a head, so that queries and keys are normed in one go."""
+    out: torch.Tensor
+    """[Hq D, H]"""
+    post_norm: torch.Tensor
+    """[H]"""
+    gate: torch.Tensor
+    """[H, E]"""
+    gate_up: torch.Tensor
+    """[S, H, 2 I]"""
+    down: torch.Tensor
+    """[S, I, H]"""
+
+
+class Weights:
+    """`embed` [V, H], `final_norm` [H], `lm_head` [H, V], `layers`."""
+
+    def __init__(
+        self, config: ModelConfig, placement: Placement, rank: int, source: TensorSource, device: torch.device
+    ) -> None:
+        self.config = config
+        self._source = source
+        self._device = device
+        self.embed = self._get("model.embed_tokens.weight")
+        self.final_norm = self._get("model.norm.weight")
+        self.lm_head = (
+            self.embed.t().contiguous() if config.tie_word_embeddings else self._matrix("lm_head.weight")
+        )
+        self.layers = [
+            self._layer(layer, placement.slots_per_rank) for layer in range(config.num_hidden_layers)
+        ]
+        for layer in range(config.num_hidden_layers):
+            for slot, logical in enumerate(placement.on_rank(layer, rank)):
+                self.load_expert(layer, slot, logical)
+
+    def load_expert(self, layer: int, slot: int, logical: int) -> None:
+        """Overwrite `slot` with logical expert `logical`, or with zeros for `EMPTY`. No step may be using it."""
+        weights = self.layers[layer]
+        if logical == EMPTY:
+            weights.gate_up[slot].zero_()
+            weights.down[slot].zero_()
+            return
+        gate, up, down = (self._source(name) for name in expert_tensors(layer, logical))
+        inner = self.config.moe_intermediate_size
+        weights.gate_up[slot, :, :inner].copy_(gate.t())
+        weights.gate_up[slot, :, inner:].copy_(up.t())
+        weights.down[slot].copy_(down.t())
+
+    def _layer(self, layer: int, slots: int) -> LayerWeights:
+        config, prefix = self.config, f"model.layers.{layer}."
+        attention = prefix + "self_attn."
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        projections = [self._matrix(f"{attention}{name}_proj.weight") for name in "qkv"]
+        norms = [
+            self._get(attention + "q_norm.weight").expand(config.num_attention_heads, -1),
+            self._get(attention + "k_norm.weight").expand(config.num_key_value_heads, -1),
+        ]
+        return LayerWeights(
+            input_norm=self._get(prefix + "input_layernorm.weight"),
+            qkv=torch.cat(projections, dim=1),
+            qk_norm=torch.cat(norms),
+            out=self._matrix(attention + "o_proj.weight"),
+            post_norm=self._get(prefix + "post_attention_layernorm.weight"),
+            gate=self._matrix(prefix + "mlp.gate.weight"),
+            gate_up=torch.zeros(slots, hidden, 2 * inner, device=self._device),
+            down=torch.zeros(slots, inner, hidden, device=self._device),
+        )
+
+    def _get(self, name: str) -> torch.Tensor:
+        return self._source(name).to(self._device)
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        return self._get(name).t().contiguous()
+
+
+def load_weights(
+    path: Path,
+    config: ModelConfig,
+    placement: Placement,
+    rank: int,
+    *,
+    load_format: str = "auto",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Weights:
+    """Weights of the checkpoint in `path`; with `load_format` "dummy" random ones that need no checkpoint.
+
+    Raises `CheckpointError` for a checkpoint that is not whole, ValueError for an unknown format.
+    """
+    if load_format == "dummy":
+        source = dummy_source(config, seed)
+    elif load_format == "auto":
+        source = checkpoint_source(validate_checkpoint(path, config))
+    else:
+        raise ValueError(f"unknown load format {load_format!r}: auto or dummy")
+    return Weights(config, placement, rank, source, torch.device(device))
+
+
+def checkpoint_source(entries: dict[str, TensorEntry]) -> TensorSource:
+    """Reads tensors out of memory-mapped files; the maps live as long as the source does."""
+    maps: dict[Path, mmap.mmap] = {}
+
+    def read(name: str) -> torch.Tensor:
+        entry = entries[name]
+        if entry.file not in maps:
+            with entry.file.open("rb") as stream:
+                # Copy-on-write: torch wants writable memory, the file must stay as it is.
+                maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        dtype = _DTYPES[entry.dtype]
+        count = entry.nbytes // dtype.itemsize
+        flat = torch.frombuffer(maps[entry.file], dtype=dtype, count=count, offset=entry.offset)
+        return flat.to(torch.float32, copy=True).view(entry.shape)
+
+    return read
+
+
+def dummy_source(config: ModelConfig, seed: int) -> TensorSource:
+    """Random weights, a function of (`seed`, tensor name): every rank and every replica makes the same ones."""
+    shapes = dict(expected_tensors(config))
+
+    def make(name: str) -> torch.Tensor:
+        shape = shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.randn(shape, generator=generator) * _DUMMY_SCALE
+
+    return make

@@ -1,0 +1,122 @@
+"""An exchange of one rank with itself, and small models."""
+
+from __future__ import annotations
+
+import torch
+
+from elastic_ep.config import EngineLimits
+from elastic_ep.exchange.base import TILE, Received
+from elastic_ep.messages import Assign, Member, SamplingParams, Token
+from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.runner import ModelRunner
+from elastic_ep.model.weights import Weights, dummy_source
+from elastic_ep.placement import Placement, launch_placement
+
+TINY = ModelConfig(
+    vocab_size=211,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=48,
+    max_position_embeddings=512,
+    norm_topk_prob=True,
+    tie_word_embeddings=False,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    eos_token_ids=(3,),
+)
+
+
+class SoloExchange:
+    """One rank. `poison` names ranks that the next `end_step` reports as masked."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self.waiting_for: int | None = None
+        self.operations = 0
+        self.poison: frozenset[int] = frozenset()
+        self.garbage = False
+
+    def connect(self, member: Member) -> None:
+        raise NotImplementedError
+
+    activate = mask = connect
+
+    def begin_step(self, step: int) -> None:
+        self.in_step = 0
+
+    def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
+        self.operations += 1
+        self.in_step += 1
+        self._experts = physical_experts.tolist()
+        counts = [0] * self._slots
+        self._rows = [[(0, 0)] * len(row) for row in self._experts]
+        for token, row in enumerate(self._experts):
+            for k, slot in enumerate(row):
+                self._rows[token][k] = (slot, counts[slot])
+                counts[slot] += 1
+        capacity = max(1, -(-max(counts) // TILE)) * TILE
+        packed = torch.zeros(self._slots, capacity, x.shape[1])
+        for token, row in enumerate(self._rows):
+            for slot, position in row:
+                packed[slot, position] = x[token]
+        return Received(packed, torch.tensor(counts))
+
+    def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self.operations += 1
+        self.in_step += 1
+        out = torch.zeros(len(weights), y.shape[2])
+        for token, row in enumerate(self._rows):
+            for k, (slot, position) in enumerate(row):
+                out[token] += weights[token, k] * y[slot, position]
+        return out * float("nan") if self.garbage else out
+
+    def end_step(self) -> frozenset[int]:
+        poison, self.poison, self.garbage = self.poison, frozenset(), False
+        return poison
+
+    def close(self) -> None:
+        pass
+
+
+def solo_runner(
+    config: ModelConfig = TINY,
+    *,
+    limits: EngineLimits | None = None,
+    weights: Weights | None = None,
+    exchange: SoloExchange | None = None,
+) -> ModelRunner:
+    placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
+    limits = limits or EngineLimits(max_model_len=400, num_pages=200)
+    weights = weights or dummy_weights(config, placement)
+    return ModelRunner(config, limits, weights, placement, 0, exchange or SoloExchange(config.num_experts))
+
+
+def dummy_weights(config: ModelConfig, placement: Placement, rank: int = 0, seed: int = 0) -> Weights:
+    return Weights(config, placement, rank, dummy_source(config, seed), torch.device("cpu"))
+
+
+def assign(
+    request_id: int, prompt: list[int], emitted: list[int] | None = None, seed: int = 0, **params: object
+) -> Assign:
+    asked = SamplingParams(**{"max_tokens": 16, "ignore_eos": True, **params})  # type: ignore[arg-type]
+    return Assign(request_id, tuple(prompt), tuple(emitted or ()), asked, seed, 0)
+
+
+def drain(runner: ModelRunner, max_steps: int = 2000) -> dict[int, list[Token]]:
+    """Run to the end; the tokens of each request, in order."""
+    tokens: dict[int, list[Token]] = {}
+    for step in range(max_steps):
+        if not runner.has_work:
+            return tokens
+        for token in runner.run_step(step, schedule=True).tokens:
+            tokens.setdefault(token.request_id, []).append(token)
+    raise AssertionError(f"not done after {max_steps} steps")
+
+
+def ids(tokens: list[Token]) -> list[int]:
+    return [token.token for token in tokens]
