@@ -7,11 +7,12 @@ completes. Whether its result may be used is told by `end_step`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from elastic_ep.messages import Member
+
+if TYPE_CHECKING:  # the run process lays out the windows and never imports torch
+    import torch
 
 TILE = 16
 """Rows per expert tile: the row capacity of `Received.packed` is a multiple of it."""
@@ -91,7 +92,10 @@ class Exchange(Protocol):
         ...
 
     def end_step(self) -> frozenset[int]:
-        """The active ranks that were masked since the last `end_step` returned; if any, the step is poisoned.
+        """The active ranks whose contribution this step may miss; if any, the step is poisoned.
+
+        These are the ranks masked since `begin_step`, and every masked or inactive rank that a token of this
+        step was sent to. A rank masked between two steps, and sent nothing, poisons nothing.
 
         A step without all its operations (an aborted or empty one) must still perform them.
         """

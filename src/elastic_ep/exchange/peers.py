@@ -1,0 +1,71 @@
+"""Who takes part in the exchange, as one rank sees it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+
+from elastic_ep.messages import Member
+
+_NEVER = -1
+
+
+class Peers:
+    """Active and masked incarnations. `mask` may come from any thread, all else from the forward thread.
+
+    `live[rank]` says whether the rank takes part in the operations from now on; it may turn False at any
+    moment. `all_live` is the cheap form of `all(live)`.
+    """
+
+    def __init__(self, me: Member, num_ranks: int) -> None:
+        if not 0 <= me.rank < num_ranks:
+            raise ValueError(f"rank {me.rank} is not one of {num_ranks} ranks")
+        self.live = [False] * num_ranks
+        self.live_array = np.zeros(num_ranks, dtype=np.bool_)
+        self.all_live = False
+        self._lock = threading.Lock()
+        self._active = [_NEVER] * num_ranks
+        # An incarnation starts only after all earlier ones are gone, so one number says which are masked.
+        self._masked = [_NEVER] * num_ranks
+        self._lost: set[int] = set()
+        self.activate(me)
+
+    def activate(self, member: Member) -> None:
+        rank, incarnation = member
+        with self._lock:
+            if incarnation <= self._masked[rank] or incarnation < self._active[rank]:
+                return
+            self._active[rank] = incarnation
+            self._masked[rank] = max(self._masked[rank], incarnation - 1)
+            self._set_live(rank, True)
+
+    def mask(self, member: Member) -> None:
+        rank, incarnation = member
+        with self._lock:
+            self._masked[rank] = max(self._masked[rank], incarnation)
+            if self.live[rank] and self._active[rank] <= incarnation:
+                self._lost.add(rank)
+                self._set_live(rank, False)
+
+    def begin_step(self) -> None:
+        """Whoever is masked by now takes no part in the step and cannot poison it, unless it is `miss`ed."""
+        with self._lock:
+            self._lost.clear()
+
+    def miss(self, ranks: Iterable[int]) -> None:
+        """Something was sent to these ranks, which do not take part."""
+        with self._lock:
+            self._lost.update(ranks)
+
+    def end_step(self) -> frozenset[int]:
+        with self._lock:
+            lost = frozenset(self._lost)
+            self._lost.clear()
+            return lost
+
+    def _set_live(self, rank: int, live: bool) -> None:
+        self.live[rank] = live
+        self.live_array[rank] = live
+        self.all_live = all(self.live)

@@ -1,0 +1,114 @@
+"""The shared memory of the exchange: one file without a name, all ranks' windows in it.
+
+The run process makes it and every rank inherits its descriptor, so nothing is left behind when all of them are
+killed. Standard library only: the run process never imports torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_ep.exchange.base import ExchangeShape
+
+LINE = 64
+"""Bytes of a cache line. Every rank's words have one to themselves."""
+
+_PAGE = 4096
+_FLOAT = 4
+_EXPERT = 4
+
+
+class WindowsError(OSError):
+    """The shared memory cannot be made. The message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Byte offsets of the parts of the file, each a C array over the ranks.
+
+    =========  =======================================  =======  ==========================================
+    part       shape                                    type     written by
+    =========  =======================================  =======  ==========================================
+    `words`    [num_ranks, LINE / 8]                    int64    its rank: [0] last operation, [1] tokens sent
+    `experts`  [num_ranks, max_tokens, top_k]           int32    its rank; unused rows are -1
+    `x`        [num_ranks * max_tokens + 1, hidden]     float32  its rank; the row after the last stays zero
+    `boxes`    [num_ranks, max_tokens, top_k, hidden]   float32  the owner of the expert at [token, k]
+    =========  =======================================  =======  ==========================================
+    """
+
+    words: int
+    experts: int
+    x: int
+    boxes: int
+    total: int
+
+    @classmethod
+    def layout(cls, shape: ExchangeShape) -> Windows:
+        tokens = shape.num_ranks * shape.max_tokens
+        experts = _aligned(shape.num_ranks * LINE)
+        x = _aligned(experts + tokens * shape.top_k * _EXPERT)
+        boxes = _aligned(x + (tokens + 1) * shape.hidden * _FLOAT)
+        total = _aligned(boxes + tokens * shape.top_k * shape.hidden * _FLOAT)
+        return cls(words=0, experts=experts, x=x, boxes=boxes, total=total)
+
+    @classmethod
+    def create(cls, shape: ExchangeShape, *, available: int | None = None) -> int:
+        """A file descriptor of new, zeroed windows (not inheritable until the caller says so).
+
+        Pages cost memory only once they are used. `available` is how many bytes may be used at most; None asks
+        the system. Raises `WindowsError`.
+        """
+        total = cls.layout(shape).total
+        limit = _available_memory() if available is None else available
+        if total > limit:
+            raise _too_little(total, f"{_mib(limit)} are available")
+        try:
+            fd = os.memfd_create("elastic_ep", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise WindowsError(error.errno, f"no shared memory: {error.strerror}") from error
+        try:
+            os.ftruncate(fd, total)
+            # A file that shrinks under a mapping is a SIGBUS in every rank.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except OSError as error:
+            os.close(fd)
+            raise _too_little(total, error.strerror or "refused") from error
+        return fd
+
+
+def _too_little(total: int, why: str) -> WindowsError:
+    return WindowsError(
+        errno.ENOMEM,
+        f"the exchange needs {_mib(total)} of shared memory, but {why}: use fewer ranks or a smaller batch",
+    )
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _PAGE) * _PAGE
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _available_memory() -> int:
+    """Bytes that the system and this control group still give. A limit that cannot be read counts as none."""
+    limit = 2**63
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            limit = int(line.split()[1]) * 1024
+    ceiling, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if ceiling.isdigit() and used.isdigit():
+        limit = min(limit, max(0, int(ceiling) - int(used)))
+    return limit
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
