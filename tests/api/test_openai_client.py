@@ -75,7 +75,7 @@ async def test_streamed_completion(client: openai.AsyncOpenAI) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == len(sample_text().encode("The answer is 7.")) + 1
-    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert all(chunk.usage is None and "usage" in chunk.model_fields_set for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
 
 
