@@ -55,7 +55,7 @@ def test_what_a_rank_is_born_with(directory: Path) -> None:
         assert facts["session"] == facts["pid"]
         assert facts["nice"] == os.nice(0) + 5
         assert facts["name"] == "eep-rank-3.1"
-        assert facts["threads"] == 1
+        assert facts["threads"] == 2  # the other one holds the death mutex
         assert facts["sockets"] == 0
         assert facts["life"]
         assert not facts["torch"]

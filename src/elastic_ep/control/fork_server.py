@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from elastic_ep.control import life_line
+from elastic_ep.control.death_watch import hold_until_death
 from elastic_ep.control.fork_messages import (
     PACKET_BYTES,
     Exited,
@@ -38,6 +39,7 @@ from elastic_ep.control.fork_messages import (
 )
 from elastic_ep.control.private_directory import NotPrivate, check_private, remove
 from elastic_ep.control.robust_mutex import RobustMutexes
+from elastic_ep.control.scheduling import make_ordinary
 from elastic_ep.messages import Member
 
 _PR_SET_NAME = 15
@@ -169,11 +171,10 @@ def _run_rank(message: Fork, life_fd: int, options: ServerOptions) -> int:
     os.setsid()  # the terminal's Ctrl-C is for the run process alone
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    os.nice(options.nice)
     name = f"eep-rank-{message.rank}.{message.incarnation}"
     ctypes.CDLL(None).prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
-    mutexes = RobustMutexes(options.mutex_fd, options.mutex_slots)
-    mutexes.lock(message.slot)  # held until this thread, the main one, dies
+    hold_until_death(RobustMutexes(options.mutex_fd, options.mutex_slots), message.slot)
+    os.nice(options.nice)  # of this thread and those that it starts
     module, _, function = options.entry.partition(":")
     status: int = getattr(importlib.import_module(module), function)(
         message.config_json, options.windows_fd, life_fd
@@ -210,6 +211,7 @@ def main(arguments: list[str]) -> int:
     except NotPrivate as error:
         print(f"fork server: {error}", file=sys.stderr)
         return 2
+    make_ordinary()  # whatever the launcher's thread has asked for
     # An import takes seconds, and nothing is sent to us before we say that we are ready.
     life_line.bind(options.control_fd)
     preload(options.preload)

@@ -3,7 +3,8 @@
 The kernel hands a robust mutex over when the thread that holds it dies, early in the exit, before the process's
 memory and files are taken down. So this says "dead" well before a socket or a pidfd does.
 
-HAZARD: the mutex belongs to the *thread* that locked it. Lock from the main thread, after the fork.
+HAZARD: the mutex belongs to the *thread* that locked it: a thread that lives as long as its process. Lock after
+the fork, in the child.
 """
 
 from __future__ import annotations
