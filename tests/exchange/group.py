@@ -1,0 +1,216 @@
+"""Several ends of an exchange, each driven by a thread of its own, and what they must compute."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from elastic_ep.exchange.base import NO_EXPERT, Exchange, ExchangeShape, Received
+from elastic_ep.exchange.loopback import LoopbackHub
+from elastic_ep.exchange.shm import ShmExchange
+from elastic_ep.exchange.windows import Windows
+from elastic_ep.messages import Member
+
+DEADLINE_S = 30.0
+T = TypeVar("T")
+
+
+class Hub(Protocol):
+    def end(self, member: Member) -> Exchange: ...
+
+    def close(self) -> None: ...
+
+
+class Loopback(LoopbackHub):
+    def close(self) -> None:
+        pass
+
+
+class Shm:
+    """Windows with an end for each thread: to the windows a thread is as good as a process."""
+
+    def __init__(self, shape: ExchangeShape) -> None:
+        self.fd = Windows.create(shape)
+        self._shape = shape
+
+    def end(self, member: Member) -> Exchange:
+        return ShmExchange(self.fd, self._shape, member)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+HUBS: dict[str, Callable[[ExchangeShape], Hub]] = {"loopback": Loopback, "shm": Shm}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's tokens in one layer: x [T, hidden], logical experts [T, top_k] or -1, weights [T, top_k]."""
+
+    x: torch.Tensor
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+
+def random_batch(shape: ExchangeShape, tokens: int, seed: int, nowhere: float = 0.1) -> Batch:
+    """As many logical experts as there are slots; `nowhere` is the share of entries without one."""
+    random = torch.Generator().manual_seed(seed)
+    size = (tokens, shape.top_k)
+    experts = torch.randint(shape.num_ranks * shape.slots_per_rank, size, generator=random)
+    experts[torch.rand(size, generator=random) < nowhere] = NO_EXPERT
+    return Batch(
+        torch.randn(tokens, shape.hidden, generator=random), experts, torch.randn(size, generator=random)
+    )
+
+
+def apply_expert(logical: int, x: torch.Tensor) -> torch.Tensor:
+    """Elementwise, so that a row's result cannot depend on the other rows."""
+    return torch.tanh(x * (1.0 + 0.37 * logical)) + 0.11 * logical
+
+
+def reference(batch: Batch, missing: frozenset[int] = frozenset()) -> torch.Tensor:
+    """Token by token, without any exchange. The logical experts in `missing` contribute nothing."""
+    total = torch.zeros_like(batch.x)
+    for token in range(len(batch.x)):
+        for k, logical in enumerate(batch.experts[token].tolist()):
+            if logical != NO_EXPERT and logical not in missing:
+                total[token] += batch.weights[token, k] * apply_expert(logical, batch.x[token])
+    return total
+
+
+@dataclass(frozen=True)
+class Routing:
+    """`physical[logical]` is where an expert lives."""
+
+    physical: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, shape: ExchangeShape) -> Routing:
+        return cls(tuple(range(shape.num_ranks * shape.slots_per_rank)))
+
+    def route(self, experts: torch.Tensor) -> torch.Tensor:
+        table = torch.tensor([*self.physical, NO_EXPERT])  # index -1 is the last entry
+        return table[experts]
+
+    def compute(self, received: Received, rank: int) -> torch.Tensor:
+        """What this rank's experts make of their packed inputs; NaN in the rows that hold nothing."""
+        slots = len(received.counts)
+        logical = {physical: expert for expert, physical in enumerate(self.physical)}
+        y = torch.full_like(received.packed, float("nan"))
+        for slot, count in enumerate(received.counts.tolist()):
+            if count:
+                y[slot, :count] = apply_expert(logical[rank * slots + slot], received.packed[slot, :count])
+        return y
+
+
+@dataclass(frozen=True)
+class StepResult:
+    outputs: list[torch.Tensor]
+    lost: frozenset[int]
+
+
+def run_step(
+    exchange: Exchange, rank: int, step: int, layers: list[Batch], routing: Routing, pause: Callable[[], None]
+) -> StepResult:
+    """All operations of one step; `pause` is called before each and before the end."""
+    exchange.begin_step(step)
+    outputs = []
+    for batch in layers:
+        pause()
+        received = exchange.dispatch(batch.x, routing.route(batch.experts))
+        pause()
+        outputs.append(exchange.combine(routing.compute(received, rank), batch.weights))
+    pause()
+    return StepResult(outputs, exchange.end_step())
+
+
+class Rank:
+    """A thread that owns one end. Jobs run in order."""
+
+    def __init__(self, member: Member, exchange: Exchange) -> None:
+        self.member = member
+        self.exchange = exchange
+        self._jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"rank {member}", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def step(
+        self, step: int, layers: list[Batch], routing: Routing, pause: Callable[[], None] = lambda: None
+    ) -> Future[StepResult]:
+        return self.submit(lambda: run_step(self.exchange, self.member.rank, step, layers, routing, pause))
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive(), f"{self.member} did not end"
+        self.exchange.close()
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            try:
+                future.set_result(job())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+class Group:
+    """Context manager: members that know each other. At its end everybody is masked, so no thread is stuck."""
+
+    def __init__(self, hub: Hub, members: Iterable[Member]) -> None:
+        self._hub = hub
+        self.ranks: dict[int, Rank] = {}
+        self._all: list[Rank] = []
+        for member in members:
+            self.add(member)
+        for rank in self.ranks.values():
+            for other in self.ranks.values():
+                rank.exchange.connect(other.member)
+                rank.exchange.activate(other.member)
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self._all:
+            for other in self._all:
+                rank.exchange.mask(other.member)
+        for rank in self._all:
+            rank.stop()
+        self._hub.close()
+
+    def add(self, member: Member) -> Rank:
+        """A new end, which nobody knows yet and which knows nobody."""
+        rank = Rank(member, self._hub.end(member))
+        self.ranks[member.rank] = rank
+        self._all.append(rank)
+        return rank
+
+    def step(
+        self, step: int, layers: Mapping[int, list[Batch]], routing: Routing
+    ) -> dict[int, Future[StepResult]]:
+        return {rank: self.ranks[rank].step(step, batches, routing) for rank, batches in layers.items()}
+
+
+def results(futures: Mapping[int, Future[StepResult]]) -> dict[int, StepResult]:
+    return {rank: future.result(DEADLINE_S) for rank, future in futures.items()}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen in time"
+        time.sleep(0.0005)

@@ -1,0 +1,383 @@
+"""What every implementation of the exchange must do, faults included."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_ep.exchange.base import TILE, ExchangeShape
+from elastic_ep.messages import Member
+
+from .group import DEADLINE_S, HUBS, Batch, Group, Hub, Routing, random_batch, reference, results, until
+
+pytestmark = pytest.mark.parametrize("kind", sorted(HUBS))
+
+SMALL = ExchangeShape(num_ranks=3, max_tokens=5, hidden=4, top_k=2, slots_per_rank=2, operations_per_step=4)
+
+
+def group(kind: str, shape: ExchangeShape, ranks: range | None = None) -> Group:
+    return Group(HUBS[kind](shape), [Member(rank, 1) for rank in ranks or range(shape.num_ranks)])
+
+
+def batches(shape: ExchangeShape, seed: int, tokens: list[int] | None = None) -> dict[int, list[Batch]]:
+    """For every rank, a batch for each layer."""
+    layers = shape.operations_per_step // 2
+    counts = tokens or [shape.max_tokens] * shape.num_ranks
+    return {
+        rank: [random_batch(shape, count, seed * 1000 + rank * 10 + layer) for layer in range(layers)]
+        for rank, count in enumerate(counts)
+    }
+
+
+def assert_exact(outputs: list[torch.Tensor], layers: list[Batch], missing: frozenset[int]) -> None:
+    for output, batch in zip(outputs, layers, strict=True):
+        assert output.dtype == torch.float32
+        assert torch.equal(output, reference(batch, missing))
+
+
+def without(layers: list[Batch], shape: ExchangeShape, rank: int) -> list[Batch]:
+    """The same tokens, but nothing is sent to `rank` (under the plain routing)."""
+    cleaned = []
+    for batch in layers:
+        experts = batch.experts.clone()
+        experts[experts // shape.slots_per_rank == rank] = -1
+        cleaned.append(Batch(batch.x, experts, batch.weights))
+    return cleaned
+
+
+def experts_of(rank: int, shape: ExchangeShape) -> frozenset[int]:
+    return frozenset(range(rank * shape.slots_per_rank, (rank + 1) * shape.slots_per_rank))
+
+
+NOTHING: frozenset[int] = frozenset()
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ExchangeShape:
+    return ExchangeShape(
+        num_ranks=draw(st.integers(1, 5)),
+        max_tokens=draw(st.integers(1, 40)),
+        hidden=draw(st.sampled_from([1, 3, 8])),
+        top_k=draw(st.integers(1, 4)),
+        slots_per_rank=draw(st.integers(1, 3)),
+        operations_per_step=2 * draw(st.integers(1, 3)),
+    )
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_equals_the_dense_reference_whatever_the_counts(kind: str, data: st.DataObject) -> None:
+    shape = data.draw(shapes())
+    routing = Routing(tuple(data.draw(st.permutations(Routing.plain(shape).physical))))
+    first = data.draw(st.integers(0, 2**40))
+    counts = st.lists(st.integers(0, shape.max_tokens), min_size=shape.num_ranks, max_size=shape.num_ranks)
+    with group(kind, shape) as ranks:
+        for step in range(first, first + 3):
+            layers = batches(shape, step - first, data.draw(counts))
+            for rank, result in results(ranks.step(step, layers, routing)).items():
+                assert result.lost == NOTHING
+                assert_exact(result.outputs, layers[rank], NOTHING)
+        assert [rank.exchange.operations for rank in ranks.ranks.values()] == [
+            3 * shape.operations_per_step
+        ] * shape.num_ranks
+
+
+def test_packed_rows_are_ordered_and_the_rest_is_zero(kind: str) -> None:
+    shape = ExchangeShape(2, 20, 1, 2, 2, 2)
+    everything_to = torch.tensor([[2, 3]]).repeat(20, 1)  # both slots of rank 1
+    with group(kind, shape) as ranks:
+        dispatches = []
+        for rank in range(2):
+            exchange = ranks.ranks[rank].exchange
+            x = 100.0 * (rank + 1) + torch.arange(20.0)[:, None]
+
+            def job(exchange=exchange, x=x):  # type: ignore[no-untyped-def]
+                exchange.begin_step(0)
+                received = exchange.dispatch(x, everything_to)
+                packed, counts = received.packed.clone(), received.counts.clone()
+                exchange.combine(received.packed, torch.ones(20, 2))
+                exchange.end_step()
+                return packed, counts
+
+            dispatches.append(ranks.ranks[rank].submit(job))
+        (idle, idle_counts), (packed, counts) = [future.result(DEADLINE_S) for future in dispatches]
+    assert idle_counts.tolist() == [0, 0]
+    assert tuple(idle.shape) == (2, TILE, 1)
+    assert not idle.any()
+    assert counts.tolist() == [40, 40]
+    assert counts.dtype == torch.int64
+    assert tuple(packed.shape) == (2, 3 * TILE, 1)
+    expected = torch.cat([100 + torch.arange(20.0), 200 + torch.arange(20.0), torch.zeros(8)])
+    assert torch.equal(packed[:, :, 0], expected.repeat(2, 1))
+
+
+def test_result_does_not_depend_on_placement(kind: str) -> None:
+    shape = ExchangeShape(4, 24, 16, 4, 4, 2)
+    layers = batches(shape, 1)
+    seen = []
+    for seed in range(4):
+        physical = list(range(16))
+        random.Random(seed).shuffle(physical)
+        with group(kind, shape) as ranks:
+            done = results(ranks.step(0, layers, Routing(tuple(physical))))
+            seen.append([done[rank].outputs[0] for rank in range(4)])
+    for outputs in seen[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(seen[0], outputs, strict=True))
+
+
+@pytest.mark.parametrize("performed", range(SMALL.operations_per_step))
+def test_a_mask_ends_the_wait_and_poisons_the_step(kind: str, performed: int) -> None:
+    """Rank 2 stops after `performed` operations of step 1; the others are seen to wait for it, then mask it."""
+    routing = Routing.plain(SMALL)
+    with group(kind, SMALL) as ranks:
+        results(ranks.step(0, batches(SMALL, 0), routing))
+        layers = batches(SMALL, 1)
+        dying = Dying(performed)
+        victim = ranks.ranks[2].step(1, layers[2], routing, dying)
+        survivors = {rank: ranks.ranks[rank].step(1, layers[rank], routing) for rank in (0, 1)}
+        until(lambda: all(ranks.ranks[rank].exchange.waiting_for == 2 for rank in (0, 1)))
+        assert [ranks.ranks[rank].exchange.operations for rank in (0, 1)] == [4 + performed] * 2
+        for rank in (0, 1):
+            ranks.ranks[rank].exchange.mask(Member(2, 1))
+        for rank, result in results(survivors).items():
+            assert result.lost == {2}
+            complete = performed // 2
+            assert_exact(result.outputs[:complete], layers[rank][:complete], NOTHING)
+            missing = experts_of(2, SMALL)
+            assert_exact(result.outputs[complete:], layers[rank][complete:], missing)
+            assert ranks.ranks[rank].exchange.waiting_for is None
+        for step in range(2, 6):
+            layers = {rank: without(own, SMALL, 2) for rank, own in batches(SMALL, step).items() if rank != 2}
+            for rank, result in results(ranks.step(step, layers, routing)).items():
+                assert result.lost == NOTHING
+                assert_exact(result.outputs, layers[rank], NOTHING)
+        dying.released.set()
+        with pytest.raises(Died):
+            victim.result(DEADLINE_S)
+
+
+class Died(Exception):
+    """The thread that plays a dead rank has gone as far as it should."""
+
+
+class Dying:
+    """A `pause` that lets `performed` operations pass and then holds the thread until it may end."""
+
+    def __init__(self, performed: int) -> None:
+        self._left = performed
+        self.released = threading.Event()
+
+    def __call__(self) -> None:
+        if self._left == 0:
+            self.released.wait(DEADLINE_S)
+            raise Died
+        self._left -= 1
+
+
+def test_a_rank_masked_between_steps_poisons_only_what_is_sent_to_it(kind: str) -> None:
+    routing = Routing.plain(SMALL)
+    with group(kind, SMALL) as ranks:
+        results(ranks.step(0, batches(SMALL, 0), routing))
+        for rank in (0, 1):
+            ranks.ranks[rank].exchange.mask(Member(2, 1))
+        layers = {0: without(batches(SMALL, 1)[0], SMALL, 2), 1: batches(SMALL, 1)[1]}
+        assert any(int((batch.experts >= 4).sum()) for batch in layers[1])
+        done = results(ranks.step(1, layers, routing))
+        assert done[0].lost == NOTHING
+        assert_exact(done[0].outputs, layers[0], NOTHING)
+        assert done[1].lost == {2}
+        assert_exact(done[1].outputs, layers[1], experts_of(2, SMALL))
+
+
+def test_a_mask_after_the_last_operation_still_poisons_the_step(kind: str) -> None:
+    routing = Routing.plain(SMALL)
+    with group(kind, SMALL) as ranks:
+        calls = iter(range(99))
+
+        def mask_late() -> None:
+            if next(calls) == SMALL.operations_per_step:
+                ranks.ranks[0].exchange.mask(Member(2, 1))
+
+        layers = batches(SMALL, 0)
+        first = ranks.ranks[0].step(0, layers[0], routing, mask_late)
+        others = {rank: ranks.ranks[rank].step(0, layers[rank], routing) for rank in (1, 2)}
+        assert first.result(DEADLINE_S).lost == {2}
+        assert {result.lost for result in results(others).values()} == {NOTHING}
+
+
+def test_what_a_masked_rank_left_behind_is_not_even_a_nan(kind: str) -> None:
+    """Rank 1 puts NaN into all boxes; later entries that go to it or nowhere must be zero, not 0 * NaN."""
+    shape = ExchangeShape(2, 3, 2, 2, 1, 2)
+    everywhere = torch.tensor([[0, 1], [1, 0], [1, 1]])
+    ones, x = torch.ones(3, 2), torch.ones(3, 2)
+    with group(kind, shape) as ranks:
+
+        def poison(rank: int, value: float) -> Callable[[], frozenset[int]]:
+            exchange = ranks.ranks[rank].exchange
+
+            def job() -> frozenset[int]:
+                exchange.begin_step(0)
+                received = exchange.dispatch(x, everywhere)
+                output = exchange.combine(torch.full_like(received.packed, value), ones)
+                assert bool(output.isnan().any())
+                return exchange.end_step()
+
+            return job
+
+        jobs = [ranks.ranks[0].submit(poison(0, 1.0)), ranks.ranks[1].submit(poison(1, float("nan")))]
+        assert [job.result(DEADLINE_S) for job in jobs] == [NOTHING, NOTHING]
+        ranks.ranks[0].exchange.mask(Member(1, 1))
+
+        def alone() -> tuple[torch.Tensor, frozenset[int]]:
+            exchange = ranks.ranks[0].exchange
+            exchange.begin_step(1)
+            received = exchange.dispatch(x, torch.tensor([[0, 1], [-1, 0], [-1, 1]]))
+            return exchange.combine(torch.ones_like(received.packed), ones), exchange.end_step()
+
+        output, lost = ranks.ranks[0].submit(alone).result(DEADLINE_S)
+        assert lost == {1}
+        assert output.tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+
+
+def test_a_masked_incarnation_stays_masked_and_the_next_one_takes_part(kind: str) -> None:
+    routing = Routing.plain(SMALL)
+    with group(kind, SMALL, range(2)) as ranks:
+        survivors = [ranks.ranks[rank] for rank in (0, 1)]
+        for rank in survivors:
+            # A loss may be heard of before the activation of the same member.
+            rank.exchange.mask(Member(2, 1))
+            rank.exchange.activate(Member(2, 1))
+        layers = {rank: without(own, SMALL, 2) for rank, own in batches(SMALL, 0).items() if rank != 2}
+        assert {result.lost for result in results(ranks.step(0, layers, routing)).values()} == {NOTHING}
+        joiner = ranks.add(Member(2, 2))
+        for rank in survivors:
+            rank.exchange.connect(joiner.member)
+            rank.exchange.activate(joiner.member)
+            joiner.exchange.activate(rank.member)
+            rank.exchange.activate(Member(2, 1))  # late news, no effect
+            rank.exchange.mask(Member(2, 1))
+        for step in range(1, 4):
+            all_layers = batches(SMALL, step)
+            for number, result in results(ranks.step(step, all_layers, routing)).items():
+                assert result.lost == NOTHING
+                assert_exact(result.outputs, all_layers[number], NOTHING)
+        # A stale mask in mid-step ends no wait; the right one does.
+        layers = batches(SMALL, 4)
+        waiting = {rank: ranks.ranks[rank].step(4, layers[rank], routing) for rank in (0, 1)}
+        until(lambda: all(rank.exchange.waiting_for == 2 for rank in survivors))
+        for rank in survivors:
+            rank.exchange.mask(Member(2, 1))
+        finished = joiner.step(4, layers[2], routing)
+        for number, result in results({**waiting, 2: finished}).items():
+            assert result.lost == NOTHING
+            assert_exact(result.outputs, layers[number], NOTHING)
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_joins_and_losses_at_any_step(kind: str, data: st.DataObject) -> None:
+    """Ranks come and go at boundaries; what is left is exact, and nobody waits for whoever is not there."""
+    shape = ExchangeShape(4, 6, 3, 2, 2, 4)
+    routing = Routing.plain(shape)
+    with group(kind, shape, range(2)) as ranks:
+        present, incarnations = {0, 1}, dict.fromkeys(range(4), 1)
+        incarnations[2] = incarnations[3] = 0
+        step = data.draw(st.integers(0, 10))
+        for _ in range(data.draw(st.integers(1, 6))):
+            changed = data.draw(st.integers(0, 3))
+            if changed not in present:
+                incarnations[changed] += 1
+                joiner = ranks.add(Member(changed, incarnations[changed]))
+                for rank in present:
+                    ranks.ranks[rank].exchange.connect(joiner.member)
+                    ranks.ranks[rank].exchange.activate(joiner.member)
+                    joiner.exchange.activate(Member(rank, incarnations[rank]))
+                present.add(changed)
+            elif len(present) > 1:
+                present.discard(changed)
+                for rank in present:
+                    ranks.ranks[rank].exchange.mask(Member(changed, incarnations[changed]))
+            for _ in range(data.draw(st.integers(1, 3))):
+                layers = {rank: own for rank, own in batches(shape, step).items() if rank in present}
+                for gone in set(range(4)) - present:
+                    layers = {rank: without(own, shape, gone) for rank, own in layers.items()}
+                for rank, result in results(ranks.step(step, layers, routing)).items():
+                    assert result.lost == NOTHING
+                    assert_exact(result.outputs, layers[rank], NOTHING)
+                step += 1
+
+
+def test_ranks_of_random_speed_stay_exact(kind: str) -> None:
+    """Nobody overwrites what another still reads: the only hazard of having one buffer."""
+    shape = ExchangeShape(4, 8, 64, 2, 2, 2)
+    routing = Routing.plain(shape)
+    steps = 300
+    kinds_of_batch = [batches(shape, seed) for seed in range(7)]
+    expected = [{r: reference(own[0]) for r, own in layers.items()} for layers in kinds_of_batch]
+    with group(kind, shape) as ranks:
+
+        def slow(rank: int) -> Callable[[], None]:
+            dice = random.Random(rank)
+
+            def pause() -> None:
+                if dice.random() < 0.2:
+                    time.sleep(dice.random() * 0.0005)
+
+            return pause
+
+        futures = [
+            {
+                rank: ranks.ranks[rank].step(step, kinds_of_batch[step % 7][rank], routing, slow(rank + step))
+                for rank in range(4)
+            }
+            for step in range(steps)
+        ]
+        for step, done in enumerate(futures):
+            for rank, result in results(done).items():
+                assert result.lost == NOTHING
+                assert torch.equal(result.outputs[0], expected[step % 7][rank]), f"step {step}, rank {rank}"
+
+
+@pytest.fixture
+def alone(kind: str) -> Iterator[Hub]:
+    hub = HUBS[kind](SMALL)
+    yield hub
+    hub.close()
+
+
+def test_one_rank_alone_needs_nobody(kind: str) -> None:
+    shape = ExchangeShape(1, 4, 3, 2, 2, 2)
+    layers = batches(shape, 3)
+    with group(kind, shape) as ranks:
+        done = results(ranks.step(0, layers, Routing.plain(shape)))
+        assert_exact(done[0].outputs, layers[0], NOTHING)
+
+
+def test_misuse_is_told(alone: Hub) -> None:
+    exchange = alone.end(Member(0, 1))
+    x, experts, weights = torch.zeros(1, 4), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2)
+    with pytest.raises(RuntimeError):
+        exchange.dispatch(x, experts)
+    exchange.begin_step(0)
+    with pytest.raises(RuntimeError):
+        exchange.combine(torch.zeros(2, TILE, 4), weights)
+    with pytest.raises(ValueError, match="out of range"):
+        exchange.dispatch(x, experts + 6)
+    exchange.begin_step(0)
+    with pytest.raises(ValueError, match="max_tokens"):
+        exchange.dispatch(torch.zeros(6, 4), torch.zeros(6, 2, dtype=torch.int64))
+    exchange.begin_step(0)
+    exchange.dispatch(x, experts)
+    with pytest.raises(RuntimeError, match="not performed"):
+        exchange.end_step()
+    with pytest.raises(ValueError, match="rank 3"):
+        alone.end(Member(3, 1))
+    exchange.close()
+    exchange.close()
