@@ -72,8 +72,8 @@ class Experts(nn.Module):
         nn.init.normal_(self.down, std=0.02)
         self.register_buffer("alive", torch.ones(shape.experts), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, H] -> (output, balance loss, chosen one-hot [B*L, experts])."""
+    def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, H], real [B*L, 1] (0 for padding) -> (output, balance loss, choices [B*L, experts])."""
         flat = x.reshape(-1, x.shape[-1])
         scores = self.gate(flat).float().softmax(-1)
         top, index = scores.topk(self.shape.top_k, dim=-1)
@@ -83,7 +83,8 @@ class Experts(nn.Module):
         gate, up = torch.matmul(flat, self.gate_up).chunk(2, dim=-1)
         each = torch.matmul(F.silu(gate) * up * weights.t().unsqueeze(-1).to(gate.dtype), self.down)
         load = chosen.sum(1)
-        balance = self.shape.experts * (load.mean(0) / self.shape.top_k * scores.mean(0)).sum()
+        share, score = (load * real).sum(0) / real.sum(), (scores * real).sum(0) / real.sum()
+        balance = self.shape.experts * (share / self.shape.top_k * score).sum()
         return each.sum(0).view_as(x), balance, load
 
 
@@ -112,13 +113,17 @@ class Network(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """tokens [B, L] -> (logits [B, L, vocab], mean balance loss, load one-hots of each layer)."""
+        """tokens [B, L] -> (logits [B, L, vocab], mean balance loss, choices of each layer).
+
+        Padding (everything after a last end token) does not count for the balance.
+        """
         x = self.embed_tokens(tokens)
+        real = (tokens.flip(1).cumsum(1).flip(1) != 0).float().view(-1, 1)
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         balances, loads = [], []
         for layer in self.layers:
             x = x + layer.self_attn(layer.input_layernorm(x), cos, sin)
-            out, balance, load = layer.mlp(layer.post_attention_layernorm(x))
+            out, balance, load = layer.mlp(layer.post_attention_layernorm(x), real)
             x = x + out
             balances.append(balance)
             loads.append(load)

@@ -29,7 +29,7 @@ LENGTH = 192
 SYSTEM_SHARE = 16
 SYSTEM = "You are a careful assistant. Solve the problem step by step."
 QUESTION_WEIGHT = 0.1
-BALANCE_WEIGHT = 0.02
+BALANCE_WEIGHT = 0.1
 
 
 def encode_range(job: tuple[str, int, int, int]) -> npt.NDArray[np.uint16]:
