@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import threading
 
 _NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
 _WAIT = 0
@@ -28,6 +29,20 @@ def _system_call(library: ctypes.CDLL) -> ctypes._NamedFuncPointer:
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32,
     )  # fmt: skip
     return call
+
+
+class Fence:
+    """A memory barrier, which Python lacks: freeing a lock and taking it again is one on every machine."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        """Other processes see everything before this call before anything after it."""
+        with self._lock:
+            pass
+        with self._lock:
+            pass
 
 
 class Futex:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from elastic_ep.exchange.base import ExchangeShape
-from elastic_ep.exchange.pull import STRIDE, PullExchange
+from elastic_ep.exchange.pull import PullExchange
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.messages import Member
 
@@ -16,30 +16,31 @@ class LoopbackHub:
     def __init__(self, shape: ExchangeShape) -> None:
         self.shape = shape
         self._buffer = memoryview(bytearray(Windows.layout(shape).total))
-        self._news = threading.Condition()
+        self._bell = _ConditionBell()
 
     def end(self, member: Member) -> PullExchange:
         """A new end for `member`. The end of an earlier incarnation must no longer be used."""
-        return PullExchange(self._buffer, self.shape, member, _ConditionBell(self._buffer, self._news))
+        return PullExchange(self._buffer, self.shape, member, self._bell)
 
 
 class _ConditionBell:
-    def __init__(self, buffer: memoryview, news: threading.Condition) -> None:
-        self._words = buffer.cast("B").cast("q")
-        self._news = news
+    """One for all ends. Threads need no fence: the interpreter orders them."""
 
-    def post(self, rank: int, number: int) -> None:
+    def __init__(self) -> None:
+        self._count = 0
+        self._news = threading.Condition()
+
+    def alarms(self) -> int:
+        return self._count
+
+    def raise_alarm(self) -> None:
         with self._news:
-            self._words[rank * STRIDE] = number
+            self._count += 1
             self._news.notify_all()
 
-    def wait(self, rank: int, number: int, live: list[bool]) -> None:
+    def sleep(self, alarms: int) -> None:
         with self._news:
-            self._news.wait_for(lambda: self._words[rank * STRIDE] >= number or not live[rank])
+            self._news.wait_for(lambda: self._count != alarms)
 
-    def ring(self, rank: int) -> None:
-        with self._news:
-            self._news.notify_all()
-
-    def close(self) -> None:
-        """Nothing to release."""
+    def fence(self) -> None:
+        pass

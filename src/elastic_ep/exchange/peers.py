@@ -15,16 +15,18 @@ _NEVER = -1
 class Peers:
     """Active and masked incarnations. `mask` may come from any thread, all else from the forward thread.
 
-    `live[rank]` says whether the rank takes part in the operations from now on; it may turn False at any
-    moment. `all_live` is the cheap form of `all(live)`.
+    Who takes part from now on is kept in three forms; any of them may turn False at any moment. `live` is indexed
+    by rank, `live_array` too, and `reachable` by physical expert; its last element, which the index -1 selects,
+    stands for `NO_EXPERT` and is always False.
     """
 
-    def __init__(self, me: Member, num_ranks: int) -> None:
+    def __init__(self, me: Member, num_ranks: int, slots_per_rank: int) -> None:
         if not 0 <= me.rank < num_ranks:
             raise ValueError(f"rank {me.rank} is not one of {num_ranks} ranks")
         self.live = [False] * num_ranks
-        self.live_array = np.zeros(num_ranks, dtype=np.bool_)
-        self.all_live = False
+        self.live_array = np.zeros(num_ranks, np.bool_)
+        self.reachable = np.zeros(num_ranks * slots_per_rank + 1, np.bool_)
+        self._slots_per_rank = slots_per_rank
         self._lock = threading.Lock()
         self._active = [_NEVER] * num_ranks
         # An incarnation starts only after all earlier ones are gone, so one number says which are masked.
@@ -68,4 +70,4 @@ class Peers:
     def _set_live(self, rank: int, live: bool) -> None:
         self.live[rank] = live
         self.live_array[rank] = live
-        self.all_live = all(self.live)
+        self.reachable[rank * self._slots_per_rank : (rank + 1) * self._slots_per_rank] = live

@@ -2,8 +2,9 @@
 
 A rank puts its tokens into its own outbox once, and says so by writing one word; whoever owns an expert fetches
 what is meant for it out of all outboxes with one gather. Results go back with one scatter into the boxes of the
-sources. So an operation costs a rank a handful of vectorised calls, one word and one wake-up, however many peers
-there are: with more processes than cores it is the work per operation that counts, not the latency of a message.
+sources. Only the last to arrive in an operation raises the alarm that wakes the others. So an operation costs a
+rank some vectorised calls, one word and one sleep, however many peers there are: with more processes than cores
+it is this work that counts, not the latency of a message.
 
 Why one outbox and one box a rank are enough, without double buffering. In operation n a rank writes, posts n,
 waits until every live peer has posted n, and reads. Dispatch and combine alternate.
@@ -20,14 +21,13 @@ waits until every live peer has posted n, and reads. Dispatch and combine altern
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from elastic_ep.exchange.base import NO_EXPERT, TILE, ExchangeShape, Received
+from elastic_ep.exchange.base import TILE, ExchangeShape, Received
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.windows import LINE, Windows
 from elastic_ep.messages import Member
@@ -38,37 +38,27 @@ STRIDE = LINE // 8
 _TOKENS = 1
 
 Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[Any]
+Integers = npt.NDArray[np.int64]
 
 
 class Bell(Protocol):
-    """How ranks tell each other that an operation's data is there."""
+    """How ranks that share the windows wake each other: an alarm, heard by all, that is counted."""
 
-    def post(self, rank: int, number: int) -> None:
-        """Publish `number` as `rank`'s last operation, after everything this thread wrote before."""
+    def alarms(self) -> int:
+        """How many alarms there have been, or any other value that an alarm changes."""
         ...
 
-    def wait(self, rank: int, number: int, live: list[bool]) -> None:
-        """Return once `rank` has posted `number` or more, or soon after `live[rank]` has become False."""
+    def raise_alarm(self) -> None:
+        """Any thread."""
         ...
 
-    def ring(self, rank: int) -> None:
-        """Make everybody who waits for `rank` look again. Any thread."""
+    def sleep(self, alarms: int) -> None:
+        """Return soon after an alarm has changed `alarms`, or earlier. Releases the GIL."""
         ...
 
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrived:
-    """Where a dispatch's rows lie: `place` in the packed rows, `target` in all boxes seen as rows."""
-
-    place: Integers
-    target: Integers
-    rows: int
-
-
-_NOTHING = _Arrived(np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
+    def fence(self) -> None:
+        """Order the memory accesses before it and after it, for all ranks."""
+        ...
 
 
 class PullExchange:
@@ -77,38 +67,45 @@ class PullExchange:
     def __init__(self, buffer: memoryview, shape: ExchangeShape, member: Member, bell: Bell) -> None:
         self.shape = shape
         self.member = member
-        self._peers = Peers(member, shape.num_ranks)
+        self._peers = Peers(member, shape.num_ranks, shape.slots_per_rank)
         self._bell = bell
         self._order = [(member.rank + offset) % shape.num_ranks for offset in range(1, shape.num_ranks)]
         self._waiting_for: int | None = None
         self._operations = 0
         self._number = 0
         self._last = 0
-        self._arrived = _NOTHING
-        self._packed = np.zeros((0, shape.hidden), np.float32)
         self._tokens = 0
-        self._some_nowhere = False
+        self._target: Integers = np.zeros(0, np.int64)
+        self._packed = self._rows(np.zeros((0, shape.hidden), np.float32))
+        self._columns = np.arange(0)
+        self._targets: dict[int, Integers] = {}
         self._map(buffer)
         # An earlier incarnation may have left tokens here. Nobody reads them before this one is activated.
-        self._my_experts.fill(NO_EXPERT)
+        self._my_experts.fill(-1)
 
     def _map(self, buffer: memoryview) -> None:
-        shape, windows = self.shape, Windows.layout(self.shape)
+        shape, windows, me = self.shape, Windows.layout(self.shape), self.member.rank
         ranks, tokens, top_k, hidden = shape.num_ranks, shape.max_tokens, shape.top_k, shape.hidden
 
         def part(offset: int, dtype: Any, *sizes: int) -> Any:
             return np.frombuffer(buffer, dtype, int(np.prod(sizes)), offset).reshape(sizes)
 
-        # Two views of the same words: one by one a memoryview is the faster, all at once an array.
-        self._posted = buffer[: windows.experts].cast("B").cast("q")
-        self._sent: Integers = part(windows.words, np.int64, ranks, STRIDE)[:, _TOKENS]
-        self._experts: Integers = part(windows.experts, np.int32, ranks, tokens, top_k)
-        self._x: Floats = part(windows.x, np.float32, ranks * tokens + 1, hidden)
-        self._boxes: Floats = part(windows.boxes, np.float32, ranks * tokens * top_k, hidden)
-        me = self.member.rank
+        self._words = buffer[: windows.experts].cast("B").cast("q")
+        self._experts = part(windows.experts, np.int32, ranks, tokens, top_k)
+        x: Floats = part(windows.x, np.float32, windows.x_rows, hidden)
+        boxes: Floats = part(windows.boxes, np.float32, windows.x_rows * top_k, hidden)
         self._my_experts = self._experts[me]
-        self._my_x = self._x[me * tokens : (me + 1) * tokens]
-        self._my_box = self._boxes.reshape(ranks, tokens, top_k, hidden)[me]
+        self._my_x = x[me * tokens : (me + 1) * tokens]
+        self._my_box = boxes[me * tokens * top_k : (me + 1) * tokens * top_k].reshape(tokens, top_k, hidden)
+        self._x, self._boxes = self._rows(x), self._rows(boxes)
+        self._waste = ranks * tokens * top_k + me
+        self._my_slots = (me * shape.slots_per_rank + np.arange(shape.slots_per_rank, dtype=np.int32))[
+            :, None, None, None
+        ]
+
+    def _rows(self, array: npt.NDArray[Any]) -> npt.NDArray[np.void]:
+        """The rows of a matrix as single elements, which numpy moves several times faster than as rows."""
+        return array.view(np.dtype((np.void, 4 * self.shape.hidden))).reshape(-1)
 
     @property
     def waiting_for(self) -> int | None:
@@ -126,7 +123,7 @@ class PullExchange:
 
     def mask(self, member: Member) -> None:
         self._peers.mask(member)
-        self._bell.ring(member.rank)
+        self._bell.raise_alarm()
 
     def begin_step(self, step: int) -> None:
         self._number = step * self.shape.operations_per_step
@@ -139,35 +136,36 @@ class PullExchange:
         return self._peers.end_step()
 
     def close(self) -> None:
-        """Let go of the memory. No operation may be in progress or follow."""
+        """No operation may be in progress or follow. The memory goes with the last tensor that lies in it."""
         self._last = self._number
-        self._bell.close()
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         self._next_operation(combine=False)
-        experts = physical_experts.numpy()
+        experts: npt.NDArray[Any] = physical_experts.numpy()
         self._check_tokens(x, experts)
-        before, self._tokens = self._tokens, len(experts)
-        self._my_x[: self._tokens] = x.numpy()
-        self._my_experts[: self._tokens] = experts
-        self._my_experts[self._tokens : before] = NO_EXPERT
-        self._posted[self.member.rank * STRIDE + _TOKENS] = self._tokens
-        if not self._peers.all_live:
-            owners = np.unique(experts // self.shape.slots_per_rank)
-            self._peers.miss(int(rank) for rank in owners if rank >= 0 and not self._peers.live[rank])
-        self._post_and_wait()
+        before, tokens = self._tokens, len(experts)
+        self._my_x[:tokens] = x.numpy()
+        self._my_experts[:tokens] = experts
+        if tokens < before:
+            self._my_experts[tokens:before] = -1
+        self._words[self.member.rank * STRIDE + _TOKENS] = tokens
+        self._tokens = tokens
+        reached = self._peers.reachable[experts]
+        if not reached.all():
+            missed = set((experts[~reached] // self.shape.slots_per_rank).tolist())
+            self._peers.miss(missed - {-1})
+        self._meet()
         return self._gather()
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self._next_operation(combine=True)
-        arrived, hidden = self._arrived, self.shape.hidden
         if tuple(weights.shape) != (self._tokens, self.shape.top_k):
             raise ValueError(f"weights {tuple(weights.shape)}: expected {(self._tokens, self.shape.top_k)}")
-        rows = y.numpy().reshape(-1, hidden)
-        if len(rows) != arrived.rows:
-            raise ValueError(f"y has {len(rows)} rows, dispatch gave {arrived.rows}")
-        self._boxes[arrived.target] = rows[arrived.place]
-        self._post_and_wait()
+        rows = self._rows(y.numpy().reshape(-1, self.shape.hidden))
+        if len(rows) != len(self._target):
+            raise ValueError(f"y has {len(rows)} rows, dispatch gave {len(self._target)}")
+        self._boxes[self._target] = rows
+        self._meet()
         return torch.from_numpy(self._weighted_sum(weights.numpy()))
 
     def _next_operation(self, *, combine: bool) -> None:
@@ -177,64 +175,79 @@ class PullExchange:
             raise RuntimeError("dispatch and combine must alternate")
         self._number += 1
 
-    def _check_tokens(self, x: torch.Tensor, experts: Integers) -> None:
+    def _check_tokens(self, x: torch.Tensor, experts: npt.NDArray[Any]) -> None:
         shape = self.shape
         if experts.shape[1:] != (shape.top_k,) or tuple(x.shape) != (len(experts), shape.hidden):
             raise ValueError(f"x {tuple(x.shape)}, physical_experts {experts.shape}: do not fit {shape}")
         if len(experts) > shape.max_tokens:
             raise ValueError(f"{len(experts)} tokens, but max_tokens is {shape.max_tokens}")
-        lowest = NO_EXPERT if experts.size == 0 else int(experts.min())
-        if lowest < NO_EXPERT or (experts.size and experts.max() >= shape.num_ranks * shape.slots_per_rank):
-            raise ValueError("a physical expert out of range")
-        self._some_nowhere = lowest == NO_EXPERT
 
-    def _post_and_wait(self) -> None:
-        number, posted, live = self._number, self._posted, self._peers.live
-        self._bell.post(self.member.rank, number)
-        for rank in self._order:
-            if live[rank] and posted[rank * STRIDE] < number:
-                self._waiting_for = rank
-                self._bell.wait(rank, number, live)
-        self._waiting_for = None
+    def _meet(self) -> None:
+        """Say that this rank's data is there, and wait for the data of all live peers."""
+        bell, number = self._bell, self._number
+        bell.fence()
+        self._words[self.member.rank * STRIDE] = number
+        bell.fence()
+        if self._missing(number) is None:
+            bell.raise_alarm()
+        else:
+            # The count is read before the words and the masks: what changes after that ends the sleep.
+            alarms = bell.alarms()
+            while (missing := self._missing(number)) is not None:
+                self._waiting_for = missing
+                bell.sleep(alarms)
+                alarms = bell.alarms()
+            self._waiting_for = None
+            bell.fence()
         self._operations += 1
+
+    def _missing(self, number: int) -> int | None:
+        words, live = self._words, self._peers.live
+        for rank in self._order:
+            if words[rank * STRIDE] < number and live[rank]:
+                return rank
+        return None
 
     def _gather(self) -> Received:
         """Fetch this rank's tokens, ordered by (slot, source rank, token, k)."""
-        shape, live = self.shape, self._peers.live_array
-        slots_here, top_k = shape.slots_per_rank, shape.top_k
-        most = int((self._sent * live).max())
-        slot = self._experts[:, :most] - np.int32(self.member.rank * slots_here)
-        if not self._peers.all_live:
-            slot[~live] = NO_EXPERT
-        slot = slot.reshape(-1)
-        hits = np.flatnonzero(slot.view(np.uint32) < slots_here)  # as unsigned, a negative slot is a huge one
-        mine = slot[hits].astype(np.uint16 if slots_here < 2**16 else np.int64)
-        order = np.argsort(mine, kind="stable")
-        hits = hits[order]
-        counts = np.bincount(mine, minlength=slots_here)
-        capacity = TILE * max(1, -(-int(counts.max()) // TILE))
-        shift = np.arange(slots_here) * capacity - (np.cumsum(counts) - counts)
-        place = np.arange(len(hits)) + np.repeat(shift, counts)
-        target = hits + hits // max(1, most * top_k) * ((shape.max_tokens - most) * top_k)
-        self._arrived = _Arrived(place, target, slots_here * capacity)
-        index = np.full(slots_here * capacity, len(self._x) - 1)  # the row that is always zero
-        index[place] = target // top_k
-        packed = np.take(self._x, index, axis=0, out=self._room(len(index)), mode="clip")
-        return Received(
-            torch.from_numpy(packed).view(slots_here, capacity, shape.hidden), torch.from_numpy(counts)
+        shape = self.shape
+        live, words, slots = self._peers.live, self._words, shape.slots_per_rank
+        most = max(
+            [words[rank * STRIDE + _TOKENS] for rank in range(shape.num_ranks) if live[rank]], default=0
         )
+        most = min(shape.max_tokens, 1 << (most - 1).bit_length() if most else 1)
+        mine = self._experts[:, :most] == self._my_slots
+        if not all(live):
+            mine &= self._peers.live_array[:, None, None]
+        found = mine.reshape(-1).nonzero()[0]
+        counts = np.bincount(found // (mine.size // slots), minlength=slots)
+        capacity = TILE * max(1, -(-max(counts.tolist()) // TILE))
+        if capacity > len(self._columns):
+            self._columns = np.arange(capacity)
+        target = np.empty((slots, capacity), np.int64)
+        target.fill(self._waste)
+        target[self._columns[:capacity] < counts[:, None]] = self._target_of(most)[found]
+        self._target = target = target.reshape(-1)
+        if len(target) > len(self._packed):
+            self._packed = self._rows(np.zeros((2 * len(target), shape.hidden), np.float32))
+        packed = self._packed[: len(target)]
+        self._x.take(target // shape.top_k, 0, packed, "clip")
+        inputs = packed.view(np.float32).reshape(slots, capacity, shape.hidden)
+        return Received(torch.from_numpy(inputs), torch.from_numpy(counts))
 
-    def _room(self, rows: int) -> Floats:
-        if rows > len(self._packed):
-            self._packed = np.zeros((2 * rows, self.shape.hidden), np.float32)
-        return self._packed[:rows]
+    def _target_of(self, most: int) -> Integers:
+        """The row in all boxes of each (slot, rank, token < most, k). As many tables as there are powers of two."""
+        if most not in self._targets:
+            ranks, tokens, top_k = self._experts.shape
+            rows = np.arange(ranks * tokens * top_k).reshape(ranks, tokens, top_k)[:, :most]
+            self._targets[most] = np.tile(rows.reshape(-1), self.shape.slots_per_rank)
+        return self._targets[most]
 
     def _weighted_sum(self, weights: Floats) -> Floats:
         """Sum over k, in order. One rounding for each product and each sum, so no result depends on the batch."""
         box = self._my_box[: self._tokens]
-        if self._some_nowhere or not self._peers.all_live:
-            experts = self._my_experts[: self._tokens]
-            counted = (experts >= 0) & self._peers.live_array[experts // self.shape.slots_per_rank]
+        counted = self._peers.reachable[self._my_experts[: self._tokens]]
+        if not counted.all():
             # Not a product with zero: what lies in the box then may be anything, NaN too.
             box = np.where(counted[:, :, None], box, np.float32(0))
             weights = np.where(counted, weights, np.float32(0))

@@ -1,23 +1,23 @@
-"""The exchange of ranks on one machine: windows in shared memory, a futex on every rank's word."""
+"""The exchange of ranks on one machine: windows in shared memory, a futex to sleep on.
+
+The words are 64 bits wide and never wrap: one that a dead rank left behind stays in the past for ever."""
 
 from __future__ import annotations
 
 import mmap
 import os
-import platform
 import sys
-import threading
 
 import numpy as np
 
 from elastic_ep.exchange.base import ExchangeShape
-from elastic_ep.exchange.futex import Futex
+from elastic_ep.exchange.futex import Fence, Futex
 from elastic_ep.exchange.pull import STRIDE, PullExchange
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.messages import Member
 
 _LOOK_AGAIN_S = 0.002
-"""A mask that is set between a waiter's last look and its sleep wakes nobody; it is seen after this time."""
+"""The longest sleep: if two ranks that arrive last at once ever miss each other, this is what it costs."""
 
 
 class ShmExchange(PullExchange):
@@ -32,41 +32,30 @@ class ShmExchange(PullExchange):
         if size != total:
             raise ValueError(f"the exchange windows have {size} bytes, but {shape} needs {total}")
         buffer = memoryview(mmap.mmap(fd, total))
-        super().__init__(buffer, shape, member, _FutexBell(buffer))
+        super().__init__(buffer, shape, member, _FutexBell(buffer, shape.num_ranks))
 
 
 class _FutexBell:
-    """Words of 64 bits, so that they never wrap: a word that a dead rank left behind stays in the past for ever.
+    """The count of alarms is the futex. Nobody needs it exact, so it is changed without an atomic operation:
+    who sleeps is woken by the system call, and who is about to sleep sees that the count is another."""
 
-    The futex looks at the lower half only, which is enough: it changes with every operation.
-    """
-
-    def __init__(self, buffer: memoryview) -> None:
+    def __init__(self, buffer: memoryview, num_ranks: int) -> None:
         self._words = buffer.cast("B").cast("q")
+        self._word = num_ranks * STRIDE
         lower_half = 0 if sys.byteorder == "little" else 4
-        self._address = np.frombuffer(buffer, np.uint8).ctypes.data + lower_half
+        self._address = np.frombuffer(buffer, np.uint8).ctypes.data + self._word * 8 + lower_half
         self._futex = Futex(_LOOK_AGAIN_S)
-        # x86-64 keeps stores in order. Elsewhere taking and freeing a lock does.
-        self._ordered = platform.machine() == "x86_64"
-        self._fence = threading.Lock()
+        self._fence = Fence()
 
-    def post(self, rank: int, number: int) -> None:
-        if not self._ordered:
-            with self._fence:
-                pass
-        self._words[rank * STRIDE] = number
-        self._futex.wake(self._address + rank * STRIDE * 8)
+    def fence(self) -> None:
+        self._fence()
 
-    def wait(self, rank: int, number: int, live: list[bool]) -> None:
-        words, word, address = self._words, rank * STRIDE, self._address + rank * STRIDE * 8
-        while live[rank] and (seen := words[word]) < number:
-            self._futex.wait(address, seen & 0xFFFFFFFF)
-        if not self._ordered:
-            with self._fence:
-                pass
+    def alarms(self) -> int:
+        return self._words[self._word]
 
-    def ring(self, rank: int) -> None:
-        self._futex.wake(self._address + rank * STRIDE * 8)
+    def raise_alarm(self) -> None:
+        self._words[self._word] += 1
+        self._futex.wake(self._address)
 
-    def close(self) -> None:
-        """The mapping goes with the last array over it."""
+    def sleep(self, alarms: int) -> None:
+        self._futex.wait(self._address, alarms & 0xFFFFFFFF)

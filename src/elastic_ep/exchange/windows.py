@@ -28,32 +28,38 @@ class WindowsError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Byte offsets of the parts of the file, each a C array over the ranks.
+    """Byte offsets of the parts of the file, each a C array.
 
-    =========  =======================================  =======  ==========================================
+    =========  =======================================  =======  ===========================================
     part       shape                                    type     written by
-    =========  =======================================  =======  ==========================================
-    `words`    [num_ranks, LINE / 8]                    int64    its rank: [0] last operation, [1] tokens sent
+    =========  =======================================  =======  ===========================================
+    `words`    [num_ranks + 1, LINE / 8]                int64    its rank: [0] last operation, [1] tokens sent;
+                                                                 the last line's [0] counts the alarms, anybody
     `experts`  [num_ranks, max_tokens, top_k]           int32    its rank; unused rows are -1
-    `x`        [num_ranks * max_tokens + 1, hidden]     float32  its rank; the row after the last stays zero
-    `boxes`    [num_ranks, max_tokens, top_k, hidden]   float32  the owner of the expert at [token, k]
-    =========  =======================================  =======  ==========================================
+    `x`        [x_rows, hidden]                         float32  its rank: rows rank * max_tokens + token
+    `boxes`    [x_rows, top_k, hidden]                  float32  the owner of the expert at [token, k]
+    =========  =======================================  =======  ===========================================
+
+    Beyond num_ranks * max_tokens rows, `x` has rows that stay zero, and `boxes`, seen as rows of `hidden`, one for
+    each rank to throw things into: padding is gathered from the former and scattered to the latter.
     """
 
     words: int
     experts: int
     x: int
     boxes: int
+    x_rows: int
     total: int
 
     @classmethod
     def layout(cls, shape: ExchangeShape) -> Windows:
-        tokens = shape.num_ranks * shape.max_tokens
-        experts = _aligned(shape.num_ranks * LINE)
-        x = _aligned(experts + tokens * shape.top_k * _EXPERT)
-        boxes = _aligned(x + (tokens + 1) * shape.hidden * _FLOAT)
-        total = _aligned(boxes + tokens * shape.top_k * shape.hidden * _FLOAT)
-        return cls(words=0, experts=experts, x=x, boxes=boxes, total=total)
+        rows = shape.num_ranks * shape.max_tokens
+        x_rows = rows + -(-shape.num_ranks // shape.top_k)
+        experts = _aligned((shape.num_ranks + 1) * LINE)
+        x = _aligned(experts + rows * shape.top_k * _EXPERT)
+        boxes = _aligned(x + x_rows * shape.hidden * _FLOAT)
+        total = _aligned(boxes + x_rows * shape.top_k * shape.hidden * _FLOAT)
+        return cls(words=0, experts=experts, x=x, boxes=boxes, x_rows=x_rows, total=total)
 
     @classmethod
     def create(cls, shape: ExchangeShape, *, available: int | None = None) -> int:
