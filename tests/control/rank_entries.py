@@ -37,6 +37,7 @@ def _say_hello(windows_fd: int, life_fd: int) -> None:
     facts = {
         "pid": os.getpid(),
         "parent": os.getppid(),
+        "group": os.getpgid(0),
         "session": os.getsid(0),
         "nice": os.nice(0),
         "name": name.value.decode(),

@@ -129,6 +129,6 @@ def _start(setup: ServerSetup, control_fd: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=setup.output_fd,
         stderr=setup.output_fd,
-        start_new_session=True,  # the terminal's Ctrl-C is for the run process alone
+        process_group=0,  # not a session: see the fork server
         env={**os.environ, **_ONE_THREAD},
     )

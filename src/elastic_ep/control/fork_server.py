@@ -168,7 +168,9 @@ class ForkServer:
 
 
 def _run_rank(message: Fork, life_fd: int, options: ServerOptions) -> int:
-    os.setsid()  # the terminal's Ctrl-C is for the run process alone
+    # The terminal's Ctrl-C is for the run process alone. HAZARD: a process group, not a session: Linux schedules
+    # each session as one (autogroup), so niceness and short slices would count for nothing among ranks.
+    os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     name = f"eep-rank-{message.rank}.{message.incarnation}"

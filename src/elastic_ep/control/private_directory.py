@@ -47,7 +47,7 @@ class Janitor:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            process_group=0,
             cwd="/",
         )
 
