@@ -70,7 +70,7 @@ class PullExchange:
         self._peers = Peers(member, shape.num_ranks, shape.slots_per_rank)
         self._bell = bell
         self._order = [(member.rank + offset) % shape.num_ranks for offset in range(1, shape.num_ranks)]
-        self._waiting_for: int | None = None
+        self._waits = False
         self._operations = 0
         self._number = 0
         self._last = 0
@@ -109,7 +109,8 @@ class PullExchange:
 
     @property
     def waiting_for(self) -> int | None:
-        return self._waiting_for
+        # Looked up when asked: not every peer that arrives wakes this rank.
+        return self._missing(self._number) if self._waits else None
 
     @property
     def operations(self) -> int:
@@ -142,7 +143,7 @@ class PullExchange:
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         self._next_operation(combine=False)
         experts: npt.NDArray[Any] = physical_experts.numpy()
-        self._check_tokens(x, experts)
+        self._check(x, experts)
         before, tokens = self._tokens, len(experts)
         self._my_x[:tokens] = x.numpy()
         self._my_experts[:tokens] = experts
@@ -150,11 +151,7 @@ class PullExchange:
             self._my_experts[tokens:before] = -1
         self._words[self.member.rank * STRIDE + _TOKENS] = tokens
         self._tokens = tokens
-        reached = self._peers.reachable[experts]
-        if not reached.all():
-            missed = set((experts[~reached] // self.shape.slots_per_rank).tolist())
-            self._peers.miss(missed - {-1})
-        self._meet()
+        self._post_and_wait()
         return self._gather()
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -165,7 +162,7 @@ class PullExchange:
         if len(rows) != len(self._target):
             raise ValueError(f"y has {len(rows)} rows, dispatch gave {len(self._target)}")
         self._boxes[self._target] = rows
-        self._meet()
+        self._post_and_wait()
         return torch.from_numpy(self._weighted_sum(weights.numpy()))
 
     def _next_operation(self, *, combine: bool) -> None:
@@ -175,29 +172,44 @@ class PullExchange:
             raise RuntimeError("dispatch and combine must alternate")
         self._number += 1
 
-    def _check_tokens(self, x: torch.Tensor, experts: npt.NDArray[Any]) -> None:
+    def _check(self, x: torch.Tensor, experts: npt.NDArray[Any]) -> None:
+        """Raise ValueError if the arguments do not fit; note the ranks that do not take part and are sent to."""
         shape = self.shape
         if experts.shape[1:] != (shape.top_k,) or tuple(x.shape) != (len(experts), shape.hidden):
             raise ValueError(f"x {tuple(x.shape)}, physical_experts {experts.shape}: do not fit {shape}")
         if len(experts) > shape.max_tokens:
             raise ValueError(f"{len(experts)} tokens, but max_tokens is {shape.max_tokens}")
+        try:
+            reached: npt.NDArray[np.bool_] = self._peers.reachable[experts]
+        except IndexError as error:
+            raise ValueError("a physical expert out of range") from error
+        if not reached.all():
+            unreached = experts[~reached]
+            if unreached.max() >= shape.num_ranks * shape.slots_per_rank or unreached.min() < -1:
+                raise ValueError("a physical expert out of range")
+            missed = set((unreached // shape.slots_per_rank).tolist())
+            self._peers.miss(missed - {-1})
 
-    def _meet(self) -> None:
-        """Say that this rank's data is there, and wait for the data of all live peers."""
+    def _post(self) -> None:
+        """Say that this rank's data of the present operation is there."""
+        self._bell.fence()
+        self._words[self.member.rank * STRIDE] = self._number
+        self._bell.fence()
+
+    def _post_and_wait(self) -> None:
+        """The last to arrive wakes all others, who sleep once each."""
+        self._post()
         bell, number = self._bell, self._number
-        bell.fence()
-        self._words[self.member.rank * STRIDE] = number
-        bell.fence()
         if self._missing(number) is None:
             bell.raise_alarm()
         else:
+            self._waits = True
             # The count is read before the words and the masks: what changes after that ends the sleep.
             alarms = bell.alarms()
-            while (missing := self._missing(number)) is not None:
-                self._waiting_for = missing
+            while self._missing(number) is not None:
                 bell.sleep(alarms)
                 alarms = bell.alarms()
-            self._waiting_for = None
+            self._waits = False
             bell.fence()
         self._operations += 1
 

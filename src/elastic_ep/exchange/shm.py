@@ -1,6 +1,7 @@
 """The exchange of ranks on one machine: windows in shared memory, a futex to sleep on.
 
-The words are 64 bits wide and never wrap: one that a dead rank left behind stays in the past for ever."""
+The words are 64 bits wide and never wrap: one that a dead rank left behind stays in the past for ever.
+"""
 
 from __future__ import annotations
 
