@@ -151,7 +151,7 @@ class PullExchange:
             self._my_experts[tokens:before] = -1
         self._words[self.member.rank * STRIDE + _TOKENS] = tokens
         self._tokens = tokens
-        self._post_and_wait()
+        self._meet()
         return self._gather()
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ class PullExchange:
         if len(rows) != len(self._target):
             raise ValueError(f"y has {len(rows)} rows, dispatch gave {len(self._target)}")
         self._boxes[self._target] = rows
-        self._post_and_wait()
+        self._meet()
         return torch.from_numpy(self._weighted_sum(weights.numpy()))
 
     def _next_operation(self, *, combine: bool) -> None:
@@ -196,7 +196,7 @@ class PullExchange:
         self._words[self.member.rank * STRIDE] = self._number
         self._bell.fence()
 
-    def _post_and_wait(self) -> None:
+    def _meet(self) -> None:
         """The last to arrive wakes all others, who sleep once each."""
         self._post()
         bell, number = self._bell, self._number
