@@ -371,6 +371,10 @@ def test_misuse_is_told(alone: Hub) -> None:
     exchange.begin_step(0)
     with pytest.raises(RuntimeError):
         exchange.combine(torch.zeros(2, TILE, 4), weights)
+    for wrong in (experts + 6, experts + 7, experts - 2):
+        exchange.begin_step(0)
+        with pytest.raises(ValueError, match="out of range"):
+            exchange.dispatch(x, wrong)
     exchange.begin_step(0)
     with pytest.raises(ValueError, match="max_tokens"):
         exchange.dispatch(torch.zeros(6, 4), torch.zeros(6, 2, dtype=torch.int64))
