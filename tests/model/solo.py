@@ -47,32 +47,26 @@ class SoloExchange:
     activate = mask = connect
 
     def begin_step(self, step: int) -> None:
-        self.in_step = 0
+        pass
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         self.operations += 1
-        self.in_step += 1
-        self._experts = physical_experts.tolist()
-        counts = [0] * self._slots
-        self._rows = [[(0, 0)] * len(row) for row in self._experts]
-        for token, row in enumerate(self._experts):
-            for k, slot in enumerate(row):
-                self._rows[token][k] = (slot, counts[slot])
-                counts[slot] += 1
-        capacity = max(1, -(-max(counts) // TILE)) * TILE
+        self._slot = physical_experts.reshape(-1)
+        counts = torch.bincount(self._slot, minlength=self._slots)
+        order = torch.argsort(self._slot, stable=True)
+        self._position = torch.empty_like(order)
+        self._position[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[self._slot[order]]
+        capacity = max(1, -(-int(counts.max()) // TILE)) * TILE
         packed = torch.zeros(self._slots, capacity, x.shape[1])
-        for token, row in enumerate(self._rows):
-            for slot, position in row:
-                packed[slot, position] = x[token]
-        return Received(packed, torch.tensor(counts))
+        packed[self._slot, self._position] = x.repeat_interleave(physical_experts.shape[1], dim=0)
+        return Received(packed, counts)
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self.operations += 1
-        self.in_step += 1
+        rows = y[self._slot, self._position].view(*weights.shape, y.shape[2])
         out = torch.zeros(len(weights), y.shape[2])
-        for token, row in enumerate(self._rows):
-            for k, (slot, position) in enumerate(row):
-                out[token] += weights[token, k] * y[slot, position]
+        for k in range(weights.shape[1]):
+            out += weights[:, k, None] * rows[:, k]
         return out * float("nan") if self.garbage else out
 
     def end_step(self) -> frozenset[int]:

@@ -23,6 +23,9 @@ _Words = npt.NDArray[np.uint64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_GREEDY_BELOW = 1e-5
+"""A temperature so low is greedy (vLLM's bound): dividing by it would overflow."""
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
         return [Sampled(int(token)) for token in raw.argmax(axis=-1)]
     scores = _penalised(raw, sequences)
     tokens = scores.argmax(axis=-1)
-    rows = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
+    rows = [row for row, seq in enumerate(sequences) if not _is_greedy(seq.params)]
     if rows:
         chosen = [sequences[row] for row in rows]
         tokens[rows] = _draw(scores[rows], chosen)
@@ -75,8 +78,12 @@ def _mix(x: _Words) -> _Words:
     return x ^ (x >> np.uint64(31))
 
 
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < _GREEDY_BELOW
+
+
 def _is_plain_greedy(params: SamplingParams) -> bool:
-    return params.temperature == 0 and params.logprobs is None and not _has_penalties(params)
+    return _is_greedy(params) and params.logprobs is None and not _has_penalties(params)
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -90,9 +97,11 @@ def _penalised(raw: npt.NDArray[np.float32], sequences: Seq[Sequence]) -> _Float
         if not _has_penalties(params):
             continue
         seen = np.unique(seq.tokens)
-        row[seen] = np.where(
-            row[seen] > 0, row[seen] / params.repetition_penalty, row[seen] * params.repetition_penalty
-        )
+        with np.errstate(over="ignore"):
+            repeated = np.where(
+                row[seen] > 0, row[seen] / params.repetition_penalty, row[seen] * params.repetition_penalty
+            )
+        row[seen] = np.clip(repeated, -_LARGEST, _LARGEST)
         output, counts = np.unique(seq.tokens[seq.prompt_len :], return_counts=True)
         if len(output):
             row[output] -= params.frequency_penalty * counts + params.presence_penalty
@@ -102,11 +111,11 @@ def _penalised(raw: npt.NDArray[np.float32], sequences: Seq[Sequence]) -> _Float
 def _draw(scores: _Floats, sequences: Seq[Sequence]) -> npt.NDArray[np.int64]:
     """Gumbel-max: the argmax of log-probability plus noise is a sample."""
     column = _column(sequences)
-    scores = scores / column("temperature")
+    scores = (scores - scores.max(axis=-1, keepdims=True)) / column("temperature")
     min_p = column("min_p")
     if (min_p > 0).any():
         with np.errstate(divide="ignore"):
-            floor = scores.max(axis=-1, keepdims=True) + np.log(min_p)
+            floor = np.log(min_p)
         scores[scores < floor] = -np.inf
     top_k, top_p = column("top_k"), column("top_p")
     if (top_k > 0).any() or (top_p < 1).any():
