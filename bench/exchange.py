@@ -2,7 +2,9 @@
 
 Every rank sends `--rows` rows of `--hidden` float32 to each rank (itself included, as in all_to_all_single), and
 the backends take turns, `--rounds` times. "dispatch" is the time inside dispatch; "pair / 2" half the wall time
-of a dispatch and the combine that sends as many bytes back, which is what one all-to-all costs.
+of a dispatch and the combine that sends as many bytes back, which is what one all-to-all costs. "cpu" is the
+processor time of all ranks together for one all-to-all, their helper threads included: it tells more than wall time
+does when the machine has other work.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ Measure = Callable[[int], Measured]
 
 def main() -> None:
     options = _options()
+    load = os.getloadavg()[0]
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +58,7 @@ def main() -> None:
         reports = [results.get(timeout=600) for _ in ranks]
         for process in ranks:
             process.join()
-    _report(options, reports)
+    _report(options, reports, load)
 
 
 def _options() -> argparse.Namespace:
@@ -63,8 +66,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--rows", type=int, default=32, help="rows to each rank")
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each backend in each round, about")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each backend in each round, about")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -111,7 +114,11 @@ def _rank(
     for _ in range(options.rounds):
         for name, backend in backends.items():
             barrier.wait()
-            measured[name].append(backend(int(measured[name][0]["count"])))
+            count = int(measured[name][0]["count"])
+            cpu = time.process_time()
+            figures = backend(count)
+            cpu = time.process_time() - cpu
+            measured[name].append({**figures, "cpu": cpu / count / (2 if name == "elastic_ep" else 1)})
     results.put({name: rounds[1:] for name, rounds in measured.items()})
     barrier.wait()
     dist.destroy_process_group()
@@ -198,24 +205,30 @@ def _check(rank: int, received: torch.Tensor) -> None:
         assert bool((received[peer] == peer * ranks + rank).all()), f"wrong data from rank {peer}"
 
 
-def _report(options: argparse.Namespace, reports: list[dict[str, list[Measured]]]) -> None:
-    """The slowest rank counts in each round; then the median of the rounds."""
+def _report(options: argparse.Namespace, reports: list[dict[str, list[Measured]]], load: float) -> None:
+    """Of the wall time the slowest rank counts in each round, of the processor time the sum; medians of the rounds."""
     table: dict[str, dict[str, Any]] = {}
     for name in reports[0]:
         for figure in reports[0][name][0]:
+            combine = sum if figure == "cpu" else max
             rounds = [
-                max(report[name][turn][figure] for report in reports) * 1e3 for turn in range(options.rounds)
+                combine(report[name][turn][figure] for report in reports) * 1e3
+                for turn in range(options.rounds)
             ]
             table[name if figure == "all-to-all" else f"{name}, {figure}"] = {
                 "median_ms": round(statistics.median(rounds), 4),
+                "best_ms": round(min(rounds), 4),
                 "rounds_ms": [round(value, 4) for value in rounds],
             }
     gloo, ours = table["gloo"]["median_ms"], table["elastic_ep, pair / 2"]["median_ms"]
+    gloo_cpu, our_cpu = table["gloo, cpu"]["median_ms"], table["elastic_ep, cpu"]["median_ms"]
     per_peer = options.rows * options.hidden * 4
     print(f"all-to-all, {options.ranks} processes, {os.cpu_count()} cores, {per_peer} bytes to each peer")
     for name, row in table.items():
-        print(f"  {name:24} {row['median_ms']:8.3f} ms   rounds {row['rounds_ms']}")
-    print(f"  gloo / elastic_ep        {gloo / ours:8.1f} times")
+        print(f"  {name:24} median {row['median_ms']:7.3f} ms   best {row['best_ms']:7.3f} ms")
+    print(
+        f"  gloo / elastic_ep: {gloo / ours:.1f} times by wall time, {gloo_cpu / our_cpu:.1f} by processor time"
+    )
     if options.out is not None:
         write_result(
             options.out,
@@ -226,6 +239,8 @@ def _report(options: argparse.Namespace, reports: list[dict[str, list[Measured]]
                 "bytes_per_peer": per_peer,
                 "all_to_all": table,
                 "times_faster_than_gloo": round(gloo / ours, 2),
+                "times_less_processor_time_than_gloo": round(gloo_cpu / our_cpu, 2),
+                "load_average_before": load,
             },
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import threading
+from collections.abc import Callable
 
 _NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
 _WAIT = 0
@@ -43,6 +44,13 @@ class Fence:
             pass
         with self._lock:
             pass
+
+
+def yielder() -> Callable[[], int]:
+    """`sched_yield`, giving up the GIL too."""
+    call = ctypes.CDLL(None).sched_yield
+    call.argtypes = ()
+    return call
 
 
 class Futex:

@@ -38,6 +38,9 @@ class _ConditionBell:
             self._count += 1
             self._news.notify_all()
 
+    def give_way(self) -> None:
+        pass
+
     def sleep(self, alarms: int) -> None:
         with self._news:
             self._news.wait_for(lambda: self._count != alarms)

@@ -52,6 +52,10 @@ class Bell(Protocol):
         """Any thread."""
         ...
 
+    def give_way(self) -> None:
+        """Let others run on this core, if there are any who want to. Releases the GIL."""
+        ...
+
     def sleep(self, alarms: int) -> None:
         """Return soon after an alarm has changed `alarms`, or earlier. Releases the GIL."""
         ...
@@ -197,13 +201,18 @@ class PullExchange:
         self._bell.fence()
 
     def _meet(self) -> None:
-        """The last to arrive wakes all others, who sleep once each."""
+        """The last to arrive wakes all others.
+
+        With more ranks than cores, letting the others run once is mostly enough, and costs half of what sleeping
+        and being woken does. With a core for each rank it costs nothing.
+        """
         self._post()
         bell, number = self._bell, self._number
         if self._missing(number) is None:
             bell.raise_alarm()
         else:
             self._waits = True
+            bell.give_way()
             # The count is read before the words and the masks: what changes after that ends the sleep.
             alarms = bell.alarms()
             while self._missing(number) is not None:

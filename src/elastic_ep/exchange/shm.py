@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from elastic_ep.exchange.base import ExchangeShape
-from elastic_ep.exchange.futex import Fence, Futex
+from elastic_ep.exchange.futex import Fence, Futex, yielder
 from elastic_ep.exchange.pull import STRIDE, PullExchange
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.messages import Member
@@ -47,6 +47,7 @@ class _FutexBell:
         self._address = np.frombuffer(buffer, np.uint8).ctypes.data + self._word * 8 + lower_half
         self._futex = Futex(_LOOK_AGAIN_S)
         self._fence = Fence()
+        self._yield = yielder()
 
     def fence(self) -> None:
         self._fence()
@@ -57,6 +58,9 @@ class _FutexBell:
     def raise_alarm(self) -> None:
         self._words[self._word] += 1
         self._futex.wake(self._address)
+
+    def give_way(self) -> None:
+        self._yield()
 
     def sleep(self, alarms: int) -> None:
         self._futex.wait(self._address, alarms & 0xFFFFFFFF)
