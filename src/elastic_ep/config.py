@@ -42,3 +42,58 @@ class RankConfig:
     def from_json(cls, text: str) -> RankConfig:
         plain: dict[str, Any] = json.loads(text)
         return cls(**{**plain, "limits": EngineLimits(**plain["limits"])})
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message is one line that says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """The command line of `python -m elastic_ep.run`. Raises `ConfigError`."""
+
+    ranks: int
+    model: str
+    device: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    api_key: tuple[str, ...] = ()
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 64
+    num_pages: int | None = None
+    max_queued: int = 1024
+    ep_num_redundant_experts: int | None = None
+    load_format: str = "auto"
+    relaunch_limit: int = 10
+    hang_deadline_s: float = 1.0
+    stop_deadline_s: float = 30.0
+    log_dir: str = "runs"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("--ranks", self.ranks, 1, 64)
+        _check_range("--port", self.port, 0, 65535)
+        _check_range("--max-num-seqs", self.max_num_seqs, 1, 4096)
+        _check_range("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 65536)
+        _check_range("--max-queued", self.max_queued, 1, 1_000_000)
+        _check_range("--relaunch-limit", self.relaunch_limit, 0, 1_000_000)
+        _check_range("--hang-deadline", self.hang_deadline_s, 0.2, 3600)
+        _check_range("--stop-deadline", self.stop_deadline_s, 0, 3600)
+        if self.max_model_len is not None:
+            _check_range("--max-model-len", self.max_model_len, 2, 1 << 20)
+        if self.num_pages is not None:
+            _check_range("--num-gpu-blocks-override", self.num_pages, 1, 1 << 24)
+        if self.ep_num_redundant_experts is not None:
+            _check_range("--ep-num-redundant-experts", self.ep_num_redundant_experts, 0, 1 << 16)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs "
+                f"{self.max_num_seqs}: raise the first or lower the second"
+            )
+
+
+def _check_range(flag: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{flag} {value} is out of range: give a value from {low} to {high}")

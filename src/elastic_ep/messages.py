@@ -18,7 +18,7 @@ import json
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeVar
 
@@ -280,23 +280,18 @@ Published = Prepare | Commit | Abort | View | Beat
 
 _T = TypeVar("_T")
 _Reader = Callable[[Any], Any]
-_TYPES: dict[str, type] = {
-    cls.__name__: cls
-    for cls in (
-        Seat, View, Prepare, Commit, Abort, Beat, Numbered, Hello, RankReport, Promise, Heartbeat,
-        SamplingParams, Assign, Cancel, Drain, Shutdown, TopLogprob, Token, StepReport, SnapshotRequest,
-        Snapshot,
-    )
-}  # fmt: skip
 
 
 def to_plain(value: Any) -> Any:
     """`value` as JSON types; a dataclass becomes ``[type name, field, ...]``."""
-    if isinstance(value, (tuple, list, frozenset)):
+    cls = type(value)
+    if cls in _PLAIN:
+        return value
+    if cls is tuple or cls is list or cls is Member:
         return [to_plain(item) for item in value]
-    if type(value).__name__ in _TYPES:
-        return [type(value).__name__, *(to_plain(getattr(value, name)) for name in _names(type(value)))]
-    return value
+    if is_dataclass(cls):
+        return [cls.__name__, *[to_plain(getattr(value, name)) for name in _names(cls)]]
+    return value  # a StrEnum is a string to JSON
 
 
 def encode(message: Any) -> bytes:
@@ -322,6 +317,7 @@ def from_plain(plain: Any, expected: type[_T] | Any) -> _T:
     return typing.cast(_T, _reader(expected)(plain))
 
 
+_PLAIN = frozenset({int, str, float, bool, type(None)})
 _names_cache: dict[type, tuple[str, ...]] = {}
 _readers: dict[Any, _Reader] = {}
 
@@ -346,7 +342,7 @@ def _make_reader(hint: Any) -> _Reader:
         return _sequence_reader(typing.get_args(hint)[0])
     if hint is Member:
         return _member
-    if isinstance(hint, type) and hint.__name__ in _TYPES:
+    if is_dataclass(hint) and isinstance(hint, type):
         return _record_reader(hint)
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return _enum_reader(hint)
@@ -354,10 +350,8 @@ def _make_reader(hint: Any) -> _Reader:
 
 
 def _union_reader(arms: list[Any]) -> _Reader:
-    records = {arm.__name__: _reader(arm) for arm in arms if getattr(arm, "__name__", None) in _TYPES}
-    others = [
-        _reader(arm) for arm in arms if getattr(arm, "__name__", None) not in _TYPES and arm is not type(None)
-    ]
+    records = {arm.__name__: _reader(arm) for arm in arms if is_dataclass(arm)}
+    others = [_reader(arm) for arm in arms if not is_dataclass(arm) and arm is not type(None)]
     optional = type(None) in arms
 
     def read(plain: Any) -> Any:

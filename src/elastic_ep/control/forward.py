@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from elastic_ep.config import RankConfig
 from elastic_ep.control.mailbox import Mailbox
+from elastic_ep.control.scheduling import make_ordinary
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.messages import Assign, Member, RankState, StepReport, View
 from elastic_ep.model.runner import ModelRunner
@@ -53,6 +54,7 @@ class ForwardThread:
         return time.clock_gettime_ns(time.pthread_getcpuclockid(self._thread.ident)) // 1_000_000
 
     def _main(self) -> None:
+        make_ordinary()
         try:
             self._runner, self.exchange = self._build(self._config)
             self._mailbox.post((RankState.INIT_DIST, ""))

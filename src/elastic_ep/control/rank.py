@@ -17,6 +17,7 @@ from elastic_ep.config import RankConfig
 from elastic_ep.control.engine import build_engine
 from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
+from elastic_ep.control.scheduling import make_prompt
 from elastic_ep.control.wire import RankWire
 from elastic_ep.machines.member import (
     Adopt,
@@ -58,6 +59,7 @@ def main(config_json: str, windows_fd: int, life_fd: int) -> int:
     """Run this rank until it is told to stop; the exit status. `life_fd` ends when the run process does."""
     config = RankConfig.from_json(config_json)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    make_prompt()  # a mask must not wait behind the other ranks' forward threads
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return anyio.run(RankProcess(config, windows_fd, life_fd).run)
 

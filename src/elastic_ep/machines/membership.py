@@ -22,6 +22,7 @@ from elastic_ep.placement import Placement
 STEP_GAP_AFTER_TOTAL_LOSS = 100_000
 """Steps that a member may have begun unseen since the last `StepSeen`; far more than could have run."""
 
+_STARTING = (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
 _RUNNING = (
     GroupState.SERVING,
     GroupState.DEGRADED,
@@ -56,7 +57,8 @@ class Slot:
     reason: str = ""
     failures: int = 0
     """Incarnations in a row that died before they were stable."""
-    since_ms: int = 0
+    since_ms: int | None = None
+    """When it came into its present state; None before the group was started."""
     gone: bool = False
     fenced: str = ""
     relaunch_at_ms: int | None = None
@@ -133,18 +135,15 @@ class MembershipMachine:
     def next_deadline_ms(self) -> int | None:
         """When a `Tick` may next have an effect."""
         times = [slot.relaunch_at_ms for slot in self.slots.values() if slot.relaunch_at_ms is not None]
-        times += [
-            slot.since_ms + self.config.init_deadline_ms
-            for slot in self.slots.values()
-            if slot.state in (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
-            and not slot.fenced
-        ]
+        times += [due for slot in self.slots.values() if (due := self._init_due_ms(slot)) is not None]
         if self.attempt:
             times.append(self.attempt.deadline_ms)
         elif self._would_park():
             times.append(self.idle_since_ms + self.config.park_after_ms)
-        if not self.view.seats and self.first_joining_ms is not None:
-            times.append(self.first_joining_ms + self.config.forming_grace_ms)
+        if self.first_joining_ms is not None and not self.view.epoch:
+            grace_ends_ms = self.first_joining_ms + self.config.forming_grace_ms
+            if grace_ends_ms > self.now_ms:
+                times.append(grace_ends_ms)
         return min(times, default=None)
 
     # The machine
@@ -180,8 +179,8 @@ class MembershipMachine:
         for slot in self.slots.values():
             if slot.relaunch_at_ms is not None and self.now_ms >= slot.relaunch_at_ms:
                 self._relaunch(slot)
-            starting = slot.state in (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
-            if starting and not slot.fenced and self.now_ms >= slot.since_ms + self.config.init_deadline_ms:
+            due_ms = self._init_due_ms(slot)
+            if due_ms is not None and self.now_ms >= due_ms:
                 self._fence(slot, f"stuck in {slot.state} for {self.config.init_deadline_ms / 1000:g} s")
 
     def _on_process_started(self, event: ev.ProcessStarted) -> None:
@@ -222,7 +221,7 @@ class MembershipMachine:
 
     def _on_gone(self, event: ev.ProcessGone) -> None:
         slot = self._current(event.member)
-        if slot is None:
+        if slot is None or slot.gone:
             return
         if slot.state not in RANK.final:
             self._lose(slot, slot.fenced or event.status)
@@ -274,6 +273,12 @@ class MembershipMachine:
         slot = self.slots.get(member.rank)
         return slot if slot and slot.member == member else None
 
+    def _init_due_ms(self, slot: Slot) -> int | None:
+        """When a rank that is starting up must have reached its next state."""
+        if slot.since_ms is None or slot.fenced or slot.state not in _STARTING:
+            return None
+        return slot.since_ms + self.config.init_deadline_ms
+
     def _move(self, slot: Slot, trigger: str, reason: str = "") -> None:
         if slot.lifecycle.fire(trigger):
             slot.since_ms = self.now_ms
@@ -285,7 +290,7 @@ class MembershipMachine:
 
     def _lose(self, slot: Slot, reason: str) -> None:
         was_seated = self.view.seat(slot.member.rank) is not None
-        served_ms = self.now_ms - slot.since_ms if slot.state is RankState.SERVING else 0
+        served_ms = self.now_ms - (slot.since_ms or 0) if slot.state is RankState.SERVING else 0
         slot.failures = 0 if served_ms >= self.config.stable_after_ms else slot.failures + 1
         slot.reason = reason
         if self.stopping:
@@ -338,9 +343,10 @@ class MembershipMachine:
     def _commit(self, attempt: Attempt) -> None:
         self.attempt = None
         seats, park_at = self.view.seats, self.view.park_at
+        # A member that has not begun yet promises little: the newcomer must not run up to it alone.
+        first_step = max(attempt.first_step, *(seat.first_step for seat in seats), 0)
         if not attempt.joiners:
-            park_at = attempt.first_step
-        first_step = attempt.first_step
+            park_at = first_step
         if not seats:
             park_at = None
             first_step = self.highest_step + STEP_GAP_AFTER_TOTAL_LOSS if self.view.epoch else 0

@@ -94,6 +94,8 @@ class ProgressMachine:
                 seen.moved_ms = seen.idle_ms = now
             elif beat.cpu_ms > before.cpu_ms:
                 seen.idle_ms = now
+        for member in event.starting:  # nothing is expected of it before it has its seat
+            self.seen[member].moved_ms = self.seen[member].idle_ms = now
 
     def _silent(self, event: Pulse) -> list[Suspect]:
         found = []

@@ -1,0 +1,202 @@
+"""What the benchmarks share: a server of their own, a client that streams, and where a result came from."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+ROOT = Path(__file__).resolve().parent.parent
+_URL = re.compile(r"http://[^\s/]+:\d+")
+START_DEADLINE_S = 60.0
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, commit and command of this measurement."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return {
+        "machine": {
+            "cpu": model,
+            "cores": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+        },
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _module_name() -> str:
+    return "bench." + Path(sys.argv[0]).stem
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**provenance(), **result}, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest-rank percentile; NaN of nothing."""
+    if not values:
+        return float("nan")
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, int(-(-share * len(ordered) // 1)) - 1))]
+
+
+def summary(values: Sequence[float]) -> dict[str, float | int]:
+    rounded = {
+        name: round(percentile(values, share), 4)
+        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+    }
+    return {"count": len(values), **rounded, "max": round(max(values, default=float("nan")), 4)}
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    url: str
+    run_dir: Path
+    ready_s: float
+
+    @property
+    def events(self) -> Path:
+        return self.run_dir / "events.jsonl"
+
+
+@contextmanager
+def server(arguments: Sequence[str], log_dir: Path) -> Iterator[Server]:
+    """`python -m elastic_ep.run` with these arguments on a free port, ended at exit."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "elastic_ep.run",
+            "--port",
+            "0",
+            "--served-model-name",
+            "default",
+            "--log-dir",
+            str(log_dir),
+            *arguments,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=sys.stderr if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        url, run_dir = _await_ready(process)
+        yield Server(process, url, run_dir, time.monotonic() - started)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _await_ready(process: subprocess.Popen[str]) -> tuple[str, Path]:
+    assert process.stdout is not None
+    url: str | None = None
+    seen: list[str] = []
+    for line in process.stdout:
+        seen.append(line)
+        if found := _URL.search(line):
+            url = url or found.group()
+        if line.startswith("events: "):
+            assert url is not None, "the URL comes before the events line"
+            return url, Path(line.removeprefix("events: ").strip()).parent
+    raise RuntimeError(f"the server ended with status {process.wait()} before it was ready: {''.join(seen)}")
+
+
+@asynccontextmanager
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(total=300)
+    ) as session:
+        yield session
+
+
+async def status(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    async with session.get(f"{url}/v1/fault_tolerance/status") as response:
+        result: dict[str, Any] = await response.json()
+        return result
+
+
+async def chat(
+    session: aiohttp.ClientSession,
+    url: str,
+    question: str,
+    *,
+    stamps: list[float] | None = None,
+    **fields: Any,
+) -> str:
+    """The streamed answer to one question. Raises on any error that a client would see."""
+    body = {"model": "default", "messages": [{"role": "user", "content": question}], "stream": True, **fields}
+    parts: list[str] = []
+    finished = False
+    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+        if response.status != 200:
+            raise RuntimeError(f"status {response.status}: {await response.text()}")
+        async for line in response.content:
+            if not line.startswith(b"data: "):
+                continue
+            if line.startswith(b"data: [DONE]"):
+                finished = True
+                break
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(f"error in the stream: {event['error']}")
+            for choice in event["choices"]:
+                if text := choice["delta"].get("content"):
+                    parts.append(text)
+                    if stamps is not None:
+                        stamps.append(time.monotonic())
+    if not finished:
+        raise RuntimeError("the stream ended without [DONE]")
+    return "".join(parts)
+
+
+async def until_full(session: aiohttp.ClientSession, url: str, deadline_s: float = 60.0) -> dict[str, Any]:
+    """Wait until every rank is Serving; the status then."""
+    limit = time.monotonic() + deadline_s
+    while True:
+        now = await status(session, url)
+        if all(engine["state"] == "Serving" for engine in now["engines"]):
+            return now
+        if time.monotonic() > limit:
+            raise TimeoutError(f"not all ranks serve after {deadline_s} s: {now}")
+        await asyncio.sleep(0.05)

@@ -1,0 +1,132 @@
+"""Reads a run's event log and computes what each kill cost."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.common import summary
+
+_AROUND_NS = 1_500_000_000
+_BEFORE_NS = 3_000_000_000
+
+
+@dataclass
+class Curves:
+    """`steps[rank]`: end of each committed step, ns. `states`: (t_ns, rank, incarnation, state). `views`: (t_ns, seats)."""
+
+    steps: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    states: list[tuple[int, int, int, str]] = field(default_factory=list)
+    notices: dict[tuple[int, int], int] = field(default_factory=dict)
+    gains: list[tuple[int, int]] = field(default_factory=list)
+    """(t_ns, first step) of each commit with a joiner."""
+    step_ends: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+
+
+def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any], Curves]:
+    curves = read(events)
+    notice, hang, stall, stall_hang, full = [], [], [], [], []
+    stall_ms = []
+    for kill in struck:
+        first_ns = kill["sent"][0]["at_ns"]
+        for sent in kill["sent"]:
+            noticed = curves.notices.get((sent["rank"], sent["incarnation"]))
+            if noticed is not None:
+                (hang if kill["stop"] else notice).append((noticed - sent["at_ns"]) / 1e6)
+        victims = {sent["rank"] for sent in kill["sent"]}
+        for rank in curves.steps.keys() - victims:
+            gap = _longest_gap(curves.steps[rank], first_ns)
+            typical = _median_gap(curves.steps[rank], first_ns)
+            if gap is None or typical is None:
+                continue
+            (stall_hang if kill["stop"] else stall).append(gap / typical)
+            if not kill["stop"]:
+                stall_ms.append(gap / 1e6)
+        if not kill["stop"] and not kill["joiner_state"]:
+            full.extend(_back_after(curves, sent) for sent in kill["sent"])
+    rejoin, rejoin_ms = _rejoins(curves)
+    steps = [b - a for ends in curves.steps.values() for a, b in zip(ends, ends[1:], strict=False)]
+    return {
+        "median_step_ms": round(median(steps) / 1e6, 3) if steps else None,
+        "notice_ms": summary(notice),
+        "hang_notice_ms": summary(hang),
+        "stall_steps": summary(stall),
+        "stall_ms": summary(stall_ms),
+        "stall_steps_hang": summary(stall_hang),
+        "full_strength_s": summary([value for value in full if value is not None]),
+        "rejoin_steps": summary(rejoin),
+        "rejoin_ms": summary(rejoin_ms),
+    }, curves
+
+
+def read(events: Path) -> Curves:
+    curves = Curves()
+    for line in _lines(events):
+        note = line.get("note")
+        if note == "step" and line["tokens"]:
+            curves.steps[line["rank"]].append(line["ended_ns"])
+            curves.step_ends[line["rank"]][line["step"]] = line["ended_ns"]
+        elif note == "death_notice":
+            curves.notices[line["rank"], line["incarnation"]] = line["at_ns"]
+        elif line.get("machine") == "membership":
+            _read_effects(curves, line)
+    return curves
+
+
+def _read_effects(curves: Curves, line: dict[str, Any]) -> None:
+    for effect in line["effects"]:
+        if effect[0] == "RankMoved":
+            (rank, incarnation), state = effect[1], effect[2]
+            curves.states.append((line["t_ns"], rank, incarnation, state))
+        elif effect[0] == "Publish" and effect[1][0] == "Commit":
+            epoch, seats = effect[1][2][1], effect[1][2][2]
+            newest = max(seat[3] for seat in seats)
+            if epoch > 1 and any(seat[3] == newest for seat in seats):
+                curves.gains.append((line["t_ns"], newest))
+
+
+def _lines(events: Path) -> Iterator[dict[str, Any]]:
+    with events.open() as file:
+        for text in file:
+            if text.endswith("\n"):
+                yield json.loads(text)
+
+
+def _longest_gap(ends: list[int], at_ns: int) -> int | None:
+    """The longest time between two commits that overlaps the time from the kill on."""
+    start = max(0, bisect_left(ends, at_ns) - 1)
+    stop = bisect_left(ends, at_ns + _AROUND_NS) + 1
+    around = ends[start:stop]
+    return max((b - a for a, b in zip(around, around[1:], strict=False)), default=None)
+
+
+def _median_gap(ends: list[int], at_ns: int) -> float | None:
+    before = ends[bisect_left(ends, at_ns - _BEFORE_NS) : bisect_left(ends, at_ns)]
+    gaps = [b - a for a, b in zip(before, before[1:], strict=False)]
+    return median(gaps) if len(gaps) >= 5 else None
+
+
+def _back_after(curves: Curves, sent: dict[str, Any]) -> float | None:
+    for t_ns, rank, incarnation, state in curves.states:
+        if rank == sent["rank"] and incarnation > sent["incarnation"] and state == "Serving":
+            return (t_ns - sent["at_ns"]) / 1e9
+    return None
+
+
+def _rejoins(curves: Curves) -> tuple[list[float], list[float]]:
+    """Around each gain, per member: the gap that ends with the first step of the new view, in median steps and ms."""
+    in_steps, in_ms = [], []
+    for t_ns, first in dict((first, (t, first)) for t, first in curves.gains).values():
+        for rank, ends in curves.step_ends.items():
+            before, after = ends.get(first - 1), ends.get(first)
+            typical = _median_gap(curves.steps[rank], t_ns)
+            if before is not None and after is not None and typical:
+                in_steps.append((after - before) / typical)
+                in_ms.append((after - before) / 1e6)
+    return in_steps, in_ms

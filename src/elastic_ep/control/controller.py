@@ -1,0 +1,296 @@
+"""The controller's shell: feeds the membership and progress machines and performs what they say.
+
+Everything that they hear and answer goes into the event log, so that a run can be replayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import anyio
+
+from elastic_ep.api.metrics import Metrics
+from elastic_ep.control.observe import Disturbance, PaceObserver
+from elastic_ep.control.router import Router
+from elastic_ep.control.wire import ControllerWire
+from elastic_ep.log import EventLog
+from elastic_ep.machines import membership_events as ev
+from elastic_ep.machines import routing_events as routing
+from elastic_ep.machines.contract import Tick, UnexpectedEvent
+from elastic_ep.machines.membership import MembershipMachine
+from elastic_ep.machines.progress import ProgressMachine, Pulse
+from elastic_ep.messages import (
+    Beat,
+    Commit,
+    FromRank,
+    Heartbeat,
+    Hello,
+    Member,
+    Prepare,
+    Promise,
+    RankReport,
+    RankState,
+    Snapshot,
+    SnapshotRequest,
+    StepReport,
+    View,
+)
+
+BEAT_S = 0.25
+_TO_RANKS = (ev.Publish, ev.SendTo, ev.Fence, ev.Launch)
+
+
+class Processes(Protocol):
+    """What the controller needs of the launcher."""
+
+    def launch(self, member: Member) -> None: ...
+
+    def fence(self, member: Member) -> None: ...
+
+    def watch(self, member: Member) -> None:
+        """The rank holds its death mutex now."""
+
+
+@dataclass
+class RankFacts:
+    """What is known of a member besides its lifecycle."""
+
+    pid: int | None = None
+    running: int = 0
+    waiting: int = 0
+    step: int = 0
+
+
+@dataclass
+class Controller:
+    machine: MembershipMachine
+    progress: ProgressMachine
+    processes: Processes
+    wire: ControllerWire
+    router: Router
+    log: EventLog
+    metrics: Metrics
+    on_change: Callable[[], None]
+    """Something that the operator sees has changed."""
+    pulse_s: float = 0.1
+
+    facts: dict[Member, RankFacts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._queue: deque[ev.Event] = deque()
+        self._busy = False
+        self._beats: list[Heartbeat] = []
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._noticed_ns: dict[Member, int] = {}
+        self._seated: frozenset[Member] = frozenset()
+        self.stopped = anyio.Event()
+        self.serving = anyio.Event()
+        self.pace = PaceObserver(self._disturbed)
+
+    # In
+
+    def feed(self, event: ev.Event) -> None:
+        """Take one event; events that arise meanwhile wait their turn."""
+        self._queue.append(event)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._queue:
+                next_event = self._queue.popleft()
+                now = Tick(int(time.monotonic() * 1000))
+                if now.now_ms > self.machine.now_ms and not isinstance(next_event, Tick):
+                    self._step(now)
+                self._step(next_event)
+        finally:
+            self._busy = False
+        self._set_timer()
+        self.on_change()
+
+    def on_message(self, message: FromRank) -> None:
+        """A valid message from a rank; news of an old incarnation is dropped by the machines."""
+        member = Member(message.rank, message.incarnation)
+        if self.machine.slots.get(member.rank) is None:
+            self.wire.dropped += 1
+            return
+        match message:
+            case StepReport():
+                self._on_step_report(member, message)
+            case Heartbeat():
+                self._beats.append(message)
+                self._known(member).step = message.step
+            case Promise():
+                self.feed(ev.Promised(member, message.attempt, message.step))
+            case RankReport():
+                self._guarded(ev.Reported(member, message.state, message.reason), member)
+            case SnapshotRequest():
+                self._answer_snapshot(member)
+            case Hello():
+                self._known(member).pid = message.pid
+                self.processes.watch(member)
+
+    def on_launched(self, member: Member, pid: int) -> None:
+        self._known(member).pid = pid
+        self.feed(ev.ProcessStarted(member))
+
+    def on_death(self, member: Member, cause: str, at_ns: int) -> None:
+        """A death notice; `at_ns` is when the notice came, CLOCK_MONOTONIC nanoseconds."""
+        slot = self.machine.slots[member.rank]
+        if slot.member == member and member not in self._noticed_ns:
+            self._noticed_ns[member] = at_ns
+            self.log.note("death_notice", rank=member.rank, incarnation=member.incarnation, at_ns=at_ns)
+            self.feed(ev.StepSeen(max((fact.step for fact in self.facts.values()), default=0)))
+        self.feed(ev.DeathNoticed(member, cause))
+
+    def on_gone(self, member: Member, status: str) -> None:
+        self.feed(ev.ProcessGone(member, status))
+        self.facts.pop(member, None)
+        self._noticed_ns.pop(member, None)
+
+    # Loops
+
+    async def beat(self) -> None:
+        """Repeat the last number, so that a lost message is noticed."""
+        while True:
+            self.wire.publish(Beat())
+            await anyio.sleep(BEAT_S)
+
+    async def watch_progress(self) -> None:
+        while True:
+            parked = self.machine.state is ev.GroupState.PAUSED
+            await anyio.sleep(self.pulse_s * (5 if parked else 1))
+            self._pulse()
+
+    def _pulse(self) -> None:
+        starting = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
+        pulse = Pulse(
+            now_ms=int(time.monotonic() * 1000),
+            seated=tuple(sorted(self.machine.view.members)),
+            starting=tuple(slot.member for slot in self.machine.slots.values() if slot.state in starting),
+            beats=tuple(self._beats),
+        )
+        self._beats.clear()
+        suspects = self.progress.step(pulse)
+        self.log.record("progress", pulse, suspects)
+        for suspect in suspects:
+            self.feed(ev.Suspected(suspect.member, suspect.reason))
+        self.metrics.messages_dropped(self.wire.dropped)
+
+    # Out
+
+    def _step(self, event: ev.Event) -> None:
+        effects = self.machine.step(event)
+        # What survivors wait for goes out before anything is written to disk.
+        for effect in effects:
+            if isinstance(effect, _TO_RANKS):
+                self._tell_ranks(effect)
+        self.log.record("membership", event, effects)
+        for effect in effects:
+            self._perform(effect)
+
+    def _tell_ranks(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.Publish(body):
+                self.wire.publish(body)
+            case ev.SendTo(member, message):
+                self.wire.send(member, message)
+            case ev.Fence(member, _):
+                self.processes.fence(member)
+            case ev.Launch(member):
+                self.processes.launch(member)
+
+    def _perform(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.Publish(View() as view):
+                self._view_changed(view, "loss")
+            case ev.Publish(Commit(_, view)):
+                self._view_changed(view, "gain")
+            case ev.MemberUp(member):
+                self.router.handle(routing.RankUp(member))
+            case ev.MemberDown(member, reason):
+                cause = "hang" if reason.startswith("hang") else reason.split(":")[0]
+                self.metrics.rank_lost(cause)
+                self.router.handle(routing.RankDown(member, reason))
+            case ev.RankMoved(member, state, reason):
+                self.metrics.rank_state(member.rank, state)
+                if state is RankState.DRAINING:
+                    self.router.handle(routing.RankDraining(member))
+            case ev.GroupMoved(state):
+                if state in (ev.GroupState.SERVING, ev.GroupState.DEGRADED, ev.GroupState.PAUSED):
+                    self.serving.set()
+            case ev.AllStopped():
+                self.stopped.set()
+
+    def _view_changed(self, view: View, kind: str) -> None:
+        self.metrics.epoch(view.epoch)
+        if self._seated != view.members:
+            self._seated = view.members
+            self.pace.view_changed(view, kind)
+
+    def _disturbed(self, seen: Disturbance) -> None:
+        if seen.kind == "loss":
+            self.metrics.failover_stall(seen.beyond_s)
+        else:
+            self.metrics.rejoin_pause(seen.beyond_s)
+        self.log.note(
+            "disturbance",
+            kind=seen.kind,
+            epoch=seen.epoch,
+            rank=seen.rank,
+            gap_s=round(seen.gap_s, 6),
+            beyond_s=round(seen.beyond_s, 6),
+            steps=round(seen.steps, 3),
+        )
+
+    def _on_step_report(self, member: Member, report: StepReport) -> None:
+        facts = self._known(member)
+        facts.running, facts.waiting, facts.step = report.running, report.waiting, report.step
+        self.log.note(
+            "step",
+            rank=report.rank,
+            step=report.step,
+            epoch=report.epoch,
+            started_ns=report.started_ns,
+            ended_ns=report.ended_ns,
+            tokens=len(report.tokens),
+            masked=report.masked,
+        )
+        if report.masked:
+            self.metrics.step_poisoned()
+        self.pace.step_reported(report)
+        if report.tokens:
+            self.router.handle(routing.TokensCommitted(member, report.tokens))
+
+    def _answer_snapshot(self, member: Member) -> None:
+        attempt = self.machine.attempt
+        prepare = Prepare(attempt.number, tuple(sorted(attempt.joiners))) if attempt else None
+        self.wire.publish(Beat())
+        self.wire.send(member, Snapshot(self.wire.number, self.machine.view, prepare))
+
+    def _guarded(self, event: ev.Event, member: Member) -> None:
+        """A rank that breaks the protocol is faulty, and no reason for the controller to fall over."""
+        try:
+            self.feed(event)
+        except UnexpectedEvent as error:
+            self.feed(ev.Suspected(member, f"protocol error: {error}"))
+
+    def _known(self, member: Member) -> RankFacts:
+        return self.facts.setdefault(member, RankFacts())
+
+    def _set_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        deadline_ms = self.machine.next_deadline_ms()
+        if deadline_ms is not None:
+            delay = max(0.001, deadline_ms / 1000 - time.monotonic())
+            self._timer = self._loop.call_later(delay, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self.feed(Tick(int(time.monotonic() * 1000)))

@@ -1,0 +1,80 @@
+"""The event log: `<log-dir>/<run id>/events.jsonl`, one JSON object a line, written through structlog.
+
+It holds every event that a machine heard with the effects that it caused, so `elastic_ep.replay` can feed fresh
+machines and compare. Other facts (measured stalls, times of death notices, steps) are notes between them. Every line
+carries its number and a checksum chained over all lines before it: an edited, deleted or inserted line is found.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import structlog
+
+from elastic_ep.messages import to_plain
+
+FLUSH_EVERY_NS = 50_000_000
+"""A kill of the run process loses at most so much of the log's end."""
+
+
+class _Chain:
+    """The last processor: numbers the lines and chains their checksums."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.checksum = 0
+
+    def __call__(self, _logger: object, _method: str, entry: Mapping[str, Any]) -> bytes:
+        fields = {"n": self.number, "t_ns": time.monotonic_ns(), **entry}
+        fields.pop("event", None)
+        body = json.dumps(fields, separators=(",", ":")).encode()
+        self.number += 1
+        self.checksum = zlib.crc32(body, self.checksum)
+        return b'%s,"crc":%d}' % (body[:-1], self.checksum)
+
+
+class EventLog:
+    """Raises OSError when the folder cannot be written. One thread only."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=False)
+        self.path = folder / "events.jsonl"
+        self._file: BinaryIO = self.path.open("wb")
+        self._log = structlog.wrap_logger(
+            _BufferedLogger(self._file), processors=[_Chain()], wrapper_class=structlog.BoundLogger
+        )
+
+    def begin(self, arguments: Mapping[str, Any]) -> None:
+        """The first line: what replay needs to build the same machines."""
+        self._log.msg("", run=arguments)
+
+    def record(self, machine: str, event: object, effects: Sequence[object]) -> None:
+        self._log.msg(
+            "", machine=machine, heard=to_plain(event), effects=[to_plain(effect) for effect in effects]
+        )
+
+    def note(self, kind: str, **facts: Any) -> None:
+        self._log.msg("", note=kind, **facts)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _BufferedLogger:
+    """Like structlog's BytesLogger, which flushes after every line; this one at most every `FLUSH_EVERY_NS`."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._flushed_ns = 0
+
+    def msg(self, line: bytes) -> None:
+        self._file.write(line + b"\n")
+        now = time.monotonic_ns()
+        if now - self._flushed_ns >= FLUSH_EVERY_NS:
+            self._file.flush()
+            self._flushed_ns = now

@@ -1,0 +1,75 @@
+"""`python -m elastic_ep.run`: serve a mixture-of-experts model on elastic ranks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from elastic_ep.config import ConfigError, ServeConfig
+
+BUNDLED_MODEL = Path(__file__).parent / "assets" / "model"
+USAGE_ERROR = 2
+
+
+def parse(arguments: list[str] | None = None) -> ServeConfig:
+    """The configuration that the command line asks for. Raises `ConfigError`; argparse exits with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m elastic_ep.run",
+        description="Serve a mixture-of-experts model over HTTP from elastic expert-parallel ranks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, default=8, help="rank processes, 1 to 64")
+    add("--model", default=str(BUNDLED_MODEL), help="folder with a Qwen3-MoE checkpoint (the bundled one)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000, help="0 picks a free one")
+    add("--served-model-name", help="name in the API; the folder's name if not given")
+    add("--api-key", action="append", default=[], help="clients must send it; may be given several times")
+    add("--max-model-len", type=int, help="prompt plus generated tokens; the model's own if not given")
+    add("--max-num-seqs", type=int, default=16, help="sequences that a rank runs at once")
+    add("--max-num-batched-tokens", type=int, default=64, help="tokens that a rank computes in one step")
+    add("--num-gpu-blocks-override", dest="num_pages", type=int, help="KV cache pages (16 tokens) a rank")
+    add("--max-queued", type=int, default=1024, help="requests that may wait; more get 429")
+    add("--ep-num-redundant-experts", type=int, help="extra expert copies; as many as experts if not given")
+    add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights")
+    add(
+        "--relaunch-limit", type=int, default=10, help="early deaths in a row after which a rank stays Failed"
+    )
+    add(
+        "--hang-deadline",
+        dest="hang_deadline_s",
+        type=float,
+        default=1.0,
+        help="seconds until a hang is dealt with",
+    )
+    add(
+        "--stop-deadline",
+        dest="stop_deadline_s",
+        type=float,
+        default=30.0,
+        help="seconds a graceful stop may take",
+    )
+    add("--log-dir", default="runs")
+    add("--seed", type=int, default=0)
+    options = vars(parser.parse_args(arguments))
+    options["api_key"] = tuple(options["api_key"])
+    return ServeConfig(**options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        config = parse(arguments)
+        # Imported late: --help and wrong flags answer at once.
+        from elastic_ep.serve import serve
+
+        return serve(config)
+    except ConfigError as error:
+        print(f"elastic_ep: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""The run process: composes API, router, controller, launcher and event log on one event loop. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import anyio
+
+from elastic_ep.api.app import create_app
+from elastic_ep.api.app import serve as serve_http
+from elastic_ep.api.backend import EngineStatus, FaultToleranceStatus
+from elastic_ep.api.metrics import Metrics
+from elastic_ep.api.settings import ApiSettings, SamplingDefaults
+from elastic_ep.config import ConfigError, EngineLimits, RankConfig, ServeConfig
+from elastic_ep.control.controller import Controller
+from elastic_ep.control.launcher import (
+    DeathNoticed,
+    ForkServerFailed,
+    Launched,
+    Launcher,
+    LauncherEvent,
+    LauncherOptions,
+    LaunchFailed,
+    ProcessGone,
+    ServerLost,
+    ServerReady,
+)
+from elastic_ep.control.router import Notice, RoutedStream, Router
+from elastic_ep.control.scheduling import make_prompt
+from elastic_ep.control.wire import ControllerWire
+from elastic_ep.display import LaunchDisplay
+from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.exchange.windows import Windows, WindowsError
+from elastic_ep.log import EventLog
+from elastic_ep.machines import membership_events as ev
+from elastic_ep.machines import routing_events as routing
+from elastic_ep.machines.membership import MembershipMachine
+from elastic_ep.machines.membership_events import MembershipConfig
+from elastic_ep.machines.progress import ProgressConfig, ProgressMachine
+from elastic_ep.machines.registry import arguments
+from elastic_ep.machines.routing_events import RoutingConfig
+from elastic_ep.messages import Member, RankState, SamplingParams
+from elastic_ep.model.checkpoint import validate_checkpoint
+from elastic_ep.model.config import CheckpointError, ModelConfig, load_model_config
+from elastic_ep.placement import Placement, launch_placement
+from elastic_ep.text import Text
+
+SWITCH_INTERVAL_S = 0.0005
+"""A death notice waits at most so long for the interpreter lock."""
+HEARTBEATS_PER_DEADLINE = 5
+"""Five in a deadline: one may be late without a verdict."""
+PULSES_PER_DEADLINE = 10
+KV_CACHE_BYTES = 1 << 30
+"""At most so much for the KV cache of a rank unless the command line says how many pages."""
+RANK_ENTRY = "elastic_ep.control.rank:main"
+FAILED = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the command line and the checkpoint amount to."""
+
+    config: ServeConfig
+    folder: Path
+    model: ModelConfig
+    text: Text
+    limits: EngineLimits
+    placement: Placement
+    redundant: int
+    name: str
+
+    @property
+    def shape(self) -> ExchangeShape:
+        return ExchangeShape(
+            num_ranks=self.config.ranks,
+            max_tokens=self.limits.max_num_batched_tokens,
+            hidden=self.model.hidden_size,
+            top_k=self.model.num_experts_per_tok,
+            slots_per_rank=self.placement.slots_per_rank,
+            operations_per_step=2 * self.model.num_hidden_layers,
+        )
+
+
+def make_plan(config: ServeConfig) -> Plan:
+    """Check all that can be checked before a process is started. Raises `ConfigError`."""
+    if config.device == "cuda":
+        raise ConfigError("--device cuda: this version has no GPU data plane yet; use --device cpu")
+    folder = Path(config.model)
+    try:
+        model = load_model_config(folder)
+        if config.load_format == "auto":
+            validate_checkpoint(folder, model)
+        text = Text.load(folder)
+        SamplingDefaults.from_folder(folder)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise ConfigError(f"--model {config.model}: {error}") from error
+    redundant = config.ep_num_redundant_experts
+    redundant = model.num_experts if redundant is None else redundant
+    return Plan(
+        config=config,
+        folder=folder,
+        model=model,
+        text=text,
+        limits=engine_limits(config, model),
+        placement=launch_placement(config.ranks, model.num_hidden_layers, model.num_experts, redundant),
+        redundant=redundant,
+        name=config.served_model_name
+        or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
+    )
+
+
+def engine_limits(config: ServeConfig, model: ModelConfig) -> EngineLimits:
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
+        )
+    page_size = EngineLimits.__dataclass_fields__["page_size"].default
+    one_sequence = -(-max_model_len // page_size)
+    page_bytes = page_size * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 2 * 4
+    affordable = max(one_sequence, KV_CACHE_BYTES // page_bytes)
+    num_pages = config.num_pages or min(config.max_num_seqs * one_sequence, affordable)
+    if num_pages < one_sequence:
+        raise ConfigError(
+            f"--num-gpu-blocks-override {num_pages} cannot hold one sequence of {max_model_len} tokens: give at least "
+            f"{one_sequence} or lower --max-model-len"
+        )
+    return EngineLimits(
+        max_model_len, config.max_num_seqs, config.max_num_batched_tokens, page_size, num_pages
+    )
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until told to stop; the exit status. Raises `ConfigError` before anything is started."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    make_prompt()
+    return anyio.run(RunProcess(make_plan(config)).run)
+
+
+class RunProcess:
+    """Owns all parts; `submit`, `status` and `serving_ranks` are what the API asks for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._config = plan.config
+        self._metrics = Metrics()
+        self._stop_signals = 0
+        self._fork_error: str | None = None
+
+    async def run(self) -> int:
+        self._stop = anyio.Event()
+        self._force = anyio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        with self._directory() as directory, self._windows() as windows_fd:
+            self._log = self._open_log()
+            try:
+                return await self._run_group(directory, windows_fd)
+            finally:
+                self._log.close()
+
+    async def _run_group(self, directory: Path, windows_fd: int) -> int:
+        async with AsyncExitStack() as stack:
+            wire = ControllerWire(directory, lambda message: self._controller.on_message(message))
+            stack.callback(wire.close)
+            options = LauncherOptions(
+                entry=RANK_ENTRY, preload=("torch", "elastic_ep.control.rank"), directory=directory,
+                windows_fd=windows_fd, max_ranks=self._config.ranks,
+            )  # fmt: skip
+            self._launcher = await stack.enter_async_context(Launcher(options, self._on_launcher_event))
+            self._router = self._make_router(wire)
+            self._controller = self._make_controller(wire, directory)
+            self._log.begin(self._first_line())
+            http = await self._listen()
+            stack.push_async_callback(http.close)
+            tasks = await stack.enter_async_context(anyio.create_task_group())
+            for loop in (self._controller.beat, self._controller.watch_progress, self._start_ranks):
+                tasks.start_soon(loop)
+            status = await self._serve_until_stopped(http.url)
+            tasks.cancel_scope.cancel()
+            return status
+        raise AssertionError("unreachable")
+
+    async def _serve_until_stopped(self, url: str) -> int:
+        with LaunchDisplay(self._controller.machine) as refresh:
+            self._controller.on_change = refresh
+            await _first_of(self._controller.serving, self._stop, self._controller.stopped)
+        self._controller.on_change = _nothing
+        if self._fork_error:
+            print(f"elastic_ep: error: {self._fork_error}", file=sys.stderr)
+            return FAILED
+        if self._controller.serving.is_set() and not self._stop.is_set():
+            self._announce(url)
+        await _first_of(self._stop, self._controller.stopped)
+        await self._stop_gracefully()
+        return 0
+
+    def _announce(self, url: str) -> None:
+        body = (
+            '{"model": "%s", "messages": [{"role": "user", "content": "Tom has 12 apples. Tom buys 30 more apples. '
+            'Then 7 of the apples break. How many apples does Tom have now?"}]}' % self._plan.name
+        )
+        print(f"serving {self._plan.name} on {self._config.ranks} ranks at {url}   try: "
+              f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")  # fmt: skip
+        print(f"events: {self._log.path}", flush=True)
+
+    async def _stop_gracefully(self) -> None:
+        """Drain, then ask, then force; every phase has a deadline."""
+        controller = self._controller
+        self._drained = anyio.Event()
+        with anyio.move_on_after(self._config.stop_deadline_s):
+            controller.feed(ev.StopRequested())
+            self._router.handle(routing.StopRequested())
+            await _first_of(self._drained, self._force, controller.stopped)
+        if not self._drained.is_set():
+            self._router.handle(routing.DeadlinePassed())
+        controller.feed(ev.StopRanks())
+        with anyio.move_on_after(3.0):
+            await _first_of(controller.stopped, self._force)
+        if not controller.stopped.is_set():
+            controller.feed(ev.StopForced())
+            with anyio.move_on_after(3.0):
+                await controller.stopped.wait()
+
+    def _on_signal(self) -> None:
+        self._stop_signals += 1
+        (self._stop if self._stop_signals == 1 else self._force).set()
+
+    # Parts
+
+    @contextmanager
+    def _directory(self) -> Iterator[Path]:
+        directory = Path(tempfile.mkdtemp(prefix="elastic_ep-"))
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    @contextmanager
+    def _windows(self) -> Iterator[int]:
+        try:
+            fd = Windows.create(self._plan.shape)
+        except WindowsError as error:
+            raise ConfigError(
+                f"{error.strerror}: fewer --ranks or a smaller --max-num-batched-tokens need less"
+            ) from error
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _open_log(self) -> EventLog:
+        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        try:
+            return EventLog(Path(self._config.log_dir) / run_id)
+        except OSError as error:
+            raise ConfigError(f"--log-dir {self._config.log_dir}: {error.strerror}") from error
+
+    def _make_router(self, wire: ControllerWire) -> Router:
+        config = RoutingConfig(max_num_seqs=self._config.max_num_seqs, max_queued=self._config.max_queued)
+        return Router(config, send=wire.send, record=self._log.record, notify=self._on_notice)
+
+    def _make_controller(self, wire: ControllerWire, directory: Path) -> Controller:
+        deadline_ms = round(self._config.hang_deadline_s * 1000)
+        self._directory_path = directory
+        return Controller(
+            machine=MembershipMachine(
+                self._config.ranks,
+                self._plan.placement,
+                MembershipConfig(relaunch_limit=self._config.relaunch_limit),
+            ),
+            progress=ProgressMachine(ProgressConfig(deadline_ms=deadline_ms)),
+            processes=self,
+            wire=wire,
+            router=self._router,
+            log=self._log,
+            metrics=self._metrics,
+            on_change=_nothing,
+            pulse_s=deadline_ms / 1000 / PULSES_PER_DEADLINE,
+        )
+
+    def _first_line(self) -> dict[str, object]:
+        shown = {**asdict(self._config), "api_key": len(self._config.api_key)}
+        machines = arguments(self._controller.machine, self._controller.progress, self._router.machine)
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        return {"version": version(), "started": started, "config": shown, "machines": machines}
+
+    async def _listen(self):  # type: ignore[no-untyped-def]
+        settings = ApiSettings(
+            model_name=self._plan.name,
+            max_model_len=self._plan.limits.max_model_len,
+            vocab_size=self._plan.model.vocab_size,
+            version=version(),
+            defaults=SamplingDefaults.from_folder(self._plan.folder),
+            api_keys=self._config.api_key,
+        )
+        app = create_app(self, settings, self._plan.text, self._metrics)
+        try:
+            return await serve_http(app, self._config.host, self._config.port)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {self._config.host}:{self._config.port} ({error.strerror}): "
+                "choose another with --port, or --port 0 for any free one"
+            ) from error
+
+    async def _start_ranks(self) -> None:
+        self._controller.feed(ev.Start())
+        try:
+            await self._launcher.start()
+        except ForkServerFailed as error:
+            self._fork_error = str(error)
+            self._stop.set()
+
+    # What the controller needs (Processes)
+
+    def launch(self, member: Member) -> None:
+        config = RankConfig(
+            rank=member.rank,
+            incarnation=member.incarnation,
+            num_ranks=self._config.ranks,
+            num_redundant_experts=self._plan.redundant,
+            directory=str(self._directory_path),
+            model=str(self._plan.folder.resolve()),
+            load_format=self._config.load_format,
+            device="cpu",
+            seed=self._config.seed,
+            limits=self._plan.limits,
+            heartbeat_ms=round(self._config.hang_deadline_s * 1000 / HEARTBEATS_PER_DEADLINE),
+        )
+        self._launcher.launch(member, config.to_json())
+
+    def fence(self, member: Member) -> None:
+        self._launcher.kill(member)
+
+    def watch(self, member: Member) -> None:
+        self._launcher.watch(member)
+
+    def _on_launcher_event(self, event: LauncherEvent) -> None:
+        controller = self._controller
+        match event:
+            case Launched(member, pid):
+                controller.on_launched(member, pid)
+            case DeathNoticed(member, cause, at_ns):
+                controller.on_death(member, cause, at_ns)
+            case ProcessGone(member, status, _):
+                controller.on_gone(member, status)
+            case LaunchFailed(member, reason):
+                controller.on_gone(member, f"launch failed: {reason}")
+            case ServerReady(pid, threads):
+                self._log.note("fork_server_ready", pid=pid, threads=threads)
+            case ServerLost(pid, status):
+                self._log.note("fork_server_lost", pid=pid, status=status)
+
+    def _on_notice(self, notice: Notice) -> None:
+        match notice:
+            case routing.WorkBegan() | routing.WorkEnded():
+                self._controller.feed(notice)
+            case routing.Drained():
+                self._drained.set()
+            case routing.Fault(member, reason):
+                self._controller.feed(ev.Suspected(member, f"protocol error: {reason}"))
+            case routing.Replayed():
+                self._metrics.request_replayed()
+
+    # What the API asks for (Backend)
+
+    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
+        return self._router.submit(prompt, params, seed, choice)
+
+    def serving_ranks(self) -> int:
+        return self._router.serving_ranks()
+
+    def status(self) -> FaultToleranceStatus:
+        self._metrics.requests(self._router.running, self._router.waiting)
+        machine = self._controller.machine
+        return FaultToleranceStatus(
+            state=machine.state,
+            epoch=machine.view.epoch,
+            step=max((fact.step for fact in self._controller.facts.values()), default=0),
+            tolerates=machine.tolerates,
+            engines=tuple(self._engine_status(rank) for rank in range(self._config.ranks)),
+        )
+
+    def _engine_status(self, rank: int) -> EngineStatus:
+        slot = self._controller.machine.slots[rank]
+        facts = self._controller.facts.get(slot.member)
+        dead = slot.state in (RankState.FAILED, RankState.STOPPED)
+        healthy = slot.state in (RankState.SERVING, RankState.DRAINING) and not slot.fenced
+        return EngineStatus(
+            id=rank,
+            status="dead" if dead else "healthy" if healthy else "unhealthy",
+            state=slot.state,
+            incarnation=slot.member.incarnation,
+            pid=facts.pid if facts else None,
+            running=facts.running if facts else 0,
+            waiting=facts.waiting if facts else 0,
+            reason="" if healthy else slot.reason,
+        )
+
+
+def version() -> str:
+    return importlib.metadata.version("elastic-ep")
+
+
+def _nothing() -> None:
+    pass
+
+
+async def _first_of(*events: anyio.Event) -> None:
+    async with anyio.create_task_group() as tasks:
+
+        async def wait(event: anyio.Event) -> None:
+            await event.wait()
+            tasks.cancel_scope.cancel()
+
+        for event in events:
+            tasks.start_soon(wait, event)
