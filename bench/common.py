@@ -21,6 +21,7 @@ import aiohttp
 
 ROOT = Path(__file__).resolve().parent.parent
 _URL = re.compile(r"http://[^\s/]+:\d+")
+MODEL = "default"
 START_DEADLINE_S = 60.0
 
 
@@ -165,7 +166,7 @@ async def chat(
     **fields: Any,
 ) -> str:
     """The streamed answer to one question. Raises on any error that a client would see."""
-    body = {"model": "default", "messages": [{"role": "user", "content": question}], "stream": True, **fields}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "stream": True, **fields}
     parts: list[str] = []
     finished = False
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:

@@ -58,7 +58,7 @@ class EventLog:
             "", machine=machine, heard=to_plain(event), effects=[to_plain(effect) for effect in effects]
         )
 
-    def note(self, kind: str, **facts: Any) -> None:
+    def note(self, kind: str, /, **facts: Any) -> None:
         self._log.msg("", note=kind, **facts)
 
     def close(self) -> None:
