@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.exchange.base import TILE, ExchangeShape
+from elastic_ep.exchange.base import TILE, Exchange, ExchangeShape
 from elastic_ep.messages import Member
 
 from .group import DEADLINE_S, HUBS, Batch, Group, Hub, Routing, random_batch, reference, results, until
@@ -116,6 +116,42 @@ def test_packed_rows_are_ordered_and_the_rest_is_zero(kind: str) -> None:
     assert tuple(packed.shape) == (2, 3 * TILE, 1)
     expected = torch.cat([100 + torch.arange(20.0), 200 + torch.arange(20.0), torch.zeros(8)])
     assert torch.equal(packed[:, :, 0], expected.repeat(2, 1))
+
+
+def test_only_this_steps_tokens_of_live_ranks_arrive(kind: str) -> None:
+    """Not what the same rank sent before, nor what a dead rank or an earlier incarnation left behind."""
+    shape = ExchangeShape(3, 4, 1, 1, 1, 2)
+    with group(kind, shape) as ranks:
+
+        def arrived(step: int, tokens: dict[int, int]) -> int:
+            """How many tokens rank 0 receives when each rank sends it so many."""
+
+            def send(exchange: Exchange, count: int) -> Callable[[], int]:
+                def job() -> int:
+                    exchange.begin_step(step)
+                    received = exchange.dispatch(torch.ones(count, 1), torch.zeros(count, 1).long())
+                    assert int((received.packed != 0).sum()) == int(received.counts.sum())
+                    exchange.combine(received.packed, torch.ones(count, 1))
+                    assert exchange.end_step() == NOTHING
+                    return int(received.counts.sum())
+
+                return job
+
+            jobs = {n: ranks.ranks[n].submit(send(ranks.ranks[n].exchange, tokens[n])) for n in tokens}
+            counts = {number: job.result(DEADLINE_S) for number, job in jobs.items()}
+            assert not any(counts[number] for number in counts if number != 0)
+            return counts[0]
+
+        assert arrived(0, {0: 4, 1: 4, 2: 4}) == 12
+        assert arrived(1, {0: 1, 1: 0, 2: 4}) == 5
+        for rank in (0, 1):
+            ranks.ranks[rank].exchange.mask(Member(2, 1))
+        assert arrived(2, {0: 4, 1: 2}) == 6
+        joiner = ranks.add(Member(2, 2))
+        for rank in (0, 1):
+            ranks.ranks[rank].exchange.activate(joiner.member)
+            joiner.exchange.activate(Member(rank, 1))
+        assert arrived(3, {0: 4, 1: 3, 2: 0}) == 7
 
 
 def test_result_does_not_depend_on_placement(kind: str) -> None:
