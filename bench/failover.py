@@ -23,7 +23,7 @@ from typing import Any
 
 import aiohttp
 
-from bench.common import Server, chat, http, server, status, summary, until_full, write_result
+from bench.common import Server, chat, http, server, status, until_full, write_result
 from bench.failover_analysis import analyse
 from bench.failover_plot import draw
 from elastic_ep.problems import held_out

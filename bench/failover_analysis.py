@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +20,7 @@ _BEFORE_NS = 3_000_000_000
 
 @dataclass
 class Curves:
-    """`steps[rank]`: end of each committed step, ns. `states`: (t_ns, rank, incarnation, state). `views`: (t_ns, seats)."""
+    """`steps[rank]`: end of each committed step, ns. `states`: (t_ns, rank, incarnation, state)."""
 
     steps: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     states: list[tuple[int, int, int, str]] = field(default_factory=list)
@@ -31,8 +32,12 @@ class Curves:
 
 def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any], Curves]:
     curves = read(events)
-    notice, hang, stall, stall_hang, full = [], [], [], [], []
-    stall_ms = []
+    notice: list[float] = []
+    hang: list[float] = []
+    stall: list[float] = []
+    stall_ms: list[float] = []
+    stall_hang: list[float] = []
+    full: list[float | None] = []
     for kill in struck:
         first_ns = kill["sent"][0]["at_ns"]
         for sent in kill["sent"]:
@@ -51,7 +56,7 @@ def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any],
         if not kill["stop"] and not kill["joiner_state"]:
             full.extend(_back_after(curves, sent) for sent in kill["sent"])
     rejoin, rejoin_ms = _rejoins(curves)
-    steps = [b - a for ends in curves.steps.values() for a, b in zip(ends, ends[1:], strict=False)]
+    steps = [b - a for ends in curves.steps.values() for a, b in pairwise(ends)]
     return {
         "median_step_ms": round(median(steps) / 1e6, 3) if steps else None,
         "notice_ms": summary(notice),
@@ -103,26 +108,26 @@ def _longest_gap(ends: list[int], at_ns: int) -> int | None:
     start = max(0, bisect_left(ends, at_ns) - 1)
     stop = bisect_left(ends, at_ns + _AROUND_NS) + 1
     around = ends[start:stop]
-    return max((b - a for a, b in zip(around, around[1:], strict=False)), default=None)
+    return max((b - a for a, b in pairwise(around)), default=None)
 
 
 def _median_gap(ends: list[int], at_ns: int) -> float | None:
     before = ends[bisect_left(ends, at_ns - _BEFORE_NS) : bisect_left(ends, at_ns)]
-    gaps = [b - a for a, b in zip(before, before[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(before)]
     return median(gaps) if len(gaps) >= 5 else None
 
 
 def _back_after(curves: Curves, sent: dict[str, Any]) -> float | None:
     for t_ns, rank, incarnation, state in curves.states:
         if rank == sent["rank"] and incarnation > sent["incarnation"] and state == "Serving":
-            return (t_ns - sent["at_ns"]) / 1e9
+            return float(t_ns - sent["at_ns"]) / 1e9
     return None
 
 
 def _rejoins(curves: Curves) -> tuple[list[float], list[float]]:
     """Around each gain, per member: the gap that ends with the first step of the new view, in median steps and ms."""
     in_steps, in_ms = [], []
-    for t_ns, first in dict((first, (t, first)) for t, first in curves.gains).values():
+    for t_ns, first in {first: (t, first) for t, first in curves.gains}.values():
         for rank, ends in curves.step_ends.items():
             before, after = ends.get(first - 1), ends.get(first)
             typical = _median_gap(curves.steps[rank], t_ns)

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
 
 from bench.failover_analysis import Curves
 
@@ -41,7 +42,7 @@ def draw(curves: Curves, stamps: list[float], struck: list[dict[str, Any]], path
         axes[1][column].set_xlabel("seconds")
     axes[0][0].set_title(f"{len(kills)} kills under load")
     axes[0][1].set_title("one SIGKILL, close")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS.values()]
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS.values()]
     figure.legend(handles, _COLOURS.keys(), loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

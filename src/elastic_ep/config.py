@@ -6,6 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PAGE_SIZE = 16
+"""Tokens in a page of KV cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -14,7 +17,7 @@ class EngineLimits:
     max_model_len: int
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 64
-    page_size: int = 16
+    page_size: int = PAGE_SIZE
     num_pages: int = 1024
 
 

@@ -15,6 +15,7 @@ Which message travels where (DESIGN: three planes):
 from __future__ import annotations
 
 import json
+import operator
 import types
 import typing
 from collections.abc import Callable
@@ -288,9 +289,10 @@ def to_plain(value: Any) -> Any:
     if cls in _PLAIN:
         return value
     if cls is tuple or cls is list or cls is Member:
-        return [to_plain(item) for item in value]
+        return [item if type(item) in _PLAIN else to_plain(item) for item in value]
     if is_dataclass(cls):
-        return [cls.__name__, *[to_plain(getattr(value, name)) for name in _names(cls)]]
+        parts = _getter(cls)(value)
+        return [cls.__name__, *[part if type(part) in _PLAIN else to_plain(part) for part in parts]]
     return value  # a StrEnum is a string to JSON
 
 
@@ -319,7 +321,18 @@ def from_plain(plain: Any, expected: type[_T] | Any) -> _T:
 
 _PLAIN = frozenset({int, str, float, bool, type(None)})
 _names_cache: dict[type, tuple[str, ...]] = {}
+_getters: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
 _readers: dict[Any, _Reader] = {}
+
+
+def _getter(cls: type) -> Callable[[Any], tuple[Any, ...]]:
+    """All fields at once: the messages of every step pass here."""
+    if cls not in _getters:
+        names = _names(cls)
+        one = operator.attrgetter(names[0]) if len(names) == 1 else None
+        many = operator.attrgetter(*names) if len(names) > 1 else None
+        _getters[cls] = many or ((lambda value: (one(value),)) if one else (lambda _value: ()))
+    return _getters[cls]
 
 
 def _names(cls: type) -> tuple[str, ...]:
@@ -350,7 +363,7 @@ def _make_reader(hint: Any) -> _Reader:
 
 
 def _union_reader(arms: list[Any]) -> _Reader:
-    records = {arm.__name__: _reader(arm) for arm in arms if is_dataclass(arm)}
+    records = {str(arm.__name__): _reader(arm) for arm in arms if isinstance(arm, type) and is_dataclass(arm)}
     others = [_reader(arm) for arm in arms if not is_dataclass(arm) and arm is not type(None)]
     optional = type(None) in arms
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack, contextmanager
 from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import anyio
 
+from elastic_ep.api.app import Server as HttpServer
 from elastic_ep.api.app import create_app
 from elastic_ep.api.app import serve as serve_http
 from elastic_ep.api.backend import EngineStatus, FaultToleranceStatus
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
-from elastic_ep.config import ConfigError, EngineLimits, RankConfig, ServeConfig
+from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, RankConfig, ServeConfig
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.launcher import (
     DeathNoticed,
@@ -63,6 +65,10 @@ HEARTBEATS_PER_DEADLINE = 5
 PULSES_PER_DEADLINE = 10
 KV_CACHE_BYTES = 1 << 30
 """At most so much for the KV cache of a rank unless the command line says how many pages."""
+EXAMPLE_QUESTION = (
+    "Tom has 12 apples. Tom buys 30 more apples. Then 7 of the apples break. "
+    "How many apples does Tom have now?"
+)
 RANK_ENTRY = "elastic_ep.control.rank:main"
 FAILED = 1
 
@@ -126,9 +132,8 @@ def engine_limits(config: ServeConfig, model: ModelConfig) -> EngineLimits:
         raise ConfigError(
             f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
         )
-    page_size = EngineLimits.__dataclass_fields__["page_size"].default
-    one_sequence = -(-max_model_len // page_size)
-    page_bytes = page_size * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 2 * 4
+    one_sequence = -(-max_model_len // PAGE_SIZE)
+    page_bytes = PAGE_SIZE * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 2 * 4
     affordable = max(one_sequence, KV_CACHE_BYTES // page_bytes)
     num_pages = config.num_pages or min(config.max_num_seqs * one_sequence, affordable)
     if num_pages < one_sequence:
@@ -137,7 +142,7 @@ def engine_limits(config: ServeConfig, model: ModelConfig) -> EngineLimits:
             f"{one_sequence} or lower --max-model-len"
         )
     return EngineLimits(
-        max_model_len, config.max_num_seqs, config.max_num_batched_tokens, page_size, num_pages
+        max_model_len, config.max_num_seqs, config.max_num_batched_tokens, PAGE_SIZE, num_pages
     )
 
 
@@ -208,12 +213,11 @@ class RunProcess:
         return 0
 
     def _announce(self, url: str) -> None:
-        body = (
-            '{"model": "%s", "messages": [{"role": "user", "content": "Tom has 12 apples. Tom buys 30 more apples. '
-            'Then 7 of the apples break. How many apples does Tom have now?"}]}' % self._plan.name
-        )
-        print(f"serving {self._plan.name} on {self._config.ranks} ranks at {url}   try: "
-              f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")  # fmt: skip
+        question = {"role": "user", "content": EXAMPLE_QUESTION}
+        body = json.dumps({"model": self._plan.name, "messages": [question]})
+        key = "-H 'Authorization: Bearer YOUR_KEY' " if self._config.api_key else ""
+        curl = f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' {key}-d '{body}'"
+        print(f"serving {self._plan.name} on {self._config.ranks} ranks at {url}   try: {curl}")
         print(f"events: {self._log.path}", flush=True)
 
     async def _stop_gracefully(self) -> None:
@@ -297,7 +301,7 @@ class RunProcess:
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         return {"version": version(), "started": started, "config": shown, "machines": machines}
 
-    async def _listen(self):  # type: ignore[no-untyped-def]
+    async def _listen(self) -> HttpServer:
         settings = ApiSettings(
             model_name=self._plan.name,
             max_model_len=self._plan.limits.max_model_len,

@@ -140,13 +140,15 @@ class Controller:
         self.feed(ev.ProcessStarted(member))
 
     def on_death(self, member: Member, cause: str, at_ns: int) -> None:
-        """A death notice; `at_ns` is when the notice came, CLOCK_MONOTONIC nanoseconds."""
+        """A death notice: `cause` says who noticed, `at_ns` when, CLOCK_MONOTONIC nanoseconds."""
         slot = self.machine.slots[member.rank]
         if slot.member == member and member not in self._noticed_ns:
             self._noticed_ns[member] = at_ns
-            self.log.note("death_notice", rank=member.rank, incarnation=member.incarnation, at_ns=at_ns)
+            self.log.note(
+                "death_notice", rank=member.rank, incarnation=member.incarnation, source=cause, at_ns=at_ns
+            )
             self.feed(ev.StepSeen(max((fact.step for fact in self.facts.values()), default=0)))
-        self.feed(ev.DeathNoticed(member, cause))
+        self.feed(ev.DeathNoticed(member, "died"))
 
     def on_gone(self, member: Member, status: str) -> None:
         self.feed(ev.ProcessGone(member, status))
@@ -181,6 +183,7 @@ class Controller:
         for suspect in suspects:
             self.feed(ev.Suspected(suspect.member, suspect.reason))
         self.metrics.messages_dropped(self.wire.dropped)
+        self.metrics.requests(self.router.running, self.router.waiting)
 
     # Out
 
@@ -214,8 +217,7 @@ class Controller:
             case ev.MemberUp(member):
                 self.router.handle(routing.RankUp(member))
             case ev.MemberDown(member, reason):
-                cause = "hang" if reason.startswith("hang") else reason.split(":")[0]
-                self.metrics.rank_lost(cause)
+                self.metrics.rank_lost(reason.split(":")[0])
                 self.router.handle(routing.RankDown(member, reason))
             case ev.RankMoved(member, state, reason):
                 self.metrics.rank_state(member.rank, state)

@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -19,10 +20,12 @@ from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.scheduling import make_prompt
 from elastic_ep.control.wire import RankWire
+from elastic_ep.exchange.base import Exchange
 from elastic_ep.machines.member import (
     Adopt,
     AskSnapshot,
     Connect,
+    Effect,
     Expelled,
     MakePromise,
     Mask,
@@ -128,7 +131,7 @@ class RankProcess:
             case Shutdown():
                 self._shut_down()
 
-    def _perform(self, effects: list[object]) -> None:
+    def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
                 case AskSnapshot():
@@ -150,7 +153,7 @@ class RankProcess:
                     os._exit(EXPELLED_STATUS)
         self._say_ready()
 
-    def _exchange(self):  # type: ignore[no-untyped-def]
+    def _exchange(self) -> Exchange:
         exchange = self._forward.exchange
         assert exchange is not None, "asked to take part before this rank was ready"
         return exchange

@@ -224,8 +224,10 @@ class MembershipMachine:
         if slot is None or slot.gone:
             return
         if slot.state not in RANK.final:
-            self._lose(slot, slot.fenced or event.status)
+            self._lose(slot, slot.fenced or f"died: {event.status}")
         slot.gone = True
+        if not slot.fenced:
+            slot.reason = f"died: {event.status}"
         if not self.stopping and slot.state is RankState.FAILED:
             self._plan_relaunch(slot)
 
