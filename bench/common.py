@@ -126,6 +126,8 @@ def server(arguments: Sequence[str], log_dir: Path) -> Iterator[Server]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def _await_ready(process: subprocess.Popen[str]) -> tuple[str, Path]:

@@ -1,0 +1,155 @@
+"""Kill -9, kill -STOP, pairs and joiners under load: no error, no other text, everything back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from bench.common import Server, chat, http, status, until_full
+from elastic_ep.replay import main as replay
+
+from elastic_ep.problems import held_out
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+QUESTIONS = [problem.question for problem in held_out(24)]
+Texts = dict[int, str]
+
+
+async def answer_all(session: aiohttp.ClientSession, url: str, started: asyncio.Event | None = None) -> Texts:
+    """Every question at once, half greedy, half sampled; `started` is set when half of them stream."""
+    begun = 0
+
+    async def one(index: int) -> str:
+        nonlocal begun
+        stamps: list[float] = []
+        how = {"temperature": 0.0} if index % 2 else {"temperature": 1.2, "seed": index}
+        task = asyncio.create_task(
+            chat(session, url, QUESTIONS[index], stamps=stamps, max_tokens=100, ignore_eos=True, **how)
+        )
+        while not stamps and not task.done():
+            await asyncio.sleep(0.005)
+        begun += 1
+        if started and begun >= len(QUESTIONS) // 2:
+            started.set()
+        return await task
+
+    texts = await asyncio.gather(*(one(index) for index in range(len(QUESTIONS))))
+    return dict(enumerate(texts))
+
+
+async def with_fault(
+    url: str, fault: Callable[[aiohttp.ClientSession], Awaitable[None]]
+) -> tuple[Texts, Texts]:
+    """The texts without and with the fault, which strikes while all streams run."""
+    async with http() as session:
+        await until_full(session, url)
+        expected = await answer_all(session, url)
+        started = asyncio.Event()
+        streams = asyncio.create_task(answer_all(session, url, started))
+        await asyncio.wait_for(started.wait(), 60)
+        await fault(session)
+        disturbed = await asyncio.wait_for(streams, 120)
+        await until_full(session, url)
+        return expected, disturbed
+
+
+def send(
+    url: str, ranks: list[int], number: signal.Signals
+) -> Callable[[aiohttp.ClientSession], Awaitable[None]]:
+    async def fault(session: aiohttp.ClientSession) -> None:
+        engines = (await status(session, url))["engines"]
+        for rank in ranks:
+            os.kill(engines[rank]["pid"], number)
+
+    return fault
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_killed_rank_costs_no_token(serving: Server, rank: int) -> None:
+    expected, disturbed = asyncio.run(with_fault(serving.url, send(serving.url, [rank], signal.SIGKILL)))
+    assert disturbed == expected
+
+
+def test_a_stopped_rank_is_fenced_and_costs_no_token(serving: Server) -> None:
+    expected, disturbed = asyncio.run(with_fault(serving.url, send(serving.url, [2], signal.SIGSTOP)))
+    assert disturbed == expected
+
+
+def test_more_ranks_than_there_are_copies_hold_the_requests(serving: Server) -> None:
+    """Six of eight: some expert has no copy left, so requests wait until ranks are back."""
+    ranks = [0, 1, 2, 3, 4, 5]
+    expected, disturbed = asyncio.run(with_fault(serving.url, send(serving.url, ranks, signal.SIGKILL)))
+    assert disturbed == expected
+
+
+def test_all_ranks_at_once(serving: Server) -> None:
+    expected, disturbed = asyncio.run(
+        with_fault(serving.url, send(serving.url, list(range(8)), signal.SIGKILL))
+    )
+    assert disturbed == expected
+
+
+@pytest.mark.parametrize("state", ["Launching", "InitCUDA", "InitDist", "Joining"])
+def test_a_killed_joiner_harms_nobody(serving: Server, state: str) -> None:
+    async def fault(session: aiohttp.ClientSession) -> None:
+        before = (await status(session, serving.url))["engines"][3]
+        os.kill(before["pid"], signal.SIGKILL)
+        order = ["Launching", "InitCUDA", "InitDist", "Joining", "Serving"]
+        async with asyncio.timeout(60):
+            while True:
+                now = (await status(session, serving.url))["engines"][3]
+                newer = now["incarnation"] > before["incarnation"] and now["state"] in order
+                if newer and now["pid"] and order.index(now["state"]) >= order.index(state):
+                    os.kill(now["pid"], signal.SIGKILL)
+                    return
+
+    expected, disturbed = asyncio.run(with_fault(serving.url, fault))
+    assert disturbed == expected
+
+
+def test_an_idle_group_parks(serving: Server) -> None:
+    async def parked() -> tuple[dict[str, Any], dict[str, Any]]:
+        async with http() as session, asyncio.timeout(60):
+            while (first := await status(session, serving.url))["state"] != "Paused":
+                await asyncio.sleep(0.05)
+            # A heartbeat of every rank later the step is the same.
+            await asyncio.sleep(1.0)
+            return first, await status(session, serving.url)
+
+    first, later = asyncio.run(parked())
+    assert later["state"] == "Paused"
+    assert later["epoch"] == first["epoch"]
+    assert later["step"] - first["step"] <= 2  # the first status may precede the last heartbeat
+
+
+def test_the_official_client(serving: Server) -> None:
+    problem = held_out(1)[0]
+    with openai.OpenAI(base_url=f"{serving.url}/v1", api_key="none") as client:
+        model = client.models.list().data[0].id
+        messages: Any = [{"role": "user", "content": problem.question}]
+        whole = client.chat.completions.create(model=model, messages=messages, temperature=0)
+        stream = client.chat.completions.create(model=model, messages=messages, temperature=0, stream=True)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    text = whole.choices[0].message.content
+    assert text is not None
+    assert text.endswith(f"#### {problem.answer}")
+    assert "".join(pieces) == text
+
+
+def test_metrics_and_log_tell_what_happened(serving: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    async def metrics() -> str:
+        async with http() as session, session.get(f"{serving.url}/metrics") as response:
+            return await response.text()
+
+    text = asyncio.run(metrics())
+    assert 'elastic_ep:rank_losses_total{cause="died"}' in text
+    assert 'elastic_ep:rank_losses_total{cause="hang"}' in text
+    assert 'elastic_ep:rank_state{rank="0",state="Serving"} 1.0' in text
+    assert replay([str(serving.run_dir)]) == 0, capsys.readouterr().out
