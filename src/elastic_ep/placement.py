@@ -47,24 +47,28 @@ class Placement:
 def launch_placement(num_ranks: int, num_layers: int, num_experts: int, num_redundant: int) -> Placement:
     """The placement a group starts with, the same in every layer.
 
-    Copies are dealt like cards, so that no rank holds two copies of an expert, and the second copies of one
-    rank's experts lie on several other ranks. A copy that could only double up on its rank is left out.
+    Every expert has as many copies as every other, or one more, each on another rank; a copy beyond one on each
+    rank is left out. An expert's copies go to the emptiest ranks, which keeps all ranks within one copy of each
+    other, so that the slots always suffice. Among equally empty ranks those win that share the fewest experts, so
+    that what a lost rank held is spread over many survivors.
     """
     total = num_experts + num_redundant
     slots_per_rank = -(-total // num_ranks)
     hands: list[list[int]] = [[] for _ in range(num_ranks)]
-    for copy in range(-(-total // num_experts)):
-        wanted = min(num_experts, total - copy * num_experts)
-        for expert in range(wanted):
-            start = expert * num_ranks // num_experts + copy + (copy * expert if num_ranks > 2 else 0)
-            rank = _first_free(hands, start, expert, slots_per_rank)
-            if rank is not None:
-                hands[rank].append(expert)
+    shared = [[0] * num_ranks for _ in range(num_ranks)]
+    for expert in range(num_experts):
+        copies = total // num_experts + (expert < total % num_experts)
+        holders: list[int] = []
+        for _ in range(min(copies, num_ranks)):
+            others = [rank for rank in range(num_ranks) if rank not in holders]
+            holders.append(min(others, key=lambda rank: (len(hands[rank]), _overlap(shared[rank], holders))))
+        for rank in holders:
+            hands[rank].append(expert)
+            for other in holders:
+                shared[rank][other] += 1
     row = tuple(expert for hand in hands for expert in hand + [EMPTY] * (slots_per_rank - len(hand)))
     return Placement(0, num_ranks, slots_per_rank, num_experts, (row,) * num_layers)
 
 
-def _first_free(hands: list[list[int]], start: int, expert: int, capacity: int) -> int | None:
-    order = [(start + offset) % len(hands) for offset in range(len(hands))]
-    free = [rank for rank in order if len(hands[rank]) < capacity and expert not in hands[rank]]
-    return free[0] if free else None
+def _overlap(shared: list[int], holders: list[int]) -> int:
+    return sum(shared[holder] for holder in holders)

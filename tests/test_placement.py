@@ -1,0 +1,95 @@
+"""Placement: what the first one guarantees, and what its readings say."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_ep.placement import EMPTY, Placement, launch_placement
+
+SIZES = [
+    (8, 0),
+    (8, 8),
+    (8, 3),
+    (8, 16),
+    (32, 32),
+    (60, 60),
+    (60, 4),
+    (64, 64),
+    (128, 128),
+    (128, 32),
+    (128, 256),
+]
+
+
+def hands(placement: Placement, layer: int = 0) -> list[list[int]]:
+    """What each rank holds, without its empty slots."""
+    ranks = range(placement.num_ranks)
+    return [[e for e in placement.on_rank(layer, rank) if e != EMPTY] for rank in ranks]
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 65))
+def test_launch_placement(num_ranks: int) -> None:
+    for experts, redundant in SIZES:
+        total = experts + redundant
+        placement = launch_placement(num_ranks, 2, experts, redundant)
+        assert placement.slots_per_rank == -(-total // num_ranks)
+        assert [len(row) for row in placement.slots] == [num_ranks * placement.slots_per_rank] * 2
+        held = hands(placement)
+        assert all(len(hand) == len(set(hand)) for hand in held), "two copies of an expert on one rank"
+        counts = [sum(expert in hand for hand in held) for expert in range(experts)]
+        wanted = [total // experts + (expert < total % experts) for expert in range(experts)]
+        assert counts == [min(num_ranks, copies) for copies in wanted], (experts, redundant)
+        assert max(map(len, held)) - min(map(len, held)) <= 1
+        everyone = range(num_ranks)
+        assert placement.covered_by(everyone)
+        assert placement.tolerates(everyone) == min(num_ranks, total // experts) - 1
+
+
+@pytest.mark.parametrize("num_ranks", range(2, 65))
+def test_as_many_redundant_experts_as_experts_survive_any_one_loss(num_ranks: int) -> None:
+    for experts in (8, 32, 60, 64, 128):
+        placement = launch_placement(num_ranks, 1, experts, experts)
+        assert placement.tolerates(range(num_ranks)) >= 1
+        for lost in range(num_ranks):
+            assert placement.covered_by([rank for rank in range(num_ranks) if rank != lost])
+
+
+@pytest.mark.parametrize("num_ranks", range(3, 17))
+def test_a_lost_rank_is_covered_by_many_others(num_ranks: int) -> None:
+    held = hands(launch_placement(num_ranks, 1, 128, 128))
+    for hand in held:
+        helpers = [other for other in held if other is not hand and set(other) & set(hand)]
+        assert len(helpers) >= min(num_ranks - 1, len(hand)) / 2
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    num_ranks, slots_per_rank = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    experts = draw(st.integers(1, 4))
+    size = num_ranks * slots_per_rank
+    row = st.lists(st.integers(EMPTY, experts - 1), min_size=size, max_size=size).map(tuple)
+    rows = draw(st.lists(row, min_size=1, max_size=2))
+    return Placement(0, num_ranks, slots_per_rank, experts, tuple(rows))
+
+
+def brute_force(placement: Placement, ranks: list[int]) -> int:
+    """The largest number of losses, whichever they are, after which every expert is still held; -1: not even now."""
+    for lost in range(len(ranks) + 1):
+        for gone in combinations(ranks, lost):
+            left = {rank for rank in ranks if rank not in gone}
+            for layer in range(len(placement.slots)):
+                held = {expert for rank in left for expert in placement.on_rank(layer, rank)}
+                if not set(range(placement.num_experts)) <= held:
+                    return lost - 1
+    raise AssertionError("nobody is left and every expert is held")
+
+
+@given(placements(), st.data())
+def test_tolerates_is_what_brute_force_says(placement: Placement, data: st.DataObject) -> None:
+    ranks = sorted(data.draw(st.sets(st.integers(0, placement.num_ranks - 1))))
+    assert placement.tolerates(ranks) == brute_force(placement, ranks)
+    assert placement.covered_by(ranks) == (placement.tolerates(ranks) >= 0)
