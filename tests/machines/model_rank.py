@@ -1,0 +1,155 @@
+"""One rank in the model: the real member machine and mailbox, and the boundary as the forward thread does it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+from elastic_ep.control.mailbox import Mailbox
+from elastic_ep.machines import member as rk
+from elastic_ep.machines import membership_events as ev
+from elastic_ep.machines.member import MemberMachine
+from elastic_ep.machines.membership import MembershipMachine
+from elastic_ep.machines.tables import TableMachine
+from elastic_ep.messages import Abort, Commit, Member, Numbered, RankState, Snapshot, SnapshotRequest, View
+
+
+class Violation(Exception):
+    """A property of the protocol does not hold."""
+
+
+def freeze(value: Any) -> Any:
+    """`value` as a hashable thing that is equal for equal states. New fields of a machine are seen by themselves."""
+    if isinstance(value, TableMachine):
+        return value.state
+    if isinstance(value, (MembershipMachine, MemberMachine, RankModel)):
+        return tuple(freeze(item) for name, item in sorted(vars(value).items()) if name not in _NOT_STATE)
+    if is_dataclass(value) and not isinstance(value, type):
+        frozen = value.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        if frozen:
+            return value
+        return tuple(freeze(getattr(value, each.name)) for each in fields(value))
+    if isinstance(value, dict):
+        return tuple((key, freeze(item)) for key, item in sorted(value.items()))
+    if isinstance(value, (set, frozenset)):
+        return frozenset(freeze(item) for item in value)
+    if isinstance(value, Mailbox):
+        return tuple(getattr(value, name) for name in _MAILBOX)
+    return value
+
+
+_NOT_STATE = {"_handlers", "_effects", "num_ranks", "placement", "config", "out"}
+_MAILBOX = ("join_ready", "view", "hold_at", "begun", "waiting_at")
+
+
+def copy_mailbox(mailbox: Mailbox) -> Mailbox:
+    new = Mailbox(lambda: None)
+    for name in _MAILBOX:
+        setattr(new, name, getattr(mailbox, name))
+    return new
+
+
+class Begun(NamedTuple):
+    step: int
+    active: frozenset[Member]
+
+
+class RankModel:
+    """One rank process: the real member machine and mailbox, and the boundary as the forward thread does it."""
+
+    def __init__(self, me: Member) -> None:
+        self.machine = MemberMachine(me)
+        self.mailbox = Mailbox(lambda: None)
+        self.heard_pub = False
+        self.reported = False
+        self.step = 0
+        self.in_step = False
+        self.view = View(epoch=0, seats=())
+        self.masked: frozenset[Member] = frozenset()
+        self.begun: tuple[Begun, ...] = ()
+        """The last two steps begun: no peer can be further behind."""
+        self.promised: tuple[int, int] | None = None
+        """Attempt and step: what the rank gave its word for, whatever its machine believes."""
+        self.over = 0
+        """The last attempt whose end has reached the rank, perhaps ahead of a message that it lacks."""
+        self.out: list[Any] = []
+
+    def copy(self) -> RankModel:
+        new = copy.copy(self)
+        new.machine = copy.copy(self.machine)
+        new.machine._early = dict(self.machine._early)
+        new.mailbox = copy_mailbox(self.mailbox)
+        new.out = []
+        return new
+
+    def hear(self, message: Numbered | Snapshot) -> None:
+        if isinstance(message, Numbered):
+            self.heard_pub = True
+        self._redeem(message)
+        for effect in self.machine.step(message):
+            match effect:
+                case rk.AskSnapshot():
+                    self.out.append(SnapshotRequest(*self.machine.me))
+                case rk.MakePromise(attempt, seated):
+                    self._promise(attempt, seated)
+                case rk.ReleaseHold():
+                    self.mailbox.release()
+                case rk.Mask(member):
+                    self.masked |= {member}
+                case rk.Adopt(view):
+                    self.mailbox.adopt(view)
+                case rk.Expelled():
+                    raise Violation(f"{self.machine.me} lives and is expelled")
+        self.machine.check()
+        if self.heard_pub and self.machine.number is not None and not self.reported:
+            self.reported = True
+            self.out.append(ev.Reported(self.machine.me, RankState.JOINING))
+
+    def boundary(self) -> None:
+        """The forward thread ends its step, if it is in one, and begins the next, if it may."""
+        if self.in_step:
+            self.step += 1
+            self.in_step = False
+        me = self.machine.me
+        if self.view.seat(me.rank) is None:
+            seat = self.mailbox.view.seat(me.rank)
+            if seat is None or seat.member != me:
+                return
+            self.step, self.view = seat.first_step, self.mailbox.view
+        allowed = self.mailbox.may_begin(self.step)
+        if self.mailbox.join_ready:
+            self.mailbox.join_ready = False
+            self.view = self.mailbox.view
+        if not allowed:
+            return
+        if self.promised and self.step >= self.promised[1]:
+            raise Violation(f"{me} begins step {self.step}, having promised {self.promised}")
+        self.in_step = True
+        active = frozenset(seat.member for seat in self.view.seats if seat.first_step <= self.step)
+        self.begun = (*self.begun[-1:], Begun(self.step, active))
+
+    def _promise(self, attempt: int, seated: bool) -> None:
+        step = self.mailbox.promise() if seated else 0
+        if seated and attempt > self.over and (self.promised is None or self.promised[0] != attempt):
+            self.promised = (attempt, step)
+        self.out.append(ev.Promised(self.machine.me, attempt, step))
+
+    def _redeem(self, message: Numbered | Snapshot) -> None:
+        if isinstance(message, Snapshot):
+            current = message.number >= (self.machine.number or 0)
+            if current and message.attempt is not None:
+                self.over = max(self.over, message.attempt.attempt - 1)
+            elif current and self.promised is not None:
+                self.over = max(self.over, self.promised[0])
+        elif isinstance(message.body, (Commit, Abort)):
+            self.over = max(self.over, message.body.attempt)
+        if self.promised is not None and self.promised[0] <= self.over:
+            self.promised = None
+
+
+def lost_between(older: RankModel, newer: RankModel) -> frozenset[Member]:
+    """Whom `older` has in its view and `newer` knows to be lost."""
+    if newer.machine.view.epoch <= older.view.epoch:
+        return frozenset()
+    return older.view.members - newer.machine.view.members
