@@ -75,7 +75,7 @@ def apply_expert(logical: int, x: torch.Tensor) -> torch.Tensor:
     """Elementwise, so that a row's result cannot depend on the other rows.
 
     Products and sums only: when several threads are the first of their process to call torch.tanh at the same
-    moment, one of them may get a result that is good to four digits only (seen once in some hundred processes).
+    moment, one of them may get a result that is good to four digits only (seen in 7 of 3900 processes).
     """
     return x * (1.0 + 0.37 * logical) + 0.11 * logical
 
