@@ -1,0 +1,510 @@
+"""The membership machine under hypothesis: any order of events, stale and repeated ones too; and single rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from model_rank import freeze
+
+from elastic_ep.machines import membership_events as ev
+from elastic_ep.machines.contract import Tick, UnexpectedEvent
+from elastic_ep.machines.membership import STEP_GAP_AFTER_TOTAL_LOSS, MembershipMachine
+from elastic_ep.machines.rank_lifecycle import RANK
+from elastic_ep.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
+from elastic_ep.placement import launch_placement
+
+CONFIG = ev.MembershipConfig(
+    attempt_deadline_ms=100,
+    park_after_ms=30,
+    stable_after_ms=500,
+    relaunch_limit=3,
+    relaunch_backoff_ms=50,
+    relaunch_backoff_max_ms=150,
+    forming_grace_ms=200,
+    init_deadline_ms=1_000,
+)
+STARTING_UP = (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
+
+
+def machine_of(num_ranks: int, redundant: int | None = None) -> MembershipMachine:
+    """One expert per rank, by default each in two copies."""
+    copies = num_ranks if redundant is None else redundant
+    return MembershipMachine(num_ranks, launch_placement(num_ranks, 1, num_ranks, copies), CONFIG)
+
+
+@dataclass
+class Witness:
+    """Looks at all that goes in and comes out, and knows only what was promised, published and launched."""
+
+    epoch: int = 0
+    incarnations: dict[int, int] = field(default_factory=dict)
+    running: set[Member] = field(default_factory=set)
+    up: set[Member] = field(default_factory=set)
+    fenced: set[Member] = field(default_factory=set)
+    promises: dict[int, dict[Member, int]] = field(default_factory=dict)
+    attempt: int | None = None
+    attempts: int = 0
+    stopping: bool = False
+    all_stopped: int = 0
+    view: View = field(default_factory=lambda: View(0, ()))
+
+    def before(self, event: ev.Event) -> None:
+        match event:
+            case ev.ProcessGone(member):
+                self.running.discard(member)
+            case ev.StopRequested():
+                self.stopping = True
+            case ev.Promised(member, attempt, step):
+                self.promises.setdefault(attempt, {}).setdefault(member, step)
+
+    def after(self, effects: list[ev.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case ev.Launch(member):
+                    self._launched(member)
+                case ev.Fence(member):
+                    self.fenced.add(member)
+                case ev.Publish(Prepare(number, joiners)):
+                    assert not self.fenced & set(joiners), "admits one that is about to die"
+                    assert not self.stopping
+                    assert self.attempt is None
+                    assert number > self.attempts
+                    self.attempt = self.attempts = number
+                case ev.Publish(Abort(number)):
+                    assert number == self.attempt, "aborts what does not run"
+                    self.attempt = None
+                case ev.Publish(Commit(number, view)):
+                    assert number == self.attempt, "commits what does not run"
+                    self.attempt = None
+                    self._gained(number, view)
+                    self._published(view)
+                case ev.Publish(View() as view):
+                    assert view.members <= self.view.members, "a view without an attempt admits somebody"
+                    assert view.park_at in (None, self.view.park_at), "a view without an attempt parks"
+                    self._published(view)
+                case ev.MemberUp(member):
+                    assert member not in self.up
+                    self.up.add(member)
+                case ev.MemberDown(member):
+                    self.up.remove(member)
+                case ev.AllStopped():
+                    self.all_stopped += 1
+                    assert self.stopping
+                    assert not self.running
+                    assert self.all_stopped == 1
+
+    def _launched(self, member: Member) -> None:
+        assert not self.stopping, "launched while stopping"
+        assert not [m for m in self.running if m.rank == member.rank], "two processes of one rank"
+        assert member.incarnation == self.incarnations.get(member.rank, 0) + 1
+        self.incarnations[member.rank] = member.incarnation
+        self.running.add(member)
+
+    def _gained(self, number: int, view: View) -> None:
+        old = set(self.view.seats)
+        assert old <= set(view.seats), "an attempt loses a member or moves its first step"
+        promises = self.promises[number]
+        assert promises.keys() >= view.members, "somebody was not asked"
+        promised = max(promises[member] for member in view.members)
+        for seat in set(view.seats) - old:
+            assert not self.view.seats or seat.first_step >= promised, "somebody may have begun that step"
+            assert all(seat.first_step >= other.first_step for other in old)
+        if view.park_at is not None and self.view.park_at is None:
+            assert view.park_at >= promised
+
+    def _published(self, view: View) -> None:
+        assert view.epoch == self.epoch + 1
+        self.epoch, self.view = view.epoch, view
+
+
+class AnyOrder(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.witness = Witness()
+        self.begun = 0
+
+    @initialize(num_ranks=st.integers(1, 4), spare=st.booleans())
+    def start(self, num_ranks: int, spare: bool) -> None:
+        self.machine = machine_of(num_ranks, num_ranks if spare else 0)
+        self.feed(ev.Start())
+
+    def feed(self, event: ev.Event) -> list[ev.Effect]:
+        """As the controller does: a rank that breaks the protocol is suspected."""
+        self.witness.before(event)
+        was_parked = self.machine.view.park_at is not None and self.machine.view.seats
+        try:
+            effects = self.machine.step(event)
+        except UnexpectedEvent:
+            assert isinstance(event, ev.Reported)
+            return self.feed(ev.Suspected(event.member, "protocol error"))
+        self.witness.after(effects)
+        self.machine.check()
+        assert self.witness.view == self.machine.view
+        assert self.witness.up == self.machine.view.members
+        if (
+            was_parked
+            and self.machine.view.park_at is None
+            and self.machine.view.seats
+            and not self.machine.stopping
+        ):
+            assert self.machine.has_work
+            assert self.machine.covered
+        self.the_next_deadline_is_ahead()
+        self.the_name_of_the_state_fits()
+        return effects
+
+    def member(self, rank: int) -> Member:
+        return self.machine.slots[rank % self.machine.num_ranks].member
+
+    ranks = st.integers(0, 3)
+
+    @rule(by_ms=st.sampled_from([1, 30, 60, 200, 1_000]))
+    def time_passes(self, by_ms: int) -> None:
+        self.feed(Tick(self.machine.now_ms + by_ms))
+
+    @rule()
+    def the_deadline_comes(self) -> None:
+        deadline_ms = self.machine.next_deadline_ms()
+        if deadline_ms is not None:
+            self.feed(Tick(deadline_ms))
+
+    @rule(back_ms=st.integers(0, 100))
+    def a_tick_is_repeated(self, back_ms: int) -> None:
+        before = freeze(self.machine)
+        assert self.feed(Tick(self.machine.now_ms - back_ms)) == []
+        assert freeze(self.machine) == before
+
+    @rule(rank=ranks)
+    def comes_up_by_one_state(self, rank: int) -> None:
+        slot = self.machine.slots[rank % self.machine.num_ranks]
+        if slot.member in self.witness.running and slot.state in STARTING_UP:
+            self.advance(slot.member, slot.state)
+
+    def advance(self, member: Member, state: RankState) -> None:
+        following = {RankState.INIT_CUDA: RankState.INIT_DIST, RankState.INIT_DIST: RankState.JOINING}
+        if state in following:
+            self.feed(ev.Reported(member, following[state]))
+        else:
+            self.feed(ev.ProcessStarted(member))
+
+    @rule(rank=ranks, state=st.sampled_from(list(RankState)))
+    def reports_anything(self, rank: int, state: RankState) -> None:
+        self.feed(ev.Reported(self.member(rank), state, "because"))
+
+    @rule()
+    def everybody_promises(self) -> None:
+        attempt = self.machine.attempt
+        for member in sorted(attempt.awaited if attempt else ()):
+            self.promise(member)
+
+    @rule(rank=ranks, late=st.integers(0, 2))
+    def one_promises_perhaps_late(self, rank: int, late: int) -> None:
+        self.promise(self.member(rank), late)
+
+    def promise(self, member: Member, late: int = 0) -> None:
+        self.begun += 1
+        seated = member in self.machine.view.members
+        self.feed(ev.Promised(member, self.machine.attempts - late, self.begun + 2 if seated else 0))
+
+    @rule(rank=ranks, again=st.booleans())
+    def dies(self, rank: int, again: bool) -> None:
+        self.feed(ev.DeathNoticed(self.member(rank), "killed"))
+        if again:
+            before = freeze(self.machine)
+            assert self.feed(ev.DeathNoticed(self.member(rank), "killed")) == []
+            assert freeze(self.machine) == before
+
+    @rule(rank=ranks, again=st.booleans())
+    def is_gone(self, rank: int, again: bool) -> None:
+        member = self.member(rank)
+        if member not in self.witness.running:
+            return
+        self.feed(ev.ProcessGone(member, "SIGKILL"))
+        if again:
+            before = freeze(self.machine)
+            assert self.feed(ev.ProcessGone(member, "SIGKILL")) == []
+            assert freeze(self.machine) == before
+
+    @rule(rank=ranks)
+    def is_suspected(self, rank: int) -> None:
+        slot = self.machine.slots[rank % self.machine.num_ranks]
+        fenced = ev.Fence(slot.member, "hang") in self.feed(ev.Suspected(slot.member, "hang"))
+        assert fenced == (slot.state not in RANK.final)
+
+    @precondition(lambda self: any(slot.member.incarnation > 1 for slot in self.machine.slots.values()))
+    @rule(rank=ranks, kind=st.integers(0, 5))
+    def news_of_an_old_incarnation(self, rank: int, kind: int) -> None:
+        member = self.member(rank)
+        if member.incarnation == 1:
+            return
+        old = Member(member.rank, member.incarnation - 1)
+        news: tuple[ev.Event, ...] = (
+            ev.ProcessStarted(old),
+            ev.Reported(old, RankState.JOINING),
+            ev.Promised(old, self.machine.attempts, 0),
+            ev.DeathNoticed(old, "killed"),
+            ev.ProcessGone(old, "SIGKILL"),
+            ev.Suspected(old, "hang"),
+        )
+        before = freeze(self.machine)
+        assert self.machine.step(news[kind]) == []
+        assert freeze(self.machine) == before
+
+    @rule(began=st.booleans())
+    def work_changes(self, began: bool) -> None:
+        self.feed(ev.WorkBegan() if began else ev.WorkEnded())
+
+    @rule(step=st.integers(0, 1_000))
+    def a_step_is_seen(self, step: int) -> None:
+        self.feed(ev.StepSeen(step))
+
+    @rule(kind=st.sampled_from([ev.StopRequested, ev.StopRanks, ev.StopForced]), chance=st.integers(0, 5))
+    def stops(self, kind: type, chance: int) -> None:
+        if self.machine.stopping or (kind is ev.StopRequested and chance == 0):
+            self.feed(kind())
+
+    def the_next_deadline_is_ahead(self) -> None:
+        deadline_ms = self.machine.next_deadline_ms()
+        assert deadline_ms is None or deadline_ms > self.machine.now_ms
+
+    def the_name_of_the_state_fits(self) -> None:
+        machine, seated = self.machine, len(self.machine.view.seats)
+        match machine.state:
+            case ev.GroupState.SERVING:
+                assert seated == machine.num_ranks
+                assert machine.covered
+                assert machine.view.park_at is None
+            case ev.GroupState.DEGRADED:
+                assert 0 < seated < machine.num_ranks
+                assert machine.covered
+            case ev.GroupState.HOLDING:
+                assert seated
+                assert not machine.covered
+            case ev.GroupState.PAUSED:
+                assert machine.view.park_at is not None
+            case ev.GroupState.STOPPING:
+                assert machine.stopping
+                assert machine.view.park_at is None
+
+    def teardown(self) -> None:
+        """From wherever it got to, when nothing more goes wrong, the group becomes whole, parks, and stops."""
+        if not self.machine.stopping:
+            self.settle()
+            left = [slot for slot in self.machine.slots.values() if not slot.gave_up]
+            assert {slot.member for slot in left} == self.machine.view.members
+            parked = self.machine.view.park_at is not None
+            wanted = bool(left) and not (self.machine.has_work and self.machine.covered)
+            assert parked == wanted
+            self.feed(ev.StopRequested())
+        self.feed(ev.StopRanks())
+        self.settle()
+        self.feed(ev.StopForced())
+        for member in sorted(self.witness.running):
+            self.feed(ev.ProcessGone(member, "exit 0"))
+        assert self.witness.all_stopped == 1
+        assert self.machine.next_deadline_ms() is None
+
+    def settle(self) -> None:
+        """Everybody does its part; time passes only when nobody has anything left to do."""
+        for _ in range(1_000):
+            if not (self.everybody_does_its_part() or self.waits_for_the_deadline()):
+                return
+        raise AssertionError("it never settles")
+
+    def everybody_does_its_part(self) -> bool:
+        before = freeze(self.machine)
+        for slot in list(self.machine.slots.values()):
+            member = slot.member
+            if member not in self.witness.running:
+                continue
+            if member in self.witness.fenced or slot.state in RANK.final:
+                self.feed(ev.ProcessGone(member, "SIGKILL"))
+            elif slot.state in STARTING_UP:
+                self.advance(member, slot.state)
+        self.everybody_promises()
+        return bool(freeze(self.machine) != before)
+
+    def waits_for_the_deadline(self) -> bool:
+        deadline_ms = self.machine.next_deadline_ms()
+        if deadline_ms is None:
+            return False
+        self.feed(Tick(deadline_ms))
+        return True
+
+
+AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestAnyOrder = pytest.mark.timeout(120)(AnyOrder.TestCase)
+
+
+# Single rules
+
+
+def feed(machine: MembershipMachine, *events: ev.Event) -> list[ev.Effect]:
+    """The effects of all `events`."""
+    effects: list[ev.Effect] = []
+    for event in events:
+        effects += machine.step(event)
+        machine.check()
+    return effects
+
+
+def come_up(machine: MembershipMachine, *ranks: int) -> list[ev.Effect]:
+    effects = []
+    for rank in ranks:
+        member = machine.slots[rank].member
+        states = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
+        effects += feed(machine, *(ev.Reported(member, state) for state in states))
+    return effects
+
+
+def promise(machine: MembershipMachine, step: int = 0) -> list[ev.Effect]:
+    attempt = machine.attempt
+    assert attempt
+    return feed(machine, *(ev.Promised(m, attempt.number, step) for m in sorted(attempt.awaited)))
+
+
+def serving(num_ranks: int, redundant: int | None = None) -> MembershipMachine:
+    machine = machine_of(num_ranks, redundant)
+    feed(machine, ev.Start(), ev.WorkBegan())
+    come_up(machine, *range(num_ranks))
+    promise(machine)
+    assert machine.view.members == {Member(rank, 1) for rank in range(num_ranks)}
+    return machine
+
+
+def kill(machine: MembershipMachine, rank: int) -> list[ev.Effect]:
+    member = machine.slots[rank].member
+    return feed(machine, ev.DeathNoticed(member, "killed"), ev.ProcessGone(member, "SIGKILL"))
+
+
+def test_the_first_step_is_the_largest_promise() -> None:
+    machine = serving(3)
+    kill(machine, 2)
+    come_up(machine, 2)
+    assert machine.attempt
+    number = machine.attempt.number
+    for rank, step in ((0, 7), (1, 9)):
+        feed(machine, ev.Promised(Member(rank, 1), number, step))
+    feed(machine, ev.Promised(Member(2, 2), number, 0))
+    assert machine.view.seat(2) == Seat(2, 2, 9)
+
+
+def test_a_newcomer_does_not_begin_before_one_that_has_not_begun_yet() -> None:
+    """Else it would run thousands of steps alone, while the other waits for it at its own first step."""
+    machine = serving(3, redundant=6)
+    for rank in (1, 2):
+        kill(machine, rank)
+    come_up(machine, 1)
+    promise(machine, 5_000)
+    kill(machine, 0)
+    come_up(machine, 2)
+    promise(machine, 1)  # rank 1 has not begun a step
+    assert machine.view.seats == (Seat(1, 2, 5_000), Seat(2, 2, 5_000))
+
+
+def test_after_a_total_loss_no_step_is_used_twice() -> None:
+    machine = serving(2)
+    feed(machine, ev.StepSeen(777))
+    kill(machine, 0)
+    kill(machine, 1)
+    assert machine.state is ev.GroupState.FORMING
+    assert machine.next_deadline_ms() == CONFIG.init_deadline_ms, "no deadline in the past: it would spin"
+    come_up(machine, 0)
+    promise(machine)
+    assert machine.view.seats == (Seat(0, 2, 777 + STEP_GAP_AFTER_TOTAL_LOSS),)
+
+
+def test_forming_waits_for_all_but_not_for_ever() -> None:
+    machine = machine_of(3)
+    feed(machine, ev.Start())
+    assert come_up(machine, 0, 1)[-1] == ev.RankMoved(Member(1, 1), RankState.JOINING, "")
+    effects = feed(machine, Tick(CONFIG.forming_grace_ms))
+    assert effects[0] == ev.Publish(Prepare(1, (Member(0, 1), Member(1, 1))))
+
+
+def test_relaunches_back_off_and_end() -> None:
+    """The first is immediate; then the pause doubles up to its limit; a rank that served long starts afresh."""
+    machine = serving(2)
+    waits = []
+    while not machine.slots[1].gave_up:
+        died_ms = machine.now_ms
+        kill(machine, 1)
+        if machine.slots[1].relaunch_at_ms is not None:
+            feed(machine, Tick(machine.slots[1].relaunch_at_ms))
+        waits.append(machine.now_ms - died_ms)
+    assert waits == [0, 50, 100, 0]
+    assert "gave up after 4 launches" in machine.slots[1].reason
+    assert kill(machine, 1) == [], "and it stays so"
+    assert machine.slots[1].reason.count("gave up") == 1
+
+
+def test_a_rank_that_was_stable_is_forgiven() -> None:
+    machine = serving(2)
+    for _ in range(2 * CONFIG.relaunch_limit):
+        feed(machine, Tick(machine.now_ms + CONFIG.stable_after_ms))
+        kill(machine, 1)
+        assert machine.slots[1].failures == 0
+        come_up(machine, 1)
+        promise(machine)
+    assert machine.state is ev.GroupState.SERVING
+
+
+def test_a_joiner_that_does_not_connect_is_fenced_a_member_is_not() -> None:
+    machine = serving(3)
+    kill(machine, 2)
+    come_up(machine, 2)
+    assert machine.attempt
+    feed(machine, ev.Promised(Member(0, 1), machine.attempt.number, 3))
+    effects = feed(machine, Tick(CONFIG.attempt_deadline_ms))
+    assert [e.member for e in effects if isinstance(e, ev.Fence)] == [Member(2, 2)]
+    assert ev.Publish(Abort(2)) in effects
+    assert machine.view.members == {Member(0, 1), Member(1, 1)}
+
+
+def test_a_promise_of_another_attempt_does_not_count() -> None:
+    machine = serving(2)
+    kill(machine, 1)
+    come_up(machine, 1)
+    feed(machine, ev.Promised(Member(1, 2), 2, 0), Tick(CONFIG.attempt_deadline_ms))  # rank 0 is late
+    assert feed(machine, ev.Promised(Member(0, 1), 2, 4), ev.Promised(Member(1, 2), 3, 0)) == []
+    feed(machine, ev.Promised(Member(0, 1), 3, 6))
+    assert machine.view.seat(1) == Seat(1, 2, 6)
+
+
+def test_an_expert_without_a_copy_parks_the_group_until_it_is_back() -> None:
+    machine = serving(2, redundant=0)
+    kill(machine, 1)
+    promise(machine, 8)
+    assert (machine.state, machine.view.park_at) == (ev.GroupState.HOLDING, 8)
+    assert feed(machine, ev.WorkEnded(), ev.WorkBegan()) == [], "work alone does not help"
+    come_up(machine, 1)
+    promise(machine, 8)
+    assert machine.view == View(4, (Seat(0, 1, 0), Seat(1, 2, 8)), None)
+
+
+def test_stopping_begins_with_draining_and_starts_nothing_new() -> None:
+    machine = serving(3)
+    for _ in range(2):
+        kill(machine, 2)
+    assert machine.slots[2].relaunch_at_ms is not None
+    kill(machine, 1)
+    come_up(machine, 1)
+    assert machine.attempt
+    effects = feed(machine, ev.StopRequested(), Tick(10_000))
+    assert ev.Publish(Abort(machine.attempts)) in effects
+    assert ev.RankMoved(Member(0, 1), RankState.DRAINING, "") in effects
+    assert not [effect for effect in effects if isinstance(effect, ev.Launch)]
+
+
+def test_stopping_asks_those_that_can_hear_and_fences_the_others() -> None:
+    machine = serving(3)
+    kill(machine, 2)
+    feed(machine, ev.StopRequested())
+    effects = feed(machine, ev.StopRanks())
+    assert [e.member for e in effects if isinstance(e, ev.SendTo)] == [Member(0, 1), Member(1, 1)]
+    assert all(isinstance(e.message, Shutdown) for e in effects if isinstance(e, ev.SendTo))
+    assert [e.member for e in effects if isinstance(e, ev.Fence)] == [Member(2, 2)]
