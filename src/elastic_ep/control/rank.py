@@ -53,6 +53,7 @@ from elastic_ep.messages import (
 SWITCH_INTERVAL_S = 0.0005
 """How long the forward thread may keep the interpreter lock while the control loop wants it."""
 _SYNC_RETRY_S = 0.02
+_SYNC_CHECK_S = 0.1
 _PARKED_HEARTBEAT_FACTOR = 3
 EXPELLED_STATUS = 3
 ORPHANED_STATUS = 4
@@ -76,6 +77,7 @@ class RankProcess:
         self._mailbox = Mailbox(self._notify)
         self._forward = ForwardThread(config, self._mailbox, lambda c: build_engine(c, windows_fd))
         self._heard_pub = False
+        self._behind = False
         self._early_masks: list[Member] = []
         self._ready_to_join = False
         self._status: int | None = None
@@ -108,10 +110,15 @@ class RankProcess:
     # Control plane
 
     async def _synchronise(self) -> None:
-        """Ask until a snapshot has come and the subscription is proven: PUB loses what precedes it."""
-        while not self._synchronised():
-            self._wire.send(SnapshotRequest(*self._me))
-            await anyio.sleep(_SYNC_RETRY_S)
+        """Ask until a snapshot has come and the subscription is proven: PUB loses what precedes it.
+
+        HAZARD: an answer comes with a beat to all ranks. If every beat made every rank that is behind ask again,
+        a few late ranks would keep the controller busy for ever; so each asks at its own pace only.
+        """
+        while True:
+            if self._behind or not self._synchronised():
+                self._wire.send(SnapshotRequest(*self._me))
+            await anyio.sleep(_SYNC_RETRY_S if self._behind or not self._synchronised() else _SYNC_CHECK_S)
 
     def _synchronised(self) -> bool:
         return self._heard_pub and self._machine.number is not None
@@ -123,6 +130,7 @@ class RankProcess:
     def _on_direct(self, message: ToRank) -> None:
         match message:
             case Snapshot():
+                self._behind = False
                 self._perform(self._machine.step(message))
             case Assign() | Cancel():
                 self._mailbox.deliver(message)
@@ -135,7 +143,7 @@ class RankProcess:
         for effect in effects:
             match effect:
                 case AskSnapshot():
-                    self._wire.send(SnapshotRequest(*self._me))
+                    self._behind = True
                 case Connect(members):
                     for member in members:
                         self._exchange().connect(member)

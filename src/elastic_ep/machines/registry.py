@@ -1,3 +1,54 @@
-from elastic_ep.messages import to_plain
-def arguments(m, p, r):
-    return {"membership": {"num_ranks": m.num_ranks, "placement": to_plain(m.placement), "config": to_plain(m.config)}, "progress": {"config": to_plain(p.config)}, "routing": {"config": to_plain(r.config)}}
+"""The machines whose events are logged: how replay builds each one afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_ep.machines import membership_events, routing_events
+from elastic_ep.machines.membership import MembershipMachine
+from elastic_ep.machines.membership_events import MembershipConfig
+from elastic_ep.machines.progress import ProgressConfig, ProgressMachine, Pulse
+from elastic_ep.machines.routing import RoutingMachine
+from elastic_ep.machines.routing_events import RoutingConfig
+from elastic_ep.messages import from_plain, to_plain
+from elastic_ep.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """`build` takes what `arguments` gave for this machine; `event` is the type (or union) that it hears."""
+
+    build: Callable[[dict[str, Any]], Any]
+    event: Any
+
+
+def arguments(
+    membership: MembershipMachine, progress: ProgressMachine, routing: RoutingMachine
+) -> dict[str, dict[str, Any]]:
+    """What the log's first line says about each machine."""
+    return {
+        "membership": {
+            "num_ranks": membership.num_ranks,
+            "placement": to_plain(membership.placement),
+            "config": to_plain(membership.config),
+        },
+        "progress": {"config": to_plain(progress.config)},
+        "routing": {"config": to_plain(routing.config)},
+    }
+
+
+def _membership(plain: dict[str, Any]) -> MembershipMachine:
+    placement: Placement = from_plain(plain["placement"], Placement)
+    config: MembershipConfig = from_plain(plain["config"], MembershipConfig)
+    return MembershipMachine(int(plain["num_ranks"]), placement, config)
+
+
+MACHINES: dict[str, Entry] = {
+    "membership": Entry(_membership, membership_events.Event),
+    "progress": Entry(lambda plain: ProgressMachine(from_plain(plain["config"], ProgressConfig)), Pulse),
+    "routing": Entry(
+        lambda plain: RoutingMachine(from_plain(plain["config"], RoutingConfig)), routing_events.Event
+    ),
+}
