@@ -97,10 +97,8 @@ def _step(machines: dict[str, Any], number: int, line: dict[str, Any]) -> None:
         raise Differs(number, f"{name} cannot take {json.dumps(line['heard'])}: {error!r}") from error
     said = json.loads(json.dumps(effects))
     if said != line["effects"]:
-        raise Differs(
-            number,
-            f"{name} on {json.dumps(line['heard'])}\n  log:    {json.dumps(line['effects'])}\n  replay: {json.dumps(said)}",
-        )
+        heard, logged, now = (json.dumps(part) for part in (line["heard"], line["effects"], said))
+        raise Differs(number, f"{name} on {heard}\n  log:    {logged}\n  replay: {now}")
 
 
 def _tell(timeline: Timeline, line: dict[str, Any]) -> None:
