@@ -73,14 +73,18 @@ def main() -> None:
     options = parser.parse_args()
     problems = held_out(options.problems)
     arguments = ["--ranks", str(options.ranks), "--relaunch-limit", "1000000"]
-    with tempfile.TemporaryDirectory(prefix="accuracy-") as scratch, server(arguments, Path(scratch)) as target:
+    with (
+        tempfile.TemporaryDirectory(prefix="accuracy-") as scratch,
+        server(arguments, Path(scratch)) as target,
+    ):
         passes = asyncio.run(measure(target.url, problems, options.rank_down))
     result = {
         "problems": len(problems),
         "rank_down": options.rank_down,
         "accuracy": {name: share_right(texts, problems) for name, texts in passes.items()},
         "answers_that_differ_from_before": {
-            name: sum(a != b for a, b in zip(texts, passes["before"], strict=True)) for name, texts in passes.items()
+            name: sum(a != b for a, b in zip(texts, passes["before"], strict=True))
+            for name, texts in passes.items()
         },
     }
     write_result(options.out, result)

@@ -29,7 +29,7 @@ from bench.failover_plot import draw
 from elastic_ep.problems import held_out
 
 STREAMS = 64
-SETTLE_S = 0.8
+SETTLE_S = 1.5
 JOINER_STATES = ("Launching", "InitCUDA", "InitDist", "Joining")
 PUBLISHED = {
     "mooncake_pg_s": "5.0 (2 s timeout and 3 s window; its rank 0 must not die)",

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.common import summary
 
-_AROUND_NS = 1_500_000_000
+_AROUND_NS = 3_000_000_000
 _BEFORE_NS = 3_000_000_000
 
 
@@ -38,15 +38,18 @@ def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any],
     stall_ms: list[float] = []
     stall_hang: list[float] = []
     full: list[float | None] = []
-    for kill in struck:
+    for kill, following in zip(struck, [*struck[1:], None], strict=True):
         first_ns = kill["sent"][0]["at_ns"]
+        until_ns = first_ns + _AROUND_NS
+        if following is not None:
+            until_ns = min(until_ns, following["sent"][0]["at_ns"])
         for sent in kill["sent"]:
             noticed = curves.notices.get((sent["rank"], sent["incarnation"]))
             if noticed is not None:
                 (hang if kill["stop"] else notice).append((noticed - sent["at_ns"]) / 1e6)
         victims = {sent["rank"] for sent in kill["sent"]}
         for rank in curves.steps.keys() - victims:
-            gap = _longest_gap(curves.steps[rank], first_ns)
+            gap = _longest_gap(curves.steps[rank], first_ns, until_ns)
             typical = _median_gap(curves.steps[rank], first_ns)
             if gap is None or typical is None:
                 continue
@@ -103,10 +106,10 @@ def _lines(events: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(text)
 
 
-def _longest_gap(ends: list[int], at_ns: int) -> int | None:
-    """The longest time between two commits that overlaps the time from the kill on."""
+def _longest_gap(ends: list[int], at_ns: int, until_ns: int) -> int | None:
+    """The longest time between two commits from the last one before the kill on, up to the next kill."""
     start = max(0, bisect_left(ends, at_ns) - 1)
-    stop = bisect_left(ends, at_ns + _AROUND_NS) + 1
+    stop = bisect_left(ends, until_ns)
     around = ends[start:stop]
     return max((b - a for a, b in pairwise(around)), default=None)
 

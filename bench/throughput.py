@@ -35,7 +35,9 @@ def with_transformers(questions: list[str]) -> tuple[int, float]:
     tokenizer: Any = AutoTokenizer.from_pretrained(BUNDLED_MODEL, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32).eval()
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
+        )
         for q in questions
     ]
     generated = 0
@@ -56,7 +58,10 @@ async def with_elastic_ep(url: str, questions: list[str]) -> tuple[int, float]:
 
     async def one(session: aiohttp.ClientSession, question: str) -> int:
         body = {"model": "default", "messages": [{"role": "user", "content": question}], "temperature": 0.0}
-        async with gate, session.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": MAX_NEW}) as response:
+        async with (
+            gate,
+            session.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": MAX_NEW}) as response,
+        ):
             usage = (await response.json())["usage"]
             return int(usage["completion_tokens"])
 
@@ -86,7 +91,9 @@ def main() -> None:
         theirs.append(tokens / seconds)
         tokens, seconds = with_transformers(sorted(questions, key=len))
         theirs_sorted.append(tokens / seconds)
-        print(f"elastic_ep {ours[-1]:.0f}, transformers {theirs[-1]:.0f} (sorted {theirs_sorted[-1]:.0f}) tokens/s")
+        print(
+            f"elastic_ep {ours[-1]:.0f}, transformers {theirs[-1]:.0f} (sorted {theirs_sorted[-1]:.0f}) tokens/s"
+        )
     best = max(percentile(theirs, 0.5), percentile(theirs_sorted, 0.5))
     write_result(
         options.out,

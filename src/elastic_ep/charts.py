@@ -53,7 +53,9 @@ def notes(table: Table, state: Enum) -> list[str]:
     for row in table.rows:
         if row.dest is state and len(row.source) >= _MANY:
             others = [other for other in table.states if other not in row.source and other is not state]
-            sources = f"any but {', '.join(o.value for o in others)}" if len(others) < len(row.source) else None
+            sources = (
+                f"any but {', '.join(o.value for o in others)}" if len(others) < len(row.source) else None
+            )
             sources = sources or ", ".join(source.value for source in row.source)
             found.append(f"{row.trigger} (from {sources if others else 'any'})")
         if row.dest is None and state in row.source:
@@ -91,7 +93,9 @@ def svg(table: Table) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f"<style>{_STYLE}</style><defs><marker id='a' viewBox='0 0 10 10' refX='9' refY='5' markerWidth='7' "
         "markerHeight='7' orient='auto-start-reverse'><path d='M0 0 10 5 0 10z' style='fill:#486581'/></marker></defs>"
-        f'<rect width="{width}" height="{height}" style="fill:white;stroke:none"/>' + "".join(parts) + "</svg>\n"
+        f'<rect width="{width}" height="{height}" style="fill:white;stroke:none"/>'
+        + "".join(parts)
+        + "</svg>\n"
     )
 
 
@@ -121,7 +125,7 @@ def _arrow(
         x, y = _LEFT + 40, (top_a + _BOX_H + top_b) / 2
         return [
             f'<path d="M{x} {top_a + _BOX_H}V{top_b - 2}" marker-end="url(#a)"/>',
-            f'<text class="l" x="{x - 8}" y="{y + 4:g}" text-anchor="end">{label}</text>',
+            f'<text class="l" x="{x + 8}" y="{y + 4:g}">{label}</text>',
         ], _LEFT + _BOX_W
     ahead = b > a
     lane = _free_lane(lanes[ahead], min(a, b), max(a, b))
@@ -158,7 +162,9 @@ def rendered() -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m elastic_ep.charts", description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a file is not up to date"
+    )
     options = parser.parse_args(arguments)
     stale = []
     for name, content in rendered().items():
