@@ -70,7 +70,8 @@ class Mailbox:
         """Whether `step` may begin now; else `wait`."""
         self.waiting_at = None
         self.begun = step
-        if self.hold_at <= step or (self.view.park_at is not None and self.view.park_at <= step):
+        park_at = self.view.park_at  # read once: the control loop may adopt a view at any moment
+        if self.hold_at <= step or (park_at is not None and park_at <= step):
             self.waiting_at = step
             return False
         return True
