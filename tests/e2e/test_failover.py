@@ -12,9 +12,9 @@ import aiohttp
 import openai
 import pytest
 from bench.common import Server, chat, http, status, until_full
-from elastic_ep.replay import main as replay
 
 from elastic_ep.problems import held_out
+from elastic_ep.replay import main as replay
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 

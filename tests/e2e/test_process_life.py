@@ -28,9 +28,8 @@ def family(pid: int) -> list[psutil.Process]:
 
 def sockets_directory(pid: int) -> Path:
     connections = psutil.Process(pid).net_connections(kind="unix")
-    return next(
-        Path(c.laddr).parent for c in connections if isinstance(c.laddr, str) and c.laddr.endswith("/pub")
-    )
+    paths = [str(connection.laddr) for connection in connections]
+    return next(Path(path).parent for path in paths if path.endswith("/pub"))
 
 
 def wait_gone(processes: list[psutil.Process], directory: Path, deadline_s: float) -> None:
