@@ -1,36 +1,58 @@
-PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# One virtual environment in .venv; every target makes it first, and making it a second time costs nothing.
+#
+#   make run ARGS="--ranks 4"        make setup EXTRAS=dev,cpu PYTHON=python3.12
 
-.PHONY: run test test-gpu setup charts bench
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
 
-run: setup
-	$(BIN)/python -m elastic_ep.run --ranks 8 $(ARGS)
+EXTRAS ?= dev
+PYTHON ?=
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready-$(EXTRAS)
+BENCHES := death_notice exchange overhead throughput accuracy failover
 
-test: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+.PHONY: help setup run test test-gpu lint format charts bench lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(READY) ## make .venv with everything in it
+
+$(READY): pyproject.toml constraints.txt scripts/setup
+	@PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" scripts/setup
+	@touch $@
+
+run: $(READY) ## serve the bundled model on 8 ranks; ARGS="..." adds flags
+	@exec $(BIN)/python -m elastic_ep.run --ranks 8 $(ARGS)
+
+lint: $(READY) ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu" $(ARGS)
 
-test-gpu: setup
+test: lint ## style, types and the whole test suite; ARGS="..." goes to pytest
+	$(BIN)/pytest -m 'not gpu' $(ARGS)
+
+test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)
 
-charts: setup
+format: $(READY) ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+charts: $(READY) ## write statecharts/ from the machines' tables
 	$(BIN)/python -m elastic_ep.charts
 
-bench: setup
-	for name in exchange death_notice accuracy throughput failover; do $(BIN)/python -m bench.$$name || exit; done
+bench: $(READY) ## run every benchmark; results go to bench/results/
+	for bench in $(BENCHES); do \
+	    echo "== $$bench"; $(BIN)/python -m bench.$$bench --out bench/results/$$bench.json; \
+	done
 
-setup: $(STAMP)
+lock: $(READY) ## write constraints.txt from what .venv holds
+	scripts/lock > constraints.txt.new
+	mv constraints.txt.new constraints.txt
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "elastic_ep needs Python 3.11 or later: apt-get install python3, or make PYTHON=/path/to/python3.12"; exit 2; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
-	  || { echo "Python's venv is missing: apt-get install python3-venv"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $(STAMP)
+clean: ## remove .venv and all caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info
