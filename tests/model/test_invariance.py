@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
@@ -11,16 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model.solo import TINY, SoloExchange, assign, drain, dummy_weights, ids, solo_runner
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.model import runner as runner_module
 from elastic_ep.model.config import ModelConfig
-from elastic_ep.model.layers import Rope, linear, rms_norm
+from elastic_ep.model.layers import ROWS, Rope, linear
 from elastic_ep.model.sampler import Sampled, sample
 from elastic_ep.model.scheduler import Sequence
 from elastic_ep.model.weights import Weights
 from elastic_ep.placement import launch_placement
+
+from .solo import TINY, SoloExchange, assign, drain, dummy_weights, ids, solo_runner
 
 LARGER = replace(
     TINY, vocab_size=1024, hidden_size=128, head_dim=32, num_experts=16, moe_intermediate_size=64
@@ -135,7 +136,7 @@ def test_every_prefix_gives_the_same_logits_in_prefill_and_in_decode(name: str) 
     runner.add(assign(TARGET, prompt[:1], max_tokens=149))
     with (
         recorded_logits() as decoded,
-        mock.patch.object(runner_module, "sample", _forced(prompt, runner_module.sample)),
+        mock.patch.object(runner_module, "sample", _forced(prompt)),
     ):
         drain(runner)
     for length in (1, 2, 3, 16, 17, 127, 128, 129, 140):
@@ -145,9 +146,12 @@ def test_every_prefix_gives_the_same_logits_in_prefill_and_in_decode(name: str) 
         assert torch.equal(prefilled[TARGET, length], decoded[TARGET, length]), length
 
 
-def _forced(prompt: list[int], inner):  # type: ignore[no-untyped-def]
+def _forced(prompt: list[int]) -> Callable[[torch.Tensor, list[Sequence]], list[Sampled]]:
+    """A sampler that reads the prompt out, recording like `recorded_logits`."""
+    recording: Callable[[torch.Tensor, list[Sequence]], list[Sampled]] = vars(runner_module)["sample"]
+
     def forced(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
-        inner(logits, sequences)
+        recording(logits, sequences)
         return [Sampled(prompt[len(seq.tokens)]) for seq in sequences]
 
     return forced
@@ -156,35 +160,32 @@ def _forced(prompt: list[int], inner):  # type: ignore[no-untyped-def]
 @settings(max_examples=60, deadline=None)
 @given(
     tiles=st.integers(1, 5),
-    row=st.integers(0, 15),
+    row=st.integers(0, ROWS - 1),
     width=st.sampled_from([40, 64, 128, 200]),
     seed=st.integers(0),
 )
 def test_row_operations_do_not_see_other_rows(tiles: int, row: int, width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed % 2**63)
     one = torch.randn(width, generator=generator)
-    scales = 10.0 ** torch.randint(-3, 4, (16 * tiles, 1), generator=generator)
-    x = torch.randn(16 * tiles, width, generator=generator) * scales
-    first, last = torch.zeros(16, width), x.clone()
-    position = 16 * (tiles - 1) + row
+    scales = 10.0 ** torch.randint(-3, 4, (ROWS * tiles, 1), generator=generator)
+    x = torch.randn(ROWS * tiles, width, generator=generator) * scales
+    first, last = torch.zeros(ROWS, width), x.clone()
+    position = ROWS * (tiles - 1) + row
     first[0], last[position] = one, one
     weight, matrix = torch.randn(width, generator=generator), torch.randn(width, 72, generator=generator)
     rope = Rope(width, 1e4, 50, torch.device("cpu"))
-    angles = torch.full((16,), 33), torch.full((16 * tiles,), 33)
+    angles = torch.full((ROWS,), 33), torch.full((ROWS * tiles,), 33)
 
-    def pair(operation):  # type: ignore[no-untyped-def]
-        return operation(first, 0)[0], operation(last, 1)[position]
-
-    for name, operation in {
+    operations: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
         "linear": lambda x, _: linear(x, matrix),
-        "rms_norm": lambda x, _: rms_norm(x, weight, 1e-6),
+        "rms_norm": lambda x, _: torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6),
         "softmax": lambda x, _: torch.softmax(x, -1),
         "topk": lambda x, _: torch.topk(x, 3).values,
         "rope": lambda x, i: rope.rotate(x.unsqueeze(1), *rope.at(angles[i])),
         "silu": lambda x, _: torch.nn.functional.silu(x[:, : width // 2]),
-    }.items():
-        alone, among = pair(operation)
-        assert torch.equal(alone, among), name
+    }
+    for name, operation in operations.items():
+        assert torch.equal(operation(first, 0)[0], operation(last, 1)[position]), name
 
 
 @settings(max_examples=10, deadline=None)

@@ -7,10 +7,11 @@ hence a probability of exactly zero, and zeros at the end of a row change no sum
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from elastic_ep.model.batch import KEY_BLOCK, QUERY_TILE, Batch, CacheLayout
 from elastic_ep.model.config import ModelConfig
-from elastic_ep.model.layers import Rope, linear, rms_norm
+from elastic_ep.model.layers import Rope, linear
 from elastic_ep.model.weights import LayerWeights
 
 
@@ -38,38 +39,40 @@ def attention(
     rope: tuple[Rope, torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """x [Tp, H], normed, to [Tp, H]. Writes the batch's keys and values to `cache`."""
-    rows = x.shape[0]
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv = linear(x, weights.qkv).view(rows, heads + 2 * kv_heads, dim)
+    qkv = linear(x, weights.qkv).view(-1, heads + 2 * kv_heads, dim)
+    qk = functional.rms_norm(qkv[:, : heads + kv_heads], (dim,), None, config.rms_norm_eps)
     rotary, cos, sin = rope
-    qk = rotary.rotate(rms_norm(qkv[:, : heads + kv_heads], weights.qk_norm, config.rms_norm_eps), cos, sin)
+    qk = rotary.rotate(qk.mul_(weights.qk_norm), cos, sin)
     kv = torch.cat((qk[:, heads:], qkv[:, heads + kv_heads :]), dim=1)
     cache.index_copy_(0, batch.write_rows, kv.view(-1, dim))
 
-    tile_rows = QUERY_TILE * heads // kv_heads
-    q = qk.view(-1, dim).index_select(0, batch.query_rows).view(-1, tile_rows, dim)
-    pages = cache.view(-1, layout.page_size * dim)
-    keys_values = [
-        pages.index_select(0, block).view(2, -1, KEY_BLOCK, dim).unbind(0) for block in batch.context
-    ]
-    out = _attend(q, keys_values, batch.bias, dim**-0.5)
-    return linear(out.view(-1, dim).index_select(0, batch.output_rows).view(rows, heads * dim), weights.out)
+    q = qk.view(-1, dim).index_select(0, batch.query_rows).view(-1, QUERY_TILE * layout.group, dim)
+    pages = cache.view(-1, layout.page_size * dim).index_select(0, batch.context)
+    keys, values = pages.view(2, -1, KEY_BLOCK, dim).unbind(0)
+    out = _attend(q, keys, values, batch.bias, batch.num_blocks)
+    out = out.view(-1, dim).index_select(0, batch.output_rows)
+    return linear(out.view(-1, heads * dim), weights.out)
 
 
 def _attend(
-    q: torch.Tensor,
-    keys_values: list[tuple[torch.Tensor, ...]],
-    bias: tuple[torch.Tensor, ...],
-    scale: float,
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, blocks: int
 ) -> torch.Tensor:
-    """q [N * Hk, rows, D]; per block keys and values [N * Hk, KEY_BLOCK, D] and bias [N * Hk, rows, KEY_BLOCK]."""
-    scores = [
-        torch.baddbmm(block_bias, q, keys.transpose(1, 2), alpha=scale)
-        for (keys, _), block_bias in zip(keys_values, bias, strict=True)
-    ]
-    joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-    parts = torch.softmax(joined, dim=-1).chunk(len(scores), dim=-1)
-    out = torch.bmm(parts[0], keys_values[0][1])
-    for part, (_, values) in zip(parts[1:], keys_values[1:], strict=True):
-        out += torch.bmm(part, values)
+    """q [B * M, rows, D], keys and values [B * M, KEY_BLOCK, D], bias [B * M, rows, KEY_BLOCK] to [M, rows, D].
+
+    M is N * Hk: the work items. Every product has the shape of one block.
+    """
+    scores = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    if blocks == 1:
+        return torch.bmm(torch.softmax(scores, dim=-1), values)
+    rows = scores.shape[1]
+    joined = (
+        scores.view(blocks, -1, rows, KEY_BLOCK).permute(1, 2, 0, 3).reshape(-1, rows, blocks * KEY_BLOCK)
+    )
+    joined = torch.softmax(joined, dim=-1)
+    parts = joined.view(-1, rows, blocks, KEY_BLOCK).permute(2, 0, 1, 3).reshape(-1, rows, KEY_BLOCK)
+    sums = torch.bmm(parts, values).view(blocks, -1, rows, q.shape[-1])
+    out = sums[0]
+    for block in sums[1:]:  # one after the other: a block of zeros at the end then changes no bit
+        out += block
     return out

@@ -20,7 +20,7 @@ from elastic_ep.model.kv_pages import NULL_PAGE
 from elastic_ep.model.layers import padded
 from elastic_ep.model.scheduler import Chunk
 
-QUERY_TILE = 4
+QUERY_TILE = 2
 KEY_BLOCK = 128
 
 _Ints = npt.NDArray[np.int64]
@@ -40,10 +40,17 @@ class CacheLayout:
     def rows(self) -> int:
         return 2 * self.num_kv_heads * self.total_pages * self.page_size
 
+    @property
+    def group(self) -> int:
+        """G, query heads that share a key-value head."""
+        return self.num_heads // self.num_kv_heads
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     num_tokens: int
+    num_blocks: int
+    """B"""
     tokens: torch.Tensor
     """[Tp]; padding is token 0"""
     positions: torch.Tensor
@@ -51,111 +58,106 @@ class Batch:
     write_rows: torch.Tensor
     """[Tp * 2 * Hk] cache rows of each token's keys and values; padding goes to the null page"""
     query_rows: torch.Tensor
-    """[N * Hk * QUERY_TILE * G] rows of [Tp * (Hq + Hk)]"""
-    context: tuple[torch.Tensor, ...]
-    """B times [2 * N * Hk * KEY_BLOCK / page_size] cache pages of each tile's key block"""
-    bias: tuple[torch.Tensor, ...]
-    """B times [N * Hk, QUERY_TILE * G, KEY_BLOCK] 0 where the query may look, else -inf"""
+    """[B * N * Hk * QUERY_TILE * G] rows of [Tp * (Hq + Hk)]"""
+    context: torch.Tensor
+    """[2 * B * N * Hk * KEY_BLOCK / page_size] cache pages of each tile's keys and values"""
+    bias: torch.Tensor
+    """[B * N * Hk, QUERY_TILE * G, KEY_BLOCK] 0 where the query may look, else -inf"""
     output_rows: torch.Tensor
     """[Tp * Hq] rows of the attention output [N * Hk * QUERY_TILE * G]"""
     logit_rows: torch.Tensor
     """[R padded] the token rows that yield logits"""
 
 
-def make_batch(chunks: Seq[Chunk], layout: CacheLayout, device: torch.device) -> Batch:
-    """At least one chunk."""
-    lengths: _Ints = np.array([chunk.length for chunk in chunks])
-    starts: _Ints = np.array([chunk.start for chunk in chunks])
-    ends = np.cumsum(lengths)
-    first = ends - lengths
-    total = int(ends[-1])
-    chunk_of: _Ints = np.repeat(np.arange(len(chunks)), lengths)
-    within = np.arange(total) - first[chunk_of]
-    position = starts[chunk_of] + within
-    table = _block_table(chunks, layout.page_size)
+class BatchMaker:
+    """Keeps what does not change from step to step."""
 
-    tokens: _Ints = np.zeros(padded(total), dtype=np.int64)
-    tokens[:total] = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]]
-    positions = np.zeros_like(tokens)
-    positions[:total] = position
-    pages = np.full_like(tokens, NULL_PAGE)
-    pages[:total] = table[chunk_of, position // layout.page_size]
+    def __init__(self, layout: CacheLayout, device: torch.device) -> None:
+        kv_heads, group = layout.num_kv_heads, layout.group
+        self._layout = layout
+        self._device = device
+        self._block_pages = KEY_BLOCK // layout.page_size
+        self._planes: _Ints = np.arange(2 * kv_heads) * layout.total_pages
+        self._heads: _Ints = np.arange(layout.num_heads).reshape(kv_heads, 1, group)
+        self._lanes: _Ints = np.arange(QUERY_TILE)
+        # Rows of the attention output are ordered [tile, kv head, lane, group].
+        head = np.arange(layout.num_heads)
+        self._head_offset: _Ints = head // group * (QUERY_TILE * group) + head % group
+        # Row n: of a block's keys the first n may be seen.
+        seen = np.arange(KEY_BLOCK) < np.arange(KEY_BLOCK + 1)[:, None]
+        self._bias = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf)))
 
-    tiles = -(-lengths // QUERY_TILE)
-    first_tile = np.cumsum(tiles) - tiles
-    tile_of_token = first_tile[chunk_of] + within // QUERY_TILE
-    tile_chunk: _Ints = np.repeat(np.arange(len(chunks)), tiles)
-    offset = (np.arange(len(tile_chunk)) - first_tile[tile_chunk]) * QUERY_TILE
-    lane = np.minimum(
-        np.arange(QUERY_TILE), (lengths[tile_chunk] - offset)[:, None] - 1
-    )  # spare lanes repeat
-    token_of_lane = (first[tile_chunk] + offset)[:, None] + lane
+    def make(self, chunks: Seq[Chunk]) -> Batch:
+        """At least one chunk."""
+        layout, page_size = self._layout, self._layout.page_size
+        lengths: _Ints = np.array([chunk.length for chunk in chunks])
+        starts: _Ints = np.array([chunk.start for chunk in chunks])
+        ends = lengths.cumsum()
+        first = ends - lengths
+        total = int(ends[-1])
+        chunk_of: _Ints = np.arange(len(chunks)).repeat(lengths)
+        within = np.arange(total) - first[chunk_of]
+        position = starts[chunk_of] + within
+        table = self._block_table(chunks)
 
-    samples = [row for row, chunk in zip(ends - 1, chunks, strict=True) if chunk.samples]
-    logit_rows: _Ints = np.zeros(padded(len(samples)), dtype=np.int64)
-    logit_rows[: len(samples)] = samples
+        tokens: _Ints = np.zeros(padded(total), dtype=np.int64)
+        tokens[:total] = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]]
+        positions = np.zeros_like(tokens)
+        positions[:total] = position
+        pages = np.full_like(tokens, NULL_PAGE)
+        pages[:total] = table[chunk_of, position // page_size]
+        write_rows = (self._planes + pages[:, None]) * page_size + (positions % page_size)[:, None]
 
-    blocks = int(position.max()) // KEY_BLOCK + 1
-    seen = position[token_of_lane]
-    return Batch(
-        num_tokens=total,
-        tokens=torch.from_numpy(tokens).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        write_rows=_write_rows(pages, positions, layout).to(device),
-        query_rows=_query_rows(token_of_lane, layout).to(device),
-        context=tuple(_context(table[tile_chunk], block, layout).to(device) for block in range(blocks)),
-        bias=tuple(_bias(seen, block, layout).to(device) for block in range(blocks)),
-        output_rows=_output_rows(tile_of_token, within % QUERY_TILE, len(tokens), layout).to(device),
-        logit_rows=torch.from_numpy(logit_rows).to(device),
-    )
+        tiles = -(-lengths // QUERY_TILE)
+        first_tile = tiles.cumsum() - tiles
+        tile_chunk: _Ints = np.arange(len(chunks)).repeat(tiles)
+        offset = (np.arange(len(tile_chunk)) - first_tile[tile_chunk]) * QUERY_TILE
+        lane = np.minimum(self._lanes, (lengths[tile_chunk] - offset)[:, None] - 1)  # spare lanes repeat
+        token_of_lane = (first[tile_chunk] + offset)[:, None] + lane
+        query_rows = token_of_lane[:, None, :, None] * (layout.num_heads + layout.num_kv_heads) + self._heads
 
+        tile_of_token = first_tile[chunk_of] + within // QUERY_TILE
+        output_rows: _Ints = np.zeros((len(tokens), layout.num_heads), dtype=np.int64)
+        row = tile_of_token * layout.num_kv_heads * QUERY_TILE + within % QUERY_TILE
+        output_rows[:total] = row[:, None] * layout.group + self._head_offset
 
-def _block_table(chunks: Seq[Chunk], page_size: int) -> _Ints:
-    """[chunks, pages] with null pages at the end, in whole key blocks."""
-    block_pages = KEY_BLOCK // page_size
-    most = max(len(chunk.sequence.pages) for chunk in chunks)
-    table: _Ints = np.full((len(chunks), -(-most // block_pages) * block_pages), NULL_PAGE, dtype=np.int64)
-    for row, chunk in zip(table, chunks, strict=True):
-        row[: len(chunk.sequence.pages)] = chunk.sequence.pages
-    return table
+        samples = [int(end) - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]
+        samples += [0] * (padded(len(samples)) - len(samples))
+        blocks = int(position.max()) // KEY_BLOCK + 1
+        return Batch(
+            num_tokens=total,
+            num_blocks=blocks,
+            tokens=self._tensor(tokens),
+            positions=self._tensor(positions),
+            write_rows=self._tensor(write_rows),
+            query_rows=self._tensor(query_rows).repeat(blocks),
+            context=self._tensor(self._context(table[tile_chunk], blocks)),
+            bias=self._bias_of(position[token_of_lane], blocks).to(self._device),
+            output_rows=self._tensor(output_rows),
+            logit_rows=torch.tensor(samples, dtype=torch.int64, device=self._device),
+        )
 
+    def _tensor(self, array: _Ints) -> torch.Tensor:
+        return torch.from_numpy(array.reshape(-1)).to(self._device)
 
-def _write_rows(pages: _Ints, positions: _Ints, layout: CacheLayout) -> torch.Tensor:
-    planes = np.arange(2 * layout.num_kv_heads) * layout.total_pages
-    rows = (planes + pages[:, None]) * layout.page_size + (positions % layout.page_size)[:, None]
-    return torch.from_numpy(rows.reshape(-1))
+    def _block_table(self, chunks: Seq[Chunk]) -> _Ints:
+        """[chunks, pages], in whole key blocks, filled up with null pages."""
+        most = max(len(chunk.sequence.pages) for chunk in chunks)
+        width = -(-most // self._block_pages) * self._block_pages
+        rows = [c.sequence.pages + [NULL_PAGE] * (width - len(c.sequence.pages)) for c in chunks]
+        return np.array(rows, dtype=np.int64)
 
+    def _context(self, table: _Ints, blocks: int) -> _Ints:
+        """From [N, pages] to [2, B, N, Hk, pages of a block]."""
+        pages = table[:, : blocks * self._block_pages].reshape(len(table), blocks, 1, self._block_pages)
+        planes = self._planes.reshape(2, 1, 1, -1, 1)
+        return planes + pages.transpose(1, 0, 2, 3)
 
-def _query_rows(token_of_lane: _Ints, layout: CacheLayout) -> torch.Tensor:
-    group = layout.num_heads // layout.num_kv_heads
-    heads = np.arange(layout.num_heads).reshape(1, layout.num_kv_heads, 1, group)
-    rows = token_of_lane[:, None, :, None] * (layout.num_heads + layout.num_kv_heads) + heads
-    return torch.from_numpy(rows.reshape(-1))
-
-
-def _context(table: _Ints, block: int, layout: CacheLayout) -> torch.Tensor:
-    block_pages = KEY_BLOCK // layout.page_size
-    pages = table[:, block * block_pages : (block + 1) * block_pages]
-    planes = np.arange(2 * layout.num_kv_heads).reshape(2, 1, layout.num_kv_heads, 1) * layout.total_pages
-    return torch.from_numpy((planes + pages[:, None, :]).reshape(-1))
-
-
-def _bias(seen: _Ints, block: int, layout: CacheLayout) -> torch.Tensor:
-    """`seen` [N, QUERY_TILE]: the last position that each query looks at, its own."""
-    keys = np.arange(block * KEY_BLOCK, (block + 1) * KEY_BLOCK)
-    hidden = np.where(keys <= seen[:, :, None], np.float32(0), np.float32(-np.inf))
-    group = layout.num_heads // layout.num_kv_heads
-    full = np.broadcast_to(
-        hidden[:, None, :, None, :], (len(seen), layout.num_kv_heads, QUERY_TILE, group, KEY_BLOCK)
-    )
-    return torch.from_numpy(full.reshape(-1, QUERY_TILE * group, KEY_BLOCK))
-
-
-def _output_rows(tile: _Ints, lane: _Ints, padded_tokens: int, layout: CacheLayout) -> torch.Tensor:
-    group = layout.num_heads // layout.num_kv_heads
-    heads = np.arange(layout.num_heads)
-    kv_head, member = heads // group, heads % group
-    rows: _Ints = np.zeros((padded_tokens, layout.num_heads), dtype=np.int64)
-    tile_head = tile[:, None] * layout.num_kv_heads + kv_head
-    rows[: len(tile)] = (tile_head * QUERY_TILE + lane[:, None]) * group + member
-    return torch.from_numpy(rows.reshape(-1))
+    def _bias_of(self, last_seen: _Ints, blocks: int) -> torch.Tensor:
+        """`last_seen` [N, QUERY_TILE]: each query's own position."""
+        first_key = np.arange(0, blocks * KEY_BLOCK, KEY_BLOCK).reshape(blocks, 1, 1)
+        seen = (last_seen + 1 - first_key).clip(0, KEY_BLOCK)
+        shape = (blocks, len(last_seen), self._layout.num_kv_heads, QUERY_TILE, self._layout.group)
+        rows = np.broadcast_to(seen[:, :, None, :, None], shape).reshape(-1)
+        bias = self._bias.index_select(0, torch.from_numpy(rows))
+        return bias.view(-1, QUERY_TILE * self._layout.group, KEY_BLOCK)

@@ -1,40 +1,32 @@
 """Row operations whose result for a row does not depend on the other rows.
 
 A step's token rows are padded to whole tiles. A matrix product picks its kernel, hence its order of summation, by
-shape: every product therefore runs on tiles of exactly `TILE` rows, whatever the batch.
+shape: every product therefore runs on tiles of exactly `ROWS` rows, whatever the batch. tests/model/test_invariance.py
+holds the libraries underneath to it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from elastic_ep.exchange.base import TILE
+ROWS = 8
+"""Rows of a tile. Divides the exchange's tile. More would waste work: a rank decodes a handful of sequences."""
 
 
 def padded(rows: int) -> int:
     """`rows` rounded up to whole tiles."""
-    return -(-rows // TILE) * TILE
+    return -(-rows // ROWS) * ROWS
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [R, in] @ weight [in, out], R a multiple of `TILE`."""
+    """x [R, in] @ weight [in, out], R a multiple of `ROWS`."""
     rows = x.shape[0]
-    if rows == TILE:
+    if rows == ROWS:
         return torch.mm(x, weight)
     y = x.new_empty(rows, weight.shape[1])
-    for start in range(0, rows, TILE):
-        torch.mm(x[start : start + TILE], weight, out=y[start : start + TILE])
+    for start in range(0, rows, ROWS):
+        torch.mm(x[start : start + ROWS], weight, out=y[start : start + ROWS])
     return y
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim; `weight` broadcasts.
-
-    From the vector norm, which is one pass over x: torch's own rms_norm costs twice as much on small rows.
-    """
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
-    return torch.mul(x, scale).mul_(weight)
 
 
 class Rope:

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from elastic_ep.exchange.base import TILE, Received
+from elastic_ep.exchange.base import Received
 from elastic_ep.model.config import ModelConfig
-from elastic_ep.model.layers import linear
+from elastic_ep.model.layers import ROWS, linear
 from elastic_ep.model.weights import LayerWeights
 from elastic_ep.placement import Placement
 
@@ -73,29 +73,27 @@ def gate(
 
 
 def experts(received: Received, weights: LayerWeights) -> torch.Tensor:
-    """Each slot's expert on its rows, tile by tile: [S, C, H], shaped like `received.packed`.
+    """Each slot's expert on its rows: [S, C, H], shaped like `received.packed`; rows beyond the counts are undefined.
 
     Every product has the shape of one tile, so it does not matter which slot or which row a token got.
     """
     packed = received.packed
     counts: list[int] = received.counts.tolist()
-    most = max(counts, default=0)
-    if most == 0:
-        return packed
-    if packed.shape[1] == TILE:
-        return _swiglu(packed, weights.gate_up, weights.down)
-    y = torch.zeros_like(packed)
-    y[:, :TILE] = _swiglu(packed[:, :TILE], weights.gate_up, weights.down)
-    for slot, count in enumerate(counts):
-        one = slice(slot, slot + 1)
-        for start in range(TILE, count, TILE):
-            tile = slice(start, start + TILE)
+    y = torch.empty_like(packed)
+    for start in range(0, max(counts, default=0), ROWS):
+        tile = slice(start, start + ROWS)
+        busy = [slot for slot, count in enumerate(counts) if count > start]
+        if 2 * len(busy) > len(counts):
+            y[:, tile] = _swiglu(packed[:, tile], weights.gate_up, weights.down)
+            continue
+        for slot in busy:
+            one = slice(slot, slot + 1)
             y[one, tile] = _swiglu(packed[one, tile], weights.gate_up[one], weights.down[one])
     return y
 
 
 def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """x [S, TILE, H]"""
+    """x [S, ROWS, H]"""
     gated, up = torch.bmm(x, gate_up).chunk(2, dim=-1)
     return torch.bmm(functional.silu(gated).mul_(up), down)
 

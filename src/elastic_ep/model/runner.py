@@ -10,7 +10,7 @@ import torch
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import TILE, Exchange, Received
 from elastic_ep.messages import Assign, SamplingParams, Token
-from elastic_ep.model.batch import KEY_BLOCK, CacheLayout, make_batch
+from elastic_ep.model.batch import KEY_BLOCK, BatchMaker, CacheLayout
 from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.sampler import Sampled, sample
 from elastic_ep.model.scheduler import Chunk, Scheduler, Sequence
@@ -49,10 +49,11 @@ class ModelRunner:
         self._exchange = exchange
         self._device = torch.device(device)
         self._scheduler = Scheduler(limits)
-        self._layout = CacheLayout(
+        layout = CacheLayout(
             config.num_attention_heads, config.num_key_value_heads, limits.page_size, limits.num_pages + 1
         )
-        self._model = Qwen3Moe(weights, self._layout, limits.max_model_len, self._device)
+        self._batches = BatchMaker(layout, self._device)
+        self._model = Qwen3Moe(weights, layout, limits.max_model_len, self._device)
         self._ended: list[Token] = []
         self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
 
@@ -110,7 +111,7 @@ class ModelRunner:
             self._model.forward_idle(self._exchange)
             masked = self._exchange.end_step()
             return StepResult(masked=masked) if masked else StepResult(self._take_ended())
-        batch = make_batch(chunks, self._layout, self._device)
+        batch = self._batches.make(chunks)
         logits = self._model.forward(batch, self._exchange)
         masked = self._exchange.end_step()
         if masked:
@@ -128,7 +129,7 @@ class ModelRunner:
         alone = _Alone(self._model.config, self._placement.slots_per_rank, self._device)
         params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, logprobs=1)
         chunks = [Chunk(Sequence(0, [0, 0], 2, params, 0, 0, pages=[0]), start, 1) for start in range(2)]
-        batch = make_batch(chunks, self._layout, self._device)
+        batch = self._batches.make(chunks)
         sample(self._model.forward(batch, alone), [chunks[1].sequence])
         self._model.forward_idle(alone)
         self._model.cache.forget(batch)
