@@ -13,13 +13,14 @@ SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 VOCABULARY = 640
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{{- '<|' + message['role'] + '|>' + message['content'] | trim + '<|end|>' -}}"
+    "{{- '<|' + message['role'] + '|>' + (message['content'] or '') | trim + '<|end|>' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 
 
 def train_tokenizer(seed: int, problems: int = 20_000) -> Tokenizer:
+    """Pairs merged by frequency (arXiv 1508.07909) over the bytes of the first training problems of `seed`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -37,6 +38,7 @@ def train_tokenizer(seed: int, problems: int = 20_000) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
