@@ -166,7 +166,7 @@ class Controller:
     async def watch_progress(self) -> None:
         while True:
             parked = self.machine.state is ev.GroupState.PAUSED
-            await anyio.sleep(self.pulse_s * (5 if parked else 1))
+            await anyio.sleep(self.pulse_s * (3 if parked else 1))
             self._pulse()
 
     def _pulse(self) -> None:
