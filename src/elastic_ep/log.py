@@ -8,11 +8,12 @@ carries its number and a checksum chained over all lines before it: an edited, d
 from __future__ import annotations
 
 import json
+import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import structlog
 
@@ -20,6 +21,9 @@ from elastic_ep.messages import to_plain
 
 FLUSH_EVERY_NS = 50_000_000
 """A kill of the run process loses at most so much of the log's end."""
+
+# Made once: json.dumps with separators makes an encoder for every call.
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 class _Chain:
@@ -32,22 +36,26 @@ class _Chain:
     def __call__(self, _logger: object, _method: str, entry: Mapping[str, Any]) -> bytes:
         fields = {"n": self.number, "t_ns": time.monotonic_ns(), **entry}
         fields.pop("event", None)
-        body = json.dumps(fields, separators=(",", ":")).encode()
+        body = _encode(fields).encode()
         self.number += 1
         self.checksum = zlib.crc32(body, self.checksum)
         return b'%s,"crc":%d}' % (body[:-1], self.checksum)
 
 
 class EventLog:
-    """Raises OSError when the folder cannot be written. One thread only."""
+    """Raises OSError when the folder cannot be written. One thread only.
+
+    A disk that fills up later ends the log, with one line on stderr, and not the service.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=False)
         self.path = folder / "events.jsonl"
-        self._file: BinaryIO = self.path.open("wb")
+        self._output = _BufferedLogger(self.path)
+        # Bound once: a lazy proxy would bind anew for every line.
         self._log = structlog.wrap_logger(
-            _BufferedLogger(self._file), processors=[_Chain()], wrapper_class=structlog.BoundLogger
-        )
+            self._output, processors=[_Chain()], wrapper_class=structlog.BoundLogger
+        ).bind()
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """The first line: what replay needs to build the same machines."""
@@ -62,19 +70,41 @@ class EventLog:
         self._log.msg("", note=kind, **facts)
 
     def close(self) -> None:
-        self._file.close()
+        """Idempotent."""
+        self._output.close()
 
 
 class _BufferedLogger:
     """Like structlog's BytesLogger, which flushes after every line; this one at most every `FLUSH_EVERY_NS`."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._flushed_ns = 0
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb", buffering=0)
+        self._pending: list[bytes] = []
+        self._written_ns = 0
+        self.closed = False
 
     def msg(self, line: bytes) -> None:
-        self._file.write(line + b"\n")
+        if self.closed:
+            return
+        self._pending.append(line)
         now = time.monotonic_ns()
-        if now - self._flushed_ns >= FLUSH_EVERY_NS:
-            self._file.flush()
-            self._flushed_ns = now
+        if now - self._written_ns >= FLUSH_EVERY_NS:
+            self._written_ns = now
+            self._write()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._write()
+        self.closed = True
+        self._file.close()
+
+    def _write(self) -> None:
+        data = memoryview(b"\n".join([*self._pending, b""]))
+        self._pending.clear()
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self.closed = True
+            print(f"elastic_ep: warning: {self._path} ends here: {error.strerror}", file=sys.stderr)
