@@ -320,12 +320,13 @@ class RunProcess:
             ) from error
 
     async def _start_ranks(self) -> None:
-        self._controller.feed(ev.Start())
         try:
             await self._launcher.start()
         except ForkServerFailed as error:
             self._fork_error = str(error)
             self._stop.set()
+        else:
+            self._controller.feed(ev.Start())
 
     # What the controller needs (Processes)
 

@@ -61,6 +61,7 @@ def test_sigterm_lets_streams_finish_and_leaves_nothing(tmp_path: Path) -> None:
         assert text
         assert running.process.wait(30) == 0
         wait_gone(processes, directory, 5)
+        assert running.events.read_text().count('"fork_server_ready"') == 1
 
 
 def test_sigkill_of_the_run_process_leaves_nothing(tmp_path: Path) -> None:

@@ -181,7 +181,8 @@ class Launcher:
 
     async def start(self) -> None:
         """Start the fork server and wait until it is ready. Raises `ForkServerFailed`."""
-        self._start_server()
+        if self._server is None:
+            self._start_server()
         await self._until(lambda: self._server_ready or self._server is None)
         if not self._server_ready:
             raise ForkServerFailed("the fork server did not start; its output says why")
