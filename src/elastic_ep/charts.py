@@ -1,7 +1,8 @@
 """`python -m elastic_ep.charts`: renders the machines' tables into `statecharts/` as Mermaid and SVG.
 
 The states stand in a column in the order of their life. A transition from one or two states is an arrow, ahead on
-the right and back on the left; one from many states is written beside the state that it leads to.
+the right and back on the left; one from many states is a short arrow that says where it may come from. Arrows with
+one trigger and one target join.
 """
 
 from __future__ import annotations
@@ -21,46 +22,84 @@ from elastic_ep.machines.tables import Table
 FOLDER = Path("statecharts")
 TABLES = (RANK, GROUP, REQUEST)
 _MANY = 3
-_BOX_W, _BOX_H, _GAP = 150, 40, 52
-_LEFT, _TOP, _CHAR = 330, 56, 7.2
+_BOX_W, _BOX_H, _GAP, _TOP = 150, 40, 48, 92
+_LANE, _LANE_STEP, _STUB, _CHAR, _MARGIN = 30, 110, 30, 6.9, 24
 _STYLE = (
-    "text{font:13px sans-serif;fill:#1f2933}.t{font-weight:600;font-size:16px}.l{font-size:12px;fill:#334e68}"
+    "text{font:13px sans-serif;fill:#1f2933}.t{font-weight:600;font-size:16px}.l{font-size:12px;fill:#243b53}"
     ".m{font-size:12px;fill:#7b8794;font-style:italic}rect{fill:#e3f2fd;stroke:#1565c0;stroke-width:1.4}"
     "rect.f{fill:#eceff1;stroke:#546e7a}path{fill:none;stroke:#486581;stroke-width:1.3}circle{fill:#1f2933}"
 )
 
 
 @dataclass(frozen=True)
-class Edge:
-    source: Enum
-    dest: Enum
+class Arrow:
+    """From each of `sources` to `dest`; numbers are places in the column."""
+
+    sources: tuple[int, ...]
+    dest: int
     label: str
 
+    @property
+    def ahead(self) -> bool:
+        return self.sources[0] < self.dest
 
-def edges(table: Table) -> list[Edge]:
-    """Arrows for rows with few sources; parallel ones share an arrow."""
-    labels: dict[tuple[Enum, Enum], list[str]] = {}
+    @property
+    def span(self) -> tuple[int, int]:
+        return min(*self.sources, self.dest), max(*self.sources, self.dest)
+
+
+@dataclass
+class Drawing:
+    """SVG elements and how far they reach. The column of boxes begins at x = 0."""
+
+    parts: list[str]
+    left: float = 0.0
+    right: float = float(_BOX_W)
+
+    def text(self, kind: str, x: float, y: float, text: str, anchor: str = "start") -> None:
+        width = len(text) * _CHAR
+        begin = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
+        self.left, self.right = min(self.left, begin), max(self.right, begin + width)
+        self.parts.append(
+            f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
+        )
+
+    def path(self, d: str, head: bool = True) -> None:
+        self.parts.append(f'<path d="{d}"{_HEAD if head else ""}/>')
+
+
+_HEAD = ' marker-end="url(#a)"'
+
+
+def arrows(table: Table) -> list[Arrow]:
+    """The rows with few sources. Parallel ones share an arrow; those of one trigger, target and side join."""
+    place = {state: index for index, state in enumerate(table.states)}
+    labels: dict[tuple[int, int], list[str]] = {}
     for row in table.rows:
         if row.dest is not None and len(row.source) < _MANY:
             for source in row.source:
-                labels.setdefault((source, row.dest), []).append(row.trigger)
-    return [Edge(source, dest, " / ".join(found)) for (source, dest), found in labels.items()]
+                labels.setdefault((place[source], place[row.dest]), []).append(row.trigger)
+    joined: dict[tuple[int, str, bool], list[int]] = {}
+    for (begin, end), triggers in labels.items():
+        joined.setdefault((end, " / ".join(triggers), begin < end), []).append(begin)
+    found = [Arrow(tuple(sorted(begins)), end, label) for (end, label, _), begins in joined.items()]
+    return sorted(found, key=lambda arrow: (arrow.span[1] - arrow.span[0], arrow.span, arrow.label))
 
 
-def notes(table: Table, state: Enum) -> list[str]:
-    """What leads to `state` from many states, and what it ignores."""
+def arrivals(table: Table, state: Enum) -> list[tuple[str, str]]:
+    """(trigger, where from) of the rows that lead to `state` from many states."""
     found = []
     for row in table.rows:
         if row.dest is state and len(row.source) >= _MANY:
-            others = [other for other in table.states if other not in row.source and other is not state]
-            sources = (
-                f"any but {', '.join(o.value for o in others)}" if len(others) < len(row.source) else None
-            )
-            sources = sources or ", ".join(source.value for source in row.source)
-            found.append(f"{row.trigger} (from {sources if others else 'any'})")
-        if row.dest is None and state in row.source:
-            found.append(f"ignores {row.trigger}")
+            others = [s.value for s in table.states if s not in row.source and s is not state]
+            few = len(others) < len(row.source)
+            names = f"any but {', '.join(others)}" if few else ", ".join(s.value for s in row.source)
+            found.append((row.trigger, f"from {names if others else 'any other'}"))
     return found
+
+
+def ignored(table: Table, state: Enum) -> list[str]:
+    return [row.trigger for row in table.rows if row.dest is None and state in row.source]
 
 
 def mermaid(table: Table) -> str:
@@ -75,78 +114,76 @@ def mermaid(table: Table) -> str:
 
 
 def svg(table: Table) -> str:
-    order = {state: index for index, state in enumerate(table.states)}
-    parts = [f'<text class="t" x="{_LEFT}" y="28">{escape(table.name)}</text>']
-    reach = 0.0
-    lanes: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
-    for edge in sorted(edges(table), key=lambda e: (abs(order[e.dest] - order[e.source]), order[e.source])):
-        drawn, width = _arrow(edge, order, lanes)
-        parts += drawn
-        reach = max(reach, width)
-    for state, index in order.items():
-        parts += _box(table, state, _TOP + index * (_BOX_H + _GAP))
-        longest = max((len(note) for note in notes(table, state)), default=0)
-        reach = max(reach, _LEFT + _BOX_W + 60 + longest * 6.4)
-    height = _TOP + len(order) * (_BOX_H + _GAP)
-    width = int(reach) + 20
+    drawing = Drawing([])
+    drawing.text("t", 0, 30, f"{table.name} states")
+    taken: list[tuple[bool, int, int, int]] = []
+    for arrow in arrows(table):
+        _draw_arrow(drawing, arrow, taken)
+    for index, state in enumerate(table.states):
+        _draw_state(drawing, table, state, _top(index))
+    left, right = drawing.left - _MARGIN, drawing.right + _MARGIN
+    width, height = round(right - left), _top(len(table.states))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        f"<style>{_STYLE}</style><defs><marker id='a' viewBox='0 0 10 10' refX='9' refY='5' markerWidth='7' "
-        "markerHeight='7' orient='auto-start-reverse'><path d='M0 0 10 5 0 10z' style='fill:#486581'/></marker></defs>"
-        f'<rect width="{width}" height="{height}" style="fill:white;stroke:none"/>'
-        + "".join(parts)
-        + "</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{round(left)} 0 {width} {height}" width="{width}" '
+        f'height="{height}"><style>{_STYLE}</style><defs><marker id="a" viewBox="0 0 10 10" refX="9" refY="5" '
+        'markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0 10 5 0 10z" style="fill:#486581"/></marker>'
+        f'</defs><rect x="{round(left)}" width="{width}" height="{height}" style="fill:white;stroke:none"/>\n'
+        + "\n".join(drawing.parts)
+        + "\n</svg>\n"
     )
 
 
-def _box(table: Table, state: Enum, y: int) -> list[str]:
+def _top(index: int) -> int:
+    return _TOP + index * (_BOX_H + _GAP)
+
+
+def _draw_state(drawing: Drawing, table: Table, state: Enum, y: int) -> None:
     kind = ' class="f"' if state in table.final else ""
-    middle = _LEFT + _BOX_W / 2
-    parts = [
-        f'<rect{kind} x="{_LEFT}" y="{y}" width="{_BOX_W}" height="{_BOX_H}" rx="10"/>',
-        f'<text x="{middle:g}" y="{y + 25}" text-anchor="middle">{escape(state.value)}</text>',
-    ]
+    drawing.parts.append(f'<rect{kind} x="0" y="{y}" width="{_BOX_W}" height="{_BOX_H}" rx="10"/>')
+    drawing.text("s", _BOX_W / 2, y + 25, state.value, "middle")
     if state is table.initial:
-        parts.append(f'<circle cx="{_LEFT + _BOX_W / 2:g}" cy="{y - 14}" r="4"/>')
-    for number, note in enumerate(notes(table, state)):
-        baseline = y + _BOX_H + 16 + 15 * number
-        parts.append(f'<text class="m" x="{_LEFT + _BOX_W / 2 + 14:g}" y="{baseline}">{escape(note)}</text>')
-    return parts
+        drawing.parts.append(f'<circle cx="{_BOX_W / 2:g}" cy="{y - 34}" r="5"/>')
+        drawing.path(f"M{_BOX_W / 2:g} {y - 34}V{y - 1}")
+    found = arrivals(table, state)
+    for number, (trigger, source) in enumerate(found):
+        line = y + _BOX_H * (number + 1) / (len(found) + 1)
+        end = _BOX_W + _STUB + (len(trigger) + 1) * _CHAR
+        drawing.path(f"M{end:g} {line:g}H{_BOX_W + 1}")
+        drawing.text("l", _BOX_W + _STUB / 2 + 6, line - 5, trigger)
+        drawing.text("m", end + 8, line + 4, source)
+    if late := ignored(table, state):
+        drawing.text("m", _BOX_W / 2, y + _BOX_H + 16, f"ignores a late {', '.join(late)}", "middle")
 
 
-def _arrow(
-    edge: Edge, order: dict[Enum, int], lanes: dict[bool, list[tuple[int, int, int]]]
-) -> tuple[list[str], float]:
-    """The arrow's elements, and how far right they reach."""
-    a, b = order[edge.source], order[edge.dest]
-    top_a, top_b = (_TOP + index * (_BOX_H + _GAP) for index in (a, b))
-    label = escape(edge.label)
-    if b == a + 1:
-        x, y = _LEFT + 40, (top_a + _BOX_H + top_b) / 2
-        return [
-            f'<path d="M{x} {top_a + _BOX_H}V{top_b - 2}" marker-end="url(#a)"/>',
-            f'<text class="l" x="{x + 8}" y="{y + 4:g}">{label}</text>',
-        ], _LEFT + _BOX_W
-    ahead = b > a
-    lane = _free_lane(lanes[ahead], min(a, b), max(a, b))
-    out = 28 + 34 * lane
-    edge_x, sign = (_LEFT + _BOX_W, 1) if ahead else (_LEFT, -1)
-    start, end = top_a + _BOX_H * 0.65, top_b + _BOX_H * 0.35
-    x = edge_x + sign * out
-    y = (start + end) / 2 + 16 * (lane % 3 - 1)
-    anchor = "start" if ahead else "end"
-    return [
-        f'<path d="M{edge_x} {start:g}C{x} {start:g} {x} {start:g} {x} {(start * 3 + end) / 4:g}'
-        f'V{(start + end * 3) / 4:g}C{x} {end:g} {x} {end:g} {edge_x + sign * 2} {end:g}" marker-end="url(#a)"/>',
-        f'<text class="l" x="{x + sign * 6}" y="{y:g}" text-anchor="{anchor}">{label}</text>',
-    ], x + 10 + len(edge.label) * _CHAR
+def _draw_arrow(drawing: Drawing, arrow: Arrow, taken: list[tuple[bool, int, int, int]]) -> None:
+    if arrow.sources == (arrow.dest - 1,):
+        below, above = _top(arrow.sources[0]) + _BOX_H, _top(arrow.dest)
+        drawing.path(f"M{_BOX_W / 2:g} {below}V{above - 1}")
+        drawing.text("l", _BOX_W / 2 + 9, (below + above) / 2 + 3, arrow.label)
+        return
+    low, high = arrow.span
+    lane = _free_lane(taken, arrow.ahead, low, high)
+    edge, sign = (_BOX_W, 1) if arrow.ahead else (0, -1)
+    # An outer lane leaves room for the label of the one inside it.
+    x = edge + sign * (_LANE + lane * _LANE_STEP)
+    end = _top(arrow.dest) + _BOX_H * 0.3
+    for source in arrow.sources:
+        start = _top(source) + _BOX_H * 0.7
+        turn = 12 if end > start else -12
+        drawing.path(
+            f"M{edge} {start:g}H{x - sign * 12}Q{x} {start:g} {x} {start + turn:g}V{end - turn:g}"
+            f"Q{x} {end:g} {x - sign * 12} {end:g}H{edge + sign}"
+        )
+    middle = (_top(low) + _top(high) + _BOX_H) / 2
+    drawing.left, drawing.right = min(drawing.left, x), max(drawing.right, x)
+    drawing.text("l", x + sign * 7, middle + 4, arrow.label, "start" if arrow.ahead else "end")
 
 
-def _free_lane(taken: list[tuple[int, int, int]], low: int, high: int) -> int:
+def _free_lane(taken: list[tuple[bool, int, int, int]], ahead: bool, low: int, high: int) -> int:
     lane = 0
-    while any(other == lane and low < end and start < high for other, start, end in taken):
+    while any((ahead, lane) == used[:2] and low < used[3] and used[2] < high for used in taken):
         lane += 1
-    taken.append((lane, low, high))
+    taken.append((ahead, lane, low, high))
     return lane
 
 
