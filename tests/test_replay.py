@@ -50,6 +50,10 @@ def test_the_same_comes_out(log: Path, capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert "rank 1.1: Failed (died)" in out
     assert "rank 0: stall of 20.0 ms around view 2" in out
+    assert (
+        "loss of rank 1.1 (died, view 2): longest stall 20.0 ms (2.0 median steps, rank 0), not back" in out
+    )
+    assert "view 2: without 1.1, because of DeathNoticed" in out
     assert "cut off" not in out
 
 

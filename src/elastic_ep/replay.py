@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.registry import MACHINES
 from elastic_ep.messages import MalformedMessage, from_plain, to_plain
 
@@ -33,6 +32,30 @@ class Differs(Exception):
 
 
 @dataclass
+class Loss:
+    """A member that was in the view and went. `stalls` are the notes of what each survivor felt of it."""
+
+    rank: int
+    incarnation: int
+    reason: str
+    epoch: int
+    at_ns: int
+    back_ns: int | None = None
+    stalls: list[dict[str, Any]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        cost = "no survivor was busy"
+        if self.stalls:
+            worst = max(self.stalls, key=lambda note: float(note["gap_s"]))
+            gap_ms, steps = worst["gap_s"] * 1000, worst["steps"]
+            cost = f"longest stall {gap_ms:.1f} ms ({steps:.1f} median steps, rank {worst['rank']})"
+        back = "not back" if self.back_ns is None else f"back after {(self.back_ns - self.at_ns) / 1e9:.2f} s"
+        return (
+            f"loss of rank {self.rank}.{self.incarnation} ({self.reason}, view {self.epoch}): {cost}, {back}"
+        )
+
+
+@dataclass
 class Timeline:
     """What an operator wants to know, in the order in which it happened."""
 
@@ -40,6 +63,12 @@ class Timeline:
     began_ns: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     cut_off: bool = False
+    losses: list[Loss] = field(default_factory=list)
+    epoch: int = 0
+    members: frozenset[tuple[int, int]] = frozenset()
+    """(rank, incarnation) of the newest view's seats."""
+    parked: bool = False
+    stopping: bool = False
 
     def say(self, t_ns: int, text: str) -> None:
         self.lines.append(f"{(t_ns - self.began_ns) / 1e9:10.3f} s  {text}")
@@ -93,7 +122,7 @@ def _step(machines: dict[str, Any], number: int, line: dict[str, Any]) -> None:
     try:
         event = from_plain(line["heard"], MACHINES[name].event)
         effects = [to_plain(effect) for effect in machines[name].step(event)]
-    except (KeyError, MalformedMessage, UnexpectedEvent) as error:
+    except Exception as error:  # a forged event may break a machine in any way, and it is this line's fault
         raise Differs(number, f"{name} cannot take {json.dumps(line['heard'])}: {error!r}") from error
     said = json.loads(json.dumps(effects))
     if said != line["effects"]:
@@ -116,6 +145,9 @@ def _tell(timeline: Timeline, line: dict[str, Any]) -> None:
             f"rank {line['rank']}: {what} of {line['gap_s'] * 1000:.1f} ms around view {line['epoch']} "
             f"({line['steps']:.1f} median steps)",
         )
+        for loss in timeline.losses:
+            if line["kind"] == "loss" and loss.epoch == line["epoch"]:
+                loss.stalls.append(line)
     elif note == "step":
         timeline.count("steps reported")
         timeline.count("poisoned steps", bool(line["masked"]))
@@ -132,15 +164,32 @@ def _tell_effect(timeline: Timeline, t_ns: int, effect: list[Any], cause: str) -
             timeline.count("losses", state == "Failed")
             timeline.say(t_ns, f"rank {rank}.{incarnation}: {state}{f' ({reason})' if reason else ''}")
         case ["GroupMoved", state]:
+            timeline.stopping = state == "Stopping"
             timeline.say(t_ns, f"group: {state}")
         case ["Publish", ["View", *_] as view] | ["Publish", ["Commit", _, ["View", *_] as view]]:
-            _, epoch, seats, park_at = view
-            members = " ".join(f"{rank}.{incarnation}@{step}" for _, rank, incarnation, step in seats)
-            parked = f", parks before step {park_at}" if park_at is not None else ""
-            timeline.count("views")
-            timeline.say(t_ns, f"view {epoch} because of {cause}: {members or 'nobody'}{parked}")
+            _tell_view(timeline, t_ns, view, cause)
+        case ["MemberDown", [rank, incarnation], reason] if not timeline.stopping:
+            timeline.losses.append(Loss(rank, incarnation, reason, timeline.epoch, t_ns))
+        case ["MemberUp", [rank, _]]:
+            for loss in timeline.losses:
+                if loss.rank == rank and loss.back_ns is None:
+                    loss.back_ns = t_ns
         case ["Fence", [rank, incarnation], reason]:
             timeline.say(t_ns, f"rank {rank}.{incarnation}: fenced, {reason}")
+
+
+def _tell_view(timeline: Timeline, t_ns: int, view: list[Any], cause: str) -> None:
+    _, epoch, seats, park_at = view
+    members = frozenset((rank, incarnation) for _, rank, incarnation, _ in seats)
+    changes = [f"without {rank}.{incarnation}" for rank, incarnation in sorted(timeline.members - members)]
+    changes += [f"with {rank}.{incarnation}" for rank, incarnation in sorted(members - timeline.members)]
+    if timeline.parked is not (park_at is not None):
+        changes.append("all go on" if park_at is None else f"all park before step {park_at}")
+    shown = " ".join(f"{rank}.{incarnation}@{step}" for _, rank, incarnation, step in seats)
+    timeline.count("views")
+    what = ", ".join(changes) or "the same"
+    timeline.say(t_ns, f"view {epoch}: {what}, because of {cause}; members@first step: {shown or 'nobody'}")
+    timeline.epoch, timeline.members, timeline.parked = epoch, members, park_at is not None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"differs: {error}", file=sys.stderr)
         return DIFFERS
     if not options.quiet:
-        print("\n".join(timeline.lines))
+        print("\n".join([*timeline.lines, *map(str, timeline.losses)]))
     totals = ", ".join(f"{amount} {what}" for what, amount in timeline.counts.items())
     print(f"same: every effect came out as logged. {totals}")
     if timeline.cut_off:
