@@ -1,10 +1,11 @@
 """A step's batch as index tensors, made once a step and used by every layer.
 
-Shapes: T tokens, padded to Tp; N query tiles; B key blocks; Hq query heads, Hk key-value heads, G = Hq / Hk.
+Shapes: T tokens, padded to Tp; N query tiles; P pairs; Hq query heads, Hk key-value heads, G = Hq / Hk.
 
 Attention works on query tiles of `QUERY_TILE` consecutive tokens of one sequence (a decode fills one row of its tile)
-and on key blocks of `KEY_BLOCK` tokens. Both are fixed, so the bits of a token's result depend neither on how its
-prompt was cut into chunks nor on what else is in the batch.
+and on key blocks of `KEY_BLOCK` tokens: a *pair* is a tile and one of the blocks that it may see. Both sizes are
+fixed, so the bits of a token's result depend neither on how its prompt was cut into chunks nor on what else is in the
+batch. Work items are the P * Hk (pair, key-value head).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from elastic_ep.model.layers import padded
 from elastic_ep.model.scheduler import Chunk
 
 QUERY_TILE = 2
-KEY_BLOCK = 128
+KEY_BLOCK = 64
 
 _Ints = npt.NDArray[np.int64]
 
@@ -49,8 +50,10 @@ class CacheLayout:
 @dataclass(frozen=True, slots=True)
 class Batch:
     num_tokens: int
+    num_tiles: int
+    """N"""
     num_blocks: int
-    """B"""
+    """B, the most blocks that a tile may see"""
     tokens: torch.Tensor
     """[Tp]; padding is token 0"""
     positions: torch.Tensor
@@ -58,11 +61,15 @@ class Batch:
     write_rows: torch.Tensor
     """[Tp * 2 * Hk] cache rows of each token's keys and values; padding goes to the null page"""
     query_rows: torch.Tensor
-    """[B * N * Hk * QUERY_TILE * G] rows of [Tp * (Hq + Hk)]"""
+    """[P * Hk * QUERY_TILE * G] rows of [Tp * (Hq + Hk)]"""
     context: torch.Tensor
-    """[2 * B * N * Hk * KEY_BLOCK / page_size] cache pages of each tile's keys and values"""
+    """[2 * P * Hk * KEY_BLOCK / page_size] cache pages of each pair's keys and values"""
     bias: torch.Tensor
-    """[B * N * Hk, QUERY_TILE * G, KEY_BLOCK] 0 where the query may look, else -inf"""
+    """[P * Hk, QUERY_TILE * G, KEY_BLOCK] 0 where the query may look, else -inf"""
+    score_rows: torch.Tensor
+    """[P * Hk * QUERY_TILE * G] rows of the scores when joined: [N * Hk * QUERY_TILE * G * B]"""
+    part_rows: torch.Tensor
+    """[P * Hk] where each item's part of the output goes: [B * N * Hk]"""
     output_rows: torch.Tensor
     """[Tp * Hq] rows of the attention output [N * Hk * QUERY_TILE * G]"""
     logit_rows: torch.Tensor
@@ -80,6 +87,9 @@ class BatchMaker:
         self._planes: _Ints = np.arange(2 * kv_heads) * layout.total_pages
         self._heads: _Ints = np.arange(layout.num_heads).reshape(kv_heads, 1, group)
         self._lanes: _Ints = np.arange(QUERY_TILE)
+        self._kv_heads: _Ints = np.arange(kv_heads)
+        self._rows: _Ints = np.arange(QUERY_TILE * group)
+        self._qk_heads = layout.num_heads + kv_heads
         # Rows of the attention output are ordered [tile, kv head, lane, group].
         head = np.arange(layout.num_heads)
         self._head_offset: _Ints = head // group * (QUERY_TILE * group) + head % group
@@ -114,7 +124,11 @@ class BatchMaker:
         offset = (np.arange(len(tile_chunk)) - first_tile[tile_chunk]) * QUERY_TILE
         lane = np.minimum(self._lanes, (lengths[tile_chunk] - offset)[:, None] - 1)  # spare lanes repeat
         token_of_lane = (first[tile_chunk] + offset)[:, None] + lane
-        query_rows = token_of_lane[:, None, :, None] * (layout.num_heads + layout.num_kv_heads) + self._heads
+        seen = position[token_of_lane] + 1
+        blocks = (seen[:, -1] - 1) // KEY_BLOCK + 1
+        pair_tile: _Ints = np.arange(len(blocks)).repeat(blocks)
+        pair_block = np.arange(len(pair_tile)) - (blocks.cumsum() - blocks)[pair_tile]
+        query_rows = token_of_lane[pair_tile][:, None, :, None] * self._qk_heads + self._heads
 
         tile_of_token = first_tile[chunk_of] + within // QUERY_TILE
         output_rows: _Ints = np.zeros((len(tokens), layout.num_heads), dtype=np.int64)
@@ -123,16 +137,22 @@ class BatchMaker:
 
         samples = [int(end) - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]
         samples += [0] * (padded(len(samples)) - len(samples))
-        blocks = int(position.max()) // KEY_BLOCK + 1
+        most = int(blocks.max())
+        item = pair_tile[:, None] * layout.num_kv_heads + self._kv_heads
+        score_rows = (item[:, :, None] * len(self._rows) + self._rows) * most + pair_block[:, None, None]
+        part_rows = pair_block[:, None] * (len(blocks) * layout.num_kv_heads) + item
         return Batch(
             num_tokens=total,
-            num_blocks=blocks,
+            num_tiles=len(blocks),
+            num_blocks=most,
             tokens=self._tensor(tokens),
             positions=self._tensor(positions),
             write_rows=self._tensor(write_rows),
-            query_rows=self._tensor(query_rows).repeat(blocks),
-            context=self._tensor(self._context(table[tile_chunk], blocks)),
-            bias=self._bias_of(position[token_of_lane], blocks).to(self._device),
+            query_rows=self._tensor(query_rows),
+            context=self._tensor(self._context(table, tile_chunk[pair_tile], pair_block)),
+            bias=self._bias_of(seen[pair_tile] - (pair_block * KEY_BLOCK)[:, None]).to(self._device),
+            score_rows=self._tensor(score_rows),
+            part_rows=self._tensor(part_rows),
             output_rows=self._tensor(output_rows),
             logit_rows=torch.tensor(samples, dtype=torch.int64, device=self._device),
         )
@@ -147,17 +167,16 @@ class BatchMaker:
         rows = [c.sequence.pages + [NULL_PAGE] * (width - len(c.sequence.pages)) for c in chunks]
         return np.array(rows, dtype=np.int64)
 
-    def _context(self, table: _Ints, blocks: int) -> _Ints:
-        """From [N, pages] to [2, B, N, Hk, pages of a block]."""
-        pages = table[:, : blocks * self._block_pages].reshape(len(table), blocks, 1, self._block_pages)
-        planes = self._planes.reshape(2, 1, 1, -1, 1)
-        return planes + pages.transpose(1, 0, 2, 3)
+    def _context(self, table: _Ints, chunk: _Ints, block: _Ints) -> _Ints:
+        """The pages of block `block[p]` of chunk `chunk[p]`: [2, P, Hk, pages of a block]."""
+        blocks = table.reshape(-1, self._block_pages)
+        pages = blocks[chunk * (table.shape[1] // self._block_pages) + block]
+        return self._planes.reshape(2, 1, -1, 1) + pages[:, None, :]
 
-    def _bias_of(self, last_seen: _Ints, blocks: int) -> torch.Tensor:
-        """`last_seen` [N, QUERY_TILE]: each query's own position."""
-        first_key = np.arange(0, blocks * KEY_BLOCK, KEY_BLOCK).reshape(blocks, 1, 1)
-        seen = (last_seen + 1 - first_key).clip(0, KEY_BLOCK)
-        shape = (blocks, len(last_seen), self._layout.num_kv_heads, QUERY_TILE, self._layout.group)
-        rows = np.broadcast_to(seen[:, :, None, :, None], shape).reshape(-1)
+    def _bias_of(self, seen: _Ints) -> torch.Tensor:
+        """`seen` [P, QUERY_TILE]: how many of the block's keys each query may see, if less than none or more than all."""
+        layout = self._layout
+        shape = (len(seen), layout.num_kv_heads, QUERY_TILE, layout.group)
+        rows = np.broadcast_to(seen.clip(0, KEY_BLOCK)[:, None, :, None], shape).reshape(-1)
         bias = self._bias.index_select(0, torch.from_numpy(rows))
-        return bias.view(-1, QUERY_TILE * self._layout.group, KEY_BLOCK)
+        return bias.view(-1, QUERY_TILE * layout.group, KEY_BLOCK)

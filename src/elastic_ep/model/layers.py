@@ -29,6 +29,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y
 
 
+class RmsNorm:
+    """x / sqrt(mean(x^2) + eps) over the last dimension. `functional.rms_norm` takes twice as many operations."""
+
+    def __init__(self, eps: float, device: torch.device) -> None:
+        self._eps = torch.tensor(eps, device=device)
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [..., D], `weight` broadcasts to it."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (x * scale).mul_(weight)
+
+
 class Rope:
     """Rotary position embeddings, the rotate-half form: pairs are (i, i + D/2)."""
 

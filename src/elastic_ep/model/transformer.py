@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from elastic_ep.model.attention import KVCache, attention
 from elastic_ep.model.batch import Batch, CacheLayout
-from elastic_ep.model.layers import Rope, linear
+from elastic_ep.model.layers import RmsNorm, Rope, linear
 from elastic_ep.model.moe import Carrier, RoutingTable, moe
 from elastic_ep.model.weights import Weights
 
@@ -22,27 +21,26 @@ class Qwen3Moe:
         self.cache = KVCache(config, layout, device)
         self.routing = RoutingTable(config, device)
         self._rope = Rope(config.head_dim, config.rope_theta, max_len, device)
+        self._norm = RmsNorm(config.rms_norm_eps, device)
         self._nothing = torch.empty(0, config.hidden_size, device=device)
 
     def forward(self, batch: Batch, exchange: Carrier) -> torch.Tensor:
         """Logits [R padded, V] float32 of the batch's logit rows. Writes the batch's keys and values."""
         config, count = self.config, batch.num_tokens
         rope = (self._rope, *self._rope.at(batch.positions))
+        norm = self._norm
         x = self._weights.embed.index_select(0, batch.tokens)
         for index, layer in enumerate(self._weights.layers):
-            h = self._norm(x, layer.input_norm)
-            x += attention(h, layer, self.cache.layers[index], batch, config, self._layout, rope)
-            h = self._norm(x, layer.post_norm)
+            h = norm(x, layer.input_norm)
+            x += attention(h, layer, self.cache.layers[index], batch, config, self._layout, norm, rope)
+            h = norm(x, layer.post_norm)
             x[:count] += moe(h, count, layer, self.routing.physical[index], exchange, config)
         if len(batch.logit_rows) == 0:
             return x.new_empty(0, config.vocab_size)
-        last = self._norm(x.index_select(0, batch.logit_rows), self._weights.final_norm)
+        last = norm(x.index_select(0, batch.logit_rows), self._weights.final_norm)
         return linear(last, self._weights.lm_head)
 
     def forward_idle(self, exchange: Carrier) -> None:
         """No tokens of our own: serve this rank's experts to the others."""
         for index, layer in enumerate(self._weights.layers):
             moe(self._nothing, 0, layer, self.routing.physical[index], exchange, self.config)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
