@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep import messages
-from elastic_ep.messages import FromRank, MalformedMessage, Member, Numbered, ToRank, decode, encode
+from elastic_ep.messages import FromRank, MalformedMessage, Numbered, ToRank, decode, encode
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
@@ -24,8 +24,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.one_of([st.none() if arm is type(None) else values(arm) for arm in arms])
     if origin is tuple:
         return st.lists(values(arms[0]), max_size=3).map(tuple)
-    if hint is Member:
-        return st.builds(Member, st.integers(), st.integers())
+    if isinstance(hint, type) and issubclass(hint, tuple):
+        return st.builds(hint, *[values(field) for field in typing.get_type_hints(hint).values()])
     if is_dataclass(hint) and isinstance(hint, type):
         hints = typing.get_type_hints(hint)
         return st.builds(hint, **{field.name: values(hints[field.name]) for field in fields(hint)})

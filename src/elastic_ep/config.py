@@ -37,6 +37,7 @@ class RankConfig:
     seed: int
     limits: EngineLimits
     heartbeat_ms: int
+    """0: none."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -72,6 +73,7 @@ class ServeConfig:
     relaunch_limit: int = 10
     hang_deadline_s: float = 1.0
     stop_deadline_s: float = 30.0
+    fault_tolerance: bool = True
     log_dir: str = "runs"
     seed: int = 0
 

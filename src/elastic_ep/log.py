@@ -45,10 +45,12 @@ class _Chain:
 class EventLog:
     """Raises OSError when the folder cannot be written. One thread only.
 
-    A disk that fills up later ends the log, with one line on stderr, and not the service.
+    A disk that fills up later ends the log, with one line on stderr, and not the service. If not `recording`, only the
+    first line is written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, recording: bool = True) -> None:
+        self.recording = recording
         folder.mkdir(parents=True, exist_ok=False)
         self.path = folder / "events.jsonl"
         self._output = _BufferedLogger(self.path)
@@ -62,12 +64,14 @@ class EventLog:
         self._log.msg("", run=arguments)
 
     def record(self, machine: str, event: object, effects: Sequence[object]) -> None:
-        self._log.msg(
-            "", machine=machine, heard=to_plain(event), effects=[to_plain(effect) for effect in effects]
-        )
+        if self.recording:
+            self._log.msg(
+                "", machine=machine, heard=to_plain(event), effects=[to_plain(effect) for effect in effects]
+            )
 
     def note(self, kind: str, /, **facts: Any) -> None:
-        self._log.msg("", note=kind, **facts)
+        if self.recording:
+            self._log.msg("", note=kind, **facts)
 
     def close(self) -> None:
         """Idempotent."""

@@ -217,21 +217,19 @@ class Shutdown:
     """Stop at the next boundary and exit."""
 
 
-@dataclass(frozen=True, slots=True)
-class TopLogprob:
+class TopLogprob(NamedTuple):
     token: int
     logprob: float
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One committed token. `index` counts the request's generated tokens from 0, earlier owners' included.
 
     `finish` is "stop" (end-of-sequence or stop token; that token is included), "length", "abort" or None.
     """
 
     request_id: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of a token
     token: int
     finish: str | None = None
     logprob: float | None = None
@@ -284,11 +282,14 @@ _Reader = Callable[[Any], Any]
 
 
 def to_plain(value: Any) -> Any:
-    """`value` as JSON types; a dataclass becomes ``[type name, field, ...]``."""
+    """`value` as JSON takes it: a dataclass becomes ``[type name, field, ...]``, a named tuple a list of its fields.
+
+    A class that has `plain_fields` says itself which fields; it is for the log only, and cannot be read back.
+    """
     cls = type(value)
     if cls in _PLAIN:
         return value
-    if cls is tuple or cls is list or cls is Member:
+    if cls is tuple or cls is list:
         return [item if type(item) in _PLAIN else to_plain(item) for item in value]
     if is_dataclass(cls):
         parts = _getter(cls)(value)
@@ -319,7 +320,8 @@ def from_plain(plain: Any, expected: type[_T] | Any) -> _T:
     return typing.cast(_T, _reader(expected)(plain))
 
 
-_PLAIN = frozenset({int, str, float, bool, type(None)})
+_PLAIN = frozenset({int, str, float, bool, type(None), Member, Token, TopLogprob})
+"""What JSON takes as it is: a named tuple is a list to it. Tokens are, because every step's pass here twice."""
 _names_cache: dict[type, tuple[str, ...]] = {}
 _getters: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
 _readers: dict[Any, _Reader] = {}
@@ -327,7 +329,9 @@ _readers: dict[Any, _Reader] = {}
 
 def _getter(cls: type) -> Callable[[Any], tuple[Any, ...]]:
     """All fields at once: the messages of every step pass here."""
-    if cls not in _getters:
+    if cls not in _getters and hasattr(cls, "plain_fields"):
+        _getters[cls] = cls.plain_fields
+    elif cls not in _getters:
         names = _names(cls)
         one = operator.attrgetter(names[0]) if len(names) == 1 else None
         many = operator.attrgetter(*names) if len(names) > 1 else None
@@ -353,8 +357,8 @@ def _make_reader(hint: Any) -> _Reader:
         return _union_reader(list(typing.get_args(hint)))
     if origin is tuple:
         return _sequence_reader(typing.get_args(hint)[0])
-    if hint is Member:
-        return _member
+    if isinstance(hint, type) and issubclass(hint, tuple):
+        return _named_tuple_reader(hint)
     if is_dataclass(hint) and isinstance(hint, type):
         return _record_reader(hint)
     if isinstance(hint, type) and issubclass(hint, StrEnum):
@@ -390,10 +394,16 @@ def _sequence_reader(item: Any) -> _Reader:
     return read
 
 
-def _member(plain: Any) -> Member:
-    if not (isinstance(plain, list) and len(plain) == 2 and all(type(part) is int for part in plain)):
-        raise MalformedMessage(f"expected [rank, incarnation], got {str(plain)[:80]}")
-    return Member(*plain)
+def _named_tuple_reader(cls: type) -> _Reader:
+    hints = typing.get_type_hints(cls)
+    readers = [_reader(hint) for hint in hints.values()]
+
+    def read(plain: Any) -> Any:
+        if not isinstance(plain, list) or len(plain) != len(readers):
+            raise MalformedMessage(f"expected {list(hints)}, got {str(plain)[:80]}")
+        return cls(*[reader(value) for reader, value in zip(readers, plain, strict=True)])
+
+    return read
 
 
 def _record_reader(cls: type) -> _Reader:

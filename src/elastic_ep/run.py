@@ -52,6 +52,12 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
         default=30.0,
         help="seconds a graceful stop may take",
     )
+    add(
+        "--disable-fault-tolerance",
+        dest="fault_tolerance",
+        action="store_false",
+        help="no death watch, no heartbeats, no hang detection, no event log: to measure what they cost",
+    )
     add("--log-dir", default="runs")
     add("--seed", type=int, default=0)
     options = vars(parser.parse_args(arguments))

@@ -191,8 +191,10 @@ class RunProcess:
             http = await self._listen()
             stack.push_async_callback(http.close)
             tasks = await stack.enter_async_context(anyio.create_task_group())
-            for loop in (self._controller.beat, self._controller.watch_progress, self._start_ranks):
-                tasks.start_soon(loop)
+            tasks.start_soon(self._controller.beat)
+            if self._config.fault_tolerance:
+                tasks.start_soon(self._controller.watch_progress)
+            tasks.start_soon(self._start_ranks)
             status = await self._serve_until_stopped(http.url)
             tasks.cancel_scope.cancel()
             return status
@@ -268,7 +270,8 @@ class RunProcess:
     def _open_log(self) -> EventLog:
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         try:
-            return EventLog(Path(self._config.log_dir) / run_id)
+            folder = Path(self._config.log_dir) / run_id
+            return EventLog(folder, recording=self._config.fault_tolerance)
         except OSError as error:
             raise ConfigError(f"--log-dir {self._config.log_dir}: {error.strerror}") from error
 
@@ -342,7 +345,7 @@ class RunProcess:
             device="cpu",
             seed=self._config.seed,
             limits=self._plan.limits,
-            heartbeat_ms=round(self._config.hang_deadline_s * 1000 / HEARTBEATS_PER_DEADLINE),
+            heartbeat_ms=self._heartbeat_ms,
         )
         self._launcher.launch(member, config.to_json())
 
@@ -350,7 +353,14 @@ class RunProcess:
         self._launcher.kill(member)
 
     def watch(self, member: Member) -> None:
-        self._launcher.watch(member)
+        if self._config.fault_tolerance:
+            self._launcher.watch(member)
+
+    @property
+    def _heartbeat_ms(self) -> int:
+        if not self._config.fault_tolerance:
+            return 0
+        return round(self._config.hang_deadline_s * 1000 / HEARTBEATS_PER_DEADLINE)
 
     def _on_launcher_event(self, event: LauncherEvent) -> None:
         controller = self._controller

@@ -265,7 +265,8 @@ class Controller:
         )
         if report.masked:
             self.metrics.step_poisoned()
-        self.pace.step_reported(report)
+        if self.log.recording:
+            self.pace.step_reported(report)
         if report.tokens:
             self.router.handle(routing.TokensCommitted(member, report.tokens))
 

@@ -92,7 +92,8 @@ class RankProcess:
         self._forward.start()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._synchronise)
-            tasks.start_soon(self._send_heartbeats)
+            if self._config.heartbeat_ms:
+                tasks.start_soon(self._send_heartbeats)
             await self._finished.wait()
             tasks.cancel_scope.cancel()
         self._wire.close()

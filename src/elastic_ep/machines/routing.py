@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_ep.machines import routing_events as ev
@@ -172,7 +172,7 @@ class RoutingMachine:
                 continue
             emitted.append(token.token)
             if token.finish is None and len(emitted) >= request.asked.params.max_tokens:
-                token = replace(token, finish="length")
+                token = token._replace(finish="length")
             if request_id in batches:
                 batches[request_id].append(token)
             else:

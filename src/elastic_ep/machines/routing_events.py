@@ -135,6 +135,10 @@ class Deliver:
     request_id: int
     tokens: tuple[Token, ...]
 
+    def plain_fields(self) -> tuple[int, int, int]:
+        """Request, first index and number of tokens: the tokens themselves are in the event that brought them."""
+        return self.request_id, self.tokens[0].index, len(self.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Finish:

@@ -171,10 +171,11 @@ class BatchMaker:
         """The pages of block `block[p]` of chunk `chunk[p]`: [2, P, Hk, pages of a block]."""
         blocks = table.reshape(-1, self._block_pages)
         pages = blocks[chunk * (table.shape[1] // self._block_pages) + block]
-        return self._planes.reshape(2, 1, -1, 1) + pages[:, None, :]
+        context: _Ints = self._planes.reshape(2, 1, -1, 1) + pages[:, None, :]
+        return context
 
     def _bias_of(self, seen: _Ints) -> torch.Tensor:
-        """`seen` [P, QUERY_TILE]: how many of the block's keys each query may see, if less than none or more than all."""
+        """`seen` [P, QUERY_TILE]: how many of the block's keys each query may see, clipped to none and all of them."""
         layout = self._layout
         shape = (len(seen), layout.num_kv_heads, QUERY_TILE, layout.group)
         rows = np.broadcast_to(seen.clip(0, KEY_BLOCK)[:, None, :, None], shape).reshape(-1)
