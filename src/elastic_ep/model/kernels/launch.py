@@ -1,0 +1,43 @@
+"""What several kernels need: Triton's decorator with types, and a product that the interpreter gets right.
+
+Masks are never made of scalars alone: Triton 3.9's interpreter refuses to widen a scalar comparison to a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import triton
+import triton.language as tl
+
+
+class Kernel(Protocol):
+    """A function for the GPU: `kernel[grid](...)` launches it; kernels call it directly."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+jit: Callable[[Callable[..., Any]], Kernel] = triton.jit
+
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@jit
+def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
+    """a @ b + acc, the products exact, the sum in float32. float32 operands stay float32: no TF32.
+
+    The interpreter multiplies the bit patterns of bfloat16, so there they are widened first.
+    """
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+def power_of_2(value: int) -> int:
+    """The smallest power of two that is not below `value`, which is positive."""
+    return 1 << (value - 1).bit_length()

@@ -1,0 +1,108 @@
+"""What the kernels compute, in plain torch: the same signatures, any device, in the dtype of the inputs.
+
+Given float64 they are the exact answer that the tests measure the kernels against. Nothing here is fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+
+def gate(
+    logits: torch.Tensor,
+    physical_of: torch.Tensor,
+    top_k: int,
+    *,
+    renormalise: bool,
+    num_tokens: torch.Tensor | None = None,
+    load: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `gate.gate`; the weights come in the dtype of `logits`."""
+    real = len(logits) if num_tokens is None else int(num_tokens.item())
+    weights, logical = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True, stable=True)
+    weights, logical = weights[:, :top_k].clone(), logical[:, :top_k]
+    if renormalise:
+        weights /= weights.sum(dim=-1, keepdim=True)
+    physical = physical_of[logical]
+    physical[real:] = -1
+    weights[real:] = 0
+    if load is not None:
+        load += torch.bincount(logical[:real].flatten(), minlength=len(load)).to(load.dtype)
+    return physical, weights
+
+
+def expert_ffn(
+    packed: torch.Tensor, counts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """See `expert_ffn.expert_ffn`; rows beyond the counts are zero."""
+    y = torch.zeros_like(packed)
+    for slot, count in enumerate(counts.tolist()):
+        gated, up = (packed[slot, :count] @ gate_up[slot]).chunk(2, dim=-1)
+        y[slot, :count] = (functional.silu(gated) * up) @ down[slot]
+    return y
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `norm_rope.add_rms_norm`."""
+    total = x if residual is None else x + residual
+    normed = total * torch.rsqrt(total.square().mean(dim=-1, keepdim=True) + eps) * weight
+    return normed, total
+
+
+def norm_rope_write(
+    qkv: torch.Tensor,
+    qk_norm: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """See `norm_rope.norm_rope_write`."""
+    _, kv_heads, page, dim = keys.shape
+    heads = len(qk_norm) - kv_heads
+    rows = qkv.view(len(qkv), -1, dim)
+    qk = rows[:, : heads + kv_heads]
+    qk = qk * torch.rsqrt(qk.square().mean(dim=-1, keepdim=True) + eps) * qk_norm
+    low, high = qk.chunk(2, dim=-1)
+    c, s = cos[positions].unsqueeze(1).to(qk), sin[positions].unsqueeze(1).to(qk)
+    qk = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            keys[slot // page, :, slot % page] = qk[token, heads:]
+            values[slot // page, :, slot % page] = rows[token, heads + kv_heads :]
+    return qk[:, :heads].contiguous()
+
+
+def paged_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context_lens: torch.Tensor,
+) -> torch.Tensor:
+    """See `paged_attention.prefill_attention`; rows that belong to no sequence are zero."""
+    _, kv_heads, page, dim = keys.shape
+    out = torch.zeros_like(q)
+    bounds = cu_seqlens.tolist()
+    for row, length in enumerate(context_lens.tolist()):
+        first, end = bounds[row], bounds[row + 1]
+        if first == end:
+            continue
+        pages = block_tables[row, : -(-length // page)].long()
+        k, v = (
+            cache[pages].transpose(0, 1).reshape(kv_heads, -1, dim)[:, :length] for cache in (keys, values)
+        )
+        mine = q[first:end].view(end - first, kv_heads, -1, dim)
+        scores = torch.einsum("thgd,hkd->hgtk", mine, k) * dim**-0.5
+        position = torch.arange(length - (end - first), length, device=q.device)
+        hidden = torch.arange(length, device=q.device) > position[:, None]
+        weights = torch.softmax(scores.masked_fill(hidden, -float("inf")), dim=-1)
+        out[first:end] = torch.einsum("hgtk,hkd->thgd", weights, v).reshape(end - first, -1, dim)
+    return out

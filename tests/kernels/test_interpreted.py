@@ -1,0 +1,25 @@
+"""Runs the other files of this folder through Triton's interpreter, in a process of their own (see conftest.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FILES = sorted(file.name for file in HERE.glob("test_*.py") if file.name != Path(__file__).name)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter's process")
+@pytest.mark.parametrize("name", FILES)
+def test_interpreted(name: str) -> None:
+    # One thread: products this small lose more to waking the others than they win.
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)]
+    done = subprocess.run(
+        command, env=env, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
