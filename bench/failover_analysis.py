@@ -77,9 +77,10 @@ def read(events: Path) -> Curves:
     curves = Curves()
     for line in _lines(events):
         note = line.get("note")
-        if note == "step" and line["tokens"]:
-            curves.steps[line["rank"]].append(line["ended_ns"])
-            curves.step_ends[line["rank"]][line["step"]] = line["ended_ns"]
+        if line.get("machine") == "routing" and line["heard"][0] == "TokensCommitted":
+            _, (rank, _), _, step, _, ended_ns = line["heard"]
+            curves.steps[rank].append(ended_ns)
+            curves.step_ends[rank][step] = ended_ns
         elif note == "death_notice":
             curves.notices[line["rank"], line["incarnation"]] = line["at_ns"]
         elif line.get("machine") == "membership":

@@ -253,6 +253,9 @@ class StepReport:
     tokens: tuple[Token, ...]
     running: int
     waiting: int
+    operations: int
+    """As in a heartbeat, which this replaces; so is `cpu_ms`."""
+    cpu_ms: int
     masked: tuple[int, ...] = ()
 
 

@@ -137,6 +137,9 @@ def _tell(timeline: Timeline, line: dict[str, Any]) -> None:
             _tell_effect(timeline, t_ns, effect, line["heard"][0])
     elif line.get("machine") == "routing":
         timeline.count("events of the router")
+        if line["heard"][0] == "TokensCommitted":
+            timeline.count("steps reported")
+            timeline.count("tokens", len(line["heard"][2]))
         timeline.count("requests replayed", sum(effect[0] == "Replayed" for effect in line["effects"]))
     elif note == "disturbance":
         what = "stall" if line["kind"] == "loss" else "pause"
@@ -148,10 +151,8 @@ def _tell(timeline: Timeline, line: dict[str, Any]) -> None:
         for loss in timeline.losses:
             if line["kind"] == "loss" and loss.epoch == line["epoch"]:
                 loss.stalls.append(line)
-    elif note == "step":
-        timeline.count("steps reported")
-        timeline.count("poisoned steps", bool(line["masked"]))
-        timeline.count("tokens", line["tokens"])
+    elif note == "poisoned_step":
+        timeline.count("poisoned steps")
     elif note == "death_notice":
         timeline.say(
             line["at_ns"], f"rank {line['rank']}.{line['incarnation']}: death noticed by {line['source']}"

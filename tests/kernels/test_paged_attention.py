@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from elastic_ep.model.kernels import reference
-from elastic_ep.model.kernels.paged_attention import SPLIT, decode_attention, prefill_attention
+from elastic_ep.model.kernels.decode_attention import decode_attention
+from elastic_ep.model.kernels.paged_attention import SPLIT
+from elastic_ep.model.kernels.prefill_attention import prefill_attention
 
 from .errors import check
 
@@ -38,7 +40,7 @@ class Cache:
             for cache in (self.keys, self.values):
                 fresh = torch.randn(count, page, kv_heads, dim, device=device).to(dtype).flatten(0, 1)
                 fresh[length:] = torch.nan
-                cache[mine.to(device)] = fresh.unflatten(0, (count, page)).transpose(1, 2)
+                cache[mine.to(device)] = fresh.view(count, page, kv_heads, dim).transpose(1, 2)
 
     def bounds(self, sizes: tuple[int, ...]) -> torch.Tensor:
         device = self.keys.device

@@ -84,7 +84,8 @@ class Controller:
     def __post_init__(self) -> None:
         self._queue: deque[ev.Event] = deque()
         self._busy = False
-        self._beats: list[Heartbeat] = []
+        self._signs_of_life: dict[Member, Heartbeat | StepReport] = {}
+        """Since the last pulse, the newest of each member."""
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._noticed_ns: dict[Member, int] = {}
@@ -123,7 +124,7 @@ class Controller:
             case StepReport():
                 self._on_step_report(member, message)
             case Heartbeat():
-                self._beats.append(message)
+                self._signs_of_life[member] = message
                 self._known(member).step = message.step
             case Promise():
                 self.feed(ev.Promised(member, message.attempt, message.step))
@@ -175,9 +176,9 @@ class Controller:
             now_ms=int(time.monotonic() * 1000),
             seated=tuple(sorted(self.machine.view.members)),
             starting=tuple(slot.member for slot in self.machine.slots.values() if slot.state in starting),
-            beats=tuple(self._beats),
+            beats=tuple([_heartbeat(sign) for sign in self._signs_of_life.values()]),
         )
-        self._beats.clear()
+        self._signs_of_life.clear()
         suspects = self.progress.step(pulse)
         self.log.record("progress", pulse, suspects)
         for suspect in suspects:
@@ -253,22 +254,15 @@ class Controller:
     def _on_step_report(self, member: Member, report: StepReport) -> None:
         facts = self._known(member)
         facts.running, facts.waiting, facts.step = report.running, report.waiting, report.step
-        self.log.note(
-            "step",
-            rank=report.rank,
-            step=report.step,
-            epoch=report.epoch,
-            started_ns=report.started_ns,
-            ended_ns=report.ended_ns,
-            tokens=len(report.tokens),
-            masked=report.masked,
-        )
+        self._signs_of_life[member] = report
         if report.masked:
             self.metrics.step_poisoned()
+            self.log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked)
         if self.log.recording:
             self.pace.step_reported(report)
         if report.tokens:
-            self.router.handle(routing.TokensCommitted(member, report.tokens))
+            committed = (member, report.tokens, report.step, report.started_ns, report.ended_ns)
+            self.router.handle(routing.TokensCommitted(*committed))
 
     def _answer_snapshot(self, member: Member) -> None:
         attempt = self.machine.attempt
@@ -297,3 +291,18 @@ class Controller:
 
     def _on_timer(self) -> None:
         self.feed(Tick(int(time.monotonic() * 1000)))
+
+
+def _heartbeat(report: Heartbeat | StepReport) -> Heartbeat:
+    """A rank that reports its steps sends no heartbeats: the reports are."""
+    if isinstance(report, Heartbeat):
+        return report
+    return Heartbeat(
+        report.rank,
+        report.incarnation,
+        step=report.step,
+        operations=report.operations,
+        cpu_ms=report.cpu_ms,
+        waiting_for=None,
+        parked=False,
+    )

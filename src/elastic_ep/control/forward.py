@@ -115,6 +115,7 @@ class ForwardThread:
             self._covered = self._runner.set_routing({member.rank for member in active})
 
     def _one_step(self) -> None:
+        assert self.exchange is not None
         started_ns = time.monotonic_ns()
         # Without a copy of every expert no token would be right: keep the lockstep, schedule nothing.
         result = self._runner.run_step(self.step, schedule=self._covered)
@@ -130,6 +131,8 @@ class ForwardThread:
                     tokens=result.tokens,
                     running=self._runner.running,
                     waiting=self._runner.waiting,
+                    operations=self.exchange.operations,
+                    cpu_ms=time.thread_time_ns() // 1_000_000,
                     masked=tuple(sorted(result.masked)),
                 )
             )

@@ -72,8 +72,9 @@ class PaceObserver:
         if gap > _QUIET_NS:
             self._watches.pop(member, None)
             return
-        typical = median(pace.gaps) if pace.gaps else gap
-        for watch in self._watches.get(member, ()):
+        watches = self._watches.get(member)
+        typical = median(pace.gaps) if watches and pace.gaps else gap
+        for watch in watches or ():
             watch.longest_ns = max(watch.longest_ns, gap)
             watch.left -= 1
             if watch.left == 0:
@@ -82,6 +83,6 @@ class PaceObserver:
                 self._report(
                     Disturbance(watch.kind, watch.epoch, report.rank, watch.longest_ns / 1e9, beyond, steps)
                 )
-        if member in self._watches:
-            self._watches[member] = [watch for watch in self._watches[member] if watch.left > 0]
+        if watches:
+            self._watches[member] = [watch for watch in watches if watch.left > 0]
         pace.gaps.append(gap)

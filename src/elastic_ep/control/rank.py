@@ -77,6 +77,8 @@ class RankProcess:
         self._mailbox = Mailbox(self._notify)
         self._forward = ForwardThread(config, self._mailbox, lambda c: build_engine(c, windows_fd))
         self._heard_pub = False
+        self._heard_from = False
+        """Whether a step report has gone out since the last heartbeat was due: it is a sign of life too."""
         self._behind = False
         self._early_masks: list[Member] = []
         self._ready_to_join = False
@@ -194,6 +196,7 @@ class RankProcess:
             item = outbox.popleft()
             if isinstance(item, StepReport):
                 self._wire.send(item)
+                self._heard_from = True
             else:
                 self._on_forward_state(*item)
 
@@ -224,16 +227,20 @@ class RankProcess:
 
     async def _send_heartbeats(self) -> None:
         while True:
-            exchange = self._forward.exchange
             parked = self._mailbox.waiting_at is not None
-            beat = Heartbeat(
-                *self._me,
-                step=self._forward.step,
-                operations=exchange.operations if exchange else 0,
-                cpu_ms=self._forward.cpu_ms(),
-                waiting_for=exchange.waiting_for if exchange else None,
-                parked=parked,
-            )
-            self._wire.send(beat)
+            if not self._heard_from:
+                self._wire.send(self._heartbeat(parked))
+            self._heard_from = False
             factor = _PARKED_HEARTBEAT_FACTOR if parked else 1
             await anyio.sleep(self._config.heartbeat_ms / 1000 * factor)
+
+    def _heartbeat(self, parked: bool) -> Heartbeat:
+        exchange = self._forward.exchange
+        return Heartbeat(
+            *self._me,
+            step=self._forward.step,
+            operations=exchange.operations if exchange else 0,
+            cpu_ms=self._forward.cpu_ms(),
+            waiting_for=exchange.waiting_for if exchange else None,
+            parked=parked,
+        )

@@ -97,10 +97,16 @@ class RankDown:
 
 @dataclass(frozen=True, slots=True)
 class TokensCommitted:
-    """From a step report: tokens of any of the member's requests, those of one request in order."""
+    """From a step report: tokens of any of the member's requests, those of one request in order.
+
+    The step's number and when it began and ended are for whoever reads the log.
+    """
 
     member: Member
     tokens: tuple[Token, ...]
+    step: int = 0
+    started_ns: int = 0
+    ended_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ def paged_attention(
     cu_seqlens: torch.Tensor,
     context_lens: torch.Tensor,
 ) -> torch.Tensor:
-    """See `paged_attention.prefill_attention`; rows that belong to no sequence are zero."""
+    """See `prefill_attention.prefill_attention`; rows that belong to no sequence are zero."""
     _, kv_heads, page, dim = keys.shape
     out = torch.zeros_like(q)
     bounds = cu_seqlens.tolist()
