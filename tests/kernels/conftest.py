@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+ELSEWHERE = {"test_interpreted.py", "test_compiles.py"}
+"""Files that need neither a GPU nor the interpreter."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if item.path.parent == here and item.path.name != "test_interpreted.py" and not INTERPRETED:
+        if item.path.parent == here and item.path.name not in ELSEWHERE and not INTERPRETED:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import ELSEWHERE, INTERPRETED
+
 HERE = Path(__file__).parent
-FILES = sorted(file.name for file in HERE.glob("test_*.py") if file.name != Path(__file__).name)
+FILES = sorted({file.name for file in HERE.glob("test_*.py")} - ELSEWHERE)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter's process")
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 @pytest.mark.parametrize("name", FILES)
 def test_interpreted(name: str) -> None:
     # One thread: products this small lose more to waking the others than they win.

@@ -1,7 +1,6 @@
 """Attention over a paged KV cache: what decode_attention.py and prefill_attention.py share, so that their bits agree.
 
-A context is cut into splits of `SPLIT` keys, a split into blocks of 64 keys
-(32 of float32), whatever the batch. A split is an
+A context is cut into splits of `SPLIT` keys, a split into blocks of `BLOCK` keys, whatever the batch. A split is an
 online softmax over its blocks (FlashAttention-2); the splits' results are merged one after the other, first to last.
 Decode does the splits in parallel and merges them in a second kernel (flash-decoding); prefill does them in a row and
 merges as it goes. Both go through the same two functions, `attend_split` and `merge`, and what a query may not see
@@ -20,9 +19,9 @@ import triton.language as tl
 from elastic_ep.model.kernels.launch import dot, jit
 
 SPLIT = tl.constexpr(512)
-"""Keys. A multiple of every block."""
+"""Keys, a multiple of each `BLOCK`."""
 BLOCK = {torch.bfloat16: 64, torch.float32: 32}
-"""Keys."""
+"""Keys, by dtype."""
 
 
 def exponent_scale(dim: int) -> float:
