@@ -1,0 +1,361 @@
+"""The GPU kernels beside torch, in one run: what share of the machine's own measured limits each reaches.
+
+The limits are measured first: a copy of 2 GiB (bytes read and written) and a bfloat16 product of 8192 x 8192 matrices.
+Every time is that of one call inside a CUDA graph of many, hence without launch overhead on either side; the medians
+are of `--rounds` replays, the sides taking turns. "bytes" counts what must be read once from memory: weights of the
+experts that have rows, or keys and values. `--sweep` tries other tiles too and prints them best first.
+
+    python -m bench.kernels --out bench/results/kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from elastic_ep.model.kernels import reference
+from elastic_ep.model.kernels.decode_attention import decode_attention
+from elastic_ep.model.kernels.expert_ffn import Plan, Tiles, expert_ffn, plan_for
+from elastic_ep.model.kernels.gate import gate
+from elastic_ep.model.kernels.norm_rope import add_rms_norm, norm_rope_write
+from elastic_ep.model.kernels.prefill_attention import prefill_attention
+
+Call = Callable[[], Any]
+Row = dict[str, Any]
+
+HIDDEN, INNER, EXPERTS, TOP_K = 2048, 768, 128, 8
+HEADS, KV_HEADS, DIM, PAGE = 32, 4, 128, 16
+EPS = 1e-6
+BF16 = torch.bfloat16
+_SHARED_MEMORY = 227 * 1024
+
+
+def main() -> None:
+    options = _options()
+    torch.manual_seed(0)
+    torch.set_default_device("cuda")
+    _check()
+    limits = _limits(options.rounds)
+    bench = _Bench(limits, options.rounds)
+    for slots, tokens in (
+        (32, 16),
+        (32, 64),
+        (32, 128),
+        (128, 1),
+        (128, 16),
+        (128, 64),
+        (32, 4096),
+        (128, 4096),
+    ):
+        bench.expert_ffn(slots, tokens)
+    for width in (4096, 16384):
+        bench.decode(32, 4096, width)
+    bench.prefill(4096)
+    for tokens in (64, 4096):
+        bench.gate(tokens)
+        bench.norm(tokens)
+        bench.norm_rope(tokens)
+    if options.sweep:
+        bench.sweep()
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "limits": limits,
+        "rows": bench.rows,
+    }
+    _write(options.out, result)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench/results/kernels.json"))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--sweep", action="store_true")
+    return parser.parse_args()
+
+
+def _write(path: Path, result: Row) -> None:
+    try:  # a machine that is there for its GPU may lack git, and what the service needs
+        from bench.common import write_result
+
+        write_result(path, result)
+    except (ImportError, OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _times(sides: dict[str, Call], rounds: int, repeat: int = 10) -> dict[str, float]:
+    """Microseconds of one call of each side, by name; NaN for one that torch cannot do."""
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, call in sides.items():
+        try:
+            graphs[name] = _captured(call, repeat)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            print(f"  {name}: {str(error).splitlines()[0]}")
+    taken: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            taken[name].append(start.elapsed_time(end) * 1000 / repeat)
+    return {name: statistics.median(taken[name]) if name in taken else float("nan") for name in sides}
+
+
+def _captured(call: Call, repeat: int) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeat):
+            call()
+    graph.replay()
+    return graph
+
+
+def _limits(rounds: int) -> dict[str, float]:
+    source = torch.empty(2**30, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, dtype=BF16) for _ in range(2))
+    times = _times({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, rounds)
+    limits = {"copy_tb_s": 2**31 / times["copy"] / 1e6, "bf16_tflops": 2 * 8192**3 / times["product"] / 1e6}
+    print(f"copy {limits['copy_tb_s']:.2f} TB/s, bf16 product {limits['bf16_tflops']:.0f} TFLOP/s")
+    return limits
+
+
+class _Layer:
+    """The experts of `slots` slots and what `tokens` routed tokens leave for them."""
+
+    def __init__(self, slots: int, tokens: int) -> None:
+        self.gate_up = torch.randn(slots, HIDDEN, 2 * INNER, dtype=BF16) / HIDDEN**0.5
+        self.down = torch.randn(slots, INNER, HIDDEN, dtype=BF16) / INNER**0.5
+        chosen = torch.rand(tokens, EXPERTS).topk(TOP_K).indices
+        self.counts = torch.bincount(chosen.flatten(), minlength=EXPERTS)[:slots].to(torch.int32)
+        self.rows = self.counts.tolist()
+        capacity = max(16, -(-max(self.rows) // 16) * 16)
+        self.packed = torch.randn(slots, capacity, HIDDEN, dtype=BF16)
+        self.expected = max(1, tokens * TOP_K // EXPERTS)
+        self.flops = sum(self.rows) * 6 * HIDDEN * INNER
+        self.bytes = sum(row > 0 for row in self.rows) * 6 * HIDDEN * INNER
+
+    def ours(self, plan: Plan | None = None) -> Call:
+        return lambda: expert_ffn(
+            self.packed, self.counts, self.gate_up, self.down, expected_rows=self.expected, plan=plan
+        )
+
+    def grouped(self, transposed: bool) -> Call:
+        """torch's grouped product on rows packed without gaps, with weights in either order of memory."""
+        x = torch.cat([rows[:n] for rows, n in zip(self.packed, self.rows, strict=True)])
+        ends = self.counts.cumsum(0).to(torch.int32)
+        gate_up, down = (
+            w.transpose(1, 2).contiguous().transpose(1, 2) if transposed else w
+            for w in (self.gate_up, self.down)
+        )
+
+        def call() -> torch.Tensor:
+            gated, up = torch._grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
+            return torch._grouped_mm(functional.silu(gated) * up, down, offs=ends)
+
+        return call
+
+    def loop(self) -> torch.Tensor:
+        """One expert after the other, the counts known to the host."""
+        y = torch.empty_like(self.packed)
+        for slot, n in enumerate(self.rows):
+            if n:
+                gated, up = (self.packed[slot, :n] @ self.gate_up[slot]).chunk(2, dim=-1)
+                y[slot, :n] = (functional.silu(gated) * up) @ self.down[slot]
+        return y
+
+
+class _Cache:
+    def __init__(self, sequences: int, context: int, width: int) -> None:
+        pages = context // PAGE
+        shape = sequences * pages, KV_HEADS, PAGE, DIM
+        self.keys, self.values = (torch.randn(shape, dtype=BF16) for _ in range(2))
+        owned = torch.randperm(sequences * pages, dtype=torch.int32).view(sequences, pages)
+        self.tables = torch.zeros(sequences, width // PAGE, dtype=torch.int32)
+        self.tables[:, :pages] = owned
+        self.lengths = torch.full((sequences,), context, dtype=torch.int32)
+
+
+class _Bench:
+    def __init__(self, limits: dict[str, float], rounds: int) -> None:
+        self.rows: list[Row] = []
+        self._limits = limits
+        self._rounds = rounds
+
+    def _measure(self, name: str, sides: dict[str, Call], moved: float = 0, flops: float = 0) -> None:
+        """Adds a row: microseconds of every side, and the share of the limits that the first reaches."""
+        times = _times(sides, self._rounds)
+        ours = next(iter(times.values()))
+        row: Row = {"name": name, **{f"{side}_us": round(time, 2) for side, time in times.items()}}
+        if moved:
+            row["copy_share"] = round(moved / ours / 1e6 / self._limits["copy_tb_s"], 3)
+        if flops:
+            row["bf16_share"] = round(flops / ours / 1e6 / self._limits["bf16_tflops"], 3)
+        self.rows.append(row)
+        print(row, flush=True)
+
+    def expert_ffn(self, slots: int, tokens: int) -> None:
+        layer = _Layer(slots, tokens)
+        sides: dict[str, Call] = {
+            "ours": layer.ours(),
+            "grouped_mm": layer.grouped(transposed=False),
+            "grouped_mm_transposed": layer.grouped(transposed=True),
+            "loop": layer.loop,
+        }
+        self._measure(f"expert_ffn slots={slots} tokens={tokens}", sides, layer.bytes, layer.flops)
+
+    def decode(self, sequences: int, context: int, width: int) -> None:
+        cache = _Cache(sequences, context, width)
+        q = torch.randn(sequences, HEADS, DIM, dtype=BF16)
+        k, v = (torch.randn(sequences, KV_HEADS, context, DIM, dtype=BF16) for _ in range(2))
+
+        def ours(stages: int) -> Call:
+            return lambda: decode_attention(
+                q, cache.keys, cache.values, cache.tables, cache.lengths, stages=stages
+            )
+
+        sides = {f"ours_{stages}_stages": ours(stages) for stages in (3, 2, 4, 5)}
+        sides["sdpa_contiguous"] = lambda: functional.scaled_dot_product_attention(
+            q.unsqueeze(2), k, v, enable_gqa=True
+        )
+        moved = 2 * cache.keys.nbytes
+        self._measure(f"decode batch={sequences} context={context} table={width}", sides, moved)
+
+    def prefill(self, tokens: int) -> None:
+        cache = _Cache(1, tokens, tokens)
+        q = torch.randn(tokens, HEADS, DIM, dtype=BF16)
+        bounds = torch.tensor([0, tokens], dtype=torch.int32)
+        k, v = (torch.randn(1, KV_HEADS, tokens, DIM, dtype=BF16) for _ in range(2))
+        sides: dict[str, Call] = {
+            "ours": lambda: prefill_attention(
+                q, cache.keys, cache.values, cache.tables, bounds, cache.lengths
+            ),
+            "sdpa_contiguous": lambda: functional.scaled_dot_product_attention(
+                q.transpose(0, 1).unsqueeze(0), k, v, is_causal=True, enable_gqa=True
+            ),
+        }
+        self._measure(f"prefill tokens={tokens}", sides, flops=2 * tokens**2 * HEADS * DIM)
+
+    def gate(self, tokens: int) -> None:
+        logits, physical_of = torch.randn(tokens, EXPERTS, dtype=BF16), torch.randperm(EXPERTS)
+
+        def torchs() -> tuple[torch.Tensor, torch.Tensor]:
+            weights, logical = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(TOP_K)
+            return physical_of[logical], weights / weights.sum(dim=-1, keepdim=True)
+
+        sides: dict[str, Call] = {
+            "ours": lambda: gate(logits, physical_of, TOP_K, renormalise=True),
+            "torch": torchs,
+        }
+        self._measure(f"gate tokens={tokens}", sides)
+
+    def norm(self, tokens: int) -> None:
+        x, residual = (torch.randn(tokens, HIDDEN, dtype=BF16) for _ in range(2))
+        weight = torch.rand(HIDDEN, dtype=BF16)
+        sides: dict[str, Call] = {
+            "ours": lambda: add_rms_norm(x, residual, weight, EPS),
+            "torch": lambda: functional.rms_norm(x + residual, (HIDDEN,), weight, EPS),
+        }
+        self._measure(f"add_rms_norm tokens={tokens}", sides)
+
+    def norm_rope(self, tokens: int) -> None:
+        cache = _Cache(1, 8192, 8192)
+        qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM, dtype=BF16)
+        norm = torch.rand(HEADS + KV_HEADS, DIM, dtype=BF16)
+        angles = torch.rand(8192, DIM // 2)
+        cos, sin = angles.cos(), angles.sin()
+        positions, slots = torch.arange(tokens), torch.randperm(8192)[:tokens]
+
+        def torchs() -> None:
+            rows = qkv.view(tokens, -1, DIM)
+            qk = functional.rms_norm(rows[:, : HEADS + KV_HEADS], (DIM,), None, EPS) * norm
+            low, high = qk.chunk(2, dim=-1)
+            c, s = cos[positions].unsqueeze(1).to(BF16), sin[positions].unsqueeze(1).to(BF16)
+            qk = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+            page, place = slots // PAGE, slots % PAGE
+            cache.keys[page, :, place] = qk[:, HEADS:]
+            cache.values[page, :, place] = rows[:, HEADS + KV_HEADS :]
+
+        sides: dict[str, Call] = {
+            "ours": lambda: norm_rope_write(
+                qkv, norm, cos, sin, positions, slots, cache.keys, cache.values, EPS
+            ),
+            "torch": torchs,
+        }
+        self._measure(f"norm_rope_write tokens={tokens}", sides)
+
+    def sweep(self) -> None:
+        """Each product's tiles in turn, the other's as they are, at a decoder's and at a prompt's size."""
+        for slots, tokens in ((32, 64), (32, 4096)):
+            layer = _Layer(slots, tokens)
+            base = plan_for(layer.expected, BF16)
+            found = []
+            for name in ("gate_up", "down"):
+                for tiles in _candidates(getattr(base, name), 2 if name == "gate_up" else 1):
+                    plan = replace(base, **{name: tiles})
+                    time = _times({"ours": layer.ours(plan)}, 5)["ours"]
+                    found.append((name, time, tiles))
+            for name, time, tiles in sorted(found, key=lambda one: (one[0], one[1])):
+                print(f"sweep slots={slots} tokens={tokens} {name} {time:.1f} us {tiles}")
+            self.rows.append(
+                {"name": f"sweep slots={slots} tokens={tokens}", "tiles": [str(one) for one in found]}
+            )
+
+
+def _candidates(base: Tiles, halves: int) -> list[Tiles]:
+    """Around `base`; `halves` weight tiles are loaded a step. What cannot fit is left out."""
+    found = []
+    small = base.rows <= 64
+    for columns, depth, stages, programs, warps in itertools.product(
+        (64, 128) if small else (64, 128, 256),
+        (64, 128),
+        (3, 4, 6) if small else (3, 4),
+        (1, 2, 3) if small else (1, 2),
+        (4,) if small else (4, 8),
+    ):
+        tile = depth * (columns * halves + base.rows) * 2
+        registers = columns * halves * base.rows / (32 * warps)
+        if tile * stages * programs <= _SHARED_MEMORY - 8192 and registers <= 128:
+            found.append(
+                replace(
+                    base, columns=columns, depth=depth, stages=stages, per_processor=programs, warps=warps
+                )
+            )
+    return found
+
+
+def _check() -> None:
+    """The kernels compute here what they should: a time of a wrong result is worth nothing."""
+    layer = _Layer(4, 64)
+    y = expert_ffn(layer.packed, layer.counts, layer.gate_up, layer.down)
+    exact = reference.expert_ffn(
+        layer.packed.double(), layer.counts, layer.gate_up.double(), layer.down.double()
+    )
+    mask = torch.arange(y.shape[1]) < layer.counts[:, None]
+    error = float((y[mask].double() - exact[mask]).norm() / exact[mask].norm())
+    assert error < 5e-3, error
+
+
+if __name__ == "__main__":
+    main()
