@@ -103,7 +103,7 @@ class ProgressMachine:
             if member in self.suspected or (seen.beat is None and member in event.starting):
                 continue  # before its first heartbeat a rank has its own, longer deadline
             calm = member in event.starting or (seen.beat is not None and seen.beat.parked)
-            limit = self.config.deadline_ms * (self.config.idle_factor if calm else 1) * 9 // 10
+            limit = self.config.deadline_ms * (self.config.idle_factor if calm else 1) * 3 // 4
             silence = event.now_ms - seen.heard_ms
             if silence >= limit:
                 found.append(Suspect(member, f"hang: no sign of life for {silence / 1000:.1f} s"))
@@ -113,7 +113,7 @@ class ProgressMachine:
         now = self.now_ms or 0
         running = [m for m in seated if (beat := self.seen[m].beat) is not None and not beat.parked]
         still = min((now - self.seen[member].moved_ms for member in running), default=0)
-        if still < self.config.deadline_ms * 9 // 10:
+        if still < self.config.deadline_ms * 3 // 4:
             return []
         found = []
         for member in self._waited_for(running):
