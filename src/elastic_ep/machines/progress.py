@@ -17,7 +17,7 @@ class ProgressConfig:
 
     deadline_ms: int = 1_000
     busy_factor: int = 30
-    idle_factor: int = 4
+    idle_factor: int = 5
 
 
 @dataclass(frozen=True, slots=True)
