@@ -15,6 +15,7 @@ import torch
 
 ELSEWHERE = {"test_interpreted.py", "test_compiles.py"}
 """Files that need neither a GPU nor the interpreter."""
+GPU_ONLY = {"test_graphs.py"}
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ELSEWHERE, INTERPRETED
+from .conftest import ELSEWHERE, GPU_ONLY, INTERPRETED
 
 HERE = Path(__file__).parent
-FILES = sorted({file.name for file in HERE.glob("test_*.py")} - ELSEWHERE)
+FILES = sorted({file.name for file in HERE.glob("test_*.py")} - ELSEWHERE - GPU_ONLY)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
