@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from elastic_ep.machines.progress import ProgressConfig, ProgressMachine, Pulse, Suspect
 from elastic_ep.messages import Heartbeat, Member
 
-CONFIG = ProgressConfig(deadline_ms=1_000, busy_factor=30, idle_factor=4)
+CONFIG = ProgressConfig(deadline_ms=1_000, busy_factor=30, idle_factor=5)
 PULSE_MS = 100
 
 

@@ -42,6 +42,7 @@ from elastic_ep.messages import (
 )
 
 BEAT_S = 0.25
+PARKED_FACTOR = 3
 _TO_RANKS = (ev.Publish, ev.SendTo, ev.Fence, ev.Launch)
 
 
@@ -162,13 +163,17 @@ class Controller:
         """Repeat the last number, so that a lost message is noticed."""
         while True:
             self.wire.publish(Beat())
-            await anyio.sleep(BEAT_S)
+            await anyio.sleep(BEAT_S * self._calm)
 
     async def watch_progress(self) -> None:
         while True:
-            parked = self.machine.state is ev.GroupState.PAUSED
-            await anyio.sleep(self.pulse_s * (3 if parked else 1))
+            await anyio.sleep(self.pulse_s * self._calm)
             self._pulse()
+
+    @property
+    def _calm(self) -> int:
+        """How much rarer things are checked while the group is parked."""
+        return PARKED_FACTOR if self.machine.state is ev.GroupState.PAUSED else 1
 
     def _pulse(self) -> None:
         starting = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)

@@ -52,9 +52,8 @@ from elastic_ep.messages import (
 
 SWITCH_INTERVAL_S = 0.0005
 """How long the forward thread may keep the interpreter lock while the control loop wants it."""
-_SYNC_RETRY_S = 0.02
-_SYNC_CHECK_S = 0.1
-_PARKED_HEARTBEAT_FACTOR = 3
+SYNC_RETRY_S = 0.02
+_PARKED_HEARTBEAT_FACTOR = 4
 EXPELLED_STATUS = 3
 ORPHANED_STATUS = 4
 
@@ -80,6 +79,7 @@ class RankProcess:
         self._heard_from = False
         """Whether a step report has gone out since the last heartbeat was due: it is a sign of life too."""
         self._behind = False
+        self._fell_behind = anyio.Event()
         self._early_masks: list[Member] = []
         self._ready_to_join = False
         self._status: int | None = None
@@ -119,9 +119,11 @@ class RankProcess:
         a few late ranks would keep the controller busy for ever; so each asks at its own pace only.
         """
         while True:
-            if self._behind or not self._synchronised():
+            while self._behind or not self._synchronised():
                 self._wire.send(SnapshotRequest(*self._me))
-            await anyio.sleep(_SYNC_RETRY_S if self._behind or not self._synchronised() else _SYNC_CHECK_S)
+                await anyio.sleep(SYNC_RETRY_S)
+            self._fell_behind = anyio.Event()
+            await self._fell_behind.wait()
 
     def _synchronised(self) -> bool:
         return self._heard_pub and self._machine.number is not None
@@ -147,6 +149,7 @@ class RankProcess:
             match effect:
                 case AskSnapshot():
                     self._behind = True
+                    self._fell_behind.set()
                 case Connect(members):
                     for member in members:
                         self._exchange().connect(member)
