@@ -1,0 +1,77 @@
+"""Full load for a long time with nothing killed: is a busy but healthy rank ever fenced?
+
+    python -m bench.soak [--minutes 30] [--out bench/results/soak.json]
+
+64 streams without a pause on all cores. Counted are losses of ranks (there must be none), failed requests, and memory at
+the beginning and at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from bench.common import Server, http, server, status, write_result
+from bench.footprint import pss_mb
+from bench.overhead import CONCURRENT, generated, stream
+from elastic_ep.problems import held_out
+
+SETTLE_S = 20.0
+LOOK_EVERY_S = 30.0
+
+
+async def soak(target: Server, minutes: float) -> dict[str, Any]:
+    questions = [problem.question for problem in held_out(512)]
+    loads: list[float] = []
+    async with http() as session, asyncio.TaskGroup() as tasks:
+        streams = [
+            tasks.create_task(stream(session, target.url, cycle(questions[first:] + questions[:first])))
+            for first in range(CONCURRENT)
+        ]
+        await asyncio.sleep(SETTLE_S)
+        first_pss, started = pss_mb(target), time.monotonic()
+        while (elapsed := time.monotonic() - started) < minutes * 60:
+            await asyncio.sleep(LOOK_EVERY_S)
+            loads.append(os.getloadavg()[0])
+            tokens = await generated(session, target.url)
+            print(f"{elapsed / 60:5.1f} min, {tokens:.0f} tokens, load {loads[-1]:.1f}", flush=True)
+        found = await status(session, target.url)
+        last_pss = pss_mb(target)
+        for task in streams:
+            task.cancel()
+    incarnations = [engine["incarnation"] for engine in found["engines"]]
+    return {
+        "minutes": round(elapsed / 60, 1),
+        "ranks_lost": sum(incarnations) - len(incarnations),
+        "epoch": found["epoch"],
+        "tokens": tokens,
+        "failed_requests": 0,  # one that fails ends the run with its error
+        "pss_mb": {"begin": first_pss, "end": last_pss},
+        "load_average": {"least": round(min(loads), 1), "most": round(max(loads), 1)},
+        "log_mb": round(target.events.stat().st_size / 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/soak.json"))
+    options = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-") as scratch,
+        server(["--ranks", str(options.ranks)], Path(scratch)) as target,
+    ):
+        result = asyncio.run(soak(target, options.minutes))
+    print(result)
+    write_result(options.out, result)
+
+
+if __name__ == "__main__":
+    main()
