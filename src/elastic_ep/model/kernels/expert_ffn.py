@@ -51,8 +51,8 @@ _FEW = Plan(
     down=Tiles(rows=64, few=16, columns=128, depth=64, warps=4, stages=4, per_processor=2),
 )
 _MANY = Plan(
-    gate_up=Tiles(rows=128, few=64, columns=128, depth=64, warps=8, stages=4, per_processor=1),
-    down=Tiles(rows=128, few=64, columns=256, depth=64, warps=8, stages=4, per_processor=1),
+    gate_up=Tiles(rows=128, few=64, columns=64, depth=64, warps=4, stages=3, per_processor=2),
+    down=Tiles(rows=128, few=64, columns=128, depth=64, warps=8, stages=3, per_processor=2),
 )
 _FLOAT32 = Plan(
     gate_up=Tiles(rows=32, few=16, columns=32, depth=32, warps=4, stages=2, per_processor=2),
