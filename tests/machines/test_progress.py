@@ -104,6 +104,14 @@ def test_a_stuck_forward_thread_is_found_though_it_beats() -> None:
     assert 800 <= took_ms <= CONFIG.deadline_ms
 
 
+def test_a_stuck_rank_without_peers_is_found_though_nobody_waits_for_it() -> None:
+    group = healthy(1)
+    group.wait_for(-1)
+    found, took_ms = group.run(5_000)
+    assert found == [0]
+    assert took_ms <= CONFIG.deadline_ms
+
+
 def test_a_chain_of_waiting_leads_to_the_culprit() -> None:
     group = healthy(4)
     group.wait_for(1, 3, 1, -1)

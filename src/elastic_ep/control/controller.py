@@ -223,7 +223,8 @@ class Controller:
             case ev.MemberUp(member):
                 self.router.handle(routing.RankUp(member))
             case ev.MemberDown(member, reason):
-                self.metrics.rank_lost(reason.split(":")[0])
+                if self.machine.state is not ev.GroupState.STOPPING:
+                    self.metrics.rank_lost(reason.split(":")[0])
                 self.router.handle(routing.RankDown(member, reason))
             case ev.RankMoved(member, state, reason):
                 self.metrics.rank_state(member.rank, state)

@@ -116,7 +116,7 @@ class ProgressMachine:
         if still < self.config.deadline_ms * 3 // 4:
             return []
         found = []
-        for member in self._waited_for(running):
+        for member in running if len(seated) == 1 else self._waited_for(running):
             seen = self.seen[member]
             busy = now - seen.idle_ms < self.config.deadline_ms
             if not busy or still >= self.config.deadline_ms * self.config.busy_factor:
