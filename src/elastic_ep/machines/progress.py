@@ -61,7 +61,7 @@ class ProgressMachine:
         self._forgive_own_absence(event.now_ms)
         self._take_in(event)
         seated = [member for member in event.seated if member not in self.suspected]
-        found = self._silent(event) or self._stuck(seated)
+        found = self._silent(event) or self._stuck(seated, alone=len(event.seated) == 1)
         self.suspected.update(suspect.member for suspect in found)
         return found
 
@@ -109,14 +109,14 @@ class ProgressMachine:
                 found.append(Suspect(member, f"hang: no sign of life for {silence / 1000:.1f} s"))
         return found
 
-    def _stuck(self, seated: list[Member]) -> list[Suspect]:
+    def _stuck(self, seated: list[Member], *, alone: bool) -> list[Suspect]:
         now = self.now_ms or 0
         running = [m for m in seated if (beat := self.seen[m].beat) is not None and not beat.parked]
         still = min((now - self.seen[member].moved_ms for member in running), default=0)
         if still < self.config.deadline_ms * 3 // 4:
             return []
         found = []
-        for member in running if len(seated) == 1 else self._waited_for(running):
+        for member in running if alone else self._waited_for(running):
             seen = self.seen[member]
             busy = now - seen.idle_ms < self.config.deadline_ms
             if not busy or still >= self.config.deadline_ms * self.config.busy_factor:
