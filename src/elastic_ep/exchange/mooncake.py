@@ -1,0 +1,272 @@
+"""The exchange over Mooncake EP's elastic buffer: dispatch and combine are kernels, counts stay on the device.
+
+The buffer (kvcache-ai/Mooncake, `mooncake_ep_buffer.Buffer.create_elastic`) needs no process group and has no rank
+with a special role. Who takes part is a mask in device memory that its kernels read while they wait. So a mask
+written on another stream ends a kernel that spins on a dead peer, and a captured graph survives every change of
+membership.
+
+HAZARD: the buffer alternates between two halves, and a captured graph remembers which. Every rank must perform an even
+number of operations in all that it does, warm-up and capture included, or its halves are not those of its peers.
+
+HAZARD: the kernels of all ranks wait for each other, so all of them must fit onto their devices at once. On a GPU shared
+through MPS that is one block of 1024 threads for every 8 physical experts of the group, for every rank; without
+MPS the ranks take turns, a time slice each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import threading
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+
+from elastic_ep.exchange.base import ExchangeShape, Received
+from elastic_ep.exchange.peers import Peers
+from elastic_ep.messages import Member
+
+_WHEEL = "mooncake-transfer-engine-cuda13"
+_CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
+_KEY = re.compile(r"(.+)/(\d+)/(\d+)")
+HIDDEN_MULTIPLE = 128
+
+
+class MooncakeUnavailable(RuntimeError):
+    """This machine cannot run the exchange; the text says what is missing and what to do."""
+
+
+class Store(Protocol):
+    """Where two ranks leave each other the addresses of their buffers. Any thread."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def wait(self, keys: Sequence[str], timeout: timedelta) -> None:
+        """Return when all `keys` are there. Raises an exception after `timeout`."""
+        ...
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]: ...
+
+    def delete_key(self, key: str) -> bool: ...
+
+
+def load_buffer_class() -> Any:
+    """Mooncake's `Buffer`. Raises MooncakeUnavailable."""
+    if not torch.cuda.is_available():
+        raise MooncakeUnavailable("no CUDA device, or a driver too old for this torch; use --device cpu")
+    try:
+        # The native part first: the Python part imports without it and fails only later.
+        importlib.import_module("mooncake.ep")
+        return importlib.import_module("mooncake.mooncake_ep_buffer").Buffer
+    except ImportError as error:
+        raise MooncakeUnavailable(_explain(error)) from error
+
+
+def _explain(error: ImportError) -> str:
+    def installed(name: str) -> bool:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return bool(importlib.metadata.version(name))
+        return False
+
+    if "libibverbs" in str(error) or "libmlx5" in str(error):
+        return f"Mooncake needs the libraries libibverbs1 and ibverbs-providers: {error}"
+    if installed(_CPU_WHEEL):
+        return f"{_CPU_WHEEL} is installed, which has no EP; uninstall it and install {_WHEEL}"
+    if not installed(_WHEEL):
+        return f"Mooncake is not installed: pip install {_WHEEL}"
+    return f"Mooncake does not load: {error}"
+
+
+class _IncarnationStore:
+    """Mooncake's keys name ranks; here they name incarnations, so what a dead one left behind is never read."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.incarnations: dict[int, int] = {}
+
+    def _key(self, key: str) -> str:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            return key
+        prefix, source, target = match.group(1), int(match.group(2)), int(match.group(3))
+        return f"{prefix}/{source}.{self.incarnations[source]}/{target}.{self.incarnations[target]}"
+
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(self._key(key), value)
+
+    def wait(self, keys: Sequence[str], timeout: timedelta) -> None:
+        self._store.wait([self._key(key) for key in keys], timeout)
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        return self._store.multi_get([self._key(key) for key in keys])
+
+    def delete_key(self, key: str) -> bool:
+        return self._store.delete_key(self._key(key))
+
+
+class MooncakeExchange:
+    """`Exchange` on the current CUDA device; x, y and what combine returns are bfloat16.
+
+    `Received.packed` is [slots, num_ranks * max_tokens, hidden]; rows from `counts` on are undefined and the order of
+    a slot's rows differs from run to run. `counts` is int32 and, like everything here, on the device.
+
+    Nothing between `begin_step` and `end_step` waits for the device, so a step may be captured in a CUDA graph
+    (`dispatch` and `combine` only). `read_masks` may be called before `end_step`, on the forward stream: then one wait
+    serves the masks and whatever else is copied to the host.
+
+    `timeout_ms` is how long a kernel waits for a peer before it masks it by itself: the last resort, if the control
+    loop hangs too. `suspects` names those.
+    """
+
+    def __init__(
+        self,
+        shape: ExchangeShape,
+        member: Member,
+        store: Store,
+        *,
+        timeout_ms: int = 20_000,
+        connect_timeout_ms: int = 10_000,
+    ) -> None:
+        if shape.hidden % HIDDEN_MULTIPLE:
+            raise ValueError(f"hidden is {shape.hidden}, but Mooncake needs a multiple of {HIDDEN_MULTIPLE}")
+        buffer_class = load_buffer_class()
+        self.shape = shape
+        self.member = member
+        self.suspects: frozenset[int] = frozenset()
+        self._experts = shape.num_ranks * shape.slots_per_rank
+        self._peers = Peers(member, shape.num_ranks, shape.slots_per_rank)
+        self._targets: frozenset[int] = frozenset()
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._store = _IncarnationStore(store)
+        self._store.incarnations[member.rank] = member.incarnation
+        self._connected: dict[int, int] = {}
+        self._connecting = threading.Lock()
+        self._masking = threading.Lock()
+        self._side = torch.cuda.Stream(self._device, priority=-1)
+        self._masks = torch.zeros(shape.num_ranks, dtype=torch.int32, device=self._device)
+        self._masks_host = torch.zeros(shape.num_ranks, dtype=torch.int32, pin_memory=True)
+        self._masks_read = torch.cuda.Event()
+        self._reading = False
+        self._handle: tuple[Any, ...] | None = None
+        self._chosen: torch.Tensor | None = None
+        self._operations = 0
+        self._buffer = buffer_class.create_elastic(
+            rank=member.rank,
+            tcp_store_group=self._store,
+            timeout_ms=timeout_ms,
+            metadata_timeout_ms=connect_timeout_ms,
+            explicitly_destroy=True,
+        )
+        size = buffer_class.get_low_latency_buffer_size_hint(
+            shape.max_tokens, shape.hidden, shape.num_ranks, self._experts
+        )
+        self._buffer.update_memory_buffers(shape.num_ranks, shape.slots_per_rank, size)
+
+    @property
+    def waiting_for(self) -> int | None:
+        """Only the device knows; the control loop judges by steps."""
+        return None
+
+    @property
+    def operations(self) -> int:
+        """Operations issued eagerly or captured; a graph's replay does not count."""
+        return self._operations
+
+    @property
+    def live(self) -> frozenset[int]:
+        """Ranks that take part, this one included. Any thread."""
+        return frozenset(rank for rank, live in enumerate(self._peers.live) if live)
+
+    def route_to(self, ranks: Collection[int]) -> None:
+        """The ranks that the routing tables name from now on: one of them that is not live poisons each step."""
+        self._targets = frozenset(ranks)
+
+    def connect(self, member: Member) -> None:
+        """Exchange addresses with `member`, which must do the same now: give it a thread of its own.
+
+        Raises what the store raises if the peer does not come.
+        """
+        rank, incarnation = member
+        with self._connecting, torch.cuda.device(self._device):
+            known = self._connected.get(rank, -1)
+            if rank == self.member.rank or known >= incarnation:
+                return
+            if known >= 0:
+                del self._connected[rank]
+                self._buffer.disconnect_ranks([rank])
+            self._store.incarnations[rank] = incarnation
+            self._buffer.connect_ranks([rank], activate=False)
+            self._connected[rank] = incarnation
+
+    def activate(self, member: Member) -> None:
+        if member.rank == self.member.rank:
+            return
+        with self._masking:
+            self._peers.activate(member)
+            if not self._peers.live[member.rank]:
+                return
+            with torch.cuda.stream(self._side):
+                self._buffer.update_mask_buffer(member.rank, False)
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+    def mask(self, member: Member) -> None:
+        """Does not wait for the device."""
+        with self._masking:
+            was = self._peers.live[member.rank]
+            self._peers.mask(member)
+            if was and not self._peers.live[member.rank]:
+                with torch.cuda.device(self._device), torch.cuda.stream(self._side):
+                    self._buffer.update_mask_buffer(member.rank, True)
+
+    def begin_step(self, step: int) -> None:
+        """The kernels number operations by themselves; `step` is for the contract only."""
+        self._peers.begin_step()
+        self._reading = False
+
+    def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
+        """x [T, hidden] bfloat16, physical_experts [T, top_k] int64, both on the device."""
+        packed, counts, self._handle, _, _ = self._buffer.dispatch(
+            x, physical_experts, self.shape.max_tokens, self._experts, use_fp8=False
+        )
+        self._chosen = physical_experts
+        self._operations += 1
+        return Received(packed, counts)
+
+    def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """y like `Received.packed`, weights [T, top_k] float32; summed in float32, returned as bfloat16."""
+        if self._handle is None or self._chosen is None:
+            raise RuntimeError("dispatch and combine must alternate")
+        combined, _, _ = self._buffer.combine(y, self._chosen, weights, self._handle)
+        self._handle = self._chosen = None
+        self._operations += 1
+        result: torch.Tensor = combined
+        return result
+
+    def read_masks(self) -> None:
+        """Queue a copy of the masks to the host on the current stream."""
+        self._buffer.query_mask_buffer(self._masks)
+        self._masks_host.copy_(self._masks, non_blocking=True)
+        self._masks_read.record()
+        self._reading = True
+
+    def end_step(self) -> frozenset[int]:
+        """Waits for the step's results."""
+        if not self._reading:
+            self.read_masks()
+        self._masks_read.synchronize()
+        self._reading = False
+        lost = set(self._peers.end_step())
+        live = self.live
+        masked = {rank for rank, value in enumerate(self._masks_host.tolist()) if value}
+        self.suspects = frozenset(masked & live)
+        return frozenset(lost | self.suspects | (self._targets - live))
+
+    def close(self) -> None:
+        if self._buffer is not None:
+            torch.cuda.synchronize(self._device)
+            buffer, self._buffer = self._buffer, None
+            buffer.destroy()
