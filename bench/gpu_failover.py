@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,8 @@ class Group:
                 found[message["kind"]].append(event)
             elif message["kind"] == "failed":
                 raise Failed(message["why"])
+            elif message["kind"] == "died":
+                raise Failed(f"{event[1]} died unasked at {event[0]}, wanted {wanted}")
             elif message["kind"] == "wrong":
                 self.wrong.append((event[1], message))
             elif message["kind"] == "result" and event[1] is not None:
@@ -165,21 +167,31 @@ class Group:
         for member in to:
             self.links[member].send(kind, **values)
 
+    def steps(self, live: list[tuple[int, int]]) -> list[float]:
+        """Durations of the last undisturbed steps, ms."""
+        self.send(live, "stats")
+        return [d / 1000 for event in self.wait("stats", len(live)) for d in event[2]["durations_us"]]
+
     def close(self) -> None:
         for pid in self.pids.values():
             if pid > 0:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.server.kill()
         self.server.wait()
 
 
-def kill_one(group: Group, live: list[tuple[int, int]], random_: random.Random) -> dict[str, Any]:
-    """Kill a rank, take it in again. Times in ms."""
+def kill_one(group: Group, live: list[tuple[int, int]], random_: random.Random, park: bool) -> dict[str, Any]:
+    """Kill a rank, take it in again. Times in ms. With `park` its device has nothing to do any more when it dies."""
     time.sleep(random_.uniform(0.1, 0.3))
     victim = random_.choice(live)
     pid = group.pids[victim]
     group.pids[victim] = -1
     survivors = [member for member in live if member != victim]
+    if park:
+        group.send([victim], "park")
+        group.wait("parked", 1)
+        time.sleep(0.005)
     killed = now()
     os.kill(pid, signal.SIGKILL)
     noticed = group.wait("died", 1)[0][0]
@@ -231,36 +243,59 @@ def connect(group: Group, old: list[tuple[int, int]], new: list[tuple[int, int]]
     group.wait("connected", len(old) + len(new))
 
 
-def measure(shape: Shape, kills: int, seed: int, directory: Path) -> dict[str, Any]:
+def measure(
+    shape: Shape, kills: int, random_: random.Random, park: bool, directory: Path, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One group's life: until there are `kills` rows, or it fails as a whole."""
     group = Group(shape, directory)
     live = [(rank, 0) for rank in range(shape.ranks)]
-    rows: list[dict[str, Any]] = []
     error = None
+    steps: list[float] = []
     try:
         group.launch(live)
         connect(group, [], live)
         group.send(live, "commit", first=0, members=live, joiner=-1, wait_for=[])
         group.wait("joined", len(live))
-        time.sleep(2.0)
-        random_ = random.Random(seed)
-        for index in range(kills):
-            rows.append(kill_one(group, live, random_))
-            if index % 5 == 0:
-                print(f"kill {index}: {rows[-1]}", flush=True)
         time.sleep(1.0)
-        group.send(live, "stats")
-        steps = [d / 1000 for event in group.wait("stats", len(live)) for d in event[2]["durations_us"]]
-    except Failed as problem:
-        error, steps = str(problem), []
-        print(f"stopped after {len(rows)} kills: {problem}", flush=True)
+        steps = group.steps(live)
+        while len(rows) < kills:
+            rows.append(kill_one(group, live, random_, park))
+        time.sleep(1.0)
+        steps += group.steps(live)
+    except (Failed, OSError) as problem:
+        time.sleep(1.0)
+        others = []
+        while not group.events.empty():
+            at, member, message = group.events.get()
+            others.append([at, member, message["kind"]])
+        error = {"why": str(problem), "kills_so_far": len(rows), "then": others}
+        print(f"stopped after {len(rows)} kills: {error}", flush=True)
     finally:
         group.close()
     return {
         "error": error,
         "steps_ms": steps,
-        "rows": rows,
         "wrong": group.wrong,
         "distinct_results": {rank: len(sums) for rank, sums in sorted(group.sums.items())},
+    }
+
+
+def repeat(shape: Shape, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Groups one after the other until there are enough kills; a group that failed is counted as such."""
+    random_ = random.Random(options.seed)
+    rows: list[dict[str, Any]] = []
+    lives: list[dict[str, Any]] = []
+    limit = time.monotonic() + options.seconds
+    while len(rows) < options.kills and len(lives) < 12 and time.monotonic() < limit:
+        place = directory / str(len(lives))
+        place.mkdir()
+        lives.append(measure(shape, options.kills, random_, options.park, place, rows))
+    return {
+        "rows": rows,
+        "errors": [life["error"] for life in lives if life["error"]],
+        "steps_ms": [step for life in lives for step in life["steps_ms"]],
+        "wrong": [wrong for life in lives for wrong in life["wrong"]],
+        "distinct_results": [life["distinct_results"] for life in lives],
     }
 
 
@@ -307,13 +342,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="a rank and step")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-mps", action="store_true")
+    parser.add_argument("--park", action="store_true", help="let the victim's device finish first")
+    parser.add_argument("--seconds", type=float, default=300.0, help="begin no other group after that")
     parser.add_argument("--commit", default="unknown", help="noted in the result")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     shape = Shape(layers=options.layers, tokens=options.tokens)
     with tempfile.TemporaryDirectory() as name, mps(Path(name), not options.no_mps) as shared:
-        (Path(name) / "group").mkdir()
-        raw = measure(shape, options.kills, options.seed, Path(name) / "group")
+        raw = repeat(shape, options, Path(name))
     result = {
         "machine": machine(),
         "commit": options.commit,
@@ -326,7 +362,7 @@ def main() -> None:
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print({key: value for key, value in result.items() if key not in ("rows", "steps_ms")})
-    if raw["error"] or raw["wrong"]:
+    if raw["errors"] or raw["wrong"]:
         sys.exit(1)
 
 

@@ -195,6 +195,7 @@ class Rank:
         self.round = -1
         self.pending: dict[str, Any] | None = None
         self.start = threading.Event()
+        self.parked = False
         self.masked_ns: dict[int, int] = {}
         self.durations: list[int] = []
         self.link.send("ready", phases=phases)
@@ -216,6 +217,8 @@ class Rank:
                 case "commit":
                     self.pending = message
                     self.start.set()
+                case "park":
+                    self.parked = True
                 case "stats":
                     self.link.send("stats", durations_us=[d // 1000 for d in self.durations[-3000:]])
         os._exit(0)
@@ -259,6 +262,9 @@ class Rank:
         poisoned: list[list[int]] = []
         switched = have = False
         while True:
+            if self.parked:
+                self.link.send("parked")
+                threading.Event().wait()
             pending = self.pending
             if pending is not None and (self.round < 0 or self.round >= pending["first"]):
                 self.pending = None
@@ -318,7 +324,6 @@ def serve(control_fd: int, mutex_fd: int, words_fd: int) -> None:
         control.send("gone", pid=pid, at_ns=now())
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pids = []
     while (message := control.receive()) is not None:
         pid = os.fork()
         if pid == 0:
@@ -329,7 +334,6 @@ def serve(control_fd: int, mutex_fd: int, words_fd: int) -> None:
             finally:
                 sys.stderr.flush()
                 os._exit(1)
-        pids.append(pid)
         # Waiters are threads that only wait: the children never use what they might hold.
         threading.Thread(target=reap, args=(pid,), daemon=True).start()
     os._exit(0)
