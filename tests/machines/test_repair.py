@@ -111,7 +111,8 @@ class Group:
                 self.adopt(number)
                 while rank.orders:
                     self.copy(number)
-            if not self.machine.copies and not any(rank.versions for rank in self.ranks.values()):
+            busy = self.machine.copies or self.machine.retry_at_ms
+            if not busy and not any(rank.versions for rank in self.ranks.values()):
                 return
         raise AssertionError("repair does not come to an end")
 
