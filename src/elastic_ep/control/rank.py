@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Sequence
 from pathlib import Path
 
 import anyio
@@ -90,7 +90,6 @@ class RankProcess:
         self._early_masks: list[Member] = []
         self._ready_to_join = False
         self._status: int | None = None
-        self._slot_work, self._slot_orders = anyio.create_memory_object_stream[CopySlot | SumSlots](math.inf)
 
     async def run(self) -> int:
         self._loop = asyncio.get_running_loop()
@@ -100,9 +99,10 @@ class RankProcess:
         self._wire.send(Hello(*self._me, os.getpid()))
         self._report(RankState.INIT_CUDA)
         self._forward.start()
-        async with anyio.create_task_group() as tasks:
+        self._slot_work, orders = anyio.create_memory_object_stream[CopySlot | SumSlots](math.inf)
+        async with self._slot_work, orders, anyio.create_task_group() as tasks:
             tasks.start_soon(self._synchronise)
-            tasks.start_soon(self._work_on_slots)
+            tasks.start_soon(self._work_on_slots, orders)
             if self._config.heartbeat_ms:
                 tasks.start_soon(self._send_heartbeats)
             await self._finished.wait()
@@ -245,9 +245,9 @@ class RankProcess:
 
     # State plane
 
-    async def _work_on_slots(self) -> None:
+    async def _work_on_slots(self, orders: AsyncIterable[CopySlot | SumSlots]) -> None:
         """Copies and checksums, one after the other, on a thread of their own: the forward thread goes on meanwhile."""
-        async for message in self._slot_orders:
+        async for message in orders:
             if isinstance(message, CopySlot):
                 copied = await anyio.to_thread.run_sync(self._copy, message, abandon_on_cancel=True)
                 self._wire.send(copied)
