@@ -41,12 +41,11 @@ class Placement:
         return physical // self.slots_per_rank
 
     def copies(self, layer: int, ranks: Collection[int]) -> list[int]:
-        """How many copies of each logical expert `ranks` hold, shape [num_experts]."""
+        """How many of `ranks` hold each logical expert, shape [num_experts]."""
         counts = [0] * self.num_experts
         for rank in ranks:
-            for expert in self.on_rank(layer, rank):
-                if expert != EMPTY:
-                    counts[expert] += 1
+            for expert in set(self.on_rank(layer, rank)) - {EMPTY}:
+                counts[expert] += 1
         return counts
 
     def on_rank(self, layer: int, rank: int) -> tuple[int, ...]:

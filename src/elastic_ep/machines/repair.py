@@ -148,17 +148,39 @@ class RepairMachine:
         needy = [e for e in range(self.placement.num_experts) if living[e] < target and e not in coming]
         taken: set[int] = set()
         for expert in sorted(needy, key=lambda expert: (living[expert], expert)):
-            place = next(
-                (p for p in self._empty_slots(layer) if p not in taken and self._fits(layer, p, expert)), None
-            )
-            if place is None:
-                place = next(self._surplus_slots(layer, living, target, expert), None)
-                if place is None:
-                    continue
-                living[self.placement.slots[layer][place]] -= 1
+            found = self._place_for(layer, expert, living, target, taken)
+            if found is None:
+                continue
+            place, logical = found
+            held = self.placement.slots[layer][place]
+            if held != EMPTY:
+                living[held] -= 1
                 self._publish(Change(layer, place, EMPTY))
             taken.add(place)
-            self._fill(layer, place, expert)
+            self._fill(layer, place, logical)
+
+    def _place_for(
+        self, layer: int, expert: int, living: list[int], target: int, taken: set[int]
+    ) -> tuple[int, int] | None:
+        """A slot to use and what to put there: the expert itself, or one that makes way for it where it fits."""
+        usable = [place for place in self._empty_slots(layer) if place not in taken]
+        usable += self._surplus_slots(layer, living, target)
+        direct = next((place for place in usable if self._fits(layer, place, expert)), None)
+        if direct is not None:
+            return direct, expert
+        if any(at == layer and living[copy.logical] >= target for (at, _), copy in self.copies.items()):
+            return None  # somebody is making way already
+        for place in usable:
+            for other in self._in_the_way(layer, expert):
+                if self._fits(layer, place, other):
+                    return place, other
+        return None
+
+    def _in_the_way(self, layer: int, expert: int) -> Iterator[int]:
+        """Experts on ranks that could take `expert`. With one more copy elsewhere, such a one is surplus there."""
+        for physical, held in self._living_slots(layer):
+            if held != EMPTY and self._fits(layer, physical, expert):
+                yield held
 
     def _fill(self, layer: int, physical: int, logical: int) -> None:
         """Order the copy, unless the slot may still be addressed or its rank has enough to do: then later."""
@@ -205,12 +227,14 @@ class RepairMachine:
                 free.append(physical)
         return free
 
-    def _surplus_slots(self, layer: int, living: list[int], target: int, expert: int) -> Iterator[int]:
+    def _surplus_slots(self, layer: int, living: list[int], target: int) -> list[int]:
         """Slots whose expert has more copies than wanted, the one with most first."""
-        slots = [(living[held], physical) for physical, held in self._living_slots(layer) if held != EMPTY]
-        for copies, physical in sorted(slots, key=lambda slot: -slot[0]):
-            if copies > target and self._fits(layer, physical, expert):
-                yield physical
+        slots = [
+            (living[held], physical)
+            for physical, held in self._living_slots(layer)
+            if held != EMPTY and living[held] > target
+        ]
+        return [physical for _, physical in sorted(slots, key=lambda slot: -slot[0])]
 
     def _fits(self, layer: int, physical: int, expert: int) -> bool:
         """Whether the slot's rank has no copy of the expert yet, nor one in the making."""
