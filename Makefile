@@ -11,7 +11,7 @@ PYTHON ?=
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready-$(EXTRAS)
-BENCHES := death_notice exchange throughput accuracy failover
+BENCHES := death_notice exchange throughput accuracy failover overhead footprint repair
 
 .PHONY: help setup run test test-gpu lint format charts bench lock clean
 

@@ -14,6 +14,7 @@ from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.membership import MembershipMachine
 from elastic_ep.machines.progress import ProgressMachine
 from elastic_ep.machines.registry import arguments
+from elastic_ep.machines.repair import RepairMachine
 from elastic_ep.machines.routing import RoutingMachine
 from elastic_ep.machines.routing_events import RoutingConfig
 from elastic_ep.messages import Member, RankState, SamplingParams, Token
@@ -24,10 +25,11 @@ from elastic_ep.replay import DIFFERS, SAME, UNREADABLE, main
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     """Two ranks form, one is lost, a request runs: as the controller's shell would log it."""
-    membership = MembershipMachine(2, launch_placement(2, 1, 4, 4))
+    placement = launch_placement(2, 1, 4, 4)
+    membership = MembershipMachine(2, placement)
     router = RoutingMachine(RoutingConfig(max_num_seqs=4))
     events = EventLog(tmp_path / "run")
-    events.begin({"machines": arguments(membership, ProgressMachine(), router)})
+    events.begin({"machines": arguments(membership, ProgressMachine(), router, RepairMachine(placement))})
     states = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
     story: list[ev.Event] = [ev.Start(), Tick(1)]
     story += [ev.Reported(Member(rank, 1), state) for rank in range(2) for state in states]

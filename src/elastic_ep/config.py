@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from elastic_ep.placement import Placement
+
 PAGE_SIZE = 16
 """Tokens in a page of KV cache."""
 
@@ -28,7 +30,6 @@ class RankConfig:
     rank: int
     incarnation: int
     num_ranks: int
-    num_redundant_experts: int
     directory: str
     """Where the control plane's sockets are."""
     model: str
@@ -38,6 +39,8 @@ class RankConfig:
     limits: EngineLimits
     heartbeat_ms: int
     """0: none."""
+    placement: Placement
+    """As it is at this launch: the rank loads its row."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -45,7 +48,9 @@ class RankConfig:
     @classmethod
     def from_json(cls, text: str) -> RankConfig:
         plain: dict[str, Any] = json.loads(text)
-        return cls(**{**plain, "limits": EngineLimits(**plain["limits"])})
+        slots = tuple(tuple(row) for row in plain["placement"].pop("slots"))
+        placement = Placement(slots=slots, **plain["placement"])
+        return cls(**{**plain, "limits": EngineLimits(**plain["limits"]), "placement": placement})
 
 
 class ConfigError(ValueError):

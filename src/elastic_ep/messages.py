@@ -23,6 +23,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeVar
 
+from elastic_ep.placement import Change, Placement
+
 
 class MalformedMessage(ValueError):
     """The bytes are not one of this project's messages."""
@@ -105,6 +107,14 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacementChanged:
+    """Read-copy-update: each rank routes by it from its own next boundary on. Versions count up by one."""
+
+    version: int
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """Nothing new. Shows the last number, so that a lost message is noticed."""
 
@@ -114,7 +124,7 @@ class Numbered:
     """A PUB message with its number. A `Beat` repeats the last number, all others take the next."""
 
     number: int
-    body: Prepare | Commit | Abort | View | Beat
+    body: Prepare | Commit | Abort | View | PlacementChanged | Beat
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,17 +278,81 @@ class SnapshotRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacementSeen:
+    """The forward thread has passed a boundary with this version: it addresses no slot by an older one."""
+
+    rank: int
+    incarnation: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopySlot:
+    """Fill the slot `physical` of `layer`, which nobody addresses, with `logical`."""
+
+    ticket: int
+    layer: int
+    physical: int
+    logical: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotCopied:
+    """The outcome of `CopySlot`: the checksum of the bytes now in the slot, or why there are none."""
+
+    rank: int
+    incarnation: int
+    ticket: int
+    checksum: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SumSlots:
+    """Compute the checksums of all your slots anew."""
+
+    ticket: int
+
+
+class SlotSum(NamedTuple):
+    """What the memory of slot `physical` of `layer` amounts to: CRC-32 of its float32 bytes."""
+
+    layer: int
+    physical: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSums:
+    rank: int
+    incarnation: int
+    ticket: int
+    sums: tuple[SlotSum, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """All that the PUB messages up to `number` amount to: the view, and the attempt in progress, if any."""
 
     number: int
     view: View
     attempt: Prepare | None
+    placement: Placement | None = None
 
 
-FromRank = Hello | RankReport | Promise | Heartbeat | StepReport | SnapshotRequest
-ToRank = Snapshot | Assign | Cancel | Drain | Shutdown
-Published = Prepare | Commit | Abort | View | Beat
+FromRank = (
+    Hello
+    | RankReport
+    | Promise
+    | Heartbeat
+    | StepReport
+    | SnapshotRequest
+    | PlacementSeen
+    | SlotCopied
+    | SlotSums
+)
+ToRank = Snapshot | Assign | Cancel | Drain | Shutdown | CopySlot | SumSlots
+Published = Prepare | Commit | Abort | View | PlacementChanged | Beat
 
 _T = TypeVar("_T")
 _Reader = Callable[[Any], Any]
@@ -323,7 +397,7 @@ def from_plain(plain: Any, expected: type[_T] | Any) -> _T:
     return typing.cast(_T, _reader(expected)(plain))
 
 
-_PLAIN = frozenset({int, str, float, bool, type(None), Member, Token, TopLogprob})
+_PLAIN = frozenset({int, str, float, bool, type(None), Member, Token, TopLogprob, Change, SlotSum})
 """What JSON takes as it is: a named tuple is a list to it. Tokens are, because every step's pass here twice."""
 _names_cache: dict[type, tuple[str, ...]] = {}
 _getters: dict[type, Callable[[Any], tuple[Any, ...]]] = {}

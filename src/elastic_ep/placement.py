@@ -5,10 +5,19 @@ Physical expert `p` is slot `p % slots_per_rank` of rank `p // slots_per_rank`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 EMPTY = -1
+
+
+class Change(NamedTuple):
+    """Slot `physical` of `layer` now holds `logical` (or `EMPTY`)."""
+
+    layer: int
+    physical: int
+    logical: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +29,24 @@ class Placement:
     slots_per_rank: int
     num_experts: int
     slots: tuple[tuple[int, ...], ...]
+
+    def changed(self, version: int, changes: Iterable[Change]) -> Placement:
+        """The placement with `changes` made."""
+        layers = [list(row) for row in self.slots]
+        for layer, physical, logical in changes:
+            layers[layer][physical] = logical
+        return replace(self, version=version, slots=tuple(tuple(row) for row in layers))
+
+    def rank_of(self, physical: int) -> int:
+        return physical // self.slots_per_rank
+
+    def copies(self, layer: int, ranks: Collection[int]) -> list[int]:
+        """How many of `ranks` hold each logical expert, shape [num_experts]."""
+        counts = [0] * self.num_experts
+        for rank in ranks:
+            for expert in set(self.on_rank(layer, rank)) - {EMPTY}:
+                counts[expert] += 1
+        return counts
 
     def on_rank(self, layer: int, rank: int) -> tuple[int, ...]:
         """The logical expert of each slot of `rank`, shape [slots_per_rank]."""
@@ -36,12 +63,7 @@ class Placement:
 
     def tolerates(self, ranks: Collection[int]) -> int:
         """How many more of `ranks` can be lost, in the worst case, with every expert still alive; -1: held now."""
-        fewest = min(
-            sum(1 for rank in ranks if expert in self.on_rank(layer, rank))
-            for layer in range(len(self.slots))
-            for expert in range(self.num_experts)
-        )
-        return fewest - 1
+        return min(min(self.copies(layer, ranks)) for layer in range(len(self.slots))) - 1
 
 
 def launch_placement(num_ranks: int, num_layers: int, num_experts: int, num_redundant: int) -> Placement:

@@ -36,7 +36,10 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
     add("--ep-num-redundant-experts", type=int, help="extra expert copies; as many as experts if not given")
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights")
     add(
-        "--relaunch-limit", type=int, default=10, help="early deaths in a row after which a rank stays Failed"
+        "--relaunch-limit",
+        type=int,
+        default=10,
+        help="early deaths in a row after which a rank stays Failed; 0: none returns",
     )
     add(
         "--hang-deadline",

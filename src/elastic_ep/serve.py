@@ -21,11 +21,12 @@ import anyio
 from elastic_ep.api.app import Server as HttpServer
 from elastic_ep.api.app import create_app
 from elastic_ep.api.app import serve as serve_http
-from elastic_ep.api.backend import EngineStatus, FaultToleranceStatus
+from elastic_ep.api.backend import EngineStatus, ExpertsStatus, FaultToleranceStatus, Verification
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
 from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, RankConfig, ServeConfig
 from elastic_ep.control.controller import Controller
+from elastic_ep.control.experts import experts_status, verify
 from elastic_ep.control.launcher import (
     DeathNoticed,
     ForkServerFailed,
@@ -51,6 +52,7 @@ from elastic_ep.machines.membership import MembershipMachine
 from elastic_ep.machines.membership_events import MembershipConfig
 from elastic_ep.machines.progress import ProgressConfig, ProgressMachine
 from elastic_ep.machines.registry import arguments
+from elastic_ep.machines.repair import RepairMachine
 from elastic_ep.machines.routing_events import RoutingConfig
 from elastic_ep.messages import Member, RankState, SamplingParams
 from elastic_ep.model.checkpoint import validate_checkpoint
@@ -289,6 +291,7 @@ class RunProcess:
                 MembershipConfig(relaunch_limit=self._config.relaunch_limit),
             ),
             progress=ProgressMachine(ProgressConfig(deadline_ms=deadline_ms)),
+            repair=RepairMachine(self._plan.placement),
             processes=self,
             wire=wire,
             router=self._router,
@@ -300,7 +303,9 @@ class RunProcess:
 
     def _first_line(self) -> dict[str, object]:
         shown = {**asdict(self._config), "api_key": len(self._config.api_key)}
-        machines = arguments(self._controller.machine, self._controller.progress, self._router.machine)
+        machines = arguments(
+            self._controller.machine, self._controller.progress, self._router.machine, self._controller.repair
+        )
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         return {"version": version(), "started": started, "config": shown, "machines": machines}
 
@@ -338,7 +343,6 @@ class RunProcess:
             rank=member.rank,
             incarnation=member.incarnation,
             num_ranks=self._config.ranks,
-            num_redundant_experts=self._plan.redundant,
             directory=str(self._directory_path),
             model=str(self._plan.folder.resolve()),
             load_format=self._config.load_format,
@@ -346,6 +350,7 @@ class RunProcess:
             seed=self._config.seed,
             limits=self._plan.limits,
             heartbeat_ms=self._heartbeat_ms,
+            placement=self._controller.repair.placement,
         )
         self._launcher.launch(member, config.to_json())
 
@@ -396,6 +401,15 @@ class RunProcess:
 
     def serving_ranks(self) -> int:
         return self._router.serving_ranks()
+
+    def experts(self) -> ExpertsStatus:
+        controller = self._controller
+        ranks = [seat.rank for seat in controller.machine.view.seats]
+        return experts_status(controller.repair.placement, ranks, controller.proofs)
+
+    async def verify(self) -> Verification:
+        controller = self._controller
+        return await verify(controller.repair.placement, controller.machine.view.members, controller.proofs)
 
     def status(self) -> FaultToleranceStatus:
         self._metrics.requests(self._router.running, self._router.waiting)

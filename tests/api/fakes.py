@@ -10,7 +10,17 @@ from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from elastic_ep.api.backend import Busy, EngineStatus, FaultToleranceStatus, Stopping
+from elastic_ep.api.backend import (
+    Busy,
+    CorruptSlot,
+    EngineStatus,
+    ExpertsStatus,
+    FaultToleranceStatus,
+    LayerStatus,
+    SlotStatus,
+    Stopping,
+    Verification,
+)
 from elastic_ep.detokenize import byte_level_alphabet
 from elastic_ep.messages import SamplingParams, Token, TopLogprob
 from elastic_ep.text import Text
@@ -161,6 +171,13 @@ class FakeBackend:
     def status(self) -> FaultToleranceStatus:
         engine = EngineStatus(0, "healthy", "Serving", 1, 4711, 2, 0, "")
         return FaultToleranceStatus("Serving", 3, 1000, 1, (engine,))
+
+    def experts(self) -> ExpertsStatus:
+        slots = (SlotStatus(0, 0, 3, True, "00c0ffee"), SlotStatus(1, 0, None, True, None))
+        return ExpertsStatus(5, 1, (LayerStatus(0, 1, slots),))
+
+    async def verify(self) -> Verification:
+        return Verification(31, (CorruptSlot(0, 1, 0),), (7,))
 
     def serving_ranks(self) -> int:
         return self.serving

@@ -11,10 +11,12 @@ from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.control.rank import SYNC_RETRY_S, RankProcess
 from elastic_ep.machines.member import AskSnapshot
 from elastic_ep.messages import SnapshotRequest
+from elastic_ep.placement import launch_placement
 
 CONFIG = RankConfig(
-    rank=0, incarnation=1, num_ranks=2, num_redundant_experts=0, directory="", model="", load_format="dummy",
+    rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="dummy",
     device="cpu", seed=0, limits=EngineLimits(max_model_len=16), heartbeat_ms=200,
+    placement=launch_placement(2, 1, 2, 0),
 )  # fmt: skip
 BEATS = 2_000
 

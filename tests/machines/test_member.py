@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from elastic_ep.machines.member import (
     Adopt,
+    AdoptPlacement,
     AskSnapshot,
     Connect,
     Effect,
@@ -25,12 +26,14 @@ from elastic_ep.messages import (
     Commit,
     Member,
     Numbered,
+    PlacementChanged,
     Prepare,
     Published,
     Seat,
     Snapshot,
     View,
 )
+from elastic_ep.placement import Change, launch_placement
 
 A, B, C, C2 = Member(0, 1), Member(1, 1), Member(2, 1), Member(2, 2)
 
@@ -52,6 +55,19 @@ def member_of(me: Member, *members: Member) -> MemberMachine:
     machine = MemberMachine(me)
     run(machine, Snapshot(10, view(1, *members), None))
     return machine
+
+
+def test_placements_are_adopted_in_order_and_a_snapshot_brings_the_whole() -> None:
+    launched = launch_placement(3, 1, 3, 3)
+    machine = MemberMachine(A)
+    run(machine, Snapshot(10, view(1, A, B), None, launched))
+    first, second = PlacementChanged(1, (Change(0, 0, -1),)), PlacementChanged(2, (Change(0, 0, 2),))
+    assert run(machine, Numbered(12, second)) == [AskSnapshot()]
+    emptied = launched.changed(1, first.changes)
+    filled = emptied.changed(2, second.changes)
+    assert run(machine, Numbered(11, first)) == [AdoptPlacement(emptied), AdoptPlacement(filled)]
+    assert run(machine, Snapshot(12, view(1, A, B), None, filled)) == []
+    assert filled.slots[0][0] == 2
 
 
 def test_a_member_connects_promises_and_adopts() -> None:

@@ -35,6 +35,8 @@ class AdminHandlers:
             web.get("/version", self.version),
             web.get("/openapi.json", self.openapi),
             web.get("/v1/fault_tolerance/status", self.status),
+            web.get("/v1/fault_tolerance/experts", self.experts),
+            web.post("/v1/fault_tolerance/verify", self.verify),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
         ]
@@ -59,6 +61,14 @@ class AdminHandlers:
 
     async def status(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(asdict(self._backend.status()))
+
+    async def experts(self, request: web.Request) -> web.StreamResponse:
+        """Per layer, which slot holds which expert."""
+        return web.json_response(asdict(self._backend.experts()))
+
+    async def verify(self, request: web.Request) -> web.StreamResponse:
+        """Every rank re-checks its slots; what differs is taken out of the placement and made anew."""
+        return web.json_response(asdict(await self._backend.verify()))
 
     async def tokenize(self, request: web.Request) -> web.StreamResponse:
         values = read_fields(parse_object(await request.read()), tokenize_fields())

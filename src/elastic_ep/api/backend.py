@@ -55,6 +55,49 @@ class FaultToleranceStatus:
     engines: tuple[EngineStatus, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SlotStatus:
+    """One physical expert. `logical` is None for an empty slot; `alive` whether its rank takes part."""
+
+    physical: int
+    rank: int
+    logical: int | None
+    alive: bool
+    checksum: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatus:
+    layer: int
+    tolerates: int
+    slots: tuple[SlotStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsStatus:
+    """The body of `GET /v1/fault_tolerance/experts`: who holds what. `version` counts changes since the launch."""
+
+    version: int
+    tolerates: int
+    layers: tuple[LayerStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CorruptSlot:
+    layer: int
+    physical: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The body of `POST /v1/fault_tolerance/verify`: slots re-checked, those that differ, ranks that did not answer."""
+
+    checked: int
+    differ: tuple[CorruptSlot, ...]
+    silent: tuple[int, ...]
+
+
 class Stream(Protocol):
     """The tokens of one request, in batches of what is ready. Ends after the token whose `finish` is set."""
 
@@ -77,3 +120,7 @@ class Backend(Protocol):
     def status(self) -> FaultToleranceStatus: ...
 
     def serving_ranks(self) -> int: ...
+
+    def experts(self) -> ExpertsStatus: ...
+
+    async def verify(self) -> Verification: ...

@@ -58,6 +58,13 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
         "/v1/models": _get("The model that is served.", models),
         "/v1/models/{model}": {"parameters": [name], **_get("One model.", model, 404)},
         "/v1/fault_tolerance/status": _get("Each rank's state.", _status_schema()),
+        "/v1/fault_tolerance/experts": _get("Who holds which expert.", _experts_schema()),
+        "/v1/fault_tolerance/verify": {
+            "post": {
+                "summary": "Have every rank re-check the bytes of its experts.",
+                "responses": {"200": _json("What differs.", _verification_schema()), **_errors(401)},
+            }
+        },
         "/version": _get("The server's version.", _object(version=_STRING)),
         "/live": _get("The process answers.", _object(status=_STRING)),
         "/health": {"get": {"summary": "Is any rank serving?", "responses": {"200": health, "503": health}}},
@@ -130,4 +137,25 @@ def _status_schema() -> Schema:
     engines = {"type": "array", "items": engine}
     return _object(
         state=_STRING, epoch=_INTEGER, step={"type": "integer"}, tolerates=_INTEGER, engines=engines
+    )
+
+
+def _experts_schema() -> Schema:
+    slot = _object(
+        physical=_INTEGER,
+        rank=_INTEGER,
+        logical={"type": ["integer", "null"]},
+        alive={"type": "boolean"},
+        checksum={"type": ["string", "null"]},
+    )
+    layer = _object(layer=_INTEGER, tolerates=_INTEGER, slots={"type": "array", "items": slot})
+    return _object(version=_INTEGER, tolerates=_INTEGER, layers={"type": "array", "items": layer})
+
+
+def _verification_schema() -> Schema:
+    corrupt = _object(layer=_INTEGER, physical=_INTEGER, rank=_INTEGER)
+    return _object(
+        checked=_INTEGER,
+        differ={"type": "array", "items": corrupt},
+        silent={"type": "array", "items": _INTEGER},
     )

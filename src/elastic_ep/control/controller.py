@@ -16,14 +16,17 @@ import anyio
 
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.control.observe import Disturbance, PaceObserver
+from elastic_ep.control.proofs import Proofs
 from elastic_ep.control.router import Router
 from elastic_ep.control.wire import ControllerWire
 from elastic_ep.log import EventLog
 from elastic_ep.machines import membership_events as ev
+from elastic_ep.machines import repair_events
 from elastic_ep.machines import routing_events as routing
 from elastic_ep.machines.contract import Tick, UnexpectedEvent
 from elastic_ep.machines.membership import MembershipMachine
 from elastic_ep.machines.progress import ProgressMachine, Pulse
+from elastic_ep.machines.repair import RepairMachine
 from elastic_ep.messages import (
     Beat,
     Commit,
@@ -31,10 +34,13 @@ from elastic_ep.messages import (
     Heartbeat,
     Hello,
     Member,
+    PlacementSeen,
     Prepare,
     Promise,
     RankReport,
     RankState,
+    SlotCopied,
+    SlotSums,
     Snapshot,
     SnapshotRequest,
     StepReport,
@@ -71,6 +77,7 @@ class RankFacts:
 class Controller:
     machine: MembershipMachine
     progress: ProgressMachine
+    repair: RepairMachine
     processes: Processes
     wire: ControllerWire
     router: Router
@@ -94,6 +101,7 @@ class Controller:
         self.stopped = anyio.Event()
         self.serving = anyio.Event()
         self.pace = PaceObserver(self._disturbed)
+        self.proofs = Proofs(self.wire.send)
 
     # In
 
@@ -131,6 +139,13 @@ class Controller:
                 self.feed(ev.Promised(member, message.attempt, message.step))
             case RankReport():
                 self._guarded(ev.Reported(member, message.state, message.reason), member)
+            case PlacementSeen():
+                self._repair(repair_events.Seen(member, message.version))
+            case SlotCopied():
+                self._repair(repair_events.Copied(member, message.ticket, message.checksum, message.error))
+            case SlotSums():
+                self._repair(repair_events.Summed(member, message.sums))
+                self.proofs.heard(member, message)
             case SnapshotRequest():
                 self._answer_snapshot(member)
             case Hello():
@@ -222,6 +237,7 @@ class Controller:
                 self._view_changed(view, "gain")
             case ev.MemberUp(member):
                 self.router.handle(routing.RankUp(member))
+                self.proofs.ask([member])
             case ev.MemberDown(member, reason):
                 if self.machine.state is not ev.GroupState.STOPPING:
                     self.metrics.rank_lost(reason.split(":")[0])
@@ -241,6 +257,27 @@ class Controller:
         if self._seated != view.members:
             self._seated = view.members
             self.pace.view_changed(view, kind)
+            self._repair(repair_events.MembersChanged(tuple(sorted(view.members))))
+
+    # Placement
+
+    def _repair(self, event: repair_events.Event) -> None:
+        """While a machine is at work, what it causes waits its turn: `feed` takes it."""
+        now = Tick(int(time.monotonic() * 1000))
+        for heard in (now, event) if now.now_ms > self.repair.now_ms else (event,):
+            effects = self.repair.step(heard)
+            for effect in effects:
+                if isinstance(effect, repair_events.Replace):
+                    self.wire.publish(effect.changed)
+                elif isinstance(effect, repair_events.Order):
+                    self.wire.send(effect.member, effect.copy)
+            self.log.record("repair", heard, effects)
+            for effect in effects:
+                if isinstance(effect, repair_events.Replace):
+                    self.feed(ev.Placed(effect.changed.version, effect.changed.changes))
+                elif isinstance(effect, repair_events.Corrupt):
+                    self.proofs.corrupt.append((effect.layer, effect.physical))
+        self._set_timer()
 
     def _disturbed(self, seen: Disturbance) -> None:
         if seen.kind == "loss":
@@ -274,7 +311,7 @@ class Controller:
         attempt = self.machine.attempt
         prepare = Prepare(attempt.number, tuple(sorted(attempt.joiners))) if attempt else None
         self.wire.publish(Beat())
-        self.wire.send(member, Snapshot(self.wire.number, self.machine.view, prepare))
+        self.wire.send(member, Snapshot(self.wire.number, self.machine.view, prepare, self.repair.placement))
 
     def _guarded(self, event: ev.Event, member: Member) -> None:
         """A rank that breaks the protocol is faulty, and no reason for the controller to fall over."""
@@ -290,13 +327,15 @@ class Controller:
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        deadline_ms = self.machine.next_deadline_ms()
+        deadlines = (self.machine.next_deadline_ms(), self.repair.next_deadline_ms())
+        deadline_ms = min([due for due in deadlines if due is not None], default=None)
         if deadline_ms is not None:
             delay = max(0.001, deadline_ms / 1000 - time.monotonic())
             self._timer = self._loop.call_later(delay, self._on_timer)
 
     def _on_timer(self) -> None:
         self.feed(Tick(int(time.monotonic() * 1000)))
+        self._repair(Tick(int(time.monotonic() * 1000)))
 
 
 def _heartbeat(report: Heartbeat | StepReport) -> Heartbeat:

@@ -10,22 +10,15 @@ from elastic_ep.config import RankConfig
 from elastic_ep.exchange.base import Exchange, ExchangeShape
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.messages import Member
-from elastic_ep.model.config import ModelConfig, load_model_config
+from elastic_ep.model.config import load_model_config
 from elastic_ep.model.runner import ModelRunner
 from elastic_ep.model.weights import load_weights
-from elastic_ep.placement import Placement, launch_placement
-
-
-def group_placement(config: RankConfig, model: ModelConfig) -> Placement:
-    return launch_placement(
-        config.num_ranks, model.num_hidden_layers, model.num_experts, config.num_redundant_experts
-    )
 
 
 def build_engine(config: RankConfig, windows_fd: int) -> tuple[ModelRunner, Exchange]:
     torch.set_num_threads(1)
     model = load_model_config(Path(config.model))
-    placement = group_placement(config, model)
+    placement = config.placement
     shape = ExchangeShape(
         num_ranks=config.num_ranks,
         max_tokens=config.limits.max_num_batched_tokens,

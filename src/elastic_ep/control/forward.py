@@ -15,8 +15,9 @@ from elastic_ep.config import RankConfig
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.scheduling import make_ordinary
 from elastic_ep.exchange.base import Exchange
-from elastic_ep.messages import Assign, Member, RankState, StepReport, View
+from elastic_ep.messages import Assign, Member, PlacementSeen, RankState, StepReport, View
 from elastic_ep.model.runner import ModelRunner
+from elastic_ep.placement import Placement
 
 _WAIT_S = 1.0
 """How long a boundary waits before it looks again; a wake-up comes earlier."""
@@ -42,6 +43,7 @@ class ForwardThread:
         self._pending = False
         self._active: frozenset[Member] = frozenset()
         self._covered = False
+        self._placement: Placement | None = None
         self._thread = threading.Thread(target=self._main, name="forward", daemon=True)
 
     def start(self) -> None:
@@ -56,9 +58,9 @@ class ForwardThread:
     def _main(self) -> None:
         make_ordinary()
         try:
-            self._runner, self.exchange = self._build(self._config)
+            self.runner, self.exchange = self._build(self._config)
             self._mailbox.post((RankState.INIT_DIST, ""))
-            self._runner.warm_up()
+            self.runner.warm_up()
             self._mailbox.post((RankState.JOINING, ""))
             self._run()
             self.done = True
@@ -95,14 +97,23 @@ class ForwardThread:
         if mailbox.join_ready:
             mailbox.join_ready = False  # cleared first: a view that comes now sets it again
             self._view, self._pending = mailbox.view, True
+        self._adopt_placement()
         if self._pending:
             self._activate()
         while mailbox.inbox:
             message = mailbox.inbox.popleft()
             if isinstance(message, Assign):
-                self._runner.add(message)
+                self.runner.add(message)
             else:
-                self._runner.cancel(message.request_id)
+                self.runner.cancel(message.request_id)
+
+    def _adopt_placement(self) -> None:
+        placement = self._mailbox.placement
+        if placement is None or placement is self._placement:
+            return
+        self._placement = placement
+        self._covered = self.runner.set_routing({member.rank for member in self._active}, placement)
+        self._mailbox.post(PlacementSeen(*self._me, placement.version))
 
     def _activate(self) -> None:
         assert self.exchange is not None
@@ -112,13 +123,13 @@ class ForwardThread:
             for member in sorted(active - self._active - {self._me}):
                 self.exchange.activate(member)
             self._active = active
-            self._covered = self._runner.set_routing({member.rank for member in active})
+            self._covered = self.runner.set_routing({member.rank for member in active})
 
     def _one_step(self) -> None:
         assert self.exchange is not None
         started_ns = time.monotonic_ns()
         # Without a copy of every expert no token would be right: keep the lockstep, schedule nothing.
-        result = self._runner.run_step(self.step, schedule=self._covered)
+        result = self.runner.run_step(self.step, schedule=self._covered)
         if result.tokens or result.masked:
             self._mailbox.post(
                 StepReport(
@@ -129,8 +140,8 @@ class ForwardThread:
                     started_ns=started_ns,
                     ended_ns=time.monotonic_ns(),
                     tokens=result.tokens,
-                    running=self._runner.running,
-                    waiting=self._runner.waiting,
+                    running=self.runner.running,
+                    waiting=self.runner.waiting,
                     operations=self.exchange.operations,
                     cpu_ms=time.thread_time_ns() // 1_000_000,
                     masked=tuple(sorted(result.masked)),

@@ -12,7 +12,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from elastic_ep.messages import Assign, Cancel, RankState, StepReport, View
+from elastic_ep.messages import Assign, Cancel, PlacementSeen, RankState, StepReport, View
+from elastic_ep.placement import Placement
 
 NEVER = 1 << 62
 PROMISE_MARGIN = 2
@@ -23,8 +24,10 @@ class Mailbox:
     def __init__(self, notify: Callable[[], None]) -> None:
         # Written by the control loop.
         self.join_ready = False
-        """There is a view that the forward thread has not adopted."""
+        """There is a view or a placement that the forward thread has not adopted."""
         self.view = View(epoch=0, seats=())
+        self.placement: Placement | None = None
+        """None: the one this rank was launched with."""
         self.hold_at = NEVER
         self.inbox: deque[Assign | Cancel] = deque()
         self.stop = False
@@ -32,7 +35,7 @@ class Mailbox:
         self.begun = -1
         self.waiting_at: int | None = None
         """The step before which the forward thread waits because of a hold or because the group is parked."""
-        self.outbox: deque[StepReport | tuple[RankState, str]] = deque()
+        self.outbox: deque[StepReport | PlacementSeen | tuple[RankState, str]] = deque()
         self._wake = threading.Event()
         self._notify = notify
 
@@ -40,6 +43,11 @@ class Mailbox:
 
     def adopt(self, view: View) -> None:
         self.view = view
+        self.join_ready = True
+        self._wake.set()
+
+    def adopt_placement(self, placement: Placement) -> None:
+        self.placement = placement
         self.join_ready = True
         self._wake.set()
 
@@ -80,6 +88,6 @@ class Mailbox:
         self._wake.wait(timeout_s)
         self._wake.clear()
 
-    def post(self, item: StepReport | tuple[RankState, str]) -> None:
+    def post(self, item: StepReport | PlacementSeen | tuple[RankState, str]) -> None:
         self.outbox.append(item)
         self._notify()

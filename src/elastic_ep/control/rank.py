@@ -6,10 +6,11 @@ The fork server calls `main` in the main thread of a freshly forked process that
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Sequence
 from pathlib import Path
 
 import anyio
@@ -23,6 +24,7 @@ from elastic_ep.control.wire import RankWire
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.machines.member import (
     Adopt,
+    AdoptPlacement,
     AskSnapshot,
     Connect,
     Effect,
@@ -35,18 +37,23 @@ from elastic_ep.machines.member import (
 from elastic_ep.messages import (
     Assign,
     Cancel,
+    CopySlot,
     Drain,
     Heartbeat,
     Hello,
     Member,
     Numbered,
+    PlacementSeen,
     Promise,
     RankReport,
     RankState,
     Shutdown,
+    SlotCopied,
+    SlotSums,
     Snapshot,
     SnapshotRequest,
     StepReport,
+    SumSlots,
     ToRank,
 )
 
@@ -92,8 +99,10 @@ class RankProcess:
         self._wire.send(Hello(*self._me, os.getpid()))
         self._report(RankState.INIT_CUDA)
         self._forward.start()
-        async with anyio.create_task_group() as tasks:
+        self._slot_work, orders = anyio.create_memory_object_stream[CopySlot | SumSlots](math.inf)
+        async with self._slot_work, orders, anyio.create_task_group() as tasks:
             tasks.start_soon(self._synchronise)
+            tasks.start_soon(self._work_on_slots, orders)
             if self._config.heartbeat_ms:
                 tasks.start_soon(self._send_heartbeats)
             await self._finished.wait()
@@ -139,6 +148,8 @@ class RankProcess:
                 self._perform(self._machine.step(message))
             case Assign() | Cancel():
                 self._mailbox.deliver(message)
+            case CopySlot() | SumSlots():
+                self._slot_work.send_nowait(message)
             case Drain():
                 pass  # the router gives nothing new; what runs, runs on
             case Shutdown():
@@ -162,6 +173,8 @@ class RankProcess:
                     self._mask(member)
                 case Adopt(view):
                     self._mailbox.adopt(view)
+                case AdoptPlacement(placement):
+                    self._mailbox.adopt_placement(placement)
                 case Expelled():
                     print(f"rank {self._me.rank}: expelled from the group", file=sys.stderr, flush=True)
                     os._exit(EXPELLED_STATUS)
@@ -200,6 +213,8 @@ class RankProcess:
             if isinstance(item, StepReport):
                 self._wire.send(item)
                 self._heard_from = True
+            elif isinstance(item, PlacementSeen):
+                self._wire.send(item)
             else:
                 self._on_forward_state(*item)
 
@@ -227,6 +242,25 @@ class RankProcess:
 
     def _report(self, state: RankState, reason: str = "") -> None:
         self._wire.send(RankReport(*self._me, state, reason))
+
+    # State plane
+
+    async def _work_on_slots(self, orders: AsyncIterable[CopySlot | SumSlots]) -> None:
+        """Copies and checksums, one after the other, on a thread of their own: the forward thread goes on meanwhile."""
+        async for message in orders:
+            if isinstance(message, CopySlot):
+                copied = await anyio.to_thread.run_sync(self._copy, message, abandon_on_cancel=True)
+                self._wire.send(copied)
+            else:
+                sums = await anyio.to_thread.run_sync(self._forward.runner.slot_sums, abandon_on_cancel=True)
+                self._wire.send(SlotSums(*self._me, message.ticket, tuple(sums)))
+
+    def _copy(self, order: CopySlot) -> SlotCopied:
+        try:
+            checksum = self._forward.runner.copy_expert(order.layer, order.physical, order.logical)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            return SlotCopied(*self._me, order.ticket, 0, f"{type(error).__name__}: {error}")
+        return SlotCopied(*self._me, order.ticket, checksum)
 
     async def _send_heartbeats(self) -> None:
         while True:

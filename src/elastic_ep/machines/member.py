@@ -14,11 +14,13 @@ from elastic_ep.messages import (
     Commit,
     Member,
     Numbered,
+    PlacementChanged,
     Prepare,
     Published,
     Snapshot,
     View,
 )
+from elastic_ep.placement import Placement
 
 # Effects
 
@@ -61,11 +63,18 @@ class Adopt:
 
 
 @dataclass(frozen=True, slots=True)
+class AdoptPlacement:
+    """Route by this placement from the next boundary on."""
+
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
 class Expelled:
     """The others go on without this incarnation: it must exit."""
 
 
-Effect = AskSnapshot | Connect | MakePromise | ReleaseHold | Mask | Adopt | Expelled
+Effect = AskSnapshot | Connect | MakePromise | ReleaseHold | Mask | Adopt | AdoptPlacement | Expelled
 
 
 class MemberMachine:
@@ -76,6 +85,7 @@ class MemberMachine:
         self.number: int | None = None
         self.view = View(epoch=0, seats=())
         self.attempt: Prepare | None = None
+        self.placement: Placement | None = None
         self._early: dict[int, Numbered] = {}
         self._effects: list[Effect] = []
 
@@ -109,6 +119,9 @@ class MemberMachine:
             return
         self.number = event.number
         self._early = {number: kept for number, kept in self._early.items() if number > event.number}
+        if event.placement is not None and event.placement != self.placement:
+            self.placement = event.placement
+            self._effects.append(AdoptPlacement(event.placement))
         self._adopt(event.view)
         if event.attempt is None:
             self._end_attempt()
@@ -133,6 +146,10 @@ class MemberMachine:
                 self._end_attempt()
             case View():
                 self._adopt(body)
+            case PlacementChanged():
+                assert self.placement is not None, "a change of a placement that no snapshot brought"
+                self.placement = self.placement.changed(body.version, body.changes)
+                self._effects.append(AdoptPlacement(self.placement))
             case Beat():
                 raise AssertionError("a beat is never kept")
 

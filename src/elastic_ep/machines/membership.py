@@ -113,6 +113,7 @@ class MembershipMachine:
             ev.WorkBegan: self._on_work_began,
             ev.WorkEnded: self._on_work_ended,
             ev.StepSeen: self._on_step_seen,
+            ev.Placed: self._on_placed,
             ev.StopRequested: self._on_stop,
             ev.StopRanks: self._on_stop_ranks,
             ev.StopForced: self._on_stop_forced,
@@ -246,6 +247,9 @@ class MembershipMachine:
     def _on_step_seen(self, event: ev.StepSeen) -> None:
         self.highest_step = max(self.highest_step, event.step)
 
+    def _on_placed(self, event: ev.Placed) -> None:
+        self.placement = self.placement.changed(event.version, event.changes)
+
     def _on_stop(self, _event: ev.StopRequested) -> None:
         self.stopping = True
         if self.attempt:
@@ -307,6 +311,10 @@ class MembershipMachine:
             self._effects.append(ev.MemberDown(slot.member, reason))
 
     def _plan_relaunch(self, slot: Slot) -> None:
+        if self.config.relaunch_limit == 0:
+            slot.gave_up = True
+            slot.reason = f"stays away (--relaunch-limit 0); {slot.reason}"
+            return
         if slot.failures > self.config.relaunch_limit:
             slot.gave_up = True
             slot.reason = (

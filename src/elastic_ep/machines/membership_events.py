@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from elastic_ep.machines.contract import Tick
 from elastic_ep.messages import Drain, Member, Published, RankState, Shutdown
+from elastic_ep.placement import Change
 
 
 class GroupState(StrEnum):
@@ -104,6 +105,14 @@ class StepSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """The placement was changed so: an expert may be covered now, or no longer."""
+
+    version: int
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """No more relaunches; the router drains."""
 
@@ -130,6 +139,7 @@ Event = (
     | WorkBegan
     | WorkEnded
     | StepSeen
+    | Placed
     | StopRequested
     | StopRanks
     | StopForced

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_ep.machines import membership_events, routing_events
+from elastic_ep.machines import membership_events, repair_events, routing_events
 from elastic_ep.machines.membership import MembershipMachine
 from elastic_ep.machines.membership_events import MembershipConfig
 from elastic_ep.machines.progress import ProgressConfig, ProgressMachine, Pulse
+from elastic_ep.machines.repair import RepairMachine
+from elastic_ep.machines.repair_events import RepairConfig
 from elastic_ep.machines.routing import RoutingMachine
 from elastic_ep.machines.routing_events import RoutingConfig
 from elastic_ep.messages import from_plain, to_plain
@@ -25,7 +27,7 @@ class Entry:
 
 
 def arguments(
-    membership: MembershipMachine, progress: ProgressMachine, routing: RoutingMachine
+    membership: MembershipMachine, progress: ProgressMachine, routing: RoutingMachine, repair: RepairMachine
 ) -> dict[str, dict[str, Any]]:
     """What the log's first line says about each machine."""
     return {
@@ -36,6 +38,7 @@ def arguments(
         },
         "progress": {"config": to_plain(progress.config)},
         "routing": {"config": to_plain(routing.config)},
+        "repair": {"placement": to_plain(repair.placement), "config": to_plain(repair.config)},
     }
 
 
@@ -45,10 +48,16 @@ def _membership(plain: dict[str, Any]) -> MembershipMachine:
     return MembershipMachine(int(plain["num_ranks"]), placement, config)
 
 
+def _repair(plain: dict[str, Any]) -> RepairMachine:
+    placement: Placement = from_plain(plain["placement"], Placement)
+    return RepairMachine(placement, from_plain(plain["config"], RepairConfig))
+
+
 MACHINES: dict[str, Entry] = {
     "membership": Entry(_membership, membership_events.Event),
     "progress": Entry(lambda plain: ProgressMachine(from_plain(plain["config"], ProgressConfig)), Pulse),
     "routing": Entry(
         lambda plain: RoutingMachine(from_plain(plain["config"], RoutingConfig)), routing_events.Event
     ),
+    "repair": Entry(_repair, repair_events.Event),
 }

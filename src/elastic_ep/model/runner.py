@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import TILE, Exchange, Received
-from elastic_ep.messages import Assign, SamplingParams, Token
+from elastic_ep.messages import Assign, SamplingParams, SlotSum, Token
 from elastic_ep.model.batch import KEY_BLOCK, BatchMaker, CacheLayout
 from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.sampler import Sampled, sample
@@ -53,6 +54,7 @@ class ModelRunner:
             config.num_attention_heads, config.num_key_value_heads, limits.page_size, limits.num_pages + 1
         )
         self._batches = BatchMaker(layout, self._device)
+        self._weights = weights
         self._model = Qwen3Moe(weights, layout, limits.max_model_len, self._device)
         self._ended: list[Token] = []
         self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
@@ -81,6 +83,21 @@ class ModelRunner:
         if placement is not None:
             self._placement = placement
         return self._model.routing.update(self._placement, active_ranks, self._rank)
+
+    def copy_expert(self, layer: int, physical: int, logical: int) -> int:
+        """Fill a slot of this rank that nobody addresses; the checksum of its bytes then. Any thread, one at a time."""
+        slot = physical % self._placement.slots_per_rank
+        self._weights.load_expert(layer, slot, logical)
+        return self._weights.checksum(layer, slot)
+
+    def slot_sums(self) -> list[SlotSum]:
+        """The checksums of all slots. Any thread, one at a time, and not during `copy_expert`."""
+        width = self._placement.slots_per_rank
+        places = itertools.product(range(len(self._placement.slots)), range(width))
+        return [
+            SlotSum(layer, self._rank * width + slot, self._weights.checksum(layer, slot))
+            for layer, slot in places
+        ]
 
     def add(self, assign: Assign) -> None:
         """Take over a request from position len(prompt) + len(emitted) on."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,12 @@ class Weights:
         weights.gate_up[slot, :, :inner].copy_(gate.t())
         weights.gate_up[slot, :, inner:].copy_(up.t())
         weights.down[slot].copy_(down.t())
+
+    def checksum(self, layer: int, slot: int) -> int:
+        """CRC-32 of the slot's bytes as they lie in memory: the same for every copy of an expert."""
+        weights = self.layers[layer]
+        first = zlib.crc32(weights.gate_up[slot].cpu().numpy().data)
+        return zlib.crc32(weights.down[slot].cpu().numpy().data, first)
 
     def _layer(self, layer: int, slots: int) -> LayerWeights:
         config, prefix = self.config, f"model.layers.{layer}."

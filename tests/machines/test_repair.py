@@ -1,0 +1,311 @@
+"""Repair, rule by rule, and under hypothesis: ranks that die and return, answers that come late or wrong."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from elastic_ep.machines import repair_events as ev
+from elastic_ep.machines.contract import Tick
+from elastic_ep.machines.repair import RepairMachine
+from elastic_ep.messages import CopySlot, Member
+from elastic_ep.placement import EMPTY, Placement, launch_placement
+
+
+def checksum_of(layer: int, logical: int) -> int:
+    return 1000 * layer + logical
+
+
+@dataclass
+class Rank:
+    """A rank's memory, the version it routes by, and the orders that it has not carried out."""
+
+    member: Member
+    slots: list[list[int]]
+    placement: Placement
+    orders: deque[CopySlot] = field(default_factory=deque)
+    versions: deque[Placement] = field(default_factory=deque)
+
+
+class Group:
+    """Ranks around a repair machine; everything they do is asked for one by one."""
+
+    def __init__(self, ranks: int, experts: int, redundant: int, layers: int = 1) -> None:
+        self.machine = RepairMachine(launch_placement(ranks, layers, experts, redundant))
+        self.ranks: dict[int, Rank] = {}
+        self.incarnations = dict.fromkeys(range(ranks), 0)
+        for rank in range(ranks):
+            self.launch(rank)
+        self.change_members()
+
+    def launch(self, rank: int) -> None:
+        self.incarnations[rank] += 1
+        placement = self.machine.placement
+        slots = [list(placement.on_rank(layer, rank)) for layer in range(len(placement.slots))]
+        self.ranks[rank] = Rank(Member(rank, self.incarnations[rank]), slots, placement)
+
+    def change_members(self) -> None:
+        self.feed(ev.MembersChanged(tuple(sorted(rank.member for rank in self.ranks.values()))))
+
+    def kill(self, *ranks: int) -> None:
+        for rank in ranks:
+            del self.ranks[rank]
+        self.change_members()
+
+    def feed(self, event: ev.Event) -> list[ev.Effect]:
+        effects = self.machine.step(event)
+        self.machine.check()
+        for effect in effects:
+            match effect:
+                case ev.Order(member, copy):
+                    self.ranks[member.rank].orders.append(copy)
+                case ev.Replace(changed):
+                    for rank in self.ranks.values():
+                        newest = rank.versions[-1] if rank.versions else rank.placement
+                        rank.versions.append(newest.changed(changed.version, changed.changes))
+        return effects
+
+    def adopt(self, number: int) -> None:
+        """The rank passes a boundary."""
+        rank = self.ranks[number]
+        if rank.versions:
+            rank.placement = rank.versions[-1]
+            rank.versions.clear()
+            self.feed(ev.Seen(rank.member, rank.placement.version))
+
+    def copy(self, number: int, *, error: str = "", flip: int = 0) -> None:
+        """The rank carries out its oldest order."""
+        rank = self.ranks[number]
+        order = rank.orders.popleft()
+        for other in self.ranks.values():
+            held = other.placement.slots[order.layer][order.physical]
+            assert held == EMPTY, (
+                f"{other.member} may still send rows for expert {held} to the slot that is overwritten"
+            )
+        width = self.machine.placement.slots_per_rank
+        rank.slots[order.layer][order.physical % width] = EMPTY if error else order.logical
+        checksum = checksum_of(order.layer, order.logical) + flip
+        self.feed(ev.Copied(rank.member, order.ticket, checksum, error))
+
+    def sum(self, number: int, *, flip: tuple[int, int] | None = None) -> None:
+        """The rank reports its checksums; `flip`: (layer, physical) whose bytes are wrong."""
+        rank = self.ranks[number]
+        width = self.machine.placement.slots_per_rank
+        sums = []
+        for layer, slots in enumerate(rank.slots):
+            for slot, logical in enumerate(slots):
+                place = (layer, number * width + slot)
+                sums.append((*place, checksum_of(layer, logical) + (place == flip)))
+        self.feed(ev.Summed(rank.member, tuple(sums)))
+
+    def settle(self) -> None:
+        """Everything that is under way arrives."""
+        for _ in range(1000):
+            self.feed(Tick(self.machine.now_ms + 2_000))
+            for number, rank in list(self.ranks.items()):
+                self.adopt(number)
+                while rank.orders:
+                    self.copy(number)
+            busy = self.machine.copies or self.machine.retry_at_ms
+            if not busy and not any(rank.versions for rank in self.ranks.values()):
+                return
+        raise AssertionError("repair does not come to an end")
+
+    @property
+    def tolerates(self) -> int:
+        return self.machine.placement.tolerates(set(self.ranks))
+
+    @property
+    def possible(self) -> int:
+        """As the slots of those who live allow, and no more than at launch."""
+        placement = self.machine.placement
+        room = len(self.ranks) * placement.slots_per_rank // placement.num_experts
+        return min(room, min(self.machine.wanted), len(self.ranks)) - 1
+
+    def check_memory(self) -> None:
+        """What the published placement says is what lies in memory."""
+        placement = self.machine.placement
+        for number, rank in self.ranks.items():
+            for layer, slots in enumerate(rank.slots):
+                for said, held in zip(placement.on_rank(layer, number), slots, strict=True):
+                    assert said in (EMPTY, held)
+
+
+def test_spare_slots_take_the_lost_copies() -> None:
+    group = Group(ranks=4, experts=8, redundant=16)
+    assert group.tolerates == 2
+    group.kill(3)
+    group.settle()
+    assert group.tolerates == group.possible == 1
+
+
+def test_enough_room_brings_everything_back() -> None:
+    group = Group(ranks=4, experts=6, redundant=9)  # 15 copies in 16 slots, two of every expert at least
+    assert group.tolerates == 1
+    group.kill(0)
+    group.settle()
+    assert group.tolerates == 1
+
+
+def test_an_expert_without_a_copy_comes_first() -> None:
+    group = Group(ranks=8, experts=16, redundant=24)
+    lost = group.machine.placement.on_rank(0, 0)
+    partner = next(r for r in range(1, 8) if set(lost) & set(group.machine.placement.on_rank(0, r)))
+    group.kill(0, partner)
+    gone = [e for e, n in enumerate(group.machine.placement.copies(0, set(group.ranks))) if n == 0]
+    first = [rank.orders[0].logical for rank in group.ranks.values() if rank.orders]
+    group.settle()
+    assert group.tolerates == group.possible
+    assert not gone or set(gone) & set(first) or group.machine.placement.version > 0
+
+
+def test_without_spare_slots_nothing_moves() -> None:
+    group = Group(ranks=8, experts=16, redundant=16)
+    group.kill(5)
+    group.settle()
+    assert group.machine.placement.version == 0
+
+
+def test_the_returned_rank_has_its_share_at_once() -> None:
+    group = Group(ranks=4, experts=8, redundant=16)
+    before = group.machine.placement.on_rank(0, 3)
+    group.kill(3)
+    group.settle()
+    group.launch(3)
+    group.change_members()
+    assert group.ranks[3].slots[0] == list(before)
+    group.settle()
+    assert group.tolerates >= 1
+
+
+def test_a_slot_is_not_filled_before_everybody_has_seen_it_empty() -> None:
+    group = Group(ranks=4, experts=6, redundant=10)
+    group.kill(3)
+    assert not any(rank.orders for rank in group.ranks.values()), (
+        "all slots were full: they are emptied first"
+    )
+    *others, last = group.ranks
+    for number in others:
+        group.adopt(number)
+    assert not any(rank.orders for rank in group.ranks.values())
+    group.adopt(last)
+    assert any(rank.orders for rank in group.ranks.values())
+
+
+def test_a_failed_copy_is_tried_again_later() -> None:
+    group = Group(ranks=4, experts=6, redundant=10)
+    group.kill(0)
+    for number in (1, 2, 3):
+        group.adopt(number)
+    number = next(n for n, rank in group.ranks.items() if rank.orders)
+    version = group.machine.placement.version
+    group.copy(number, error="disk on fire")
+    assert group.machine.placement.version == version, "nothing is published for it"
+    group.settle()
+    assert group.tolerates == group.possible
+
+
+def test_a_copy_with_wrong_bytes_is_not_published() -> None:
+    group = Group(ranks=4, experts=6, redundant=10)
+    for number in range(4):
+        group.sum(number)
+    group.kill(0)
+    for number in (1, 2, 3):
+        group.adopt(number)
+    number = next(n for n, rank in group.ranks.items() if rank.orders)
+    version = group.machine.placement.version
+    group.copy(number, flip=1)
+    assert group.machine.placement.version == version
+    group.settle()
+    assert group.tolerates == group.possible
+
+
+def test_a_corrupt_slot_is_taken_out_and_made_anew() -> None:
+    group = Group(ranks=4, experts=8, redundant=8)
+    for number in range(4):
+        group.sum(number)
+    victim = (0, 5)
+    group.sum(victim[1] // group.machine.placement.slots_per_rank, flip=victim)
+    assert group.machine.placement.slots[0][5] == EMPTY
+    group.settle()
+    assert group.tolerates == 1
+    group.check_memory()
+
+
+def test_an_overdue_copy_is_made_elsewhere_and_its_slot_left_alone_until_it_is_reported() -> None:
+    group = Group(ranks=4, experts=6, redundant=10)
+    group.kill(0)
+    for number in (1, 2, 3):
+        group.adopt(number)
+    number = next(n for n, rank in group.ranks.items() if rank.orders)
+    order = group.ranks[number].orders[0]
+    group.feed(Tick(group.machine.now_ms + 20_000))
+    assert (order.layer, order.physical) in group.machine.copies
+    group.settle()
+    assert group.tolerates == group.possible
+
+
+class Repairs(RuleBasedStateMachine):
+    """Any order of deaths, returns, boundaries, copies, errors and wrong bytes."""
+
+    @initialize(ranks=st.integers(2, 5), experts=st.integers(2, 6), redundant=st.integers(0, 12))
+    def begin(self, ranks: int, experts: int, redundant: int) -> None:
+        self.total = ranks
+        self.group = Group(ranks, experts, redundant, layers=2)
+        for number in range(ranks):
+            self.group.sum(number)
+
+    def some(self, data: st.DataObject, numbers: list[int]) -> int | None:
+        return data.draw(st.sampled_from(numbers)) if numbers else None
+
+    @rule(data=st.data())
+    def kill(self, data: st.DataObject) -> None:
+        number = self.some(data, sorted(self.group.ranks))
+        if number is not None and len(self.group.ranks) > 1:
+            self.group.kill(number)
+
+    @precondition(lambda self: len(self.group.ranks) < self.total)
+    @rule(data=st.data())
+    def come_back(self, data: st.DataObject) -> None:
+        number = self.some(data, [n for n in range(self.total) if n not in self.group.ranks])
+        assert number is not None
+        self.group.launch(number)
+        self.group.change_members()
+
+    @rule(data=st.data())
+    def pass_a_boundary(self, data: st.DataObject) -> None:
+        number = self.some(data, sorted(self.group.ranks))
+        if number is not None:
+            self.group.adopt(number)
+
+    @rule(
+        data=st.data(), error=st.sampled_from(["", "", "", "cannot read"]), flip=st.sampled_from([0, 0, 0, 1])
+    )
+    def copy(self, data: st.DataObject, error: str, flip: int) -> None:
+        number = self.some(data, [n for n, rank in sorted(self.group.ranks.items()) if rank.orders])
+        if number is not None:
+            self.group.copy(number, error=error, flip=flip)
+
+    @rule(ms=st.integers(1, 15_000))
+    def time_passes(self, ms: int) -> None:
+        self.group.feed(Tick(self.group.machine.now_ms + ms))
+
+    @invariant()
+    def memory_is_as_published(self) -> None:
+        if hasattr(self, "group"):
+            self.group.check_memory()
+
+    def teardown(self) -> None:
+        if hasattr(self, "group"):
+            self.group.settle()
+            assert self.group.tolerates >= self.group.possible, "tolerance did not come back"
+
+
+TestRepairs = Repairs.TestCase
+TestRepairs.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+pytestmark = pytest.mark.timeout(120)
