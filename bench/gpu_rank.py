@@ -92,13 +92,14 @@ class Plane:
         from elastic_ep.exchange.mooncake import MooncakeExchange
         from elastic_ep.messages import Member
 
+        began = now()
+
         def lap(name: str) -> None:
             nonlocal began
             torch.cuda.synchronize()
             phases[name] = (now() - began) / 1e6
             began = now()
 
-        began = now()
         self.shape, self.rank = shape, rank
         torch.cuda.set_device(0)
         torch.zeros(1, device="cuda")
@@ -132,7 +133,7 @@ class Plane:
         self.table = torch.zeros(shape.experts, dtype=torch.int64, device="cuda")
         self.expected = torch.zeros(shape.tokens, shape.hidden, **like)
         self.bad_host = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        self.stream = torch.cuda.Stream(0)
+        self.stream = torch.cuda.Stream(0)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self.stream), torch.inference_mode():
             self.route()
             self.exchange.begin_step(-1)
