@@ -47,7 +47,7 @@ def test_packages_keep_their_direction(folder: str) -> None:
         assert not tops & FORBIDDEN[folder], file
 
 
-@pytest.mark.parametrize("name", ["messages.py", "config.py", "placement.py"])
+@pytest.mark.parametrize("name", ["messages.py", "config.py", "placement.py", "codec.py"])
 def test_the_base_uses_the_standard_library_alone(name: str) -> None:
     for module in imported(SOURCE / name):
         top = module.split(".")[0]

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep import messages
-from elastic_ep.messages import FromRank, MalformedMessage, Numbered, ToRank, decode, encode
+from elastic_ep.codec import MalformedMessage, decode, encode, to_plain
+from elastic_ep.messages import FromRank, Numbered, ToRank
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
@@ -67,7 +68,7 @@ def test_what_is_not_a_message_is_malformed(data: bytes) -> None:
 @settings(max_examples=60, deadline=None)
 @given(values(messages.StepReport), st.integers(0, 5), JSON)
 def test_one_wrong_field_is_malformed_or_of_its_type(report: Any, place: int, value: Any) -> None:
-    plain = messages.to_plain(report)
+    plain = to_plain(report)
     plain[1 + place] = value
     if type(value) is int:
         return

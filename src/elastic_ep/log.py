@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from elastic_ep.messages import to_plain
+from elastic_ep.codec import to_plain
 
 FLUSH_EVERY_NS = 50_000_000
 """A kill of the run process loses at most so much of the log's end."""

@@ -1,33 +1,26 @@
-"""Every message that crosses a process boundary, and their one encoding.
+"""Every message that crosses a process boundary.
 
-Messages are frozen dataclasses, encoded as one JSON array ``[type name, field, field, ...]``. Decoding checks
-every field against its declared type, so a malformed or foreign message raises `MalformedMessage` and never
+Messages are frozen dataclasses, encoded (`codec.py`) as one JSON array ``[type name, field, field, ...]``. Decoding
+checks every field against its declared type, so a malformed or foreign message raises `MalformedMessage` and never
 reaches a machine.
 
 Which message travels where (DESIGN: three planes):
 
-* PUB, controller to all, numbered: `Prepare`, `Commit`, `Abort`, `View`, `Beat`, wrapped in `Numbered`.
+* PUB, controller to all, numbered: `Prepare`, `Commit`, `Abort`, `View`, `PlacementChanged`, `Beat`, wrapped in
+  `Numbered`.
 * ROUTER/DEALER, rank to controller: `Hello`, `RankReport`, `Promise`, `Heartbeat`, `StepReport`,
-  `SnapshotRequest`.
-* ROUTER/DEALER, controller to rank: `Snapshot`, `Assign`, `Cancel`, `Drain`, `Shutdown`.
+  `SnapshotRequest`, `PlacementSeen`, `SlotCopied`, `SlotSums`.
+* ROUTER/DEALER, controller to rank: `Snapshot`, `Assign`, `Cancel`, `Drain`, `Shutdown`, `CopySlot`,
+  `SumSlots`.
 """
 
 from __future__ import annotations
 
-import json
-import operator
-import types
-import typing
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from elastic_ep.placement import Change, Placement
-
-
-class MalformedMessage(ValueError):
-    """The bytes are not one of this project's messages."""
 
 
 class Member(NamedTuple):
@@ -353,165 +346,3 @@ FromRank = (
 )
 ToRank = Snapshot | Assign | Cancel | Drain | Shutdown | CopySlot | SumSlots
 Published = Prepare | Commit | Abort | View | PlacementChanged | Beat
-
-_T = TypeVar("_T")
-_Reader = Callable[[Any], Any]
-
-
-def to_plain(value: Any) -> Any:
-    """`value` as JSON takes it: a dataclass becomes ``[type name, field, ...]``, a named tuple a list of its fields.
-
-    A class that has `plain_fields` says itself which fields; it is for the log only, and cannot be read back.
-    """
-    cls = type(value)
-    if cls in _PLAIN:
-        return value
-    if cls is tuple or cls is list:
-        return [item if type(item) in _PLAIN else to_plain(item) for item in value]
-    if is_dataclass(cls):
-        parts = _getter(cls)(value)
-        return [cls.__name__, *[part if type(part) in _PLAIN else to_plain(part) for part in parts]]
-    return value  # a StrEnum is a string to JSON
-
-
-def encode(message: Any) -> bytes:
-    return json.dumps(to_plain(message), separators=(",", ":")).encode()
-
-
-def decode(data: bytes, expected: type[_T] | Any) -> _T:
-    """The message in `data`, which must be of the type (or union of types) `expected`.
-
-    Raises `MalformedMessage`.
-    """
-    try:
-        plain = json.loads(data)
-    except ValueError as error:
-        raise MalformedMessage(f"not JSON: {data[:80]!r}") from error
-    except RecursionError as error:
-        raise MalformedMessage("nested too deeply") from error
-    return typing.cast(_T, _reader(expected)(plain))
-
-
-def from_plain(plain: Any, expected: type[_T] | Any) -> _T:
-    """The inverse of `to_plain`, checked against `expected`. Raises `MalformedMessage`."""
-    return typing.cast(_T, _reader(expected)(plain))
-
-
-_PLAIN = frozenset({int, str, float, bool, type(None), Member, Token, TopLogprob, Change, SlotSum})
-"""What JSON takes as it is: a named tuple is a list to it. Tokens are, because every step's pass here twice."""
-_names_cache: dict[type, tuple[str, ...]] = {}
-_getters: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
-_readers: dict[Any, _Reader] = {}
-
-
-def _getter(cls: type) -> Callable[[Any], tuple[Any, ...]]:
-    """All fields at once: the messages of every step pass here."""
-    if cls not in _getters and hasattr(cls, "plain_fields"):
-        _getters[cls] = cls.plain_fields
-    elif cls not in _getters:
-        names = _names(cls)
-        one = operator.attrgetter(names[0]) if len(names) == 1 else None
-        many = operator.attrgetter(*names) if len(names) > 1 else None
-        _getters[cls] = many or ((lambda value: (one(value),)) if one else (lambda _value: ()))
-    return _getters[cls]
-
-
-def _names(cls: type) -> tuple[str, ...]:
-    if cls not in _names_cache:
-        _names_cache[cls] = tuple(field.name for field in fields(cls))
-    return _names_cache[cls]
-
-
-def _reader(hint: Any) -> _Reader:
-    if hint not in _readers:
-        _readers[hint] = _make_reader(hint)
-    return _readers[hint]
-
-
-def _make_reader(hint: Any) -> _Reader:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _union_reader(list(typing.get_args(hint)))
-    if origin is tuple:
-        return _sequence_reader(typing.get_args(hint)[0])
-    if isinstance(hint, type) and issubclass(hint, tuple):
-        return _named_tuple_reader(hint)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _record_reader(hint)
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return _enum_reader(hint)
-    return _scalar_reader(hint)
-
-
-def _union_reader(arms: list[Any]) -> _Reader:
-    records = {str(arm.__name__): _reader(arm) for arm in arms if isinstance(arm, type) and is_dataclass(arm)}
-    others = [_reader(arm) for arm in arms if not is_dataclass(arm) and arm is not type(None)]
-    optional = type(None) in arms
-
-    def read(plain: Any) -> Any:
-        if plain is None and optional:
-            return None
-        if isinstance(plain, list) and plain and isinstance(plain[0], str) and plain[0] in records:
-            return records[plain[0]](plain)
-        for other in others:
-            return other(plain)
-        raise MalformedMessage(f"none of {sorted(records)}: {str(plain)[:80]}")
-
-    return read
-
-
-def _sequence_reader(item: Any) -> _Reader:
-    read_item = _reader(item)
-
-    def read(plain: Any) -> Any:
-        if not isinstance(plain, list):
-            raise MalformedMessage(f"expected a list, got {str(plain)[:80]}")
-        return tuple([read_item(entry) for entry in plain])
-
-    return read
-
-
-def _named_tuple_reader(cls: type) -> _Reader:
-    hints = typing.get_type_hints(cls)
-    readers = [_reader(hint) for hint in hints.values()]
-
-    def read(plain: Any) -> Any:
-        if not isinstance(plain, list) or len(plain) != len(readers):
-            raise MalformedMessage(f"expected {list(hints)}, got {str(plain)[:80]}")
-        return cls(*[reader(value) for reader, value in zip(readers, plain, strict=True)])
-
-    return read
-
-
-def _record_reader(cls: type) -> _Reader:
-    hints = typing.get_type_hints(cls)
-    readers = [_reader(hints[name]) for name in _names(cls)]
-    expected = len(readers) + 1
-
-    def read(plain: Any) -> Any:
-        if not isinstance(plain, list) or len(plain) != expected or plain[0] != cls.__name__:
-            raise MalformedMessage(f"expected {cls.__name__}, got {str(plain)[:80]}")
-        return cls(*[reader(value) for reader, value in zip(readers, plain[1:], strict=True)])
-
-    return read
-
-
-def _enum_reader(cls: type[StrEnum]) -> _Reader:
-    def read(plain: Any) -> Any:
-        try:
-            return cls(plain)
-        except ValueError as error:
-            raise MalformedMessage(f"not a {cls.__name__}: {plain!r}") from error
-
-    return read
-
-
-def _scalar_reader(cls: type) -> _Reader:
-    def read(plain: Any) -> Any:
-        if type(plain) is cls:
-            return plain
-        if cls is float and type(plain) is int:
-            return float(plain)
-        raise MalformedMessage(f"expected {cls.__name__}, got {str(plain)[:80]}")
-
-    return read

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elastic_ep.codec import MalformedMessage, from_plain, to_plain
 from elastic_ep.machines.registry import MACHINES
-from elastic_ep.messages import MalformedMessage, from_plain, to_plain
 
 SAME, DIFFERS, UNREADABLE = 0, 1, 2
 

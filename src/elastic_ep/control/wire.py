@@ -13,16 +13,14 @@ from pathlib import Path
 
 import zmq
 
+from elastic_ep.codec import MalformedMessage, decode, encode
 from elastic_ep.messages import (
     Beat,
     FromRank,
-    MalformedMessage,
     Member,
     Numbered,
     Published,
     ToRank,
-    decode,
-    encode,
 )
 
 _QUEUE_LIMIT = 100_000

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from elastic_ep.codec import from_plain, to_plain
 from elastic_ep.machines import membership_events, repair_events, routing_events
 from elastic_ep.machines.membership import MembershipMachine
 from elastic_ep.machines.membership_events import MembershipConfig
@@ -14,7 +15,6 @@ from elastic_ep.machines.repair import RepairMachine
 from elastic_ep.machines.repair_events import RepairConfig
 from elastic_ep.machines.routing import RoutingMachine
 from elastic_ep.machines.routing_events import RoutingConfig
-from elastic_ep.messages import from_plain, to_plain
 from elastic_ep.placement import Placement
 
 
