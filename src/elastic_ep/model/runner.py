@@ -57,6 +57,8 @@ class ModelRunner:
         self._weights = weights
         self._model = Qwen3Moe(weights, layout, limits.max_model_len, self._device)
         self._ended: list[Token] = []
+        self._poisoned: list[Chunk] = []
+        """The batch that has to run again."""
         self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
 
     @property
@@ -115,14 +117,17 @@ class ModelRunner:
         sequence = self._scheduler.find(request_id)
         if sequence is not None:
             self._scheduler.remove(sequence)
+            self._poisoned = [chunk for chunk in self._poisoned if chunk.sequence is not sequence]
 
     @torch.inference_mode()
     def run_step(self, step: int, schedule: bool) -> StepResult:
         """One step: always the same number of exchange operations, tokens only if nothing was masked meanwhile.
 
-        A poisoned step's batch stays scheduled: its KV entries are overwritten when it runs again.
+        A poisoned step's batch runs again as it was: its KV entries are overwritten. What came in meanwhile (a lost
+        rank's requests, with all their tokens to compute) waits for the step after, so that the clients of this one do
+        not wait for it.
         """
-        chunks = self._scheduler.schedule() if schedule else []
+        chunks = (self._poisoned or self._scheduler.schedule()) if schedule else []
         self._exchange.begin_step(step)
         if not chunks:
             self._model.forward_idle(self._exchange)
@@ -133,7 +138,9 @@ class ModelRunner:
         masked = self._exchange.end_step()
         if masked:
             self._model.cache.forget(batch)
+            self._poisoned = chunks
             return StepResult(masked=masked)
+        self._poisoned = []
         self._scheduler.commit(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled = sample(logits, sequences) if sequences else []
