@@ -34,7 +34,7 @@ class _Chain:
         self.checksum = 0
 
     def __call__(self, _logger: object, _method: str, entry: Mapping[str, Any]) -> bytes:
-        fields = {"n": self.number, "t_ns": time.monotonic_ns(), **entry}
+        fields = {"n": self.number, **entry}
         fields.pop("event", None)
         body = _encode(fields).encode()
         self.number += 1
@@ -51,6 +51,8 @@ class EventLog:
 
     def __init__(self, folder: Path, *, recording: bool = True) -> None:
         self.recording = recording
+        self._pending: list[tuple[int, str, Any, Any]] = []
+        self._encoded_ns = 0
         folder.mkdir(parents=True, exist_ok=False)
         self.path = folder / "events.jsonl"
         self._output = _BufferedLogger(self.path)
@@ -61,51 +63,64 @@ class EventLog:
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """The first line: what replay needs to build the same machines."""
-        self._log.msg("", run=arguments)
+        self._log.msg("", t_ns=time.monotonic_ns(), run=arguments)
+        self._output.flush()
 
     def record(self, machine: str, event: object, effects: Sequence[object]) -> None:
+        """Neither `event` nor `effects` may change afterwards: they are encoded later."""
         if self.recording:
-            self._log.msg(
-                "", machine=machine, heard=to_plain(event), effects=[to_plain(effect) for effect in effects]
-            )
+            self._defer(machine, event, effects)
 
     def note(self, kind: str, /, **facts: Any) -> None:
         if self.recording:
-            self._log.msg("", note=kind, **facts)
+            self._defer("", kind, facts)
 
     def close(self) -> None:
         """Idempotent."""
+        self._encode()
         self._output.close()
+
+    def _defer(self, machine: str, what: object, more: Any) -> None:
+        """Lines are encoded some at a time: one by one, between other work, each costs twice as much."""
+        now = time.monotonic_ns()
+        self._pending.append((now, machine, what, more))
+        if now - self._encoded_ns >= FLUSH_EVERY_NS:
+            self._encoded_ns = now
+            self._encode()
+
+    def _encode(self) -> None:
+        for t_ns, machine, what, more in self._pending:
+            if machine:
+                effects = [to_plain(effect) for effect in more]
+                self._log.msg("", t_ns=t_ns, machine=machine, heard=to_plain(what), effects=effects)
+            else:
+                self._log.msg("", t_ns=t_ns, note=what, **more)
+        self._pending.clear()
+        self._output.flush()
 
 
 class _BufferedLogger:
-    """Like structlog's BytesLogger, which flushes after every line; this one at most every `FLUSH_EVERY_NS`."""
+    """Like structlog's BytesLogger, which flushes after every line; this one when it is told to."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("wb", buffering=0)
-        self._pending: list[bytes] = []
-        self._written_ns = 0
+        self._lines: list[bytes] = []
         self.closed = False
 
     def msg(self, line: bytes) -> None:
-        if self.closed:
-            return
-        self._pending.append(line)
-        now = time.monotonic_ns()
-        if now - self._written_ns >= FLUSH_EVERY_NS:
-            self._written_ns = now
-            self._write()
+        if not self.closed:
+            self._lines.append(line)
 
     def close(self) -> None:
         if not self.closed:
-            self._write()
+            self.flush()
         self.closed = True
         self._file.close()
 
-    def _write(self) -> None:
-        data = memoryview(b"\n".join([*self._pending, b""]))
-        self._pending.clear()
+    def flush(self) -> None:
+        data = memoryview(b"\n".join([*self._lines, b""]))
+        self._lines.clear()
         try:
             while data:
                 data = data[self._file.write(data) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.metadata
 import json
 import os
@@ -62,6 +63,8 @@ from elastic_ep.text import Text
 
 SWITCH_INTERVAL_S = 0.0005
 """A death notice waits at most so long for the interpreter lock."""
+GC_THRESHOLD = 20_000
+"""Objects made before the collector looks for cycles; every step of the ranks makes some hundreds here."""
 HEARTBEATS_PER_DEADLINE = 5
 """Five in a deadline: one may be late without a verdict."""
 PULSES_PER_DEADLINE = 10
@@ -152,7 +155,10 @@ def serve(config: ServeConfig) -> int:
     """Serve until told to stop; the exit status. Raises `ConfigError` before anything is started."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()
-    return anyio.run(RunProcess(make_plan(config)).run)
+    process = RunProcess(make_plan(config))
+    gc.freeze()  # what is there by now stays: the collector need not look through it again and again
+    gc.set_threshold(GC_THRESHOLD)
+    return anyio.run(process.run)
 
 
 class RunProcess:

@@ -133,6 +133,11 @@ class Send:
     member: Member
     message: Assign | Cancel
 
+    def plain_fields(self) -> tuple[Member, str, int, int]:
+        """Whom, what, which request and from which position on: the rest is in earlier events."""
+        emitted = len(self.message.emitted) if isinstance(self.message, Assign) else 0
+        return self.member, type(self.message).__name__, self.message.request_id, emitted
+
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
