@@ -423,7 +423,7 @@ class RunProcess:
         return FaultToleranceStatus(
             state=machine.state,
             epoch=machine.view.epoch,
-            step=max((fact.step for fact in self._controller.facts.values()), default=0),
+            step=self._controller.step,
             tolerates=machine.tolerates,
             engines=tuple(self._engine_status(rank) for rank in range(self._config.ranks)),
         )

@@ -164,13 +164,18 @@ class Controller:
             self.log.note(
                 "death_notice", rank=member.rank, incarnation=member.incarnation, source=cause, at_ns=at_ns
             )
-            self.feed(ev.StepSeen(max((fact.step for fact in self.facts.values()), default=0)))
+            self.feed(ev.StepSeen(self.step))
         self.feed(ev.DeathNoticed(member, "died"))
 
     def on_gone(self, member: Member, status: str) -> None:
         self.feed(ev.ProcessGone(member, status))
         self.facts.pop(member, None)
         self._noticed_ns.pop(member, None)
+
+    @property
+    def step(self) -> int:
+        """The step the group is in, as far as heard; while it is parked, the one that it goes on with."""
+        return max([self.machine.view.park_at or 0, *(fact.step for fact in self.facts.values())])
 
     # Loops
 
