@@ -6,6 +6,7 @@ completes. Whether its result may be used is told by `end_step`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -103,4 +104,16 @@ class Exchange(Protocol):
 
     def close(self) -> None:
         """Release resources. Idempotent."""
+        ...
+
+
+class DeviceExchange(Exchange, Protocol):
+    """An exchange whose operations run on a device in the order they were queued, so that a step may be captured."""
+
+    def route_to(self, ranks: Collection[int]) -> None:
+        """The ranks that tokens go to from the next step on: one of them that is not active poisons each step."""
+        ...
+
+    def read_masks(self) -> None:
+        """Queue what `end_step` needs to know, so that one wait serves it and all that was queued before."""
         ...

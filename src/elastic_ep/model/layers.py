@@ -42,14 +42,19 @@ class RmsNorm:
         return (x * scale).mul_(weight)
 
 
+def rotary_angles(head_dim: int, theta: float, max_len: int) -> torch.Tensor:
+    """[max_len, head_dim / 2] float32: position times frequency."""
+    # Angles grow to thousands, so a rounding here is a visible angle there: this is the order that the
+    # checkpoint's own training code rounds in.
+    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    return torch.arange(max_len, dtype=torch.float32)[:, None] * frequencies
+
+
 class Rope:
     """Rotary position embeddings, the rotate-half form: pairs are (i, i + D/2)."""
 
     def __init__(self, head_dim: int, theta: float, max_len: int, device: torch.device) -> None:
-        # Angles grow to thousands, so a rounding here is a visible angle there: this is the order that the
-        # checkpoint's own training code rounds in.
-        frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-        angles = torch.arange(max_len, dtype=torch.float32)[:, None] * frequencies
+        angles = rotary_angles(head_dim, theta, max_len)
         self._half = head_dim // 2
         self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device)
         self._sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device)

@@ -38,7 +38,7 @@ class Sampled:
 def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
     """The next token of each sequence, from the first rows of logits [>= len(sequences), V] float32."""
     raw = logits.numpy(force=True)[: len(sequences)]
-    if all(_is_plain_greedy(seq.params) for seq in sequences):
+    if all(is_plain_greedy(seq.params) for seq in sequences):
         return [Sampled(int(token)) for token in raw.argmax(axis=-1)]
     scores = _penalised(raw, sequences)
     tokens = scores.argmax(axis=-1)
@@ -82,7 +82,7 @@ def _is_greedy(params: SamplingParams) -> bool:
     return params.temperature < _GREEDY_BELOW
 
 
-def _is_plain_greedy(params: SamplingParams) -> bool:
+def is_plain_greedy(params: SamplingParams) -> bool:
     return _is_greedy(params) and params.logprobs is None and not _has_penalties(params)
 
 

@@ -1,4 +1,4 @@
-"""The weights of one rank: everything dense, and the experts that the placement puts here. float32.
+"""The weights of one rank: everything dense, and the experts that the placement puts here.
 
 Matrices are stored [in, out], ready for `x @ w`. Experts are stacked by slot, so that a slot can be overwritten.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ import torch
 
 from elastic_ep.model.checkpoint import TensorEntry, expected_tensors, expert_tensors, validate_checkpoint
 from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.crc import crc32
 from elastic_ep.placement import EMPTY, Placement
 
 TensorSource = Callable[[str], torch.Tensor]
 """From a checkpoint's tensor name to its float32 value, in the checkpoint's layout [out, in]."""
 
 _DUMMY_SCALE = 0.05
+_DENSE_OF_LAYER = ("input_norm", "qkv", "qk_norm", "out", "post_norm", "gate")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -51,10 +52,17 @@ class Weights:
     """`embed` [V, H], `final_norm` [H], `lm_head` [H, V], `layers`."""
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, rank: int, source: TensorSource, device: torch.device
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        rank: int,
+        source: TensorSource,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
-        self._source = source
+        self._dtype = dtype
+        self.source = source
         self._device = device
         self.embed = self._get("model.embed_tokens.weight")
         self.final_norm = self._get("model.norm.weight")
@@ -75,7 +83,7 @@ class Weights:
             weights.gate_up[slot].zero_()
             weights.down[slot].zero_()
             return
-        gate, up, down = (self._source(name) for name in expert_tensors(layer, logical))
+        gate, up, down = (self.source(name) for name in expert_tensors(layer, logical))
         inner = self.config.moe_intermediate_size
         weights.gate_up[slot, :, :inner].copy_(gate.t())
         weights.gate_up[slot, :, inner:].copy_(up.t())
@@ -84,8 +92,22 @@ class Weights:
     def checksum(self, layer: int, slot: int) -> int:
         """CRC-32 of the slot's bytes as they lie in memory: the same for every copy of an expert."""
         weights = self.layers[layer]
-        first = zlib.crc32(weights.gate_up[slot].cpu().numpy().data)
-        return zlib.crc32(weights.down[slot].cpu().numpy().data, first)
+        return crc32(_bytes(weights.down[slot]), crc32(_bytes(weights.gate_up[slot])))
+
+    def dense(self) -> dict[str, torch.Tensor]:
+        """Everything but the experts, by name: contiguous, and always in the same order."""
+        tensors = {"embed": self.embed, "final_norm": self.final_norm, "lm_head": self.lm_head}
+        for index, layer in enumerate(self.layers):
+            for name in _DENSE_OF_LAYER:
+                tensors[f"layers.{index}.{name}"] = getattr(layer, name)
+        return tensors
+
+    def dense_checksum(self) -> int:
+        """CRC-32 of the bytes of `dense`, one tensor after the other: the same on every rank."""
+        value = 0
+        for tensor in self.dense().values():
+            value = crc32(_bytes(tensor), value)
+        return value
 
     def _layer(self, layer: int, slots: int) -> LayerWeights:
         config, prefix = self.config, f"model.layers.{layer}."
@@ -103,15 +125,37 @@ class Weights:
             out=self._matrix(attention + "o_proj.weight"),
             post_norm=self._get(prefix + "post_attention_layernorm.weight"),
             gate=self._matrix(prefix + "mlp.gate.weight"),
-            gate_up=torch.zeros(slots, hidden, 2 * inner, device=self._device),
-            down=torch.zeros(slots, inner, hidden, device=self._device),
+            gate_up=torch.zeros(slots, hidden, 2 * inner, dtype=self._dtype, device=self._device),
+            down=torch.zeros(slots, inner, hidden, dtype=self._dtype, device=self._device),
         )
 
     def _get(self, name: str) -> torch.Tensor:
-        return self._source(name).to(self._device)
+        return self.source(name).to(self._dtype).to(self._device)
 
     def _matrix(self, name: str) -> torch.Tensor:
         return self._get(name).t().contiguous()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(torch.uint8).cpu().numpy().data
+
+
+def blank_weights(
+    config: ModelConfig,
+    num_slots: int,
+    source: TensorSource,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Weights:
+    """Weights of the right shapes, all zero, for peers to fill. Nothing is read; `load_expert` will use `source`."""
+    shapes = dict(expected_tensors(config))
+    row = (EMPTY,) * num_slots
+    placement = Placement(0, 1, num_slots, config.num_experts, (row,) * config.num_hidden_layers)
+    weights = Weights(
+        config, placement, 0, lambda name: torch.zeros(shapes[name]), torch.device(device), dtype
+    )
+    weights.source = source
+    return weights
 
 
 def load_weights(
@@ -123,18 +167,19 @@ def load_weights(
     load_format: str = "auto",
     seed: int = 0,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Weights:
     """Weights of the checkpoint in `path`; with `load_format` "dummy" random ones that need no checkpoint.
 
     Raises `CheckpointError` for a checkpoint that is not whole, ValueError for an unknown format.
     """
     if load_format == "dummy":
-        source = dummy_source(config, seed)
+        source = dummy_source(config, seed, device)
     elif load_format == "auto":
         source = checkpoint_source(validate_checkpoint(path, config))
     else:
         raise ValueError(f"unknown load format {load_format!r}: auto or dummy")
-    return Weights(config, placement, rank, source, torch.device(device))
+    return Weights(config, placement, rank, source, torch.device(device), dtype)
 
 
 def checkpoint_source(entries: dict[str, TensorEntry]) -> TensorSource:
@@ -155,16 +200,19 @@ def checkpoint_source(entries: dict[str, TensorEntry]) -> TensorSource:
     return read
 
 
-def dummy_source(config: ModelConfig, seed: int) -> TensorSource:
-    """Random weights, a function of (`seed`, tensor name): every rank and every replica makes the same ones."""
+def dummy_source(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> TensorSource:
+    """Random weights, a function of (`seed`, tensor name, kind of device): every rank and replica makes the same ones.
+
+    Made on `device`: a processor would take minutes for the billions that a GPU makes in a second.
+    """
     shapes = dict(expected_tensors(config))
 
     def make(name: str) -> torch.Tensor:
         shape = shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape)
+            return torch.ones(shape, device=device)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return torch.randn(shape, generator=generator) * _DUMMY_SCALE
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.randn(shape, generator=generator, device=device) * _DUMMY_SCALE
 
     return make

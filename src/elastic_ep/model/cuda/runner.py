@@ -1,0 +1,119 @@
+"""A rank's engine on a GPU: the same steps as on the processor, in graphs, and one wait for the device a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as Seq
+
+import torch
+
+from elastic_ep.config import EngineLimits
+from elastic_ep.exchange.base import DeviceExchange
+from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.cuda.graphs import StepGraphs
+from elastic_ep.model.cuda.inputs import StepInputs, StepShape
+from elastic_ep.model.cuda.linear import TILE_ROWS
+from elastic_ep.model.cuda.load import DeviceLoad
+from elastic_ep.model.cuda.transformer import CudaQwen3Moe
+from elastic_ep.model.sampler import Sampled, is_plain_greedy, sample
+from elastic_ep.model.scheduler import Chunk, Sequence
+from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.model.weights import Weights
+from elastic_ep.placement import Placement
+
+GRAPH_ROWS = 256
+"""Steps of more rows are computed eagerly: there the device is busy long enough to hide the launches."""
+
+
+class CudaRunner(StepRunner):
+    """Forward thread only, on its current stream, which must stay the same.
+
+    `tile` rows are computed at least. Without `graphs` every step is eager, as on a processor through Triton's
+    interpreter. A poisoned step leaves nothing that must be cleaned: what it wrote to the KV cache is overwritten
+    before it is read, and what is not read is not multiplied either.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        limits: EngineLimits,
+        weights: Weights,
+        placement: Placement,
+        rank: int,
+        exchange: DeviceExchange,
+        *,
+        tile: int = TILE_ROWS,
+        graphs: bool = True,
+    ) -> None:
+        device = weights.embed.device
+        self._inputs = StepInputs(limits, tile, device)
+        self._model = CudaQwen3Moe(weights, limits, self._inputs, exchange, placement.num_ranks, tile, device)
+        self._device_exchange = exchange
+        self._graphs = StepGraphs(self._body) if graphs else None
+        self._tile = tile
+        pinned = device.type == "cuda"
+        self._copies = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
+        self._logits = torch.zeros(self._inputs.max_sequences, config.vocab_size, pin_memory=pinned)
+        self._tokens = torch.zeros(self._inputs.max_sequences, dtype=torch.int64, pin_memory=pinned)
+        self._rows: list[int] = []
+        """Of the step's results: those that are sampled from."""
+        load = DeviceLoad(placement, rank, self._model.load)
+        super().__init__(config, limits, weights, placement, rank, exchange, self._model.routing, load)
+
+    def set_routing(self, active_ranks: Collection[int], placement: Placement | None = None) -> bool:
+        covered = super().set_routing(active_ranks, placement)
+        # Without a copy of every expert nothing is computed, hence nothing sent to anyone.
+        self._device_exchange.route_to(active_ranks if covered else ())
+        return covered
+
+    def copy_expert(self, layer: int, physical: int, logical: int) -> int:
+        with torch.cuda.stream(self._copies):
+            return super().copy_expert(layer, physical, logical)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and capture every shape, all peers being inactive: the first step in the group must not be slow."""
+        for shape in self._shapes():
+            self._exchange.begin_step(-1)
+            self._inputs.fill((), shape)
+            self._fetch(self._body(shape), greedy=False)
+            self._device_exchange.read_masks()
+            self._exchange.end_step()
+            if self._graphs is not None and shape.rows <= GRAPH_ROWS:
+                self._graphs.capture(shape)
+        self.load.take()
+
+    def _shapes(self) -> Iterator[StepShape]:
+        for decode, most in ((True, self._inputs.max_sequences), (False, self._inputs.max_rows)):
+            for rows in range(self._tile, most + 1, self._tile):
+                yield StepShape(rows, decode)
+
+    def _body(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [S, V] float32 and the most likely tokens [S]."""
+        logits = self._model.forward(shape)
+        return logits, logits.argmax(dim=-1)
+
+    def _launch(self, chunks: list[Chunk]) -> None:
+        self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        shape = self._inputs.shape_of(chunks)
+        self._inputs.fill(chunks, shape)
+        results = self._graphs.run(shape) if self._graphs is not None else self._body(shape)
+        if self._rows:
+            self._fetch(
+                results, greedy=all(is_plain_greedy(chunks[row].sequence.params) for row in self._rows)
+            )
+        self._device_exchange.read_masks()
+
+    def _fetch(self, results: tuple[torch.Tensor, torch.Tensor], *, greedy: bool) -> None:
+        """Queue the copy to the host of what sampling needs; the wait for the masks is the wait for it too."""
+        source, target = (results[1], self._tokens) if greedy else (results[0], self._logits)
+        target[: len(source)].copy_(source, non_blocking=True)
+        self._greedy = greedy
+
+    def _discard(self) -> None:
+        pass
+
+    def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
+        if self._greedy:
+            return [Sampled(token) for token in self._tokens[self._rows].tolist()]
+        return sample(self._logits[self._rows], sequences)
