@@ -14,9 +14,11 @@ from elastic_ep.exchange.file_store import FileStore
 from elastic_ep.exchange.mooncake import (
     MooncakeExchange,
     MooncakeUnavailable,
+    PeerGone,
     _IncarnationStore,
     load_buffer_class,
 )
+from elastic_ep.exchange.step_words import NOT_BEGUN, StepWords
 from elastic_ep.messages import Member
 
 LONG = timedelta(seconds=30)
@@ -59,3 +61,24 @@ def test_what_an_earlier_incarnation_left_is_never_read(tmp_path: Path) -> None:
         peer.wait(["MOONCAKE_EP/0/1"], timedelta(0))
     new.set("MOONCAKE_EP/0/1", b"fresh")
     assert peer.multi_get(["MOONCAKE_EP/0/1"]) == [b"fresh"]
+
+
+def test_a_wait_for_a_member_that_is_gone_ends_at_once(tmp_path: Path) -> None:
+    wanted = threading.Event()
+    store = _IncarnationStore(
+        FileStore(tmp_path), lambda member: member != Member(1, 7) or not wanted.is_set()
+    )
+    store.incarnations = {0: 3, 1: 7}
+    gone = threading.Timer(0.01, wanted.set)
+    gone.start()
+    with pytest.raises(PeerGone):
+        store.wait(["MOONCAKE_EP/1/0"], LONG)
+    gone.join()
+
+
+def test_step_words_are_seen_by_all_and_a_new_incarnation_has_begun_nothing(tmp_path: Path) -> None:
+    words = [StepWords(tmp_path, 3, rank) for rank in range(3)]
+    words[1].say(12)
+    assert [words[0].of(rank) for rank in range(3)] == [NOT_BEGUN, 12, NOT_BEGUN]
+    StepWords(tmp_path, 3, 1)
+    assert words[2].of(1) == NOT_BEGUN

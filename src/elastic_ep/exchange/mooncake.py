@@ -22,7 +22,8 @@ import importlib
 import importlib.metadata
 import re
 import threading
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol
@@ -31,12 +32,15 @@ import torch
 
 from elastic_ep.exchange.base import ExchangeShape, Received
 from elastic_ep.exchange.peers import Peers
+from elastic_ep.exchange.step_words import StepWords
 from elastic_ep.messages import Member
 
 _WHEEL = "mooncake-transfer-engine-cuda13"
 _CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
 _KEY = re.compile(r"(.+)/(\d+)/(\d+)")
 HIDDEN_MULTIPLE = 128
+_PAUSE_S = 0.00002
+_SLICE = timedelta(seconds=0.05)
 
 
 class MooncakeUnavailable(RuntimeError):
@@ -84,11 +88,19 @@ def _explain(error: ImportError) -> str:
     return f"Mooncake does not load: {error}"
 
 
-class _IncarnationStore:
-    """Mooncake's keys name ranks; here they name incarnations, so what a dead one left behind is never read."""
+class PeerGone(ConnectionError):
+    """The member that was being connected to is masked, or superseded by its next incarnation."""
 
-    def __init__(self, store: Store) -> None:
+
+class _IncarnationStore:
+    """Mooncake's keys name ranks; here they name incarnations, so what a dead one left behind is never read.
+
+    `is_wanted` says whether a wait still has a purpose.
+    """
+
+    def __init__(self, store: Store, is_wanted: Callable[[Member], bool] = lambda member: True) -> None:
         self._store = store
+        self._is_wanted = is_wanted
         self.incarnations: dict[int, int] = {}
 
     def _key(self, key: str) -> str:
@@ -102,7 +114,20 @@ class _IncarnationStore:
         self._store.set(self._key(key), value)
 
     def wait(self, keys: Sequence[str], timeout: timedelta) -> None:
-        self._store.wait([self._key(key) for key in keys], timeout)
+        """Raises PeerGone as soon as the wait is in vain."""
+        named = [self._key(key) for key in keys]
+        ends = [match for key in keys if (match := _KEY.fullmatch(key))]
+        peers = {Member(rank, self.incarnations[rank]) for end in ends for rank in map(int, end.group(2, 3))}
+        limit = time.monotonic() + timeout.total_seconds()
+        while True:
+            try:
+                self._store.wait(named, min(timeout, _SLICE))
+                return
+            except Exception:
+                if not all(map(self._is_wanted, peers)):
+                    raise PeerGone(f"gone while being connected to: {sorted(peers)}") from None
+                if time.monotonic() > limit:
+                    raise
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
         return self._store.multi_get([self._key(key) for key in keys])
@@ -121,6 +146,9 @@ class MooncakeExchange:
     (`dispatch` and `combine` only). `read_masks` may be called before `end_step`, on the forward stream: then one wait
     serves the masks and whatever else is copied to the host.
 
+    With `words` a rank that joins begins its first step when the others have begun theirs (see step_words.py); without
+    them that is the caller's business, and nobody knows whom a step waits for.
+
     `timeout_ms` is how long a kernel waits for a peer before it masks it by itself: the last resort, if the control
     loop hangs too. `suspects` names those.
     """
@@ -131,6 +159,7 @@ class MooncakeExchange:
         member: Member,
         store: Store,
         *,
+        words: StepWords | None = None,
         timeout_ms: int = 20_000,
         connect_timeout_ms: int = 10_000,
     ) -> None:
@@ -144,9 +173,14 @@ class MooncakeExchange:
         self._peers = Peers(member, shape.num_ranks, shape.slots_per_rank)
         self._targets: frozenset[int] = frozenset()
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._store = _IncarnationStore(store)
+        self._words = words
+        self._step: int | None = None
+        self._joined = False
+        self._store = _IncarnationStore(store, self._is_wanted)
         self._store.incarnations[member.rank] = member.incarnation
         self._connected: dict[int, int] = {}
+        self._wanted: dict[int, int] = {}
+        """By rank, the incarnation that somebody connects to, or has."""
         self._connecting = threading.Lock()
         self._masking = threading.Lock()
         self._side = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
@@ -171,12 +205,15 @@ class MooncakeExchange:
 
     @property
     def waiting_for(self) -> int | None:
-        """Only the device knows; the control loop judges by steps."""
-        return None
+        """A live rank that is behind this one, if a step is in progress: the device does not tell more."""
+        step, words = self._step, self._words
+        if step is None or words is None:
+            return None
+        return next((rank for rank in self.live if words.of(rank) < step), None)
 
     @property
     def operations(self) -> int:
-        """Operations issued eagerly or captured; a graph's replay does not count."""
+        """Of all steps that have ended."""
         return self._operations
 
     @property
@@ -191,13 +228,16 @@ class MooncakeExchange:
     def connect(self, member: Member) -> None:
         """Exchange addresses with `member`, which must do the same now: give it a thread of its own.
 
-        Raises what the store raises if the peer does not come.
+        Raises what the store raises if the peer does not come, PeerGone as soon as that is certain.
         """
         rank, incarnation = member
+        self._wanted[rank] = max(incarnation, self._wanted.get(rank, -1))
         with self._connecting, torch.cuda.device(self._device):
             known = self._connected.get(rank, -1)
             if rank == self.member.rank or known >= incarnation:
                 return
+            if not self._is_wanted(member):
+                raise PeerGone(f"{member} is gone")
             if known >= 0:
                 del self._connected[rank]
                 self._buffer.disconnect_ranks([rank])
@@ -219,6 +259,8 @@ class MooncakeExchange:
     def mask(self, member: Member) -> None:
         """Does not wait for the device."""
         with self._masking:
+            if self._wanted.get(member.rank, -1) <= member.incarnation:
+                self._wanted[member.rank] = member.incarnation + 1  # a wait for this one ends
             was = self._peers.live[member.rank]
             self._peers.mask(member)
             if was and not self._peers.live[member.rank]:
@@ -226,9 +268,15 @@ class MooncakeExchange:
                     self._buffer.update_mask_buffer(member.rank, True)
 
     def begin_step(self, step: int) -> None:
-        """The kernels number operations by themselves; `step` is for the contract only."""
+        """The kernels number operations by themselves: `step` only says when all may begin."""
         self._peers.begin_step()
         self._reading = False
+        if self._words is not None and len(self.live) > 1:
+            self._words.say(step)
+            self._step = step
+            if not self._joined:
+                self._wait_for_all(self._words, step)
+                self._joined = True
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         """x [T, hidden] bfloat16, physical_experts [T, top_k] int64, both on the device."""
@@ -236,7 +284,6 @@ class MooncakeExchange:
             x, physical_experts, self.shape.max_tokens, self._experts, use_fp8=False
         )
         self._chosen = physical_experts
-        self._operations += 1
         return Received(packed, counts)
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -245,7 +292,6 @@ class MooncakeExchange:
             raise RuntimeError("dispatch and combine must alternate")
         combined, _, _ = self._buffer.combine(y, self._chosen, weights, self._handle)
         self._handle = self._chosen = None
-        self._operations += 1
         result: torch.Tensor = combined
         return result
 
@@ -262,11 +308,21 @@ class MooncakeExchange:
             self.read_masks()
         self._masks_read.synchronize()
         self._reading = False
+        self._step = None
+        self._operations += self.shape.operations_per_step
         lost = set(self._peers.end_step())
         live = self.live
         masked = {rank for rank, value in enumerate(self._masks_host.tolist()) if value}
         self.suspects = frozenset(masked & live)
         return frozenset(lost | self.suspects | (self._targets - live))
+
+    def _wait_for_all(self, words: StepWords, step: int) -> None:
+        """Until all who take part have begun `step`. Ends for whoever is masked meanwhile."""
+        while any(words.of(rank) < step for rank in self.live):
+            time.sleep(_PAUSE_S)
+
+    def _is_wanted(self, member: Member) -> bool:
+        return self._wanted.get(member.rank, member.incarnation) <= member.incarnation
 
     def close(self) -> None:
         if self._buffer is not None:

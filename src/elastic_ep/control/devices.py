@@ -1,0 +1,88 @@
+"""Which device the ranks will use, found out without torch: the run process must know before any rank exists."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_ep.config import ConfigError
+
+CUDA_WHEEL = "mooncake-transfer-engine-cuda13"
+CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
+OLDEST_DRIVER = 580
+"""The first with CUDA 13."""
+HIDDEN_MULTIPLE = 128
+"""Mooncake EP's; exchange/mooncake.py refuses others too."""
+
+
+def _distribution(name: str) -> str | None:
+    """The installed version."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is looked at; a test has its own."""
+
+    root: Path = Path("/")
+    version_of: Callable[[str], str | None] = _distribution
+    loads: Callable[[str], bool] = _loads
+
+    def why_not_cuda(self) -> str | None:
+        """One line that says what is missing and what to do, or None."""
+        if not any(self.root.glob("dev/nvidia[0-9]*")):
+            return "no NVIDIA GPU here (no /dev/nvidia0); use --device cpu"
+        driver = self._driver()
+        if driver is not None and driver < OLDEST_DRIVER:
+            return f"the NVIDIA driver is {driver}, too old for CUDA 13: install {OLDEST_DRIVER} or newer"
+        torch = self.version_of("torch")
+        if torch is None or "+cpu" in torch:
+            return f"torch {torch or 'is missing; it'} has no CUDA: install a build of torch with CUDA 13"
+        if self.version_of(CUDA_WHEEL) is None:
+            if self.version_of(CPU_WHEEL) is not None:
+                return f"{CPU_WHEEL} is installed, which has no EP: pip uninstall it, then pip install {CUDA_WHEEL}"
+            return f"Mooncake is not installed: pip install {CUDA_WHEEL}"
+        if not self.loads("libibverbs.so.1"):
+            return "the library libibverbs is missing: apt install libibverbs1 ibverbs-providers"
+        return None
+
+    def _driver(self) -> int | None:
+        try:
+            text = (self.root / "proc/driver/nvidia/version").read_text()
+        except OSError:
+            return None
+        found = re.search(r"\b(\d{3,4})\.\d+(\.\d+)?\b", text)
+        return int(found.group(1)) if found else None
+
+
+def choose_device(asked: str, hidden_size: int, machine: Machine | None = None) -> str:
+    """ "cpu" or "cuda" for `--device`; auto takes a GPU only where all that it needs is there. Raises `ConfigError`."""
+    machine = machine or Machine()
+    if asked == "cpu":
+        return "cpu"
+    missing = machine.why_not_cuda()
+    if missing is None and hidden_size % HIDDEN_MULTIPLE:
+        missing = (
+            f"the model's hidden size {hidden_size} is no multiple of {HIDDEN_MULTIPLE}, as Mooncake needs; "
+            "use --device cpu"
+        )
+    if missing is None:
+        return "cuda"
+    if asked == "cuda":
+        raise ConfigError(f"--device cuda: {missing}")
+    return "cpu"
