@@ -8,7 +8,13 @@ import pytest
 
 from elastic_ep.slot_messages import Region, StateAddress
 from elastic_ep.state.layout import slot_region
-from elastic_ep.state.transfer import TransferPlane, TransferUnavailable, available
+from elastic_ep.state.transfer import (
+    PullFailed,
+    TransferPlane,
+    TransferUnavailable,
+    apply_settings,
+    available,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,12 +30,20 @@ def test_the_reason_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Impo
         raise error
 
     monkeypatch.setattr(importlib, "import_module", fail)
+    apply_settings()
     reason = available()
     assert reason is not None
     assert advice in reason
     assert "\n" not in reason
     with pytest.raises(TransferUnavailable, match="Mooncake"):
         TransferPlane()
+
+
+def test_it_is_silent(capfd: pytest.CaptureFixture[str], plane: TransferPlane) -> None:
+    with pytest.raises(PullFailed, match="does not answer"), plane.read("127.0.0.1:1", [(0, 8)]) as read:
+        read.wait(20)
+    TransferPlane().close()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_slot_lies_behind_those_before_it() -> None:

@@ -26,6 +26,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +37,7 @@ from elastic_ep.slot_messages import Region
 
 _WHEELS = "mooncake-transfer-engine-non-cuda or mooncake-transfer-engine-cuda13"
 _SETTINGS = {"MC_LOG_LEVEL": "ERROR", "MC_TCP_ENABLE_CONNECTION_POOL": "1"}
+_GLOG_LEVEL, _FATAL = "_ZN3fLI17FLAGS_minloglevelE", 3
 _COMPLETED, _FAILED = 1, -1
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 5e-5, 1e-2
 
@@ -48,13 +51,31 @@ class PullFailed(RuntimeError):
 
 
 def apply_settings() -> None:
-    """Set the library's environment variables where the user did not.
+    """Load the library with the environment variables that it needs, and silent, where the user chose nothing else.
 
-    For the start of a process, before the first `available` or `TransferPlane`: the library reads them when it loads.
-    Without the connection pool every read makes a connection, and blocks while a stopped peer accepts none.
+    For the start of a rank, before the first `available` or `TransferPlane`. Without the connection pool every read
+    makes a connection, and blocks while a stopped peer accepts none.
     """
+    silent = "MC_LOG_LEVEL" not in os.environ
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    with suppress(TransferUnavailable):
+        _load()
+        if silent:
+            _silence()
+
+
+def _silence() -> None:
+    """Its own setting leaves errors on standard error: one at every engine's start, more when a peer dies.
+
+    Those come as `PullFailed` anyway. What remains is the flag of the logging library (glog) inside.
+    """
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "/libglog" in line:
+            with suppress(OSError, ValueError):
+                library = ctypes.CDLL(line.split(maxsplit=5)[5])
+                ctypes.c_int.in_dll(library, _GLOG_LEVEL).value = _FATAL
+            return
 
 
 def available() -> str | None:
