@@ -9,6 +9,7 @@ from elastic_ep.exchange.base import TILE, Received
 from elastic_ep.messages import Assign, Member, SamplingParams, Token
 from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.runner import ModelRunner
+from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.model.weights import Weights, dummy_source
 from elastic_ep.placement import Placement, launch_placement
 
@@ -101,7 +102,7 @@ def assign(
     return Assign(request_id, tuple(prompt), tuple(emitted or ()), asked, seed, 0)
 
 
-def drain(runner: ModelRunner, max_steps: int = 2000) -> dict[int, list[Token]]:
+def drain(runner: StepRunner, max_steps: int = 2000) -> dict[int, list[Token]]:
     """Run to the end; the tokens of each request, in order."""
     tokens: dict[int, list[Token]] = {}
     for step in range(max_steps):

@@ -73,6 +73,12 @@ def load_buffer_class() -> Any:
         raise MooncakeUnavailable(_explain(error)) from error
 
 
+def buffer_bytes(shape: ExchangeShape) -> int:
+    """Device memory that a rank's buffer takes. Raises MooncakeUnavailable."""
+    hint = load_buffer_class().get_low_latency_buffer_size_hint
+    return int(hint(shape.max_tokens, shape.hidden, shape.num_ranks, shape.num_ranks * shape.slots_per_rank))
+
+
 def _explain(error: ImportError) -> str:
     def installed(name: str) -> bool:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -198,10 +204,7 @@ class MooncakeExchange:
             metadata_timeout_ms=connect_timeout_ms,
             explicitly_destroy=True,
         )
-        size = buffer_class.get_low_latency_buffer_size_hint(
-            shape.max_tokens, shape.hidden, shape.num_ranks, self._experts
-        )
-        self._buffer.update_memory_buffers(shape.num_ranks, shape.slots_per_rank, size)
+        self._buffer.update_memory_buffers(shape.num_ranks, shape.slots_per_rank, buffer_bytes(shape))
 
     @property
     def waiting_for(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class StepGraphs:
         self._body = body
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[StepShape, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def capture(self, shape: StepShape) -> None:
         """The body must have run for this shape: the first call compiles. All graphs share one memory pool."""

@@ -9,15 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.model import test_invariance
-from tests.model.solo import TINY, SoloExchange, assign, drain, ids
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.messages import Token
+from elastic_ep.model.cuda.runner import CudaRunner
 from elastic_ep.model.runner import ModelRunner
 from elastic_ep.model.weights import Weights, dummy_source
 from elastic_ep.placement import launch_placement
 
+from .. import test_invariance
+from ..solo import TINY, SoloExchange, assign, drain, ids
 from .conftest import INTERPRETED
 from .solo import Logits, SoloDeviceExchange, cuda_runner, recorded
 
@@ -92,10 +93,9 @@ def test_neighbours_chunking_and_replay_change_no_bit(device: torch.device) -> N
 
 
 def run_through(
-    runner_and_exchange: tuple[object, SoloDeviceExchange], poisoned: set[int]
+    runner_and_exchange: tuple[CudaRunner, SoloDeviceExchange], poisoned: set[int]
 ) -> dict[int, list[int]]:
     runner, exchange = runner_and_exchange
-    assert isinstance(runner, runner_type())
     runner.add(assign(1, PROMPT, max_tokens=4))
     runner.add(assign(2, SHORT, max_tokens=4))
     tokens: dict[int, list[int]] = {}
@@ -110,12 +110,6 @@ def run_through(
         for token in result.tokens:
             tokens.setdefault(token.request_id, []).append(token.token)
     raise AssertionError("not done")
-
-
-def runner_type() -> type:
-    from elastic_ep.model.cuda.runner import CudaRunner
-
-    return CudaRunner
 
 
 def test_poisoned_steps_run_again(device: torch.device) -> None:
@@ -158,7 +152,8 @@ def test_rows_that_the_experts_had_are_counted(device: torch.device) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no graphs")
 def test_graphs_give_the_bits_of_eager_steps(device: torch.device) -> None:
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
         for dtype in (torch.float32, torch.bfloat16):
             eager, captured = cuda_runner(device, dtype=dtype), cuda_runner(device, dtype=dtype, graphs=True)
             captured[0].warm_up()

@@ -21,6 +21,12 @@ def test_interpreted(name: str) -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)]
     done = subprocess.run(
-        command, env=env, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=110, check=False
+        command,
+        env=env,
+        cwd=HERE.parent.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

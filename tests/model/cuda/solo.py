@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from tests.model.solo import TINY
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import Received
@@ -19,6 +18,8 @@ from elastic_ep.model.sampler import Sampled, sample
 from elastic_ep.model.scheduler import Sequence
 from elastic_ep.model.weights import Weights, dummy_source
 from elastic_ep.placement import launch_placement
+
+from ..solo import TINY
 
 Logits = dict[tuple[int, int], torch.Tensor]
 """By (request, number of known tokens)."""

@@ -1,0 +1,76 @@
+"""Builds a rank's engine on a GPU: exchange, weights, runner. On the forward thread, whose stream it sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from elastic_ep.config import EngineLimits, RankConfig
+from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.exchange.file_store import FileStore
+from elastic_ep.exchange.mooncake import MooncakeExchange, buffer_bytes
+from elastic_ep.exchange.step_words import StepWords
+from elastic_ep.messages import Member
+from elastic_ep.model.config import ModelConfig, load_model_config
+from elastic_ep.model.cuda.linear import TILE_ROWS
+from elastic_ep.model.cuda.memory import NotEnoughMemory, check_memory, needs_of
+from elastic_ep.model.cuda.runner import CudaRunner
+from elastic_ep.model.weights import load_weights
+from elastic_ep.placement import Placement
+
+DTYPE = torch.bfloat16
+"""What the exchange carries. A row's bits do not depend on its batch, so a stream that moves goes on as it would have."""
+
+
+def build_cuda_engine(config: RankConfig) -> tuple[CudaRunner, MooncakeExchange]:
+    """Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user."""
+    model = load_model_config(Path(config.model))
+    placement, limits = config.placement, config.limits
+    shape = exchange_shape(model, limits, placement)
+    size = buffer_bytes(shape)  # refuses a machine that cannot do it before anything touches a device
+    device = torch.device("cuda", config.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    needs = needs_of(model, limits, placement, shape, size)
+    check_memory(needs, torch.cuda.mem_get_info(device)[0], limits, placement)
+    try:
+        return _build(config, model, shape, device)
+    except torch.OutOfMemoryError as error:  # another process took it meanwhile
+        check_memory(needs, torch.cuda.mem_get_info(device)[0], limits, placement)
+        raise NotEnoughMemory(f"not enough GPU memory: {error}") from error
+
+
+def exchange_shape(model: ModelConfig, limits: EngineLimits, placement: Placement) -> ExchangeShape:
+    return ExchangeShape(
+        num_ranks=placement.num_ranks,
+        max_tokens=-(-limits.max_num_batched_tokens // TILE_ROWS) * TILE_ROWS,
+        hidden=model.hidden_size,
+        top_k=model.num_experts_per_tok,
+        slots_per_rank=placement.slots_per_rank,
+        operations_per_step=2 * model.num_hidden_layers,
+    )
+
+
+def _build(
+    config: RankConfig, model: ModelConfig, shape: ExchangeShape, device: torch.device
+) -> tuple[CudaRunner, MooncakeExchange]:
+    # One host: addresses and step words go through files. Several hosts need a store on the control plane.
+    directory = Path(config.directory) / "mooncake"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    words = StepWords(directory, config.num_ranks, config.rank)
+    exchange = MooncakeExchange(
+        shape, Member(config.rank, config.incarnation), FileStore(directory), words=words
+    )
+    weights = load_weights(
+        Path(config.model),
+        model,
+        config.placement,
+        config.rank,
+        load_format=config.load_format,
+        seed=config.seed,
+        device=device,
+        dtype=DTYPE,
+    )
+    runner = CudaRunner(model, config.limits, weights, config.placement, config.rank, exchange)
+    return runner, exchange
