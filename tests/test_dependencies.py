@@ -16,6 +16,7 @@ FORBIDDEN = {
     "machines": {*SOCKETS, "torch", "numpy", "structlog", "time", "random", "threading", "logging"},
     "exchange": SOCKETS,
     "model": SOCKETS,
+    "state": SOCKETS,
     "control": {"aiohttp"},
     "api": {"torch", "zmq"},
 }
@@ -47,13 +48,17 @@ def test_packages_keep_their_direction(folder: str) -> None:
         assert not tops & FORBIDDEN[folder], file
 
 
-@pytest.mark.parametrize("name", ["messages.py", "config.py", "placement.py", "codec.py"])
+@pytest.mark.parametrize(
+    "name", ["messages.py", "slot_messages.py", "config.py", "placement.py", "codec.py", "state/layout.py"]
+)
 def test_the_base_uses_the_standard_library_alone(name: str) -> None:
     for module in imported(SOURCE / name):
         top = module.split(".")[0]
-        assert top in sys.stdlib_module_names or module in {"elastic_ep.messages", "elastic_ep.placement"}, (
-            module
-        )
+        assert top in sys.stdlib_module_names or module in {
+            "elastic_ep.messages",
+            "elastic_ep.slot_messages",
+            "elastic_ep.placement",
+        }, module
 
 
 def test_machines_import_no_shell_and_transitions_only_in_tables() -> None:

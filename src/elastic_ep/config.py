@@ -74,6 +74,8 @@ class ServeConfig:
     num_pages: int | None = None
     max_queued: int = 1024
     ep_num_redundant_experts: int | None = None
+    enable_eplb: bool = False
+    eplb_rebalance_num_iterations: int = 1000
     load_format: str = "auto"
     relaunch_limit: int = 10
     hang_deadline_s: float = 1.0
@@ -89,6 +91,7 @@ class ServeConfig:
         _check_range("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 65536)
         _check_range("--max-queued", self.max_queued, 1, 1_000_000)
         _check_range("--relaunch-limit", self.relaunch_limit, 0, 1_000_000)
+        _check_range("--eplb-rebalance-num-iterations", self.eplb_rebalance_num_iterations, 1, 1 << 31)
         _check_range("--hang-deadline", self.hang_deadline_s, 0.2, 3600)
         _check_range("--stop-deadline", self.stop_deadline_s, 0, 3600)
         if self.max_model_len is not None:

@@ -9,7 +9,7 @@ Which message travels where (DESIGN: three planes):
 * PUB, controller to all, numbered: `Prepare`, `Commit`, `Abort`, `View`, `PlacementChanged`, `Beat`, wrapped in
   `Numbered`.
 * ROUTER/DEALER, rank to controller: `Hello`, `RankReport`, `Promise`, `Heartbeat`, `StepReport`,
-  `SnapshotRequest`, `PlacementSeen`, `SlotCopied`, `SlotSums`.
+  `SnapshotRequest`, and of `slot_messages.py` `PlacementSeen`, `StateReady`, `SlotCopied`, `SlotSums`, `ExpertLoads`.
 * ROUTER/DEALER, controller to rank: `Snapshot`, `Assign`, `Cancel`, `Drain`, `Shutdown`, `CopySlot`,
   `SumSlots`.
 """
@@ -21,6 +21,15 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from elastic_ep.placement import Change, Placement
+from elastic_ep.slot_messages import (
+    CopySlot,
+    ExpertLoads,
+    PlacementSeen,
+    SlotCopied,
+    SlotSums,
+    StateReady,
+    SumSlots,
+)
 
 
 class Member(NamedTuple):
@@ -271,59 +280,6 @@ class SnapshotRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacementSeen:
-    """The forward thread has passed a boundary with this version: it addresses no slot by an older one."""
-
-    rank: int
-    incarnation: int
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class CopySlot:
-    """Fill the slot `physical` of `layer`, which nobody addresses, with `logical`."""
-
-    ticket: int
-    layer: int
-    physical: int
-    logical: int
-
-
-@dataclass(frozen=True, slots=True)
-class SlotCopied:
-    """The outcome of `CopySlot`: the checksum of the bytes now in the slot, or why there are none."""
-
-    rank: int
-    incarnation: int
-    ticket: int
-    checksum: int
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SumSlots:
-    """Compute the checksums of all your slots anew."""
-
-    ticket: int
-
-
-class SlotSum(NamedTuple):
-    """What the memory of slot `physical` of `layer` amounts to: CRC-32 of its float32 bytes."""
-
-    layer: int
-    physical: int
-    checksum: int
-
-
-@dataclass(frozen=True, slots=True)
-class SlotSums:
-    rank: int
-    incarnation: int
-    ticket: int
-    sums: tuple[SlotSum, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Snapshot:
     """All that the PUB messages up to `number` amount to: the view, and the attempt in progress, if any."""
 
@@ -341,8 +297,10 @@ FromRank = (
     | StepReport
     | SnapshotRequest
     | PlacementSeen
+    | StateReady
     | SlotCopied
     | SlotSums
+    | ExpertLoads
 )
 ToRank = Snapshot | Assign | Cancel | Drain | Shutdown | CopySlot | SumSlots
 Published = Prepare | Commit | Abort | View | PlacementChanged | Beat

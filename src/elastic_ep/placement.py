@@ -66,16 +66,18 @@ class Placement:
         return min(min(self.copies(layer, ranks)) for layer in range(len(self.slots))) - 1
 
 
-def launch_placement(num_ranks: int, num_layers: int, num_experts: int, num_redundant: int) -> Placement:
+def launch_placement(
+    num_ranks: int, num_layers: int, num_experts: int, num_redundant: int, num_spare: int = 0
+) -> Placement:
     """The placement a group starts with, the same in every layer.
 
     Every expert has as many copies as every other, or one more, each on another rank; a copy beyond one on each
     rank is left out. An expert's copies go to the emptiest ranks, which keeps all ranks within one copy of each
     other, so that the slots always suffice. Among equally empty ranks those win that share the fewest experts, so
-    that what a lost rank held is spread over many survivors.
+    that what a lost rank held is spread over many survivors. `num_spare` slots of every rank stay empty.
     """
     total = num_experts + num_redundant
-    slots_per_rank = -(-total // num_ranks)
+    slots_per_rank = -(-total // num_ranks) + num_spare
     hands: list[list[int]] = [[] for _ in range(num_ranks)]
     shared = [[0] * num_ranks for _ in range(num_ranks)]
     for expert in range(num_experts):

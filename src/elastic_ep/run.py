@@ -34,6 +34,17 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
     add("--num-gpu-blocks-override", dest="num_pages", type=int, help="KV cache pages (16 tokens) a rank")
     add("--max-queued", type=int, default=1024, help="requests that may wait; more get 429")
     add("--ep-num-redundant-experts", type=int, help="extra expert copies; as many as experts if not given")
+    add(
+        "--enable-eplb",
+        action="store_true",
+        help="rebalance experts by load; keeps a slot of each rank spare",
+    )
+    add(
+        "--eplb-rebalance-num-iterations",
+        type=int,
+        default=1000,
+        help="steps between two rebalances, with --enable-eplb",
+    )
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights")
     add(
         "--relaunch-limit",

@@ -22,7 +22,13 @@ import anyio
 from elastic_ep.api.app import Server as HttpServer
 from elastic_ep.api.app import create_app
 from elastic_ep.api.app import serve as serve_http
-from elastic_ep.api.backend import EngineStatus, ExpertsStatus, FaultToleranceStatus, Verification
+from elastic_ep.api.backend import (
+    EngineStatus,
+    ExpertsStatus,
+    FaultToleranceStatus,
+    Rebalancing,
+    Verification,
+)
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
 from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, RankConfig, ServeConfig
@@ -40,6 +46,7 @@ from elastic_ep.control.launcher import (
     ServerLost,
     ServerReady,
 )
+from elastic_ep.control.rebalance import Rebalancer
 from elastic_ep.control.router import Notice, RoutedStream, Router
 from elastic_ep.control.scheduling import make_prompt
 from elastic_ep.control.wire import ControllerWire
@@ -124,7 +131,13 @@ def make_plan(config: ServeConfig) -> Plan:
         model=model,
         text=text,
         limits=engine_limits(config, model),
-        placement=launch_placement(config.ranks, model.num_hidden_layers, model.num_experts, redundant),
+        placement=launch_placement(
+            config.ranks,
+            model.num_hidden_layers,
+            model.num_experts,
+            redundant,
+            num_spare=int(config.enable_eplb),
+        ),
         redundant=redundant,
         name=config.served_model_name
         or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
@@ -195,6 +208,7 @@ class RunProcess:
             self._launcher = await stack.enter_async_context(Launcher(options, self._on_launcher_event))
             self._router = self._make_router(wire)
             self._controller = self._make_controller(wire, directory)
+            self._rebalancer = self._make_rebalancer()
             self._log.begin(self._first_line())
             http = await self._listen()
             stack.push_async_callback(http.close)
@@ -202,6 +216,7 @@ class RunProcess:
             tasks.start_soon(self._controller.beat)
             if self._config.fault_tolerance:
                 tasks.start_soon(self._controller.watch_progress)
+            tasks.start_soon(self._rebalancer.run)
             tasks.start_soon(self._start_ranks)
             status = await self._serve_until_stopped(http.url)
             tasks.cancel_scope.cancel()
@@ -307,6 +322,17 @@ class RunProcess:
             pulse_s=deadline_ms / 1000 / PULSES_PER_DEADLINE,
         )
 
+    def _make_rebalancer(self) -> Rebalancer:
+        rebalancer = Rebalancer(
+            self._controller.repairs,
+            members=lambda: self._controller.machine.view.members,
+            every=self._config.eplb_rebalance_num_iterations if self._config.enable_eplb else 0,
+            spare=int(self._config.enable_eplb),
+            report=self._metrics.rebalanced,
+        )
+        self._controller.on_step = rebalancer.step_seen
+        return rebalancer
+
     def _first_line(self) -> dict[str, object]:
         shown = {**asdict(self._config), "api_key": len(self._config.api_key)}
         machines = arguments(
@@ -411,11 +437,15 @@ class RunProcess:
     def experts(self) -> ExpertsStatus:
         controller = self._controller
         ranks = [seat.rank for seat in controller.machine.view.seats]
-        return experts_status(controller.repair.placement, ranks, controller.proofs)
+        return experts_status(controller.repair.placement, ranks, controller.repairs.proofs)
 
     async def verify(self) -> Verification:
         controller = self._controller
-        return await verify(controller.repair.placement, controller.machine.view.members, controller.proofs)
+        members = controller.machine.view.members
+        return await verify(controller.repair.placement, members, controller.repairs.proofs)
+
+    async def rebalance(self) -> Rebalancing:
+        return await self._rebalancer.rebalance()
 
     def status(self) -> FaultToleranceStatus:
         self._metrics.requests(self._router.running, self._router.waiting)

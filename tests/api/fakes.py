@@ -17,6 +17,7 @@ from elastic_ep.api.backend import (
     ExpertsStatus,
     FaultToleranceStatus,
     LayerStatus,
+    Rebalancing,
     SlotStatus,
     Stopping,
     Verification,
@@ -178,6 +179,9 @@ class FakeBackend:
 
     async def verify(self) -> Verification:
         return Verification(31, (CorruptSlot(0, 1, 0),), (7,))
+
+    async def rebalance(self) -> Rebalancing:
+        return Rebalancing(4, 3, 1.5, 1.1, 12)
 
     def serving_ranks(self) -> int:
         return self.serving

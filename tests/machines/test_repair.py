@@ -13,8 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from elastic_ep.machines import repair_events as ev
 from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.repair import RepairMachine
-from elastic_ep.messages import CopySlot, Member
+from elastic_ep.messages import Member
 from elastic_ep.placement import EMPTY, Placement, launch_placement
+
+SPOILT = 100
 
 
 def checksum_of(layer: int, logical: int) -> int:
@@ -28,16 +30,20 @@ class Rank:
     member: Member
     slots: list[list[int]]
     placement: Placement
-    orders: deque[CopySlot] = field(default_factory=deque)
+    orders: deque[ev.Order] = field(default_factory=deque)
     versions: deque[Placement] = field(default_factory=deque)
 
 
 class Group:
     """Ranks around a repair machine; everything they do is asked for one by one."""
 
-    def __init__(self, ranks: int, experts: int, redundant: int, layers: int = 1) -> None:
-        self.machine = RepairMachine(launch_placement(ranks, layers, experts, redundant))
+    def __init__(self, ranks: int, experts: int, redundant: int, layers: int = 1, spare: int = 0) -> None:
+        self.machine = RepairMachine(launch_placement(ranks, layers, experts, redundant, spare))
         self.ranks: dict[int, Rank] = {}
+        self.ended: list[ev.PlanEnded] = []
+        self.rechecked: list[Member] = []
+        self.spoilt: tuple[Member, int, int] | None = None
+        """The slot whose bytes are wrong: (member, layer, slot)."""
         self.incarnations = dict.fromkeys(range(ranks), 0)
         for rank in range(ranks):
             self.launch(rank)
@@ -62,12 +68,16 @@ class Group:
         self.machine.check()
         for effect in effects:
             match effect:
-                case ev.Order(member, copy):
-                    self.ranks[member.rank].orders.append(copy)
+                case ev.Order(member):
+                    self.ranks[member.rank].orders.append(effect)
                 case ev.Replace(changed):
                     for rank in self.ranks.values():
                         newest = rank.versions[-1] if rank.versions else rank.placement
                         rank.versions.append(newest.changed(changed.version, changed.changes))
+                case ev.Recheck(member):
+                    self.rechecked.append(member)
+                case ev.PlanEnded():
+                    self.ended.append(effect)
         return effects
 
     def adopt(self, number: int) -> None:
@@ -88,9 +98,45 @@ class Group:
                 f"{other.member} may still send rows for expert {held} to the slot that is overwritten"
             )
         width = self.machine.placement.slots_per_rank
-        rank.slots[order.layer][order.physical % width] = EMPTY if error else order.logical
-        checksum = checksum_of(order.layer, order.logical) + flip
+        content = order.logical + SPOILT * flip
+        if order.origin is not None:
+            origin = self.ranks.get(order.origin.member.rank)
+            if origin is None or origin.member != order.origin.member:
+                error = "the source is gone"
+            else:
+                content = origin.slots[order.layer][order.origin.physical % width] + SPOILT * flip
+        checksum = checksum_of(order.layer, content)
+        if not error and order.checksum in (None, checksum):
+            rank.slots[order.layer][order.physical % width] = content
+        elif order.origin is None:
+            rank.slots[order.layer][order.physical % width] = SPOILT  # half written
         self.feed(ev.Copied(rank.member, order.ticket, checksum, error))
+
+    def reach(self, *numbers: int) -> None:
+        """These ranks' memory can be read by others."""
+        for number in numbers or self.ranks:
+            self.feed(ev.Reachable(self.ranks[number].member))
+
+    def spoil(self, layer: int, physical: int) -> None:
+        """The bytes of a slot change under everybody's nose."""
+        width = self.machine.placement.slots_per_rank
+        rank = self.ranks[physical // width]
+        rank.slots[layer][physical % width] += SPOILT
+        self.spoilt = (rank.member, layer, physical % width)
+
+    def plan(self, *layers: dict[int, set[int]]) -> None:
+        """Per layer and rank what to hold."""
+        width = self.machine.placement.slots_per_rank
+        rows = []
+        for layer, row in enumerate(self.machine.placement.slots):
+            target = list(row)
+            for rank, experts in layers[layer].items():
+                target[rank * width : (rank + 1) * width] = [*experts, *[EMPTY] * (width - len(experts))]
+            rows.append(tuple(target))
+        self.feed(ev.Planned(tuple(sorted(self.machine.members)), tuple(rows)))
+
+    def holds(self, number: int, layer: int = 0) -> set[int]:
+        return set(self.machine.placement.on_rank(layer, number)) - {EMPTY}
 
     def sum(self, number: int, *, flip: tuple[int, int] | None = None) -> None:
         """The rank reports its checksums; `flip`: (layer, physical) whose bytes are wrong."""
@@ -103,6 +149,17 @@ class Group:
                 sums.append((*place, checksum_of(layer, logical) + (place == flip)))
         self.feed(ev.Summed(rank.member, tuple(sums)))
 
+    def recheck(self) -> None:
+        """Whoever was asked to sum its slots does."""
+        for member in self.rechecked:
+            rank = self.ranks.get(member.rank)
+            if rank is not None and rank.member == member:
+                self.sum(member.rank)
+        self.rechecked.clear()
+
+    def tick(self, ms: int) -> None:
+        self.feed(Tick(self.machine.now_ms + ms))
+
     def settle(self) -> None:
         """Everything that is under way arrives."""
         for _ in range(1000):
@@ -111,6 +168,7 @@ class Group:
                 self.adopt(number)
                 while rank.orders:
                     self.copy(number)
+            self.recheck()
             busy = self.machine.copies or self.machine.retry_at_ms
             if not busy and not any(rank.versions for rank in self.ranks.values()):
                 return
@@ -132,8 +190,8 @@ class Group:
         placement = self.machine.placement
         for number, rank in self.ranks.items():
             for layer, slots in enumerate(rank.slots):
-                for said, held in zip(placement.on_rank(layer, number), slots, strict=True):
-                    assert said in (EMPTY, held)
+                for slot, said in enumerate(placement.on_rank(layer, number)):
+                    assert said in (EMPTY, slots[slot]) or self.spoilt == (rank.member, layer, slot)
 
 
 def test_spare_slots_take_the_lost_copies() -> None:
@@ -238,25 +296,174 @@ def test_a_corrupt_slot_is_taken_out_and_made_anew() -> None:
 
 
 def test_an_overdue_copy_is_made_elsewhere_and_its_slot_left_alone_until_it_is_reported() -> None:
-    group = Group(ranks=4, experts=6, redundant=10)
+    group = Group(ranks=5, experts=5, redundant=5, spare=1)
     group.kill(0)
-    for number in (1, 2, 3):
-        group.adopt(number)
     number = next(n for n, rank in group.ranks.items() if rank.orders)
     order = group.ranks[number].orders[0]
+    for other in set(group.ranks) - {number}:
+        while group.ranks[other].orders:
+            group.copy(other)
     group.feed(Tick(group.machine.now_ms + 20_000))
     assert (order.layer, order.physical) in group.machine.copies
+    others = [other.logical for n, rank in group.ranks.items() if n != number for other in rank.orders]
+    assert order.logical in others
     group.settle()
     assert group.tolerates == group.possible
+
+
+def reachable_group() -> Group:
+    """Four ranks, all summed and reachable; copies of every expert on two of them, rank 0 about to be lost."""
+    group = Group(ranks=4, experts=6, redundant=10)
+    for number in range(4):
+        group.sum(number)
+    group.reach()
+    return group
+
+
+def first_order(group: Group) -> tuple[int, ev.Order]:
+    for number in list(group.ranks):
+        group.adopt(number)
+    number = next(n for n, rank in group.ranks.items() if rank.orders)
+    return number, group.ranks[number].orders[0]
+
+
+def test_a_copy_is_pulled_from_a_living_owner() -> None:
+    group = reachable_group()
+    group.kill(0)
+    number, order = first_order(group)
+    assert order.origin is not None
+    assert order.origin.member != group.ranks[number].member
+    assert group.machine.placement.slots[0][order.origin.physical] == order.logical
+    assert order.checksum == checksum_of(0, order.logical)
+
+
+def test_pulls_spread_over_the_owners() -> None:
+    group = Group(ranks=6, experts=6, redundant=12)
+    for number in range(6):
+        group.sum(number)
+    group.reach()
+    group.kill(0, 1)
+    for number in list(group.ranks):
+        group.adopt(number)
+    origins = [order.origin.member for r in group.ranks.values() for order in r.orders if order.origin]
+    assert origins
+    assert max(map(origins.count, origins)) <= -(-len(origins) // len(group.ranks)) + 1
+
+
+def test_without_a_checksum_only_the_checkpoint_is_trusted() -> None:
+    group = Group(ranks=4, experts=6, redundant=10)
+    group.reach()
+    group.kill(0)
+    _, order = first_order(group)
+    assert order.origin is None
+
+
+def test_after_a_failed_pull_comes_another_owner_and_at_last_the_checkpoint() -> None:
+    group = Group(ranks=4, experts=4, redundant=8)  # three copies of every expert
+    for number in range(4):
+        group.sum(number)
+    group.reach()
+    group.sum(3, flip=(0, 3 * 3))  # one copy is found corrupt and has to be made anew
+    for number in range(4):
+        group.adopt(number)
+    asked = []
+    for _ in range(3):
+        order = group.ranks[3].orders[0]
+        asked.append(order.origin and order.origin.member.rank)
+        group.copy(3, error="connection reset")
+    first, second, last = asked
+    assert {first, second} <= {0, 1, 2}
+    assert first != second
+    assert last is None
+
+
+def test_a_source_with_wrong_bytes_is_refused_and_rechecked() -> None:
+    group = reachable_group()
+    group.kill(0)
+    number, order = first_order(group)
+    assert order.origin is not None
+    group.spoil(0, order.origin.physical)
+    version = group.machine.placement.version
+    group.copy(number)
+    assert group.machine.placement.version == version, "nothing is published for it"
+    assert group.rechecked == [order.origin.member]
+    group.recheck()
+    assert group.machine.placement.slots[0][order.origin.physical] == EMPTY, "the corrupt slot is taken out"
+    group.settle()
+    assert group.tolerates == group.possible
+    group.check_memory()
+
+
+def test_a_source_that_dies_in_mid_transfer_is_replaced() -> None:
+    group = reachable_group()
+    group.kill(0)
+    number, order = first_order(group)
+    assert order.origin is not None
+    if order.origin.member.rank != number:
+        group.kill(order.origin.member.rank)
+    group.copy(number)
+    group.settle()
+    assert group.tolerates == group.possible
+    group.check_memory()
+
+
+def test_a_plan_passes_through_spare_slots_and_never_costs_tolerance() -> None:
+    group = Group(ranks=4, experts=4, redundant=4, spare=1)
+    group.reach()
+    before = [group.holds(number) for number in range(4)]
+    turned = {number: before[(number + 1) % 4] for number in range(4)}
+    group.plan(turned)
+    for _ in range(100):
+        assert group.tolerates >= 1
+        for number in range(4):
+            group.adopt(number)
+            if group.ranks[number].orders:
+                group.copy(number)
+    assert [group.holds(number) for number in range(4)] == [turned[number] for number in range(4)]
+    assert group.ended == [ev.PlanEnded(sum(len(turned[n] - before[n]) for n in range(4)), 0)]
+
+
+def test_a_plan_that_would_cost_tolerance_ends_undone() -> None:
+    group = Group(ranks=4, experts=4, redundant=4)  # no slot is spare
+    before = [group.holds(number) for number in range(4)]
+    group.plan({number: before[(number + 1) % 4] for number in range(4)})
+    group.settle()
+    assert [group.holds(number) for number in range(4)] == before
+    assert group.ended[0].made == 0
+    assert group.ended[0].left > 0
+
+
+def test_a_loss_overtakes_a_plan() -> None:
+    group = Group(ranks=4, experts=4, redundant=4, spare=1)
+    before = [group.holds(number) for number in range(4)]
+    group.plan({number: before[(number + 1) % 4] for number in range(4)})
+    group.kill(3)
+    assert len(group.ended) == 1
+    assert group.machine.pursuit is None
+    group.settle()
+    assert group.tolerates == group.possible
+
+
+def test_a_plan_for_other_members_is_refused() -> None:
+    group = Group(ranks=4, experts=4, redundant=4, spare=1)
+    rows = group.machine.placement.slots
+    group.feed(ev.Planned((Member(0, 1), Member(1, 1)), rows))
+    assert group.machine.pursuit is None
+    assert group.ended == [ev.PlanEnded(0, 0)]
 
 
 class Repairs(RuleBasedStateMachine):
     """Any order of deaths, returns, boundaries, copies, errors and wrong bytes."""
 
-    @initialize(ranks=st.integers(2, 5), experts=st.integers(2, 6), redundant=st.integers(0, 12))
-    def begin(self, ranks: int, experts: int, redundant: int) -> None:
+    @initialize(
+        ranks=st.integers(2, 5),
+        experts=st.integers(2, 6),
+        redundant=st.integers(0, 12),
+        spare=st.integers(0, 1),
+    )
+    def begin(self, ranks: int, experts: int, redundant: int, spare: int) -> None:
         self.total = ranks
-        self.group = Group(ranks, experts, redundant, layers=2)
+        self.group = Group(ranks, experts, redundant, layers=2, spare=spare)
         for number in range(ranks):
             self.group.sum(number)
 
@@ -290,6 +497,25 @@ class Repairs(RuleBasedStateMachine):
         number = self.some(data, [n for n, rank in sorted(self.group.ranks.items()) if rank.orders])
         if number is not None:
             self.group.copy(number, error=error, flip=flip)
+
+    @rule(data=st.data())
+    def become_reachable(self, data: st.DataObject) -> None:
+        number = self.some(data, sorted(self.group.ranks))
+        if number is not None:
+            self.group.reach(number)
+
+    @rule(data=st.data())
+    def answer_recheck(self, data: st.DataObject) -> None:
+        self.group.recheck()
+
+    @rule(data=st.data())
+    def plan(self, data: st.DataObject) -> None:
+        """Any placement at all may be asked for, sensible or not."""
+        placement = self.group.machine.placement
+        experts = st.sets(st.integers(0, placement.num_experts - 1), max_size=placement.slots_per_rank)
+        held = self.group.tolerates
+        self.group.plan(*[{n: data.draw(experts) for n in self.group.ranks} for _ in placement.slots])
+        assert self.group.tolerates >= min(held, self.group.possible), "a plan costs tolerance"
 
     @rule(ms=st.integers(1, 15_000))
     def time_passes(self, ms: int) -> None:

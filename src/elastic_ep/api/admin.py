@@ -37,6 +37,7 @@ class AdminHandlers:
             web.get("/v1/fault_tolerance/status", self.status),
             web.get("/v1/fault_tolerance/experts", self.experts),
             web.post("/v1/fault_tolerance/verify", self.verify),
+            web.post("/rebalance", self.rebalance),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
         ]
@@ -69,6 +70,10 @@ class AdminHandlers:
     async def verify(self, request: web.Request) -> web.StreamResponse:
         """Every rank re-checks its slots; what differs is taken out of the placement and made anew."""
         return web.json_response(asdict(await self._backend.verify()))
+
+    async def rebalance(self, request: web.Request) -> web.StreamResponse:
+        """Spread the experts by the load of late; answers when that is done."""
+        return web.json_response(asdict(await self._backend.rebalance()))
 
     async def tokenize(self, request: web.Request) -> web.StreamResponse:
         values = read_fields(parse_object(await request.read()), tokenize_fields())

@@ -98,6 +98,17 @@ class Verification:
     silent: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Rebalancing:
+    """The body of `POST /rebalance`: copies planned and made, max/mean load of a rank before and as expected."""
+
+    planned: int
+    made: int
+    imbalance_before: float
+    imbalance: float
+    version: int
+
+
 class Stream(Protocol):
     """The tokens of one request, in batches of what is ready. Ends after the token whose `finish` is set."""
 
@@ -124,3 +135,5 @@ class Backend(Protocol):
     def experts(self) -> ExpertsStatus: ...
 
     async def verify(self) -> Verification: ...
+
+    async def rebalance(self) -> Rebalancing: ...

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from elastic_ep.api.backend import Rebalancing
 from elastic_ep.messages import RankState
 
 _PREFIX = "elastic_ep:"
@@ -94,6 +95,11 @@ class Metrics:
             "rejoin_pause_seconds", "Longest gap between a member's steps around a join."
         )
         self._poisoned_steps = self._counter("poisoned_steps", "Steps run again because a peer was masked.")
+        self._rebalances = self._counter("eplb_rebalances", "Rebalancings of experts by load.")
+        self._imbalance = self._gauge(
+            "expert_load_imbalance", "Max/mean expected load of a rank, as last planned."
+        )
+        self._copies = self._counter("expert_copies", "Expert copies made.", "source")
         self._dropped_messages = self._fast_counter("dropped_messages", "Malformed or foreign messages.")
 
     # What the HTTP layer records.
@@ -148,6 +154,14 @@ class Metrics:
 
     def step_poisoned(self) -> None:
         self._poisoned_steps.inc()
+
+    def rebalanced(self, outcome: Rebalancing) -> None:
+        self._rebalances.inc()
+        self._imbalance.set(outcome.imbalance)
+
+    def expert_copied(self, source: str) -> None:
+        """`source`: "peer" or "checkpoint"."""
+        self._copies.labels(source).inc()
 
     def messages_dropped(self, total: int) -> None:
         """So many since the start."""

@@ -65,6 +65,15 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
                 "responses": {"200": _json("What differs.", _verification_schema()), **_errors(401)},
             }
         },
+        "/rebalance": {
+            "post": {
+                "summary": "Spread the experts over the ranks by the load of late.",
+                "responses": {
+                    "200": _json("Copies planned and made.", _rebalancing_schema()),
+                    **_errors(401),
+                },
+            }
+        },
         "/version": _get("The server's version.", _object(version=_STRING)),
         "/live": _get("The process answers.", _object(status=_STRING)),
         "/health": {"get": {"summary": "Is any rank serving?", "responses": {"200": health, "503": health}}},
@@ -150,6 +159,13 @@ def _experts_schema() -> Schema:
     )
     layer = _object(layer=_INTEGER, tolerates=_INTEGER, slots={"type": "array", "items": slot})
     return _object(version=_INTEGER, tolerates=_INTEGER, layers={"type": "array", "items": layer})
+
+
+def _rebalancing_schema() -> Schema:
+    number: Schema = {"type": "number", "minimum": 0}
+    return _object(
+        planned=_INTEGER, made=_INTEGER, imbalance_before=number, imbalance=number, version=_INTEGER
+    )
 
 
 def _verification_schema() -> Schema:

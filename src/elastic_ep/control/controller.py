@@ -16,12 +16,11 @@ import anyio
 
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.control.observe import Disturbance, PaceObserver
-from elastic_ep.control.proofs import Proofs
+from elastic_ep.control.repairs import Repairs
 from elastic_ep.control.router import Router
 from elastic_ep.control.wire import ControllerWire
 from elastic_ep.log import EventLog
 from elastic_ep.machines import membership_events as ev
-from elastic_ep.machines import repair_events
 from elastic_ep.machines import routing_events as routing
 from elastic_ep.machines.contract import Tick, UnexpectedEvent
 from elastic_ep.machines.membership import MembershipMachine
@@ -34,13 +33,10 @@ from elastic_ep.messages import (
     Heartbeat,
     Hello,
     Member,
-    PlacementSeen,
     Prepare,
     Promise,
     RankReport,
     RankState,
-    SlotCopied,
-    SlotSums,
     Snapshot,
     SnapshotRequest,
     StepReport,
@@ -88,6 +84,8 @@ class Controller:
     pulse_s: float = 0.1
 
     facts: dict[Member, RankFacts] = field(default_factory=dict)
+    on_step: Callable[[int], None] = lambda _step: None
+    """Told of every reported step's number."""
 
     def __post_init__(self) -> None:
         self._queue: deque[ev.Event] = deque()
@@ -101,7 +99,9 @@ class Controller:
         self.stopped = anyio.Event()
         self.serving = anyio.Event()
         self.pace = PaceObserver(self._disturbed)
-        self.proofs = Proofs(self.wire.send)
+        self.repairs = Repairs(
+            self.repair, self.wire, self.log, self.metrics, lambda *placed: self.feed(ev.Placed(*placed))
+        )
 
     # In
 
@@ -139,18 +139,14 @@ class Controller:
                 self.feed(ev.Promised(member, message.attempt, message.step))
             case RankReport():
                 self._guarded(ev.Reported(member, message.state, message.reason), member)
-            case PlacementSeen():
-                self._repair(repair_events.Seen(member, message.version))
-            case SlotCopied():
-                self._repair(repair_events.Copied(member, message.ticket, message.checksum, message.error))
-            case SlotSums():
-                self._repair(repair_events.Summed(member, message.sums))
-                self.proofs.heard(member, message)
             case SnapshotRequest():
                 self._answer_snapshot(member)
             case Hello():
                 self._known(member).pid = message.pid
                 self.processes.watch(member)
+            case _:
+                self.repairs.heard(member, message)
+                self._set_timer()
 
     def on_launched(self, member: Member, pid: int) -> None:
         self._known(member).pid = pid
@@ -170,6 +166,7 @@ class Controller:
     def on_gone(self, member: Member, status: str) -> None:
         self.feed(ev.ProcessGone(member, status))
         self.facts.pop(member, None)
+        self.repairs.gone(member)
         self._noticed_ns.pop(member, None)
 
     @property
@@ -242,7 +239,7 @@ class Controller:
                 self._view_changed(view, "gain")
             case ev.MemberUp(member):
                 self.router.handle(routing.RankUp(member))
-                self.proofs.ask([member])
+                self.repairs.proofs.ask([member])
             case ev.MemberDown(member, reason):
                 if self.machine.state is not ev.GroupState.STOPPING:
                     self.metrics.rank_lost(reason.split(":")[0])
@@ -262,27 +259,7 @@ class Controller:
         if self._seated != view.members:
             self._seated = view.members
             self.pace.view_changed(view, kind)
-            self._repair(repair_events.MembersChanged(tuple(sorted(view.members))))
-
-    # Placement
-
-    def _repair(self, event: repair_events.Event) -> None:
-        """While a machine is at work, what it causes waits its turn: `feed` takes it."""
-        now = Tick(int(time.monotonic() * 1000))
-        for heard in (now, event) if now.now_ms > self.repair.now_ms else (event,):
-            effects = self.repair.step(heard)
-            for effect in effects:
-                if isinstance(effect, repair_events.Replace):
-                    self.wire.publish(effect.changed)
-                elif isinstance(effect, repair_events.Order):
-                    self.wire.send(effect.member, effect.copy)
-            self.log.record("repair", heard, effects)
-            for effect in effects:
-                if isinstance(effect, repair_events.Replace):
-                    self.feed(ev.Placed(effect.changed.version, effect.changed.changes))
-                elif isinstance(effect, repair_events.Corrupt):
-                    self.proofs.corrupt.append((effect.layer, effect.physical))
-        self._set_timer()
+            self.repairs.members_changed(view.members)
 
     def _disturbed(self, seen: Disturbance) -> None:
         if seen.kind == "loss":
@@ -308,6 +285,7 @@ class Controller:
             self.log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked)
         if self.log.recording:
             self.pace.step_reported(report)
+        self.on_step(report.step)
         if report.tokens:
             committed = (member, report.tokens, report.step, report.started_ns, report.ended_ns)
             self.router.handle(routing.TokensCommitted(*committed))
@@ -340,7 +318,8 @@ class Controller:
 
     def _on_timer(self) -> None:
         self.feed(Tick(int(time.monotonic() * 1000)))
-        self._repair(Tick(int(time.monotonic() * 1000)))
+        self.repairs.feed(Tick(int(time.monotonic() * 1000)))
+        self._set_timer()
 
 
 def _heartbeat(report: Heartbeat | StepReport) -> Heartbeat:

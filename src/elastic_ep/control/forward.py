@@ -15,12 +15,17 @@ from elastic_ep.config import RankConfig
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.scheduling import make_ordinary
 from elastic_ep.exchange.base import Exchange
-from elastic_ep.messages import Assign, Member, PlacementSeen, RankState, StepReport, View
+from elastic_ep.messages import Assign, Member, RankState, StepReport, View
 from elastic_ep.model.runner import ModelRunner
 from elastic_ep.placement import Placement
+from elastic_ep.slot_messages import ExpertLoads, PlacementSeen
 
 _WAIT_S = 1.0
 """How long a boundary waits before it looks again; a wake-up comes earlier."""
+
+
+LOAD_REPORT_STEPS = 128
+"""How often the controller hears what the experts had to do."""
 
 
 class ForwardThread:
@@ -81,6 +86,8 @@ class ForwardThread:
                 self._settle_in()
                 self._one_step()
                 self.step += 1
+                if self.step % LOAD_REPORT_STEPS == 0:
+                    self._report_load()
 
     def _take_seat(self) -> bool:
         view = self._mailbox.view
@@ -124,6 +131,11 @@ class ForwardThread:
                 self.exchange.activate(member)
             self._active = active
             self._covered = self.runner.set_routing({member.rank for member in active})
+
+    def _report_load(self) -> None:
+        loads = self.runner.load.take()
+        if any(map(any, loads)):
+            self._mailbox.post(ExpertLoads(*self._me, loads))
 
     def _one_step(self) -> None:
         assert self.exchange is not None

@@ -12,8 +12,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from elastic_ep.messages import Assign, Cancel, PlacementSeen, RankState, StepReport, View
+from elastic_ep.messages import Assign, Cancel, RankState, StepReport, View
 from elastic_ep.placement import Placement
+from elastic_ep.slot_messages import ExpertLoads, PlacementSeen, SlotCopied, SlotSums, StateReady
+
+Outgoing = (
+    StepReport | PlacementSeen | ExpertLoads | StateReady | SlotCopied | SlotSums | tuple[RankState, str]
+)
+"""For the controller; a lifecycle state comes with its reason."""
 
 NEVER = 1 << 62
 PROMISE_MARGIN = 2
@@ -31,11 +37,11 @@ class Mailbox:
         self.hold_at = NEVER
         self.inbox: deque[Assign | Cancel] = deque()
         self.stop = False
-        # Written by the forward thread.
+        # Written by the forward thread (the outbox by the slot worker too).
         self.begun = -1
         self.waiting_at: int | None = None
         """The step before which the forward thread waits because of a hold or because the group is parked."""
-        self.outbox: deque[StepReport | PlacementSeen | tuple[RankState, str]] = deque()
+        self.outbox: deque[Outgoing] = deque()
         self._wake = threading.Event()
         self._notify = notify
 
@@ -88,6 +94,6 @@ class Mailbox:
         self._wake.wait(timeout_s)
         self._wake.clear()
 
-    def post(self, item: StepReport | PlacementSeen | tuple[RankState, str]) -> None:
+    def post(self, item: Outgoing) -> None:
         self.outbox.append(item)
         self._notify()

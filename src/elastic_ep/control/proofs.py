@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 import anyio
 
-from elastic_ep.messages import Member, SlotSums, SumSlots
+from elastic_ep.messages import Member
+from elastic_ep.slot_messages import SlotSums, SumSlots
 
 Place = tuple[int, int]
 """(layer, physical expert)"""

@@ -6,11 +6,10 @@ The fork server calls `main` in the main thread of a freshly forked process that
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -20,6 +19,7 @@ from elastic_ep.control.engine import build_engine
 from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.scheduling import make_prompt
+from elastic_ep.control.slots import SlotWorker
 from elastic_ep.control.wire import RankWire
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.machines.member import (
@@ -37,25 +37,21 @@ from elastic_ep.machines.member import (
 from elastic_ep.messages import (
     Assign,
     Cancel,
-    CopySlot,
     Drain,
     Heartbeat,
     Hello,
     Member,
     Numbered,
-    PlacementSeen,
     Promise,
     RankReport,
     RankState,
     Shutdown,
-    SlotCopied,
-    SlotSums,
     Snapshot,
     SnapshotRequest,
     StepReport,
-    SumSlots,
     ToRank,
 )
+from elastic_ep.slot_messages import CopySlot, SumSlots
 
 SWITCH_INTERVAL_S = 0.0005
 """How long the forward thread may keep the interpreter lock while the control loop wants it."""
@@ -81,6 +77,7 @@ class RankProcess:
         self._me = Member(config.rank, config.incarnation)
         self._machine = MemberMachine(self._me)
         self._mailbox = Mailbox(self._notify)
+        self._slots = SlotWorker(self._me, self._mailbox)
         self._forward = ForwardThread(config, self._mailbox, lambda c: build_engine(c, windows_fd))
         self._heard_pub = False
         self._heard_from = False
@@ -99,10 +96,8 @@ class RankProcess:
         self._wire.send(Hello(*self._me, os.getpid()))
         self._report(RankState.INIT_CUDA)
         self._forward.start()
-        self._slot_work, orders = anyio.create_memory_object_stream[CopySlot | SumSlots](math.inf)
-        async with self._slot_work, orders, anyio.create_task_group() as tasks:
+        async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._synchronise)
-            tasks.start_soon(self._work_on_slots, orders)
             if self._config.heartbeat_ms:
                 tasks.start_soon(self._send_heartbeats)
             await self._finished.wait()
@@ -149,7 +144,7 @@ class RankProcess:
             case Assign() | Cancel():
                 self._mailbox.deliver(message)
             case CopySlot() | SumSlots():
-                self._slot_work.send_nowait(message)
+                self._slots.order(message)
             case Drain():
                 pass  # the router gives nothing new; what runs, runs on
             case Shutdown():
@@ -213,10 +208,10 @@ class RankProcess:
             if isinstance(item, StepReport):
                 self._wire.send(item)
                 self._heard_from = True
-            elif isinstance(item, PlacementSeen):
-                self._wire.send(item)
-            else:
+            elif isinstance(item, tuple):
                 self._on_forward_state(*item)
+            else:
+                self._wire.send(item)
 
     def _on_forward_state(self, state: RankState, reason: str) -> None:
         match state:
@@ -230,6 +225,7 @@ class RankProcess:
                 self._report(state, reason)
                 self._finish(1)
             case _:
+                self._slots.start(self._forward.runner)
                 for member in self._early_masks:
                     self._mask(member)
                 self._early_masks.clear()
@@ -242,25 +238,6 @@ class RankProcess:
 
     def _report(self, state: RankState, reason: str = "") -> None:
         self._wire.send(RankReport(*self._me, state, reason))
-
-    # State plane
-
-    async def _work_on_slots(self, orders: AsyncIterable[CopySlot | SumSlots]) -> None:
-        """Copies and checksums, one after the other, on a thread of their own: the forward thread goes on meanwhile."""
-        async for message in orders:
-            if isinstance(message, CopySlot):
-                copied = await anyio.to_thread.run_sync(self._copy, message, abandon_on_cancel=True)
-                self._wire.send(copied)
-            else:
-                sums = await anyio.to_thread.run_sync(self._forward.runner.slot_sums, abandon_on_cancel=True)
-                self._wire.send(SlotSums(*self._me, message.ticket, tuple(sums)))
-
-    def _copy(self, order: CopySlot) -> SlotCopied:
-        try:
-            checksum = self._forward.runner.copy_expert(order.layer, order.physical, order.logical)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            return SlotCopied(*self._me, order.ticket, 0, f"{type(error).__name__}: {error}")
-        return SlotCopied(*self._me, order.ticket, checksum)
 
     async def _send_heartbeats(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The repair machine: after a loss it has copies re-made on survivors, until what can be tolerated is back.
+"""The repair machine: carries out what tolerance and plans ask for, one slot at a time, while tokens flow.
 
 Placement is read-copy-update. A slot is filled only when no member can still address it: it was empty in a version
 that every member has seen. Only when the bytes are there and their checksum is right is a placement published that
@@ -9,14 +9,15 @@ The rows of a dead rank stay as they are: its next incarnation loads what they s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic_ep.machines import repair_events as ev
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.repair_events import Effect, Event, RepairConfig
-from elastic_ep.messages import CopySlot, Member, PlacementChanged
+from elastic_ep.machines.moves import Layer
+from elastic_ep.machines.repair_events import Effect, Event, Origin, RepairConfig
+from elastic_ep.messages import Member, PlacementChanged
 from elastic_ep.placement import EMPTY, Change, Placement
 
 Place = tuple[int, int]
@@ -30,9 +31,18 @@ class Copy:
     ticket: int
     member: Member
     logical: int
+    origin: Origin | None
     deadline_ms: int
     overdue: bool = False
-    """Its outcome no longer counts, but its slot may be written to until it is reported."""
+    """It is not waited for any more, but its slot may be written to until it is reported."""
+
+
+@dataclass
+class Pursuit:
+    """A plan that is being carried out: per layer and rank the experts to hold."""
+
+    layers: tuple[dict[int, frozenset[int]], ...]
+    made: int = 0
 
 
 @dataclass
@@ -44,33 +54,44 @@ class RepairMachine:
 
     def __post_init__(self) -> None:
         self.members: frozenset[Member] = frozenset()
+        self.reachable: frozenset[Member] = frozenset()
         self.seen: dict[Member, int] = {}
         self.emptied: dict[Place, int] = {}
-        """The version that emptied a slot; empty since the launch: none."""
+        """The version that emptied a slot, until every member has seen it."""
         self.copies: dict[Place, Copy] = {}
+        self.distrusted: dict[Place, frozenset[Member]] = {}
+        """Who failed to give the bytes that a slot waits for."""
         self.retry_at_ms: dict[Place, int] = {}
         self.checksums: dict[tuple[int, int], int] = {}
         """By (layer, logical expert): what its bytes amount to, wherever they lie."""
+        self.pursuit: Pursuit | None = None
         self.now_ms = 0
         self.tickets = 0
         layers = range(len(self.placement.slots))
         ranks = range(self.placement.num_ranks)
         self.wanted = [min(self.placement.copies(layer, ranks)) for layer in layers]
         """Per layer: the copies of every expert to come back to. As many as at launch."""
+        self._stirred = False
+        """Something happened that may allow or require a move."""
         self._effects: list[Effect] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.MembersChanged: self._on_members,
             ev.Seen: self._on_seen,
+            ev.Reachable: self._on_reachable,
             ev.Copied: self._on_copied,
             ev.Summed: self._on_summed,
+            ev.Planned: self._on_planned,
             Tick: self._on_tick,
         }
 
     def step(self, event: Event) -> list[Effect]:
         self._effects = []
+        self._stirred = False
         self._handlers[type(event)](event)
-        for layer in range(len(self.placement.slots)):
-            self._repair(layer)
+        if self._stirred and self.members:
+            for layer in range(len(self.placement.slots)):
+                self._move(layer)
+            self._end_plan_if_done()
         return self._effects
 
     def check(self) -> None:
@@ -79,8 +100,11 @@ class RepairMachine:
                 "a slot that is addressed is being overwritten"
             )
             assert copy.member in self.members, "a copy on a rank that is gone"
-            assert self._unaddressed((layer, physical)), (
+            assert (layer, physical) not in self.emptied, (
                 "a member may still address the slot that is written to"
+            )
+            assert copy.origin is None or (layer, copy.origin.physical) not in self.copies, (
+                "a slot is overwritten that others read from"
             )
         for layer, row in enumerate(self.placement.slots):
             for rank in range(self.placement.num_ranks):
@@ -92,26 +116,62 @@ class RepairMachine:
         times = [copy.deadline_ms for copy in self.copies.values() if not copy.overdue]
         return min([*times, *self.retry_at_ms.values()], default=None)
 
+    def floor(self, layer: int) -> int:
+        """Copies that every expert of the layer should have, as the slots of the living allow."""
+        room = len(self.members) * self.placement.slots_per_rank // self.placement.num_experts
+        return min(self.wanted[layer], max(1, room))
+
+    # Events
+
     def _on_members(self, event: ev.MembersChanged) -> None:
         """A new member has heard every version published before the view that seats it: they share one ordered wire."""
+        self.reachable -= self.members - frozenset(event.members)
         self.members = frozenset(event.members)
         self.seen = {member: self.seen.get(member, self.placement.version) for member in self.members}
         self.copies = {place: copy for place, copy in self.copies.items() if copy.member in self.members}
+        self.distrusted.clear()
+        self._forget_emptied()
+        self._drop_plan()
+        self._stirred = True
 
     def _on_seen(self, event: ev.Seen) -> None:
         if event.member in self.members:
             self.seen[event.member] = max(self.seen[event.member], event.version)
+            self._forget_emptied()
+
+    def _on_reachable(self, event: ev.Reachable) -> None:
+        """It may come before the view that seats the member, and is of no use until then."""
+        self.reachable |= {event.member}
 
     def _on_copied(self, event: ev.Copied) -> None:
         place = next((place for place, copy in self.copies.items() if copy.ticket == event.ticket), None)
         if place is None or self.copies[place].member != event.member:
             return
+        self._stirred = True
         copy = self.copies.pop(place)
-        expected = self.checksums.setdefault((place[0], copy.logical), event.checksum)
-        if copy.overdue or event.error or event.checksum != expected:
+        layer, physical = place
+        expected = (
+            event.checksum
+            if event.error
+            else self.checksums.setdefault((layer, copy.logical), event.checksum)
+        )
+        if event.error or event.checksum != expected:
+            self._copy_failed(place, copy, wrong=not event.error and event.checksum != expected)
+            return
+        self.distrusted.pop(place, None)
+        if self.pursuit and copy.logical in self.pursuit.layers[layer].get(event.member.rank, ()):
+            self.pursuit.made += 1
+        self._publish(Change(layer, physical, copy.logical))
+
+    def _copy_failed(self, place: Place, copy: Copy, *, wrong: bool) -> None:
+        """Another source at once; after the checkpoint, the last of them, again from the first after a while."""
+        if copy.origin is None:
+            self.distrusted.pop(place, None)
             self.retry_at_ms[place] = self.now_ms + self.config.retry_ms
             return
-        self._publish(Change(*place, copy.logical))
+        self.distrusted[place] = self.distrusted.get(place, frozenset()) | {copy.origin.member}
+        if wrong and copy.origin.member in self.members:
+            self._effects.append(ev.Recheck(copy.origin.member))
 
     def _on_summed(self, event: ev.Summed) -> None:
         """The first sum of an expert is believed; a copy that differs from it later is taken out and made anew."""
@@ -124,74 +184,81 @@ class RepairMachine:
             if self.checksums.setdefault((layer, logical), checksum) != checksum:
                 self._effects.append(ev.Corrupt(layer, physical))
                 self._publish(Change(layer, physical, EMPTY))
+                self._stirred = True
+
+    def _on_planned(self, event: ev.Planned) -> None:
+        """A plan made for other members than there are now is of no use."""
+        self._drop_plan()
+        if frozenset(event.members) != self.members:
+            self._effects.append(ev.PlanEnded(0, 0))
+            return
+        width = self.placement.slots_per_rank
+        ranks = sorted(member.rank for member in self.members)
+        self.pursuit = Pursuit(
+            tuple(
+                {rank: frozenset(row[rank * width : (rank + 1) * width]) - {EMPTY} for rank in ranks}
+                for row in event.slots
+            )
+        )
+        self._stirred = True
 
     def _on_tick(self, event: Tick) -> None:
         self.now_ms = max(self.now_ms, event.now_ms)
-        self.retry_at_ms = {place: at for place, at in self.retry_at_ms.items() if at > self.now_ms}
-        for place, copy in self.copies.items():
-            if self.now_ms >= copy.deadline_ms and not copy.overdue:
-                self.copies[place] = Copy(
-                    copy.ticket, copy.member, copy.logical, copy.deadline_ms, overdue=True
-                )
+        due = [place for place, at in self.retry_at_ms.items() if at <= self.now_ms]
+        late = [place for place, c in self.copies.items() if self.now_ms >= c.deadline_ms and not c.overdue]
+        for place in due:
+            del self.retry_at_ms[place]
+        for place in late:
+            self.copies[place] = replace(self.copies[place], overdue=True)
+        self._stirred = bool(due or late)
 
-    # Repair
+    # Moves
 
-    def _repair(self, layer: int) -> None:
-        """Give each expert that lacks copies an empty slot, the neediest first; empty one if there is none."""
-        ranks = {member.rank for member in self.members}
-        if not ranks:
-            return
-        room = len(ranks) * self.placement.slots_per_rank // self.placement.num_experts
-        target = min(self.wanted[layer], max(1, room))
-        living = self.placement.copies(layer, ranks)
-        coming = {copy.logical for (at, _), copy in self.copies.items() if at == layer and not copy.overdue}
-        needy = [e for e in range(self.placement.num_experts) if living[e] < target and e not in coming]
-        taken: set[int] = set()
-        for expert in sorted(needy, key=lambda expert: (living[expert], expert)):
-            found = self._place_for(layer, expert, living, target, taken)
-            if found is None:
-                continue
-            place, logical = found
-            held = self.placement.slots[layer][place]
-            if held != EMPTY:
-                living[held] -= 1
-                self._publish(Change(layer, place, EMPTY))
-            taken.add(place)
-            self._fill(layer, place, logical)
+    def _move(self, layer: int) -> None:
+        on_layer = {place[1]: copy for place, copy in self.copies.items() if place[0] == layer}
+        board = Layer(
+            self.placement,
+            layer,
+            ranks={member.rank for member in self.members},
+            wanted=self.floor(layer),
+            coming={slot: copy.logical for slot, copy in on_layer.items()},
+            given_up={slot for slot, copy in on_layer.items() if copy.overdue},
+            closed={physical for at, physical in self.retry_at_ms if at == layer},
+        )
+        for change in board.moves(self.pursuit.layers[layer] if self.pursuit else {}):
+            if change.logical == EMPTY:
+                self._publish(change)
+            else:
+                self._fill(change)
 
-    def _place_for(
-        self, layer: int, expert: int, living: list[int], target: int, taken: set[int]
-    ) -> tuple[int, int] | None:
-        """A slot to use and what to put there: the expert itself, or one that makes way for it where it fits."""
-        usable = [place for place in self._empty_slots(layer) if place not in taken]
-        usable += self._surplus_slots(layer, living, target)
-        direct = next((place for place in usable if self._fits(layer, place, expert)), None)
-        if direct is not None:
-            return direct, expert
-        if any(at == layer and living[copy.logical] >= target for (at, _), copy in self.copies.items()):
-            return None  # somebody is making way already
-        for place in usable:
-            for other in self._in_the_way(layer, expert):
-                if self._fits(layer, place, other):
-                    return place, other
-        return None
-
-    def _in_the_way(self, layer: int, expert: int) -> Iterator[int]:
-        """Experts on ranks that could take `expert`. With one more copy elsewhere, such a one is surplus there."""
-        for physical, held in self._living_slots(layer):
-            if held != EMPTY and self._fits(layer, physical, expert):
-                yield held
-
-    def _fill(self, layer: int, physical: int, logical: int) -> None:
-        """Order the copy, unless the slot may still be addressed or its rank has enough to do: then later."""
+    def _fill(self, change: Change) -> None:
+        """Order the copy, unless the slot may still be read or addressed or its rank has enough to do: then later."""
+        layer, physical, logical = change
         member = self._member_at(physical)
         busy = sum(copy.member == member for copy in self.copies.values())
-        if busy >= self.config.copies_in_flight or not self._unaddressed((layer, physical)):
+        if busy >= self.config.copies_in_flight or not self._writable((layer, physical)):
             return
         self.tickets += 1
+        origin = self._origin(layer, physical, logical)
         deadline_ms = self.now_ms + self.config.copy_deadline_ms
-        self.copies[layer, physical] = Copy(self.tickets, member, logical, deadline_ms)
-        self._effects.append(ev.Order(member, CopySlot(self.tickets, layer, physical, logical)))
+        self.copies[layer, physical] = Copy(self.tickets, member, logical, origin, deadline_ms)
+        checksum = self.checksums.get((layer, logical))
+        self._effects.append(ev.Order(member, self.tickets, layer, physical, logical, checksum, origin))
+
+    def _origin(self, layer: int, physical: int, logical: int) -> Origin | None:
+        """The living owner with the fewest pulls from it. Without a checksum nobody's bytes can be trusted."""
+        if (layer, logical) not in self.checksums:
+            return None
+        trusted = self.reachable - self.distrusted.get((layer, physical), frozenset())
+        living = {member.rank for member in self.members & trusted}
+        owners = [
+            Origin(self._member_at(slot), slot)
+            for slot, held in enumerate(self.placement.slots[layer])
+            if held == logical and self.placement.rank_of(slot) in living
+        ]
+        return min(
+            owners, key=lambda origin: (self._pulls_from(origin.member), origin.physical), default=None
+        )
 
     def _publish(self, change: Change) -> None:
         version = self.placement.version + 1
@@ -200,48 +267,42 @@ class RepairMachine:
             self.emptied[change.layer, change.physical] = version
         self._effects.append(ev.Replace(PlacementChanged(version, (change,))))
 
+    # Plans
+
+    def _drop_plan(self) -> None:
+        if self.pursuit:
+            self._effects.append(ev.PlanEnded(self.pursuit.made, self._left(self.pursuit)))
+            self.pursuit = None
+
+    def _end_plan_if_done(self) -> None:
+        """Over when nothing is under way: it is carried out, or the rest cannot be without losing tolerance."""
+        if self.pursuit and not (self.copies or self.emptied or self.retry_at_ms):
+            self._drop_plan()
+
+    def _left(self, pursuit: Pursuit) -> int:
+        return sum(
+            len(experts - set(self.placement.on_rank(layer, rank)))
+            for layer, ranks in enumerate(pursuit.layers)
+            for rank, experts in ranks.items()
+        )
+
     # Reading
 
     def _member_at(self, physical: int) -> Member:
         rank = self.placement.rank_of(physical)
         return next(member for member in self.members if member.rank == rank)
 
-    def _unaddressed(self, place: Place) -> bool:
-        emptied = self.emptied.get(place, -1)
-        return all(seen >= emptied for seen in self.seen.values())
+    def _pulls_from(self, member: Member) -> int:
+        return sum(copy.origin is not None and copy.origin.member == member for copy in self.copies.values())
 
-    def _living_slots(self, layer: int) -> Iterator[tuple[int, int]]:
-        """(physical, logical) on members; one rank after the other, so that the load spreads."""
-        width = self.placement.slots_per_rank
-        ranks = sorted(member.rank for member in self.members)
-        for slot in range(width):
-            for rank in ranks:
-                physical = rank * width + slot
-                yield physical, self.placement.slots[layer][physical]
+    def _writable(self, place: Place) -> bool:
+        """Nobody addresses the slot, and nobody reads from it."""
+        read = ((at, c.origin.physical) for (at, _), c in self.copies.items() if c.origin)
+        return place not in self.emptied and place not in read
 
-    def _empty_slots(self, layer: int) -> list[int]:
-        free = []
-        for physical, logical in self._living_slots(layer):
-            place = (layer, physical)
-            if logical == EMPTY and place not in self.copies and place not in self.retry_at_ms:
-                free.append(physical)
-        return free
-
-    def _surplus_slots(self, layer: int, living: list[int], target: int) -> list[int]:
-        """Slots whose expert has more copies than wanted, the one with most first."""
-        slots = [
-            (living[held], physical)
-            for physical, held in self._living_slots(layer)
-            if held != EMPTY and living[held] > target
-        ]
-        return [physical for _, physical in sorted(slots, key=lambda slot: -slot[0])]
-
-    def _fits(self, layer: int, physical: int, expert: int) -> bool:
-        """Whether the slot's rank has no copy of the expert yet, nor one in the making."""
-        rank = self.placement.rank_of(physical)
-        coming = (
-            c.logical
-            for (at, p), c in self.copies.items()
-            if at == layer and self.placement.rank_of(p) == rank
-        )
-        return expert not in self.placement.on_rank(layer, rank) and expert not in coming
+    def _forget_emptied(self) -> None:
+        oldest = min(self.seen.values(), default=self.placement.version)
+        passed = [place for place, version in self.emptied.items() if version <= oldest]
+        for place in passed:
+            del self.emptied[place]
+        self._stirred = self._stirred or bool(passed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_ep.machines.contract import Tick
-from elastic_ep.messages import CopySlot, Member, PlacementChanged
+from elastic_ep.messages import Member, PlacementChanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,16 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
+class Reachable:
+    """Others can pull weights out of this member's memory."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
 class Copied:
+    """The slot's bytes amount to `checksum`. With an `error`, or another checksum than ordered, nothing was written."""
+
     member: Member
     ticket: int
     checksum: int
@@ -51,15 +60,41 @@ class Summed:
     sums: tuple[tuple[int, int, int], ...]
 
 
-Event = MembersChanged | Seen | Copied | Summed | Tick
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What these members should hold: per layer and slot as in a placement; the order within a rank is free."""
+
+    members: tuple[Member, ...]
+    slots: tuple[tuple[int, ...], ...]
+
+
+Event = MembersChanged | Seen | Reachable | Copied | Summed | Planned | Tick
 
 # Effects
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class Origin:
+    """A living copy to pull from."""
+
     member: Member
-    copy: CopySlot
+    physical: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Have `member` fill a slot of its that nobody addresses; from the checkpoint if `origin` is None.
+
+    `checksum` is what the bytes must amount to, None if that is not known yet.
+    """
+
+    member: Member
+    ticket: int
+    layer: int
+    physical: int
+    logical: int
+    checksum: int | None
+    origin: Origin | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,4 +112,19 @@ class Corrupt:
     physical: int
 
 
-Effect = Order | Replace | Corrupt
+@dataclass(frozen=True, slots=True)
+class Recheck:
+    """This member gave wrong bytes: have it sum its slots."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEnded:
+    """`made` copies of a plan were made, `left` were not: it was overtaken, or would have cost tolerance."""
+
+    made: int
+    left: int
+
+
+Effect = Order | Replace | Corrupt | Recheck | PlanEnded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from typing import Protocol
 
@@ -72,13 +73,15 @@ def gate(
     return torch.take(physical, logical), chosen
 
 
-def experts(received: Received, weights: LayerWeights) -> torch.Tensor:
+def experts(received: Received, weights: LayerWeights, load: list[int]) -> torch.Tensor:
     """Each slot's expert on its rows: [S, C, H], shaped like `received.packed`; rows beyond the counts are undefined.
 
-    Every product has the shape of one tile, so it does not matter which slot or which row a token got.
+    The counts are added to `load` [S]. Every product has the shape of one tile, so it does not matter which slot or
+    which row a token got.
     """
     packed = received.packed
     counts: list[int] = received.counts.tolist()
+    load[:] = map(operator.add, load, counts)
     y = torch.empty_like(packed)
     for start in range(0, max(counts, default=0), ROWS):
         tile = slice(start, start + ROWS)
@@ -105,6 +108,7 @@ def moe(
     physical: torch.Tensor,
     exchange: Carrier,
     config: ModelConfig,
+    load: list[int],
 ) -> torch.Tensor:
     """x [Tp, H], normed, of which the first `num_tokens` rows are real: their expert mixture [num_tokens, H].
 
@@ -116,4 +120,4 @@ def moe(
     else:
         chosen, mixing = gate(x, weights, physical, config)
     received = exchange.dispatch(x[:num_tokens], chosen[:num_tokens])
-    return exchange.combine(experts(received, weights), mixing[:num_tokens])
+    return exchange.combine(experts(received, weights, load), mixing[:num_tokens])

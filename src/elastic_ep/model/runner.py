@@ -1,34 +1,28 @@
-"""One rank's engine: requests in, one lockstep step at a time, tokens out."""
+"""One rank's engine on the processor."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
 
 import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import TILE, Exchange, Received
-from elastic_ep.messages import Assign, SamplingParams, SlotSum, Token
-from elastic_ep.model.batch import KEY_BLOCK, BatchMaker, CacheLayout
+from elastic_ep.messages import SamplingParams
+from elastic_ep.model.batch import KEY_BLOCK, Batch, BatchMaker, CacheLayout
 from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.expert_load import ExpertLoad
 from elastic_ep.model.sampler import Sampled, sample
-from elastic_ep.model.scheduler import Chunk, Scheduler, Sequence
+from elastic_ep.model.scheduler import Chunk, Sequence
+from elastic_ep.model.step_runner import StepResult, StepRunner
 from elastic_ep.model.transformer import Qwen3Moe
 from elastic_ep.model.weights import Weights
 from elastic_ep.placement import Placement
 
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """`masked` names the ranks that poisoned the step; it then committed nothing."""
-
-    tokens: tuple[Token, ...] = ()
-    masked: frozenset[int] = frozenset()
+__all__ = ["ModelRunner", "StepResult"]
 
 
-class ModelRunner:
+class ModelRunner(StepRunner):
     """Forward thread only. Raises ValueError if the limits do not fit together."""
 
     def __init__(
@@ -43,109 +37,31 @@ class ModelRunner:
     ) -> None:
         if KEY_BLOCK % limits.page_size:
             raise ValueError(f"page size {limits.page_size} does not divide {KEY_BLOCK}")
-        self._limits = limits
-        self._eos = frozenset(config.eos_token_ids)
-        self._placement = placement
-        self._rank = rank
-        self._exchange = exchange
         self._device = torch.device(device)
-        self._scheduler = Scheduler(limits)
         layout = CacheLayout(
             config.num_attention_heads, config.num_key_value_heads, limits.page_size, limits.num_pages + 1
         )
         self._batches = BatchMaker(layout, self._device)
-        self._weights = weights
-        self._model = Qwen3Moe(weights, layout, limits.max_model_len, self._device)
-        self._ended: list[Token] = []
-        self._poisoned: list[Chunk] = []
-        """The batch that has to run again."""
-        self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
+        load = ExpertLoad(placement, rank)
+        self._model = Qwen3Moe(weights, layout, limits.max_model_len, self._device, load.by_slot)
+        super().__init__(config, limits, weights, placement, rank, exchange, self._model.routing, load)
+        self._batch: Batch | None = None
+        self._logits: torch.Tensor | None = None
 
-    @property
-    def running(self) -> int:
-        return len(self._scheduler.running)
-
-    @property
-    def waiting(self) -> int:
-        return len(self._scheduler.waiting)
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.running or self.waiting or self._ended)
-
-    @property
-    def preemptions(self) -> int:
-        return self._scheduler.preemptions
-
-    def set_routing(self, active_ranks: Collection[int], placement: Placement | None = None) -> bool:
-        """Route to the copies on `active_ranks` from the next step on, by a new `placement` if given.
-
-        False if some expert has no copy there; the table then stays as it was and no step may schedule work.
-        """
-        if placement is not None:
-            self._placement = placement
-        return self._model.routing.update(self._placement, active_ranks, self._rank)
-
-    def copy_expert(self, layer: int, physical: int, logical: int) -> int:
-        """Fill a slot of this rank that nobody addresses; the checksum of its bytes then. Any thread, one at a time."""
-        slot = physical % self._placement.slots_per_rank
-        self._weights.load_expert(layer, slot, logical)
-        return self._weights.checksum(layer, slot)
-
-    def slot_sums(self) -> list[SlotSum]:
-        """The checksums of all slots. Any thread, one at a time, and not during `copy_expert`."""
-        width = self._placement.slots_per_rank
-        places = itertools.product(range(len(self._placement.slots)), range(width))
-        return [
-            SlotSum(layer, self._rank * width + slot, self._weights.checksum(layer, slot))
-            for layer, slot in places
-        ]
-
-    def add(self, assign: Assign) -> None:
-        """Take over a request from position len(prompt) + len(emitted) on."""
-        sequence = Sequence.of(assign)
-        if sequence.output_len >= assign.params.max_tokens:
-            self._ended.append(Token(assign.request_id, sequence.output_len, sequence.tokens[-1], "length"))
-        elif not 0 < len(sequence.tokens) < self._limits.max_model_len:
-            self._ended.append(Token(assign.request_id, sequence.output_len, 0, "abort"))
-        else:
-            self._scheduler.add(sequence)
-
-    def cancel(self, request_id: int) -> None:
-        """Forget a request. Unknown ids are no error."""
-        self._ended = [token for token in self._ended if token.request_id != request_id]
-        sequence = self._scheduler.find(request_id)
-        if sequence is not None:
-            self._scheduler.remove(sequence)
-            self._poisoned = [chunk for chunk in self._poisoned if chunk.sequence is not sequence]
-
-    @torch.inference_mode()
-    def run_step(self, step: int, schedule: bool) -> StepResult:
-        """One step: always the same number of exchange operations, tokens only if nothing was masked meanwhile.
-
-        A poisoned step's batch runs again as it was: its KV entries are overwritten. What came in meanwhile (a lost
-        rank's requests, with all their tokens to compute) waits for the step after, so that the clients of this one do
-        not wait for it.
-        """
-        chunks = (self._poisoned or self._scheduler.schedule()) if schedule else []
-        self._exchange.begin_step(step)
+    def _launch(self, chunks: list[Chunk]) -> None:
         if not chunks:
             self._model.forward_idle(self._exchange)
-            masked = self._exchange.end_step()
-            return StepResult(masked=masked) if masked else StepResult(self._take_ended())
-        batch = self._batches.make(chunks)
-        logits = self._model.forward(batch, self._exchange)
-        masked = self._exchange.end_step()
-        if masked:
-            self._model.cache.forget(batch)
-            self._poisoned = chunks
-            return StepResult(masked=masked)
-        self._poisoned = []
-        self._scheduler.commit(chunks)
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        sampled = sample(logits, sequences) if sequences else []
-        tokens = [self._append(seq, one) for seq, one in zip(sequences, sampled, strict=True)]
-        return StepResult((*self._take_ended(), *tokens))
+            return
+        self._batch = self._batches.make(chunks)
+        self._logits = self._model.forward(self._batch, self._exchange)
+
+    def _discard(self) -> None:
+        assert self._batch is not None
+        self._model.cache.forget(self._batch)
+
+    def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
+        assert self._logits is not None
+        return sample(self._logits, sequences)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -157,26 +73,7 @@ class ModelRunner:
         sample(self._model.forward(batch, alone), [chunks[1].sequence])
         self._model.forward_idle(alone)
         self._model.cache.forget(batch)
-
-    def _append(self, sequence: Sequence, sampled: Sampled) -> Token:
-        index = sequence.output_len
-        sequence.tokens.append(sampled.token)
-        finish = self._finish(sequence)
-        if finish is not None:
-            self._scheduler.remove(sequence)
-        return Token(sequence.request_id, index, sampled.token, finish, sampled.logprob, sampled.top)
-
-    def _finish(self, sequence: Sequence) -> str | None:
-        params, token = sequence.params, sequence.tokens[-1]
-        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
-            return "stop"
-        if sequence.output_len >= params.max_tokens or len(sequence.tokens) >= self._limits.max_model_len:
-            return "length"
-        return None
-
-    def _take_ended(self) -> tuple[Token, ...]:
-        ended, self._ended = tuple(self._ended), []
-        return ended
+        self.load.take()  # those rows were nobody's
 
 
 class _Alone:

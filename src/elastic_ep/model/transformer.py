@@ -12,9 +12,20 @@ from elastic_ep.model.weights import Weights
 
 
 class Qwen3Moe:
-    """The forward pass. Every call performs two exchange operations a layer."""
+    """The forward pass. Every call performs two exchange operations a layer.
 
-    def __init__(self, weights: Weights, layout: CacheLayout, max_len: int, device: torch.device) -> None:
+    `loads` [layers][slots]: the rows that each slot computes are added to it.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        layout: CacheLayout,
+        max_len: int,
+        device: torch.device,
+        loads: list[list[int]],
+    ) -> None:
+        self._loads = loads
         self._weights = weights
         self._layout = layout
         self.config = config = weights.config
@@ -34,7 +45,9 @@ class Qwen3Moe:
             h = norm(x, layer.input_norm)
             x += attention(h, layer, self.cache.layers[index], batch, config, self._layout, norm, rope)
             h = norm(x, layer.post_norm)
-            x[:count] += moe(h, count, layer, self.routing.physical[index], exchange, config)
+            x[:count] += moe(
+                h, count, layer, self.routing.physical[index], exchange, config, self._loads[index]
+            )
         if len(batch.logit_rows) == 0:
             return x.new_empty(0, config.vocab_size)
         last = norm(x.index_select(0, batch.logit_rows), self._weights.final_norm)
@@ -43,4 +56,12 @@ class Qwen3Moe:
     def forward_idle(self, exchange: Carrier) -> None:
         """No tokens of our own: serve this rank's experts to the others."""
         for index, layer in enumerate(self._weights.layers):
-            moe(self._nothing, 0, layer, self.routing.physical[index], exchange, self.config)
+            moe(
+                self._nothing,
+                0,
+                layer,
+                self.routing.physical[index],
+                exchange,
+                self.config,
+                self._loads[index],
+            )

@@ -1,0 +1,318 @@
+"""Weights from a peer: how fast, against Mooncake's TransferEngine bare, and against the checkpoint.
+
+Two processes on this machine. `--experts`: everything that a rank holds, expert by expert, verified and written to its
+slots, against the same bytes read by TransferEngine alone, in the same run: with its blocking call (one call an
+expert), and with reads submitted ahead as the verified pull does it (`bare_ahead`). `--joiner`: all weights of a
+joining rank from a peer, from a checkpoint in the page cache, and from one that is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from bench.common import ROOT, write_result
+from elastic_ep.codec import decode, encode
+from elastic_ep.model.checkpoint import expected_tensors
+from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.page_cache import cached_share, drop_from_cache
+from elastic_ep.model.weights import Weights, blank_weights, dummy_source, load_weights
+from elastic_ep.placement import Placement, launch_placement
+from elastic_ep.slot_messages import StateAddress
+from elastic_ep.state.layout import slot_region
+from elastic_ep.state.peers import ExpertPull, publish, pull_dense, pull_expert, pull_experts
+from elastic_ep.state.transfer import TransferPlane, apply_settings, available
+
+DEADLINE_S = 60.0
+AHEAD = 4
+LAYERS = 4
+EXPERT_SHAPES = {"0.2 MiB": (128, 136), "2 MiB": (512, 344), "16 MiB": (2048, 688)}
+"""Hidden size, expert width: float32, three matrices."""
+
+Server = Callable[[], tuple[Weights, StateAddress]]
+
+
+def model(hidden: int, width: int, experts: int = 8, vocabulary: int = 256) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=hidden // 8,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=width,
+        max_position_embeddings=512,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        eos_token_ids=(3,),
+    )
+
+
+# The peer
+
+
+@contextmanager
+def peer(
+    make: Callable[..., Weights], *arguments: Any
+) -> Iterator[tuple[StateAddress, list[list[int]], int]]:
+    """A process that serves `make(*arguments)`: its address, its slots' checksums by layer, that of what is dense."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, make, arguments), daemon=True)
+    process.start()
+    try:
+        address: StateAddress = decode(ours.recv_bytes(), StateAddress)
+        sums, dense = json.loads(ours.recv_bytes())
+        yield address, sums, dense
+    finally:
+        process.kill()
+        process.join()
+
+
+def serve(control: Connection, make: Callable[..., Weights], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    apply_settings()
+    weights = make(*arguments)
+    plane = TransferPlane()
+    control.send_bytes(encode(publish(plane, weights)))
+    sums = [[weights.checksum(layer, slot) for slot in range(slots_of(weights))] for layer in range(LAYERS)]
+    control.send_bytes(json.dumps([sums, weights.dense_checksum()]).encode())
+    control.poll(None)
+
+
+def random_weights(config: ModelConfig, slots: int) -> Weights:
+    weights = blank_weights(config, slots, dummy_source(config, 0))
+    for layer in weights.layers:
+        for tensor in (layer.gate_up, layer.down):
+            tensor.uniform_(-1, 1)
+    return weights
+
+
+def slots_of(weights: Weights) -> int:
+    return len(weights.layers[0].gate_up)
+
+
+# Experts, against the bare engine
+
+
+class Bare:
+    """TransferEngine as its documentation shows it: into the very places where the experts belong."""
+
+    def __init__(self, weights: Weights, address: StateAddress) -> None:
+        self._engine = importlib.import_module("mooncake.engine").TransferEngine()
+        assert self._engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
+        self._session = address.session
+        self._orders: list[tuple[list[int], list[int], list[int]]] = []
+        sizes = weights.layers[0].gate_up[0].nbytes, weights.layers[0].down[0].nbytes
+        for index, layer in enumerate(weights.layers):
+            for slot in range(slots_of(weights)):
+                parts = slot_region(address, index, slot, sizes)
+                local = [layer.gate_up[slot].data_ptr(), layer.down[slot].data_ptr()]
+                self._orders.append((local, [place for place, _ in parts], list(sizes)))
+
+    def blocking(self) -> None:
+        for local, remote, sizes in self._orders:
+            assert self._engine.batch_transfer_sync_read(self._session, local, remote, sizes) == 0
+
+    def ahead(self) -> None:
+        under_way: deque[int] = deque()
+        for local, remote, sizes in self._orders:
+            for one in zip(local, remote, sizes, strict=True):
+                place, source, nbytes = one
+                under_way.append(
+                    self._engine.batch_transfer_async_read(self._session, [place], [source], [nbytes])
+                )
+            while len(under_way) > 2 * AHEAD:
+                self._finish(under_way.popleft())
+        while under_way:
+            self._finish(under_way.popleft())
+
+    def _finish(self, batch: int) -> None:
+        while (state := self._engine.transfer_check_status(batch)) == 0:
+            time.sleep(5e-5)
+        assert state == 1
+
+
+def measure_experts(total_bytes: int, rounds: int) -> dict[str, Any]:
+    return {
+        name: measure_size(*shape, total_bytes=total_bytes, rounds=rounds)
+        for name, shape in EXPERT_SHAPES.items()
+    }
+
+
+def measure_size(hidden: int, width: int, *, total_bytes: int, rounds: int) -> dict[str, Any]:
+    config = model(hidden, width)
+    nbytes = 3 * hidden * width * 4
+    slots = -(-total_bytes // (nbytes * LAYERS))
+    weights = blank_weights(config, slots, dummy_source(config, 0))
+    plane = TransferPlane()
+    with peer(random_weights, config, slots) as (address, sums, _):
+        bare = Bare(weights, address)
+        orders = [
+            ExpertPull(address, slot, layer, slot, sums[layer][slot])
+            for layer in range(LAYERS)
+            for slot in range(slots)
+        ]
+
+        def verified() -> None:
+            assert all(got.failure is None for got in pull_experts(plane, weights, orders, DEADLINE_S))
+
+        def one_by_one() -> None:
+            for o in orders:
+                pull_expert(plane, weights, address, o.source_slot, o.layer, o.slot, o.checksum, DEADLINE_S)
+
+        ways = {
+            "bare_blocking": bare.blocking,
+            "bare_ahead": bare.ahead,
+            "verified": verified,
+            "verified_one_by_one": one_by_one,
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        whole = nbytes * len(orders)
+        for _ in range(rounds + 1):  # the first warms up
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way()
+                rates[name].append(whole / (time.perf_counter() - began) / 1e9)
+        assert weights.checksum(LAYERS - 1, slots - 1) == sums[-1][-1]
+    medians = {name: round(statistics.median(values[1:]), 3) for name, values in rates.items()}
+    print(f"{nbytes / 2**20:.2f} MiB: {medians} GB/s")
+    return {
+        "expert_bytes": nbytes,
+        "total_bytes": whole,
+        "gb_per_s": medians,
+        "gb_per_s_all_rounds": {name: [round(r, 3) for r in values[1:]] for name, values in rates.items()},
+        "verified_share_of_bare_blocking": round(medians["verified"] / medians["bare_blocking"], 3),
+        "verified_share_of_bare_ahead": round(medians["verified"] / medians["bare_ahead"], 3),
+    }
+
+
+# A joiner
+
+
+def write_checkpoint(folder: Path, config: ModelConfig) -> int:
+    """Random bfloat16 weights; their bytes."""
+    tensors = {
+        name: torch.empty(shape, dtype=torch.bfloat16).uniform_(-1, 1)
+        for name, shape in expected_tensors(config)
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def loaded(folder: Path, config: ModelConfig, placement: Placement) -> Weights:
+    """From the checkpoint, which is not kept open: pages that are mapped cannot be dropped."""
+    weights = load_weights(folder, config, placement, 0)
+    weights.source = dummy_source(config, 0)
+    gc.collect()
+    return weights
+
+
+def measure_joiner(rounds: int) -> dict[str, Any]:
+    config = model(1024, 512, experts=128, vocabulary=32000)
+    placement = launch_placement(8, LAYERS, config.num_experts, 32)
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as name:
+        folder = Path(name)
+        checkpoint_bytes = write_checkpoint(folder, config)
+        plane = TransferPlane()
+        seconds: dict[str, list[float]] = {"peer": [], "disk_warm": [], "disk_cold": []}
+        shares: dict[str, list[float]] = {"disk_warm": [], "disk_cold": []}
+        with peer(loaded, folder, config, placement) as (address, sums, dense):
+            reference = loaded(folder, config, placement)
+            for _ in range(rounds):
+                began = time.perf_counter()
+                weights = joined(plane, config, placement, address, sums, dense)
+                seconds["peer"].append(time.perf_counter() - began)
+                assert torch.equal(weights.layers[-1].down, reference.layers[-1].down)
+                assert torch.equal(weights.lm_head, reference.lm_head)
+                del weights
+                for how in ("disk_cold", "disk_warm"):  # the cold read warms the cache
+                    if how == "disk_cold":
+                        drop_from_cache(folder)
+                    shares[how].append(round(cached_share(folder), 3))
+                    began = time.perf_counter()
+                    loaded(folder, config, placement)
+                    seconds[how].append(time.perf_counter() - began)
+            rank_bytes = sum(t.nbytes for t in reference.dense().values()) + sum(
+                layer.gate_up.nbytes + layer.down.nbytes for layer in reference.layers
+            )
+    medians = {how: round(statistics.median(values), 3) for how, values in seconds.items()}
+    print(f"joiner, {rank_bytes / 1e9:.2f} GB in memory: {medians} s")
+    return {
+        "checkpoint_bytes": checkpoint_bytes,
+        "rank_bytes": rank_bytes,
+        "seconds": medians,
+        "seconds_all_rounds": {how: [round(s, 3) for s in values] for how, values in seconds.items()},
+        "cached_share_before": shares,
+    }
+
+
+def joined(
+    plane: TransferPlane,
+    config: ModelConfig,
+    placement: Placement,
+    address: StateAddress,
+    sums: list[list[int]],
+    dense: int,
+) -> Weights:
+    weights = blank_weights(config, placement.slots_per_rank, dummy_source(config, 0))
+    pull_dense(plane, weights, address, dense, DEADLINE_S)
+    orders = (
+        ExpertPull(address, slot, layer, slot, sums[layer][slot])
+        for layer in range(LAYERS)
+        for slot in range(placement.slots_per_rank)
+    )
+    assert all(got.failure is None for got in pull_experts(plane, weights, orders, DEADLINE_S))
+    return weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--experts", action="store_true", help="only the experts")
+    parser.add_argument("--joiner", action="store_true", help="only the joiner")
+    parser.add_argument("--gib", type=float, default=2.0, help="bytes a size, in GiB")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "transfer.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    apply_settings()
+    reason = available()
+    if reason is not None:
+        raise SystemExit(reason)
+    load_s = time.perf_counter() - began
+    began = time.perf_counter()
+    TransferPlane()
+    result: dict[str, Any] = {
+        "library_load_s": round(load_s, 3),
+        "start_s": round(time.perf_counter() - began, 4),
+    }
+    both = options.experts == options.joiner
+    if options.experts or both:
+        result["experts"] = measure_experts(int(options.gib * 2**30), options.rounds)
+    if options.joiner or both:
+        result["joiner"] = measure_joiner(options.rounds)
+    write_result(options.output, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The repair machine's shell: hears of slots and placements, orders copies, publishes placements."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+
+from elastic_ep.api.metrics import Metrics
+from elastic_ep.control.expert_loads import LoadWindow
+from elastic_ep.control.proofs import Proofs
+from elastic_ep.control.wire import ControllerWire
+from elastic_ep.log import EventLog
+from elastic_ep.machines import repair_events as ev
+from elastic_ep.machines.contract import Tick
+from elastic_ep.machines.repair import RepairMachine
+from elastic_ep.messages import Member
+from elastic_ep.placement import Change, Placement
+from elastic_ep.slot_messages import (
+    CopySlot,
+    ExpertLoads,
+    PlacementSeen,
+    SlotCopied,
+    SlotSums,
+    StateReady,
+)
+
+FromSlots = PlacementSeen | StateReady | SlotCopied | SlotSums | ExpertLoads
+
+
+class Repairs:
+    """`on_placed` is told of every placement that was published, `on_plan_ended` how a plan came out."""
+
+    def __init__(
+        self,
+        machine: RepairMachine,
+        wire: ControllerWire,
+        log: EventLog,
+        metrics: Metrics,
+        on_placed: Callable[[int, tuple[Change, ...]], None],
+    ) -> None:
+        self.machine = machine
+        self.on_plan_ended: Callable[[ev.PlanEnded], None] = lambda _ended: None
+        self.states: dict[Member, StateReady] = {}
+        """Whose memory can be read, and where."""
+        self.loads = LoadWindow()
+        self.proofs = Proofs(wire.send)
+        self._wire = wire
+        self._log = log
+        self._metrics = metrics
+        self._pulls: set[int] = set()
+        """Tickets of copies that were ordered from a peer."""
+        self._on_placed = on_placed
+
+    @property
+    def placement(self) -> Placement:
+        return self.machine.placement
+
+    def heard(self, member: Member, message: FromSlots) -> None:
+        match message:
+            case PlacementSeen():
+                self.feed(ev.Seen(member, message.version))
+            case StateReady():
+                self.states[member] = message
+                self.feed(ev.Reachable(member))
+            case SlotCopied():
+                pulled = message.ticket in self._pulls
+                self._pulls.discard(message.ticket)
+                if not message.error:
+                    self._metrics.expert_copied("peer" if pulled else "checkpoint")
+                self.feed(ev.Copied(member, message.ticket, message.checksum, message.error))
+            case SlotSums():
+                self.feed(ev.Summed(member, message.sums))
+                self.proofs.heard(member, message)
+            case ExpertLoads():
+                self.loads.add(member.rank, message.loads)
+
+    def members_changed(self, members: Collection[Member]) -> None:
+        self.feed(ev.MembersChanged(tuple(sorted(members))))
+
+    def gone(self, member: Member) -> None:
+        self.states.pop(member, None)
+
+    def feed(self, event: ev.Event) -> None:
+        """Perform what the machine says. What must be heard at once goes out before anything is logged."""
+        now = Tick(int(time.monotonic() * 1000))
+        for heard in (now, event) if now.now_ms > self.machine.now_ms else (event,):
+            effects = self.machine.step(heard)
+            for effect in effects:
+                if isinstance(effect, ev.Replace):
+                    self._wire.publish(effect.changed)
+                elif isinstance(effect, ev.Order):
+                    self._order(effect)
+            self._log.record("repair", heard, effects)
+            for effect in effects:
+                self._conclude(effect)
+
+    def _order(self, order: ev.Order) -> None:
+        origin = order.origin
+        state = self.states.get(origin.member) if origin else None
+        copy = CopySlot(
+            order.ticket,
+            order.layer,
+            order.physical,
+            order.logical,
+            order.checksum,
+            origin.physical if origin and state else None,
+            state.address if state else None,
+        )
+        if state:
+            self._pulls.add(order.ticket)
+        self._wire.send(order.member, copy)
+
+    def _conclude(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.Replace(changed):
+                self._on_placed(changed.version, changed.changes)
+            case ev.Corrupt(layer, physical):
+                self.proofs.corrupt.append((layer, physical))
+            case ev.Recheck(member):
+                self.proofs.ask([member])
+            case ev.PlanEnded():
+                self.on_plan_ended(effect)

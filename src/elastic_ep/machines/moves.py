@@ -1,0 +1,126 @@
+"""Which slot to fill or to empty next, in one layer: first so that tolerance comes back, then so that a plan comes true.
+
+Nothing here empties a slot whose expert would then have fewer living copies than wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from elastic_ep.placement import EMPTY, Change, Placement
+
+
+@dataclass
+class Layer:
+    """One layer as the living see it. `wanted`: copies that every expert should have.
+
+    `coming` maps a slot to the expert that is being copied into it; `given_up` are such slots whose copy is overdue;
+    `closed` are empty slots that must wait before they are tried again.
+    """
+
+    placement: Placement
+    number: int
+    ranks: Collection[int]
+    wanted: int
+    coming: Mapping[int, int]
+    given_up: Collection[int]
+    closed: Collection[int]
+    living: list[int] = field(init=False)
+    """Copies of each expert on living ranks."""
+
+    def __post_init__(self) -> None:
+        self.row = list(self.placement.slots[self.number])
+        self.living = self.placement.copies(self.number, self.ranks)
+        self.taken: dict[int, int] = dict(self.coming)
+
+    def moves(self, plan: Mapping[int, frozenset[int]]) -> Iterator[Change]:
+        """Changes to make now. `plan`: the experts that a rank should hold; empty without a plan."""
+        yield from self._restore()
+        for rank, experts in plan.items():
+            yield from self._pursue(rank, experts)
+
+    # Tolerance
+
+    def _restore(self) -> Iterator[Change]:
+        """Give each expert that lacks copies an empty slot, the neediest first; empty one if there is none."""
+        coming = {expert for slot, expert in self.coming.items() if slot not in self.given_up}
+        needy = [e for e, n in enumerate(self.living) if n < self.wanted and e not in coming]
+        for expert in sorted(needy, key=lambda expert: (self.living[expert], expert)):
+            found = self._slot_for(expert)
+            if found is not None:
+                yield from self._use(*found)
+
+    def _slot_for(self, expert: int) -> tuple[int, int] | None:
+        """A slot to use and what to put there: the expert itself, or one that makes way for it where it fits."""
+        usable = [*self._empty(), *self._surplus()]
+        direct = next((slot for slot in usable if self._fits(slot, expert)), None)
+        if direct is not None:
+            return direct, expert
+        if any(self.living[logical] >= self.wanted for logical in self.coming.values()):
+            return None  # somebody is making way already
+        for slot in usable:
+            for other in self._in_the_way(expert):
+                if self._fits(slot, other):
+                    return slot, other
+        return None
+
+    def _in_the_way(self, expert: int) -> Iterator[int]:
+        """Experts on ranks that could take `expert`. With one more copy elsewhere, such a one is surplus there."""
+        for slot in self._slots():
+            if self.row[slot] != EMPTY and self._fits(slot, expert):
+                yield self.row[slot]
+
+    # A plan
+
+    def _pursue(self, rank: int, experts: frozenset[int]) -> Iterator[Change]:
+        """Empty what the plan does not want here and others have enough of; fill what it wants."""
+        width = self.placement.slots_per_rank
+        slots = range(rank * width, (rank + 1) * width)
+        for slot in slots:
+            held = self.row[slot]
+            if held != EMPTY and held not in experts and self.living[held] > self.wanted:
+                yield self._empty_out(slot)
+        here = {self.row[slot] for slot in slots} | {self.taken.get(slot, EMPTY) for slot in slots}
+        free = [slot for slot in slots if self._is_free(slot)]
+        for expert, slot in zip(
+            sorted(experts - here, key=lambda e: (self.living[e], e)), free, strict=False
+        ):
+            yield from self._use(slot, expert)
+
+    # Slots
+
+    def _use(self, slot: int, logical: int) -> Iterator[Change]:
+        if self.row[slot] != EMPTY:
+            yield self._empty_out(slot)
+        self.taken[slot] = logical
+        yield Change(self.number, slot, logical)
+
+    def _empty_out(self, slot: int) -> Change:
+        self.living[self.row[slot]] -= 1
+        self.row[slot] = EMPTY
+        return Change(self.number, slot, EMPTY)
+
+    def _slots(self) -> Iterator[int]:
+        """Those of living ranks; one rank after the other, so that the load spreads."""
+        width = self.placement.slots_per_rank
+        for slot in range(width):
+            for rank in sorted(self.ranks):
+                yield rank * width + slot
+
+    def _is_free(self, slot: int) -> bool:
+        return self.row[slot] == EMPTY and slot not in self.taken and slot not in self.closed
+
+    def _empty(self) -> list[int]:
+        return [slot for slot in self._slots() if self._is_free(slot)]
+
+    def _surplus(self) -> list[int]:
+        """Slots whose expert has more copies than wanted, the one with most first."""
+        slots = [s for s in self._slots() if self.row[s] != EMPTY and self.living[self.row[s]] > self.wanted]
+        return sorted(slots, key=lambda slot: -self.living[self.row[slot]])
+
+    def _fits(self, slot: int, expert: int) -> bool:
+        """Whether the slot's rank has no copy of the expert yet, nor one in the making."""
+        width = self.placement.slots_per_rank
+        start = self.placement.rank_of(slot) * width
+        return all(self.row[s] != expert and self.taken.get(s) != expert for s in range(start, start + width))

@@ -1,0 +1,172 @@
+"""The planner: tolerance, balance, few moves; under hypothesis for any number of ranks, experts, hosts and loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_ep.machines.placement import PlanInput, plan, rank_loads
+from elastic_ep.placement import EMPTY, Placement, launch_placement
+
+FIRST_EXAMPLE = (90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86)
+SECOND_EXAMPLE = (20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27)
+"""The loads of DeepSeek's published example (EPLB, 2025): 12 experts, 16 copies, 8 GPUs."""
+
+
+def planned(given: PlanInput) -> Placement:
+    found = plan(given)
+    placement = given.placement
+    return Placement(1, placement.num_ranks, placement.slots_per_rank, placement.num_experts, found.slots)
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> PlanInput:
+    ranks = draw(st.integers(1, 9))
+    experts = draw(st.integers(1, 12))
+    redundant = draw(st.integers(0, 2 * experts))
+    spare = draw(st.integers(0, 1))
+    layers = draw(st.integers(1, 2))
+    placement = launch_placement(ranks, layers, experts, redundant, spare)
+    living = draw(st.sets(st.integers(0, ranks - 1), min_size=1))
+    loads = draw(
+        st.lists(
+            st.lists(st.integers(0, 1000).map(float), min_size=experts, max_size=experts),
+            min_size=layers,
+            max_size=layers,
+        )
+    )
+    hosts = draw(
+        st.one_of(
+            st.just(()),
+            st.lists(st.sampled_from("abc"), min_size=len(living), max_size=len(living)).map(tuple),
+        )
+    )
+    return PlanInput(placement, tuple(sorted(living)), loads, hosts=hosts, spare=spare)
+
+
+def held(placement: Placement, layer: int, rank: int) -> list[int]:
+    return [expert for expert in placement.on_rank(layer, rank) if expert != EMPTY]
+
+
+@given(inputs())
+def test_every_expert_has_as_many_copies_as_slots_allow_and_no_two_on_a_rank(given: PlanInput) -> None:
+    after = planned(given)
+    room = len(given.ranks) * (after.slots_per_rank - given.spare)
+    floor = min(len(given.ranks), room // after.num_experts)
+    for layer in range(len(after.slots)):
+        for rank in given.ranks:
+            experts = held(after, layer, rank)
+            assert len(experts) == len(set(experts))
+            assert len(experts) <= after.slots_per_rank - given.spare
+        if not given.hosts:
+            assert min(after.copies(layer, given.ranks)) >= floor
+
+
+@given(inputs())
+def test_the_dead_keep_what_they_have_and_what_stays_keeps_its_slot(given: PlanInput) -> None:
+    before, after = given.placement, planned(given)
+    for layer, (old, new) in enumerate(zip(before.slots, after.slots, strict=True)):
+        for physical, expert in enumerate(old):
+            rank = before.rank_of(physical)
+            stays = expert != EMPTY and expert in after.on_rank(layer, rank)
+            if rank not in given.ranks or stays:
+                assert new[physical] == expert
+
+
+@given(inputs())
+def test_a_plan_is_content_with_what_it_has_made(given: PlanInput) -> None:
+    after = planned(given)
+    again = plan(PlanInput(after, given.ranks, given.loads, given.hosts, given.spare))
+    assert again.imbalance <= plan(given).imbalance * 1.0001
+
+
+@given(inputs(), st.integers(0, 5))
+def test_moves_for_balance_are_bounded(given: PlanInput, most: int) -> None:
+    needed, bounded = (plan(replace(given, max_moves=moves)).moves for moves in (0, most))
+    assert bounded <= needed + most
+
+
+@pytest.mark.parametrize("num_hosts", [2, 3, 4])
+def test_copies_of_an_expert_are_on_different_hosts(num_hosts: int) -> None:
+    placement = launch_placement(12, 1, 16, 16)
+    hosts = tuple(f"host{rank % num_hosts}" for rank in range(12))
+    loads = [[float(expert**2) for expert in range(16)]]
+    after = planned(PlanInput(placement, tuple(range(12)), loads, hosts))
+    for expert in range(16):
+        homes = [hosts[rank] for rank in range(12) if expert in held(after, 0, rank)]
+        assert len(homes) == len(set(homes)) >= 2
+
+
+def test_more_copies_than_hosts_share_a_host_but_never_a_rank() -> None:
+    placement = launch_placement(6, 1, 6, 12)
+    after = planned(PlanInput(placement, tuple(range(6)), [[1.0] * 6], ("a", "b") * 3))
+    assert min(after.copies(0, range(6))) == 3
+
+
+def test_without_load_only_what_tolerance_needs_is_moved() -> None:
+    placement = launch_placement(8, 2, 16, 16)
+    quiet = [[0.0] * 16] * 2
+    assert plan(PlanInput(placement, tuple(range(8)), quiet)).moves == 0
+    lost = plan(PlanInput(placement, tuple(range(1, 8)), quiet))
+    assert lost.moves == 0, "seven ranks of four slots cannot hold two copies of sixteen experts"
+    roomy = launch_placement(8, 1, 16, 24)
+    lost = plan(PlanInput(roomy, tuple(range(1, 8)), [[0.0] * 16]))
+    after = Placement(1, 8, 5, 16, lost.slots)
+    assert min(after.copies(0, range(1, 8))) == 2
+    assert lost.moves == sum(2 - count for count in roomy.copies(0, range(1, 8)) if count < 2)
+
+
+def test_the_busiest_expert_gets_the_copies_that_tolerance_leaves() -> None:
+    loads = [[1.0] * 7 + [50.0]]
+    after = planned(PlanInput(launch_placement(4, 1, 8, 4), tuple(range(4)), loads))
+    assert after.copies(0, range(4))[7] == 4
+    assert min(after.copies(0, range(4))) == 1
+
+
+def test_the_layer_with_the_worst_balance_is_first_when_moves_are_few() -> None:
+    placement = launch_placement(4, 2, 8, 4)
+    even, skewed = [1.0] * 7 + [2.0], [1.0] * 7 + [50.0]
+    found = plan(PlanInput(placement, tuple(range(4)), [even, skewed], max_moves=2))
+    assert found.slots[0] == placement.slots[0]
+    assert found.slots[1] != placement.slots[1]
+
+
+def test_deepseeks_example_is_as_even_as_with_their_algorithm() -> None:
+    placement = launch_placement(8, 2, 12, 4)
+    loads = [FIRST_EXAMPLE, SECOND_EXAMPLE]
+    after = planned(PlanInput(placement, tuple(range(8)), loads))
+    for layer, row in enumerate(loads):
+        busy = rank_loads(after, layer, range(8), row)
+        assert sum(busy) == pytest.approx(sum(row))
+        assert max(busy) <= eplb_peak(row, copies=16, ranks=8) * 1.01
+
+
+def eplb_peak(loads: tuple[int, ...], copies: int, ranks: int) -> float:
+    """The load of the busiest rank by replicate-then-pack, two copies of an expert on a rank not minded."""
+    counts = [1] * len(loads)
+    for _ in range(copies - len(loads)):
+        counts[max(range(len(loads)), key=lambda e: loads[e] / counts[e])] += 1
+    shares = sorted((load / n for load, n in zip(loads, counts, strict=True) for _ in range(n)), reverse=True)
+    packs: list[list[float]] = [[] for _ in range(ranks)]
+    for share in shares:
+        min((pack for pack in packs if len(pack) < copies // ranks), key=sum).append(share)
+    return max(map(sum, packs))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"loads": [[1.0] * 15]}, "16 experts"),
+        ({"loads": [[1.0] * 16] * 2}, "1 layers"),
+        ({"hosts": ("a",)}, "a host for each"),
+        ({"ranks": ()}, "at least one rank"),
+        ({"spare": 4}, "4 spare slots of 4"),
+    ],
+)
+def test_input_that_makes_no_sense_is_refused(wrong: dict[str, object], match: str) -> None:
+    right = {"placement": launch_placement(8, 1, 16, 16), "ranks": tuple(range(8)), "loads": [[1.0] * 16]}
+    with pytest.raises(ValueError, match=match):
+        PlanInput(**{**right, **wrong})  # type: ignore[arg-type]  # that is the point
