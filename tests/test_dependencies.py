@@ -55,6 +55,7 @@ def test_the_base_uses_the_standard_library_alone(name: str) -> None:
     for module in imported(SOURCE / name):
         top = module.split(".")[0]
         assert top in sys.stdlib_module_names or module in {
+            "elastic_ep.codec",
             "elastic_ep.messages",
             "elastic_ep.slot_messages",
             "elastic_ep.placement",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
+from elastic_ep.codec import decode, encode
 from elastic_ep.placement import Placement
+from elastic_ep.slot_messages import PeerWeights
 
 PAGE_SIZE = 16
 """Tokens in a page of KV cache."""
@@ -41,16 +41,16 @@ class RankConfig:
     """0: none."""
     placement: Placement
     """As it is at this launch: the rank loads its row."""
+    peers: PeerWeights | None = None
+    """Who has weights to give; None before anybody has."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return encode(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> RankConfig:
-        plain: dict[str, Any] = json.loads(text)
-        slots = tuple(tuple(row) for row in plain["placement"].pop("slots"))
-        placement = Placement(slots=slots, **plain["placement"])
-        return cls(**{**plain, "limits": EngineLimits(**plain["limits"]), "placement": placement})
+        """Raises MalformedMessage."""
+        return decode(text.encode(), cls)
 
 
 class ConfigError(ValueError):

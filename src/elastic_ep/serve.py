@@ -383,6 +383,7 @@ class RunProcess:
             limits=self._plan.limits,
             heartbeat_ms=self._heartbeat_ms,
             placement=self._controller.repair.placement,
+            peers=self._controller.repairs.peer_weights(),
         )
         self._launcher.launch(member, config.to_json())
 

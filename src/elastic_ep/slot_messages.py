@@ -24,12 +24,38 @@ class StateAddress:
 
 @dataclass(frozen=True, slots=True)
 class StateReady:
-    """The rank's weights are whole, and peers may read them at `address`. `dense_sum` is the CRC-32 of the dense ones."""
+    """The rank's weights are whole, and peers may read them at `address`. `dense_sum` is the CRC-32 of the dense ones.
+
+    None if nobody can read them and this rank can read nobody's, for the `reason` given.
+    """
 
     rank: int
     incarnation: int
-    address: StateAddress
+    address: StateAddress | None
     dense_sum: int
+    reason: str = ""
+    pulled: int = 0
+    """Experts that came from peers at this launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAddress:
+    """Where the weights of a rank lie."""
+
+    rank: int
+    address: StateAddress
+
+
+@dataclass(frozen=True, slots=True)
+class PeerWeights:
+    """Where a joiner finds its weights: `peers` hold what the placement says. What it reads is checked before use.
+
+    `checksums[layer][logical]` is None where that is not known yet.
+    """
+
+    peers: tuple[PeerAddress, ...]
+    dense_sum: int
+    checksums: tuple[tuple[int | None, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,9 +159,9 @@ class Metrics:
         self._rebalances.inc()
         self._imbalance.set(outcome.imbalance)
 
-    def expert_copied(self, source: str) -> None:
+    def expert_copied(self, source: str, count: int = 1) -> None:
         """`source`: "peer" or "checkpoint"."""
-        self._copies.labels(source).inc()
+        self._copies.labels(source).inc(count)
 
     def messages_dropped(self, total: int) -> None:
         """So many since the start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,12 +11,20 @@ from elastic_ep.config import RankConfig
 from elastic_ep.exchange.base import Exchange, ExchangeShape
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.messages import Member
-from elastic_ep.model.config import load_model_config
+from elastic_ep.model.config import ModelConfig, load_model_config
+from elastic_ep.model.page_cache import cached_share
 from elastic_ep.model.runner import ModelRunner
-from elastic_ep.model.weights import load_weights
+from elastic_ep.model.weights import Weights, blank_weights, load_weights, weight_source
+from elastic_ep.state.joining import fill_from_peers
+from elastic_ep.state.transfer import PullFailed, TransferPlane
+
+MOSTLY = 0.5
+"""With so much of a checkpoint in the page cache, reading it is faster than asking peers."""
+
+OpenPlane = Callable[[], TransferPlane | str]
 
 
-def build_engine(config: RankConfig, windows_fd: int) -> tuple[ModelRunner, Exchange]:
+def build_engine(config: RankConfig, windows_fd: int, open_plane: OpenPlane) -> tuple[ModelRunner, Exchange]:
     torch.set_num_threads(1)
     model = load_model_config(Path(config.model))
     placement = config.placement
@@ -28,8 +37,33 @@ def build_engine(config: RankConfig, windows_fd: int) -> tuple[ModelRunner, Exch
         operations_per_step=2 * model.num_hidden_layers,
     )
     exchange = ShmExchange(windows_fd, shape, Member(config.rank, config.incarnation))
-    weights = load_weights(
-        Path(config.model), model, placement, config.rank, load_format=config.load_format, seed=config.seed
-    )
+    weights = weights_from_peers(config, model, open_plane) or weights_from_checkpoint(config, model)
     runner = ModelRunner(model, config.limits, weights, placement, config.rank, exchange)
     return runner, exchange
+
+
+def weights_from_checkpoint(config: RankConfig, model: ModelConfig) -> Weights:
+    folder, load_format = Path(config.model), config.load_format
+    return load_weights(
+        folder, model, config.placement, config.rank, load_format=load_format, seed=config.seed
+    )
+
+
+def weights_from_peers(config: RankConfig, model: ModelConfig, open_plane: OpenPlane) -> Weights | None:
+    """None if there are no peers to ask, if the checkpoint is faster, or if they do not give what is needed."""
+    if config.peers is None or _in_page_cache(config):
+        return None
+    plane = open_plane()
+    if isinstance(plane, str):
+        return None
+    source = weight_source(Path(config.model), model, config.load_format, config.seed)
+    weights = blank_weights(model, config.placement.slots_per_rank, source)
+    try:
+        fill_from_peers(plane, weights, config.placement, config.rank, config.peers)
+    except PullFailed:
+        return None
+    return weights
+
+
+def _in_page_cache(config: RankConfig) -> bool:
+    return config.load_format != "dummy" and cached_share(Path(config.model)) >= MOSTLY

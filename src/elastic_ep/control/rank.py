@@ -6,6 +6,7 @@ The fork server calls `main` in the main thread of a freshly forked process that
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import sys
@@ -52,6 +53,7 @@ from elastic_ep.messages import (
     ToRank,
 )
 from elastic_ep.slot_messages import CopySlot, SumSlots
+from elastic_ep.state.transfer import open_plane
 
 SWITCH_INTERVAL_S = 0.0005
 """How long the forward thread may keep the interpreter lock while the control loop wants it."""
@@ -77,8 +79,11 @@ class RankProcess:
         self._me = Member(config.rank, config.incarnation)
         self._machine = MemberMachine(self._me)
         self._mailbox = Mailbox(self._notify)
-        self._slots = SlotWorker(self._me, self._mailbox)
-        self._forward = ForwardThread(config, self._mailbox, lambda c: build_engine(c, windows_fd))
+        open_plane_once = functools.cache(open_plane)
+        self._slots = SlotWorker(self._me, self._mailbox, open_plane_once)
+        self._forward = ForwardThread(
+            config, self._mailbox, lambda c: build_engine(c, windows_fd, open_plane_once)
+        )
         self._heard_pub = False
         self._heard_from = False
         """Whether a step report has gone out since the last heartbeat was due: it is a sign of life too."""

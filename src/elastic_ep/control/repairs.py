@@ -18,11 +18,14 @@ from elastic_ep.placement import Change, Placement
 from elastic_ep.slot_messages import (
     CopySlot,
     ExpertLoads,
+    PeerAddress,
+    PeerWeights,
     PlacementSeen,
     SlotCopied,
     SlotSums,
     StateReady,
 )
+from elastic_ep.state.layout import of_layer
 
 FromSlots = PlacementSeen | StateReady | SlotCopied | SlotSums | ExpertLoads
 
@@ -42,6 +45,8 @@ class Repairs:
         self.on_plan_ended: Callable[[ev.PlanEnded], None] = lambda _ended: None
         self.states: dict[Member, StateReady] = {}
         """Whose memory can be read, and where."""
+        self.unreadable = ""
+        """Why weights come from the checkpoint alone, if they do."""
         self.loads = LoadWindow()
         self.proofs = Proofs(wire.send)
         self._wire = wire
@@ -60,8 +65,15 @@ class Repairs:
             case PlacementSeen():
                 self.feed(ev.Seen(member, message.version))
             case StateReady():
-                self.states[member] = message
-                self.feed(ev.Reachable(member))
+                if message.address is None:
+                    self.unreadable = message.reason
+                    self._log.note("no_peer_weights", rank=member.rank, reason=message.reason)
+                else:
+                    self.states[member] = message
+                    if message.pulled:
+                        self._log.note("weights_from_peers", rank=member.rank, experts=message.pulled)
+                        self._metrics.expert_copied("peer", message.pulled)
+                    self.feed(ev.Reachable(member))
             case SlotCopied():
                 pulled = message.ticket in self._pulls
                 self._pulls.discard(message.ticket)
@@ -73,6 +85,21 @@ class Repairs:
                 self.proofs.heard(member, message)
             case ExpertLoads():
                 self.loads.add(member.rank, message.loads)
+
+    def peer_weights(self) -> PeerWeights | None:
+        """Where a joiner finds its weights; None if no member's can be read."""
+        seated = sorted(self.machine.members & self.states.keys())
+        states = [state for member in seated if (state := self.states[member]).address]
+        if not states:
+            return None
+        known = self.machine.checksums
+        placement = self.machine.placement
+        checksums = tuple(
+            tuple(known.get((layer, logical)) for logical in range(placement.num_experts))
+            for layer in range(len(placement.slots))
+        )
+        peers = tuple(PeerAddress(s.rank, s.address) for s in states if s.address is not None)
+        return PeerWeights(peers, states[0].dense_sum, checksums)
 
     def members_changed(self, members: Collection[Member]) -> None:
         self.feed(ev.MembersChanged(tuple(sorted(members))))
@@ -104,7 +131,7 @@ class Repairs:
             order.logical,
             order.checksum,
             origin.physical if origin and state else None,
-            state.address if state else None,
+            of_layer(state.address, order.layer) if state and state.address else None,
         )
         if state:
             self._pulls.add(order.ticket)

@@ -51,7 +51,7 @@ class StepRunner(ABC):
         self._rank = rank
         self._exchange = exchange
         self._scheduler = Scheduler(limits)
-        self._weights = weights
+        self.weights = weights
         self._routing = routing
         self.load = load
         self._ended: list[Token] = []
@@ -101,18 +101,22 @@ class StepRunner(ABC):
             self.load.adopt(placement)
         return self._routing.update(self._placement, active_ranks, self._rank)
 
+    @property
+    def slots_per_rank(self) -> int:
+        return self._placement.slots_per_rank
+
     def copy_expert(self, layer: int, physical: int, logical: int) -> int:
         """Fill a slot of this rank that nobody addresses; the checksum of its bytes then. Any thread, one at a time."""
         slot = physical % self._placement.slots_per_rank
-        self._weights.load_expert(layer, slot, logical)
-        return self._weights.checksum(layer, slot)
+        self.weights.load_expert(layer, slot, logical)
+        return self.weights.checksum(layer, slot)
 
     def slot_sums(self) -> list[SlotSum]:
         """The checksums of all slots. Any thread, one at a time, and not during `copy_expert`."""
         width = self._placement.slots_per_rank
         places = itertools.product(range(len(self._placement.slots)), range(width))
         return [
-            SlotSum(layer, self._rank * width + slot, self._weights.checksum(layer, slot))
+            SlotSum(layer, self._rank * width + slot, self.weights.checksum(layer, slot))
             for layer, slot in places
         ]
 

@@ -64,6 +64,8 @@ class Weights:
         self._dtype = dtype
         self.source = source
         self._device = device
+        self.from_peers = 0
+        """Experts that did not come from `source`."""
         self.embed = self._get("model.embed_tokens.weight")
         self.final_norm = self._get("model.norm.weight")
         self.lm_head = (
@@ -173,13 +175,19 @@ def load_weights(
 
     Raises `CheckpointError` for a checkpoint that is not whole, ValueError for an unknown format.
     """
-    if load_format == "dummy":
-        source = dummy_source(config, seed, device)
-    elif load_format == "auto":
-        source = checkpoint_source(validate_checkpoint(path, config))
-    else:
-        raise ValueError(f"unknown load format {load_format!r}: auto or dummy")
+    source = weight_source(path, config, load_format, seed, device)
     return Weights(config, placement, rank, source, torch.device(device), dtype)
+
+
+def weight_source(
+    path: Path, config: ModelConfig, load_format: str, seed: int, device: torch.device | str = "cpu"
+) -> TensorSource:
+    """Where the tensors come from. Raises as `load_weights`."""
+    if load_format == "dummy":
+        return dummy_source(config, seed, device)
+    if load_format == "auto":
+        return checkpoint_source(validate_checkpoint(path, config))
+    raise ValueError(f"unknown load format {load_format!r}: auto or dummy")
 
 
 def checkpoint_source(entries: dict[str, TensorEntry]) -> TensorSource:

@@ -21,6 +21,12 @@ def region(address: StateAddress, name: str) -> Region:
     raise ValueError(f"{address.session} names no memory {name!r}")
 
 
+def of_layer(address: StateAddress, layer: int) -> StateAddress:
+    """What of `address` is needed to read experts of one layer."""
+    names = {expert_region(layer, part) for part in EXPERT_PARTS}
+    return StateAddress(address.session, tuple(r for r in address.regions if r.name in names))
+
+
 def slot_region(
     address: StateAddress, layer: int, slot: int, sizes: tuple[int, int]
 ) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from elastic_ep.model.crc import crc32
 from elastic_ep.model.weights import Weights
 from elastic_ep.slot_messages import Region, StateAddress
 from elastic_ep.state.layout import EXPERT_PARTS, expert_region, region, slot_region
-from elastic_ep.state.transfer import PullFailed, Read, TransferPlane
+from elastic_ep.state.transfer import PullFailed, Read, TransferPlane, WrongBytes
 
 _DENSE_PIECE_BYTES = 8 << 20
 _AHEAD_BYTES = 4 << 20
@@ -80,7 +80,8 @@ def pull_experts(
 ) -> Iterator[Pulled]:
     """`pull_expert` for many, in order: while one is checked and written, the next are already on their way.
 
-    `deadline_s` is for each of them, from when the one before is done with.
+    `pulls` may have run out for now and go on later: it is asked again after each. `deadline_s` is for each of them,
+    from when the one before is done with.
     """
     sizes = _sizes(weights)
     ahead = min(_MOST_AHEAD, max(1, _AHEAD_BYTES // sum(sizes)))
@@ -93,10 +94,12 @@ def pull_experts(
         return pull, plane.read(pull.source.session, parts)
 
     todo = iter(pulls)
-    under_way = deque(begin(pull) for pull in itertools.islice(todo, ahead))
+    under_way: deque[tuple[ExpertPull, Read | PullFailed]] = deque()
     try:
-        while under_way:
-            under_way.extend(begin(pull) for pull in itertools.islice(todo, 1))
+        while True:
+            under_way.extend(begin(pull) for pull in itertools.islice(todo, ahead + 1 - len(under_way)))
+            if not under_way:
+                return
             pull, read = under_way.popleft()
             if isinstance(read, PullFailed):
                 yield Pulled(pull, None, read)
@@ -143,8 +146,9 @@ def pull_dense(
         for _, read in under_way:
             read.release()
     if expected_checksum is not None and value != expected_checksum:
-        raise PullFailed(
-            f"the dense weights of {source.session} have checksum {value:08x} instead of {expected_checksum:08x}"
+        raise WrongBytes(
+            f"the dense weights of {source.session} have checksum {value:08x} instead of {expected_checksum:08x}",
+            value,
         )
     return value
 
@@ -158,9 +162,10 @@ def _sizes(weights: Weights) -> tuple[int, int]:
 def _fill(weights: Weights, pull: ExpertPull, data: torch.Tensor) -> int:
     value = crc32(data.numpy().data)
     if pull.checksum is not None and value != pull.checksum:
-        raise PullFailed(
+        raise WrongBytes(
             f"slot {pull.source_slot} of layer {pull.layer} at {pull.source.session} has checksum {value:08x} "
-            f"instead of {pull.checksum:08x}"
+            f"instead of {pull.checksum:08x}",
+            value,
         )
     start = 0
     for part in EXPERT_PARTS:

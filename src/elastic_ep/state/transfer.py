@@ -50,6 +50,23 @@ class PullFailed(RuntimeError):
     """The bytes did not come: the source is gone, refused, was too slow, or sent others than expected."""
 
 
+class WrongBytes(PullFailed):
+    """They came, and are others than expected: `checksum` instead."""
+
+    def __init__(self, message: str, checksum: int) -> None:
+        super().__init__(message)
+        self.checksum = checksum
+
+
+def open_plane(host: str = "127.0.0.1") -> TransferPlane | str:
+    """This process's end of the state plane, or why there is none. Once in a process, after its fork."""
+    apply_settings()
+    try:
+        return TransferPlane(host)
+    except TransferUnavailable as reason:
+        return str(reason)
+
+
 def apply_settings() -> None:
     """Load the library with the environment variables that it needs, and silent, where the user chose nothing else.
 
