@@ -6,7 +6,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-EXTRAS ?= dev
+comma := ,
+# Mooncake's wheel needs libibverbs; without it, weights come from the checkpoint alone.
+EXTRAS ?= dev$(if $(wildcard /usr/lib/*/libibverbs.so.1 /usr/lib64/libibverbs.so.1),$(comma)cpu)
 PYTHON ?=
 ARGS ?=
 BIN := .venv/bin

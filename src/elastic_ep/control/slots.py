@@ -50,7 +50,7 @@ class SlotWorker:
             else:
                 pulls = _Pulls(order, self._orders, runner.slots_per_rank)
                 for outcome in pull_experts(plane, runner.weights, pulls, PULL_DEADLINE_S):
-                    self._mailbox.post(self._pulled(pulls.tickets.pop(outcome.pull), outcome))
+                    self._mailbox.post(self._pulled(outcome))
                 put_back = pulls.others
 
     def _publish(self, runner: StepRunner) -> TransferPlane | None:
@@ -76,7 +76,8 @@ class SlotWorker:
             return SlotCopied(*self._me, order.ticket, 0, f"{type(error).__name__}: {error}")
         return SlotCopied(*self._me, order.ticket, checksum)
 
-    def _pulled(self, ticket: int, outcome: Pulled) -> SlotCopied:
+    def _pulled(self, outcome: Pulled) -> SlotCopied:
+        ticket = outcome.pull.ticket
         if isinstance(outcome.failure, WrongBytes):
             return SlotCopied(*self._me, ticket, outcome.failure.checksum)
         if outcome.checksum is None:
@@ -93,7 +94,6 @@ class _Pulls:
         self._next: CopySlot | None = first
         self._orders = orders
         self._width = slots_per_rank
-        self.tickets: dict[ExpertPull, int] = {}
         self.others: list[CopySlot | SumSlots] = []
 
     def __iter__(self) -> Iterator[ExpertPull]:
@@ -106,9 +106,7 @@ class _Pulls:
         assert order.source is not None
         assert order.origin is not None
         slot, source_slot = order.physical % self._width, order.origin % self._width
-        pull = ExpertPull(order.source, source_slot, order.layer, slot, order.checksum)
-        self.tickets[pull] = order.ticket
-        return pull
+        return ExpertPull(order.source, source_slot, order.layer, slot, order.checksum, order.ticket)
 
     def _take(self) -> CopySlot:
         if self.others:

@@ -31,6 +31,8 @@ class ExpertPull:
     slot: int
     checksum: int | None = None
     """None: whatever comes is right."""
+    ticket: int = 0
+    """The caller's own."""
 
 
 @dataclass(frozen=True, slots=True)
