@@ -1,0 +1,130 @@
+"""Experts change places while streams go on: no other text, no lost tolerance; and joiners fed by their peers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from bench.common import Server, chat, http, server, status, until_full
+
+from elastic_ep.problems import held_out
+from elastic_ep.replay import replay
+from elastic_ep.state.transfer import available
+
+from .test_repair import answers, experts, verify
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+QUESTIONS = [problem.question for problem in held_out(4)]
+
+
+async def rebalance(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    async with session.post(f"{url}/rebalance") as response:
+        assert response.status == 200
+        found: dict[str, Any] = await response.json()
+        return found
+
+
+async def metric(session: aiohttp.ClientSession, url: str, name: str) -> float:
+    async with session.get(f"{url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return next((float(line.split()[1]) for line in lines if line.startswith(name + " ")), 0.0)
+
+
+async def rebalance_under_load(target: Server) -> None:
+    async with http() as session:
+        url = target.url
+        expected = await answers(session, url)
+        before = await experts(session, url)
+        async with asyncio.timeout(60):
+            done = {"planned": 0}
+            while not done["planned"]:  # ranks report their load once in a while
+                under_way = asyncio.create_task(answers(session, url))
+                done = await rebalance(session, url)
+                assert await under_way == expected
+        assert done["planned"] == done["made"], "a spare slot on every rank lets all of it through"
+        assert done["imbalance"] < done["imbalance_before"]
+        after = await experts(session, url)
+        assert after["version"] == done["version"] > before["version"]
+        assert after["tolerates"] == before["tolerates"] == 1
+        assert await answers(session, url) == expected
+        assert (await verify(session, url))["differ"] == []
+        assert await metric(session, url, "elastic_ep:eplb_rebalances_total") >= 1
+
+
+def test_rebalancing_while_serving(tmp_path: Path) -> None:
+    with server(["--ranks", "8", "--enable-eplb"], tmp_path) as target:
+        asyncio.run(rebalance_under_load(target))
+    replay(target.run_dir)
+
+
+async def lose_a_rank_during_a_plan(target: Server) -> None:
+    async with http() as session:
+        url = target.url
+        expected = await answers(session, url)
+        engines = (await status(session, url))["engines"]
+        under_way = asyncio.create_task(answers(session, url))
+        plan = asyncio.create_task(rebalance(session, url))
+        await asyncio.sleep(0)
+        os.kill(engines[3]["pid"], signal.SIGKILL)
+        done = await plan
+        assert done["made"] <= done["planned"]
+        assert await under_way == expected
+        await until_full(session, url)
+        assert await answers(session, url) == expected
+        assert (await status(session, url))["tolerates"] == 1
+        assert (await verify(session, url))["differ"] == []
+
+
+def test_a_loss_during_a_plan(tmp_path: Path) -> None:
+    with server(["--ranks", "8", "--enable-eplb"], tmp_path) as target:
+        asyncio.run(lose_a_rank_during_a_plan(target))
+    replay(target.run_dir)
+
+
+async def every_so_many_steps(target: Server) -> None:
+    async with http() as session:
+        url = target.url
+        expected = await answers(session, url)
+        async with asyncio.timeout(60):
+            while not await metric(session, url, "elastic_ep:eplb_rebalances_total"):
+                assert await answers(session, url) == expected
+
+
+def test_rebalancing_every_so_many_steps(tmp_path: Path) -> None:
+    arguments = ["--ranks", "4", "--enable-eplb", "--eplb-rebalance-num-iterations", "200"]
+    with server(arguments, tmp_path) as target:
+        asyncio.run(every_so_many_steps(target))
+
+
+async def joiner_fed_by_peers(target: Server) -> None:
+    async with http() as session:
+        url = target.url
+        expected = [await chat(session, url, question, max_tokens=24) for question in QUESTIONS]
+        engines = (await status(session, url))["engines"]
+        os.kill(engines[2]["pid"], signal.SIGKILL)
+        await until_full(session, url)
+        async with asyncio.timeout(30):
+            while not (came := await metric(session, url, 'elastic_ep:expert_copies_total{source="peer"}')):
+                await asyncio.sleep(0.02)
+        held = [slot for slot in (await experts(session, url))["layers"][0]["slots"] if slot["rank"] == 2]
+        assert came == 4 * sum(slot["logical"] is not None for slot in held), (
+            "all of its experts, in 4 layers"
+        )
+        assert [await chat(session, url, question, max_tokens=24) for question in QUESTIONS] == expected
+        assert (await verify(session, url))["differ"] == []
+
+
+def test_a_joiner_takes_all_its_weights_from_peers(tmp_path: Path) -> None:
+    """Random weights lie on no disk."""
+    reason = available()
+    if reason is not None:
+        pytest.skip(reason)
+    with server(["--ranks", "4", "--load-format", "dummy"], tmp_path) as target:
+        asyncio.run(joiner_fed_by_peers(target))
+    replay(target.run_dir)
