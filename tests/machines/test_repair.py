@@ -38,7 +38,10 @@ class Group:
     """Ranks around a repair machine; everything they do is asked for one by one."""
 
     def __init__(self, ranks: int, experts: int, redundant: int, layers: int = 1, spare: int = 0) -> None:
-        self.machine = RepairMachine(launch_placement(ranks, layers, experts, redundant, spare))
+        self.machine = RepairMachine(
+            launch_placement(ranks, layers, experts, redundant, spare),
+            ev.RepairConfig(ranks_per_planned_copy=1),
+        )
         self.ranks: dict[int, Rank] = {}
         self.ended: list[ev.PlanEnded] = []
         self.rechecked: list[Member] = []
@@ -293,6 +296,25 @@ def test_a_corrupt_slot_is_taken_out_and_made_anew() -> None:
     group.settle()
     assert group.tolerates == 1
     group.check_memory()
+
+
+def test_of_a_plan_one_slot_in_eight_ranks_is_in_flight_and_tolerance_goes_first() -> None:
+    group = Group(ranks=8, experts=8, redundant=8, spare=1)
+    group.machine.config = ev.RepairConfig()
+    group.reach()
+    group.plan({rank: group.holds((rank + 1) % 8) for rank in range(8)})
+    assert len(group.machine.copies) + len(group.machine.emptied) == 1
+    for _ in range(200):
+        if not group.machine.pursuit:
+            break
+        for number, rank in group.ranks.items():
+            group.adopt(number)
+            if rank.orders:
+                group.copy(number)
+        assert len(group.machine.copies) + len(group.machine.emptied) <= 1
+        assert group.tolerates == 1
+    (ended,) = group.ended
+    assert ended.left == 0
 
 
 def test_an_overdue_copy_is_made_elsewhere_and_its_slot_left_alone_until_it_is_reported() -> None:

@@ -44,7 +44,7 @@ class Case:
 
     def start(self) -> Group:
         group = Group(self.ranks, self.experts, self.redundant, spare=self.spare)
-        group.machine.config = RepairConfig(copies_in_flight=1)
+        group.machine.config = RepairConfig(copies_in_flight=1, ranks_per_planned_copy=2)
         for number in range(self.ranks):
             group.sum(number)
         group.reach()

@@ -34,15 +34,9 @@ class Layer:
         self.living = self.placement.copies(self.number, self.ranks)
         self.taken: dict[int, int] = dict(self.coming)
 
-    def moves(self, plan: Mapping[int, frozenset[int]]) -> Iterator[Change]:
-        """Changes to make now. `plan`: the experts that a rank should hold; empty without a plan."""
-        yield from self._restore()
-        for rank, experts in plan.items():
-            yield from self._pursue(rank, experts)
-
     # Tolerance
 
-    def _restore(self) -> Iterator[Change]:
+    def restore(self) -> Iterator[Change]:
         """Give each expert that lacks copies an empty slot, the neediest first; empty one if there is none."""
         coming = {expert for slot, expert in self.coming.items() if slot not in self.given_up}
         needy = [e for e, n in enumerate(self.living) if n < self.wanted and e not in coming]
@@ -72,6 +66,11 @@ class Layer:
                 yield self.row[slot]
 
     # A plan
+
+    def pursue(self, plan: Mapping[int, frozenset[int]]) -> Iterator[Change]:
+        """`plan`: the experts that each rank should hold. To be asked after `restore`, as far as one likes to go."""
+        for rank, experts in plan.items():
+            yield from self._pursue(rank, experts)
 
     def _pursue(self, rank: int, experts: frozenset[int]) -> Iterator[Change]:
         """Empty what the plan does not want here and others have enough of; fill what it wants."""

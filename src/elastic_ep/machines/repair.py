@@ -33,6 +33,8 @@ class Copy:
     logical: int
     origin: Origin | None
     deadline_ms: int
+    planned: bool
+    """For a plan, not for tolerance."""
     overdue: bool = False
     """It is not waited for any more, but its slot may be written to until it is reported."""
 
@@ -225,14 +227,24 @@ class RepairMachine:
             given_up={slot for slot, copy in on_layer.items() if copy.overdue},
             closed={physical for at, physical in self.retry_at_ms if at == layer},
         )
-        for change in board.moves(self.pursuit.layers[layer] if self.pursuit else {}):
-            if change.logical == EMPTY:
-                self._publish(change)
-            else:
-                self._fill(change)
+        for change in board.restore():
+            self._make(change)
+        if self.pursuit and self._may_pursue():
+            for change in board.pursue(self.pursuit.layers[layer]):
+                self._make(change, planned=True)
+                if not self._may_pursue():
+                    break
 
-    def _fill(self, change: Change) -> None:
-        """Order the copy, unless the slot may still be read or addressed or its rank has enough to do: then later."""
+    def _may_pursue(self) -> bool:
+        """A plan is not urgent, and steps must not become longer for it."""
+        under_way = sum(c.planned and not c.overdue for c in self.copies.values()) + len(self.emptied)
+        return under_way < max(1, len(self.members) // self.config.ranks_per_planned_copy)
+
+    def _make(self, change: Change, *, planned: bool = False) -> None:
+        """Publish, or order the copy unless the slot may still be read or addressed, or its rank is busy: then later."""
+        if change.logical == EMPTY:
+            self._publish(change)
+            return
         layer, physical, logical = change
         member = self._member_at(physical)
         busy = sum(copy.member == member for copy in self.copies.values())
@@ -241,7 +253,7 @@ class RepairMachine:
         self.tickets += 1
         origin = self._origin(layer, physical, logical)
         deadline_ms = self.now_ms + self.config.copy_deadline_ms
-        self.copies[layer, physical] = Copy(self.tickets, member, logical, origin, deadline_ms)
+        self.copies[layer, physical] = Copy(self.tickets, member, logical, origin, deadline_ms, planned)
         checksum = self.checksums.get((layer, logical))
         self._effects.append(ev.Order(member, self.tickets, layer, physical, logical, checksum, origin))
 

@@ -10,9 +10,13 @@ from elastic_ep.messages import Member, PlacementChanged
 
 @dataclass(frozen=True, slots=True)
 class RepairConfig:
-    """`copies_in_flight` per rank; a copy that is not reported after `copy_deadline_ms` is planned elsewhere."""
+    """`copies_in_flight` per rank; a copy that is not reported after `copy_deadline_ms` is planned elsewhere.
+
+    For a plan one slot is in flight for every `ranks_per_planned_copy` members, in the whole group.
+    """
 
     copies_in_flight: int = 4
+    ranks_per_planned_copy: int = 8
     copy_deadline_ms: int = 10_000
     retry_ms: int = 1_000
 

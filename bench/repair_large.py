@@ -1,0 +1,173 @@
+"""Kill a rank of a model with gigabytes of experts: how long until every expert has its copies again, and at what rate?
+
+    python -m bench.repair_large [--out bench/results/repair_large.json]
+
+Random weights, so there is no disk: survivors pull what was lost from each other. First without requests, then under
+load, with tokens a second while copies are made beside those after. In the same run: TransferEngine bare, between two
+processes with nothing else to do, on experts of the same size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch
+
+from bench.common import ROOT, Server, http, server, status, write_result
+from bench.overhead import generated, stream
+from bench.transfer import measure_size
+from elastic_ep.problems import held_out
+from elastic_ep.state.transfer import apply_settings, available
+
+RANKS, SLOTS, LAYERS, EXPERTS = 8, 32, 4, 96
+HIDDEN, WIDTH = 1024, 512
+EXPERT_BYTES = 3 * HIDDEN * WIDTH * 4
+CONCURRENT = 32
+DEADLINE_S = 120.0
+SETTLE_S, REST_S = 5.0, 10.0
+
+
+def write_model(folder: Path) -> None:
+    """The bundled model's folder with a larger config and no weights."""
+    bundled = ROOT / "src" / "elastic_ep" / "assets" / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        if (bundled / name).exists():
+            shutil.copy(bundled / name, folder / name)
+    config = json.loads((bundled / "config.json").read_text())
+    config |= {
+        "hidden_size": HIDDEN,
+        "moe_intermediate_size": WIDTH,
+        "num_experts": EXPERTS,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+async def lose_one(session: aiohttp.ClientSession, target: Server, *, loaded: bool) -> dict[str, Any]:
+    url = target.url
+    now = await status(session, url)
+    wanted = now["tolerates"]
+    healthy = [engine for engine in now["engines"] if engine["status"] == "healthy"]
+    tokens = await generated(session, url)
+    killed_ns, killed = time.monotonic_ns(), time.monotonic()
+    os.kill(healthy[0]["pid"], signal.SIGKILL)
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            now = await status(session, url)
+            left = sum(engine["status"] == "healthy" for engine in now["engines"])
+            if left < len(healthy) and now["tolerates"] == wanted:
+                break
+            await asyncio.sleep(0.02)
+    restored = time.monotonic() - killed
+    while_repairing = (await generated(session, url) - tokens) / restored
+    result = {"restored_s": round(restored, 3), **transfers(target.events, killed_ns)}
+    if loaded:
+        await asyncio.sleep(1.0)
+        tokens, began = await generated(session, url), time.monotonic()
+        await asyncio.sleep(REST_S)
+        alone = (await generated(session, url) - tokens) / (time.monotonic() - began)
+        result["tokens_per_s"] = {
+            "while_repairing": round(while_repairing),
+            "survivors_alone": round(alone),
+            "share": round(while_repairing / alone, 3),
+        }
+    return result
+
+
+def transfers(events: Path, since_ns: int) -> dict[str, Any]:
+    """From the log: copies made after `since_ns`, from the first order to the last answer."""
+    ordered, copied = [], []
+    for line in repair_lines(events, since_ns):
+        ordered += [line["t_ns"] for effect in line["effects"] if effect[0] == "Order"]
+        if line["heard"][0] == "Copied" and not line["heard"][4]:
+            copied.append(line["t_ns"])
+    seconds = (copied[-1] - ordered[0]) / 1e9
+    return {
+        "copies": len(copied),
+        "gigabytes": round(len(copied) * EXPERT_BYTES / 1e9, 3),
+        "transfer_s": round(seconds, 3),
+        "gb_per_s": round(len(copied) * EXPERT_BYTES / 1e9 / seconds, 3),
+    }
+
+
+def repair_lines(events: Path, since_ns: int) -> Iterator[dict[str, Any]]:
+    for text in events.read_text().splitlines():
+        line = json.loads(text)
+        if line.get("machine") == "repair" and line["t_ns"] >= since_ns:
+            yield line
+
+
+async def measure(target: Server) -> dict[str, Any]:
+    questions = [problem.question for problem in held_out(256)]
+    async with http() as session, asyncio.TaskGroup() as tasks:
+        await asyncio.sleep(SETTLE_S)
+        idle = [await lose_one(session, target, loaded=False) for _ in range(1)]
+        print(*idle, sep="\n", flush=True)
+        streams = [
+            tasks.create_task(stream(session, target.url, cycle(questions[first:] + questions[:first])))
+            for first in range(CONCURRENT)
+        ]
+        await asyncio.sleep(REST_S)
+        loaded = [await lose_one(session, target, loaded=True)]
+        print(*loaded, sep="\n", flush=True)
+        for task in streams:
+            task.cancel()
+        async with session.post(f"{target.url}/v1/fault_tolerance/verify") as response:
+            verified = await response.json()
+        async with session.get(f"{target.url}/metrics") as response:
+            sources = [
+                line
+                for line in (await response.text()).splitlines()
+                if line.startswith("elastic_ep:expert_copies_total")
+            ]
+    return {"without_requests": idle, "under_load": loaded, "verify": verified, "sources": sources}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/repair_large.json"))
+    options = parser.parse_args()
+    apply_settings()
+    if (reason := available()) is not None:
+        raise SystemExit(reason)
+    torch.set_num_threads(1)
+    bare = measure_size(HIDDEN, WIDTH, total_bytes=1 << 30, rounds=3)
+    with tempfile.TemporaryDirectory(prefix="repair-") as scratch:
+        folder = Path(scratch)
+        write_model(folder)
+        redundant = RANKS * SLOTS - EXPERTS
+        arguments = ["--ranks", str(RANKS), "--model", str(folder), "--load-format", "dummy"]
+        arguments += ["--ep-num-redundant-experts", str(redundant), "--relaunch-limit", "0"]
+        with server(arguments, folder) as target:
+            result = asyncio.run(measure(target))
+    raw = bare["gb_per_s"]["bare_blocking"]
+    result["model_gigabytes_of_experts"] = round(LAYERS * EXPERTS * EXPERT_BYTES / 1e9, 2)
+    result["bare"] = bare
+    result["share_of_bare"] = {
+        "without_requests": round(
+            statistics.mean(one["gb_per_s"] for one in result["without_requests"]) / raw, 3
+        ),
+        "under_load": round(result["under_load"][0]["gb_per_s"] / raw, 3),
+    }
+    print({name: result[name] for name in ("share_of_bare", "verify", "sources")})
+    write_result(options.out, result)
+
+
+if __name__ == "__main__":
+    main()
