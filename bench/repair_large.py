@@ -37,7 +37,7 @@ HIDDEN, WIDTH = 1024, 512
 EXPERT_BYTES = 3 * HIDDEN * WIDTH * 4
 CONCURRENT = 32
 DEADLINE_S = 120.0
-SETTLE_S, REST_S = 5.0, 10.0
+SETTLE_S, WINDOW_S, REST_S = 5.0, 10.0, 20.0
 
 
 def write_model(folder: Path) -> None:
@@ -78,14 +78,17 @@ async def lose_one(session: aiohttp.ClientSession, target: Server, *, loaded: bo
     while_repairing = (await generated(session, url) - tokens) / restored
     result = {"restored_s": round(restored, 3), **transfers(target.events, killed_ns)}
     if loaded:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(WINDOW_S - restored)
+        first = (await generated(session, url) - tokens) / (time.monotonic() - killed)
         tokens, began = await generated(session, url), time.monotonic()
         await asyncio.sleep(REST_S)
         alone = (await generated(session, url) - tokens) / (time.monotonic() - began)
         result["tokens_per_s"] = {
-            "while_repairing": round(while_repairing),
+            "until_restored": round(while_repairing),
+            "first_10_s": round(first),
             "survivors_alone": round(alone),
-            "share": round(while_repairing / alone, 3),
+            "share_until_restored": round(while_repairing / alone, 3),
+            "share_first_10_s": round(first / alone, 3),
         }
     return result
 
