@@ -33,6 +33,7 @@ from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
 from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, RankConfig, ServeConfig
 from elastic_ep.control.controller import Controller
+from elastic_ep.control.devices import choose_device
 from elastic_ep.control.experts import experts_status, verify
 from elastic_ep.control.launcher import (
     DeathNoticed,
@@ -82,6 +83,11 @@ EXAMPLE_QUESTION = (
     "How many apples does Tom have now?"
 )
 RANK_ENTRY = "elastic_ep.control.rank:main"
+_PRELOAD = {
+    "cpu": ("torch", "elastic_ep.control.rank"),
+    "cuda": ("torch", "elastic_ep.control.rank", "elastic_ep.model.cuda.build"),
+}
+"""What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""
 FAILED = 1
 
 
@@ -96,6 +102,7 @@ class Plan:
     limits: EngineLimits
     placement: Placement
     redundant: int
+    device: str
     name: str
 
     @property
@@ -112,8 +119,6 @@ class Plan:
 
 def make_plan(config: ServeConfig) -> Plan:
     """Check all that can be checked before a process is started. Raises `ConfigError`."""
-    if config.device == "cuda":
-        raise ConfigError("--device cuda: this version has no GPU data plane yet; use --device cpu")
     folder = Path(config.model)
     try:
         model = load_model_config(folder)
@@ -123,6 +128,7 @@ def make_plan(config: ServeConfig) -> Plan:
         SamplingDefaults.from_folder(folder)
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(f"--model {config.model}: {error}") from error
+    device = choose_device(config.device, model.hidden_size)
     redundant = config.ep_num_redundant_experts
     redundant = model.num_experts if redundant is None else redundant
     return Plan(
@@ -139,6 +145,7 @@ def make_plan(config: ServeConfig) -> Plan:
             num_spare=int(config.enable_eplb),
         ),
         redundant=redundant,
+        device=device,
         name=config.served_model_name
         or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
     )
@@ -202,7 +209,7 @@ class RunProcess:
             wire = ControllerWire(directory, lambda message: self._controller.on_message(message))
             stack.callback(wire.close)
             options = LauncherOptions(
-                entry=RANK_ENTRY, preload=("torch", "elastic_ep.control.rank"), directory=directory,
+                entry=RANK_ENTRY, preload=_PRELOAD[self._plan.device], directory=directory,
                 windows_fd=windows_fd, max_ranks=self._config.ranks,
             )  # fmt: skip
             self._launcher = await stack.enter_async_context(Launcher(options, self._on_launcher_event))
@@ -334,7 +341,7 @@ class RunProcess:
         return rebalancer
 
     def _first_line(self) -> dict[str, object]:
-        shown = {**asdict(self._config), "api_key": len(self._config.api_key)}
+        shown = {**asdict(self._config), "api_key": len(self._config.api_key), "device": self._plan.device}
         machines = arguments(
             self._controller.machine, self._controller.progress, self._router.machine, self._controller.repair
         )
@@ -378,7 +385,7 @@ class RunProcess:
             directory=str(self._directory_path),
             model=str(self._plan.folder.resolve()),
             load_format=self._config.load_format,
-            device="cpu",
+            device=self._plan.device,
             seed=self._config.seed,
             limits=self._plan.limits,
             heartbeat_ms=self._heartbeat_ms,

@@ -14,6 +14,7 @@ from elastic_ep.messages import Member
 from elastic_ep.model.config import ModelConfig, load_model_config
 from elastic_ep.model.page_cache import cached_share
 from elastic_ep.model.runner import ModelRunner
+from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.model.weights import Weights, blank_weights, load_weights, weight_source
 from elastic_ep.state.joining import fill_from_peers
 from elastic_ep.state.transfer import PullFailed, TransferPlane
@@ -24,8 +25,19 @@ MOSTLY = 0.5
 OpenPlane = Callable[[], TransferPlane | str]
 
 
-def build_engine(config: RankConfig, windows_fd: int, open_plane: OpenPlane) -> tuple[ModelRunner, Exchange]:
+def build_engine(config: RankConfig, windows_fd: int, open_plane: OpenPlane) -> tuple[StepRunner, Exchange]:
+    """What it raises is the reason why this rank fails."""
     torch.set_num_threads(1)
+    if config.device == "cuda":
+        from elastic_ep.model.cuda.build import build_cuda_engine  # needs Triton, ranks on the CPU do not
+
+        return build_cuda_engine(config)
+    return _build_cpu_engine(config, windows_fd, open_plane)
+
+
+def _build_cpu_engine(
+    config: RankConfig, windows_fd: int, open_plane: OpenPlane
+) -> tuple[ModelRunner, Exchange]:
     model = load_model_config(Path(config.model))
     placement = config.placement
     shape = ExchangeShape(

@@ -16,7 +16,7 @@ from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.scheduling import make_ordinary
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.messages import Assign, Member, RankState, StepReport, View
-from elastic_ep.model.runner import ModelRunner
+from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import ExpertLoads, PlacementSeen
 
@@ -35,7 +35,7 @@ class ForwardThread:
         self,
         config: RankConfig,
         mailbox: Mailbox,
-        build: Callable[[RankConfig], tuple[ModelRunner, Exchange]],
+        build: Callable[[RankConfig], tuple[StepRunner, Exchange]],
     ) -> None:
         self._config = config
         self._me = Member(config.rank, config.incarnation)

@@ -16,6 +16,7 @@ from pathlib import Path
 import anyio
 
 from elastic_ep.config import RankConfig
+from elastic_ep.control.connector import Connector
 from elastic_ep.control.engine import build_engine
 from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
@@ -96,6 +97,7 @@ class RankProcess:
     async def run(self) -> int:
         self._loop = asyncio.get_running_loop()
         self._finished = anyio.Event()
+        self._connector = Connector(self._exchange, self._loop, slow=self._config.device != "cpu")
         self._loop.add_reader(self._life_fd, self._orphaned)
         self._wire = RankWire(Path(self._config.directory), self._me, self._on_numbered, self._on_direct)
         self._wire.send(Hello(*self._me, os.getpid()))
@@ -162,12 +164,11 @@ class RankProcess:
                     self._behind = True
                     self._fell_behind.set()
                 case Connect(members):
-                    for member in members:
-                        self._exchange().connect(member)
-                case MakePromise(attempt, seated):
-                    step = self._mailbox.promise() if seated else 0
-                    self._wire.send(Promise(*self._me, attempt, step))
+                    self._connector.connect(members)
+                case MakePromise():
+                    self._connector.when_connected(functools.partial(self._promise, effect))
                 case ReleaseHold():
+                    self._connector.forget()
                     self._mailbox.release()
                 case Mask(member):
                     self._mask(member)
@@ -179,6 +180,10 @@ class RankProcess:
                     print(f"rank {self._me.rank}: expelled from the group", file=sys.stderr, flush=True)
                     os._exit(EXPELLED_STATUS)
         self._say_ready()
+
+    def _promise(self, promise: MakePromise) -> None:
+        step = self._mailbox.promise() if promise.seated else 0
+        self._wire.send(Promise(*self._me, promise.attempt, step))
 
     def _exchange(self) -> Exchange:
         exchange = self._forward.exchange
