@@ -53,6 +53,10 @@ class RankConfig:
         return decode(text.encode(), cls)
 
 
+class CannotRun(RuntimeError):
+    """This machine cannot run a rank. The message is one line that says what is missing and what to do."""
+
+
 class ConfigError(ValueError):
     """A setting is wrong. The message is one line that says what to do."""
 
@@ -64,6 +68,7 @@ class ServeConfig:
     ranks: int
     model: str
     device: str = "auto"
+    mps: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: str | None = None

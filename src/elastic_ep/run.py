@@ -24,6 +24,7 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
     add("--ranks", type=int, default=8, help="rank processes, 1 to 64")
     add("--model", default=str(BUNDLED_MODEL), help="folder with a Qwen3-MoE checkpoint (the bundled one)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--mps", action="store_true", help="a private MPS daemon, for several ranks on one GPU")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 picks a free one")
     add("--served-model-name", help="name in the API; the folder's name if not given")

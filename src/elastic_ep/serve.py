@@ -47,6 +47,7 @@ from elastic_ep.control.launcher import (
     ServerLost,
     ServerReady,
 )
+from elastic_ep.control.mps import find_program, mps_daemon
 from elastic_ep.control.rebalance import Rebalancer
 from elastic_ep.control.router import Notice, RoutedStream, Router
 from elastic_ep.control.scheduling import make_prompt
@@ -129,6 +130,10 @@ def make_plan(config: ServeConfig) -> Plan:
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(f"--model {config.model}: {error}") from error
     device = choose_device(config.device, model.hidden_size)
+    if config.mps:
+        if device != "cuda":
+            raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
+        find_program()
     redundant = config.ep_num_redundant_experts
     redundant = model.num_experts if redundant is None else redundant
     return Plan(
@@ -208,9 +213,11 @@ class RunProcess:
         async with AsyncExitStack() as stack:
             wire = ControllerWire(directory, lambda message: self._controller.on_message(message))
             stack.callback(wire.close)
+            # Before the launcher, so that it ends after all ranks.
+            environment = stack.enter_context(mps_daemon(directory)) if self._config.mps else {}
             options = LauncherOptions(
                 entry=RANK_ENTRY, preload=_PRELOAD[self._plan.device], directory=directory,
-                windows_fd=windows_fd, max_ranks=self._config.ranks,
+                windows_fd=windows_fd, max_ranks=self._config.ranks, environment=environment,
             )  # fmt: skip
             self._launcher = await stack.enter_async_context(Launcher(options, self._on_launcher_event))
             self._router = self._make_router(wire)

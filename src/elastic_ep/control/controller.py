@@ -283,12 +283,25 @@ class Controller:
         if report.masked:
             self.metrics.step_poisoned()
             self.log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked)
+            self._suspect(report)
         if self.log.recording:
             self.pace.step_reported(report)
         self.on_step(report.step)
         if report.tokens:
             committed = (member, report.tokens, report.step, report.started_ns, report.ended_ns)
             self.router.handle(routing.TokensCommitted(*committed))
+
+    def _suspect(self, report: StepReport) -> None:
+        """A rank that a step has masked in a view which has it: the wait for it was longer than a kernel waits.
+
+        A report from an older view proves nothing: a loss was told by a newer one, and the next incarnation may be in.
+        """
+        view = self.machine.view
+        if self.machine.stopping or report.epoch != view.epoch:
+            return
+        for seat in view.seats:
+            if seat.rank in report.masked and seat.first_step <= report.step:
+                self.feed(ev.Suspected(seat.member, f"rank {report.rank} waited for it in vain"))
 
     def _answer_snapshot(self, member: Member) -> None:
         attempt = self.machine.attempt

@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from elastic_ep.control.fork_messages import PACKET_BYTES, Fork, ForkMessage, pack, status_text, unpack
@@ -33,6 +33,7 @@ class ServerSetup:
     nice: int
     output_fd: int | None
     """Where the fork server and the ranks write stdout and stderr; None: where this process does."""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class ForkClient:
@@ -130,5 +131,5 @@ def _start(setup: ServerSetup, control_fd: int) -> subprocess.Popen[bytes]:
         stdout=setup.output_fd,
         stderr=setup.output_fd,
         process_group=0,  # not a session: see the fork server
-        env={**os.environ, **_ONE_THREAD},
+        env={**os.environ, **_ONE_THREAD, **setup.environment},
     )

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from elastic_ep.config import RankConfig
+from elastic_ep.config import CannotRun, RankConfig
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.scheduling import make_ordinary
 from elastic_ep.exchange.base import Exchange
@@ -70,6 +70,8 @@ class ForwardThread:
             self._run()
             self.done = True
             self._mailbox.post((RankState.STOPPED, ""))
+        except CannotRun as error:
+            self._mailbox.post((RankState.FAILED, str(error)))
         except BaseException as error:
             traceback.print_exc()
             self._mailbox.post((RankState.FAILED, f"{type(error).__name__}: {error}"))

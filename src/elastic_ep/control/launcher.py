@@ -12,9 +12,9 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -69,7 +69,8 @@ class ForkServerFailed(RuntimeError):
 class LauncherOptions:
     """`entry` is "module:function", called in each rank as function(config_json, windows_fd, life_fd) -> exit
     status; `preload` the modules that the fork server imports for it. `directory` is the run's private directory
-    (mode 0700); it is removed at the end, however the end comes. `output_fd` gets the output of all children.
+    (mode 0700); it is removed at the end, however the end comes. `output_fd` gets the output of all children,
+    `environment` is added to theirs.
     """
 
     entry: str
@@ -79,6 +80,7 @@ class LauncherOptions:
     max_ranks: int = 64
     nice: int = 5
     output_fd: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     ready_s: float = 120.0
     """The fork server must be ready within this time."""
     reply_s: float = 10.0
@@ -140,6 +142,7 @@ class Launcher:
             windows_fd=self._options.windows_fd,
             nice=self._options.nice,
             output_fd=self._options.output_fd,
+            environment=self._options.environment,
         )
         return self
 

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
+from elastic_ep.config import CannotRun
 from elastic_ep.exchange.base import ExchangeShape, Received
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_words import StepWords
@@ -43,7 +44,7 @@ _PAUSE_S = 0.00002
 _SLICE = timedelta(seconds=0.05)
 
 
-class MooncakeUnavailable(RuntimeError):
+class MooncakeUnavailable(CannotRun):
     """This machine cannot run the exchange; the text says what is missing and what to do."""
 
 

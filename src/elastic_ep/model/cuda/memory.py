@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from elastic_ep.config import EngineLimits
+from elastic_ep.config import CannotRun, EngineLimits
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.model.checkpoint import expected_tensors
 from elastic_ep.model.config import ModelConfig
@@ -17,7 +17,7 @@ _WORKING_BYTES = 256 << 20
 """For libraries, graphs and everything small."""
 
 
-class NotEnoughMemory(RuntimeError):
+class NotEnoughMemory(CannotRun):
     """The text says how much is missing and which flag lowers the need."""
 
 

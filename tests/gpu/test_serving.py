@@ -1,0 +1,65 @@
+"""The real server on a GPU: an answer, a SIGKILL in the middle of the same answer, and full strength again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from bench.common import Server, chat, http, server, status, until_full
+
+from elastic_ep.problems import held_out
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+QUESTIONS = [problem.question for problem in held_out(8)]
+ARGUMENTS = ["--ranks", "4", "--device", "cuda", "--num-gpu-blocks-override", "512"]
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with server(ARGUMENTS, tmp_path_factory.mktemp("runs")) as running:
+        yield running
+
+
+async def answers(url: str, victim: int | None = None) -> list[str]:
+    """To all questions at once; the victim is killed when the first token has come."""
+    async with http() as session:
+        before = await until_full(session, url)
+        stamps: list[float] = []
+        tasks = [
+            asyncio.create_task(
+                chat(session, url, question, stamps=stamps, temperature=0.0, max_tokens=100, ignore_eos=True)
+            )
+            for question in QUESTIONS
+        ]
+        if victim is not None:
+            async with asyncio.timeout(60):
+                while not stamps:
+                    await asyncio.sleep(0.002)
+            os.kill(before["engines"][victim]["pid"], signal.SIGKILL)
+        texts = await asyncio.wait_for(asyncio.gather(*tasks), 120)
+        if victim is not None:
+            async with asyncio.timeout(60):
+                while (await status(session, url))["engines"][victim]["incarnation"] == before["engines"][
+                    victim
+                ]["incarnation"]:
+                    await asyncio.sleep(0.02)
+            await until_full(session, url)
+        return texts
+
+
+def test_it_answers(serving: Server) -> None:
+    async def one() -> str:
+        async with http() as session:
+            return await chat(session, serving.url, held_out(1)[0].question, temperature=0.0, max_tokens=160)
+
+    assert asyncio.run(one()).endswith(f"#### {held_out(1)[0].answer}")
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_rank_costs_no_token(serving: Server, victim: int) -> None:
+    expected = asyncio.run(answers(serving.url))
+    assert asyncio.run(answers(serving.url, victim)) == expected
