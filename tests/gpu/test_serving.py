@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import aiohttp
 import pytest
 from bench.common import Server, chat, http, server, status, until_full
 
@@ -36,19 +38,30 @@ async def answers(url: str, victim: int | None = None) -> list[str]:
             for question in QUESTIONS
         ]
         if victim is not None:
-            async with asyncio.timeout(60):
-                while not stamps:
-                    await asyncio.sleep(0.002)
+            await until(lambda: bool(stamps))
             os.kill(before["engines"][victim]["pid"], signal.SIGKILL)
         texts = await asyncio.wait_for(asyncio.gather(*tasks), 120)
         if victim is not None:
-            async with asyncio.timeout(60):
-                while (await status(session, url))["engines"][victim]["incarnation"] == before["engines"][
-                    victim
-                ]["incarnation"]:
-                    await asyncio.sleep(0.02)
+            await until_replaced(session, url, before["engines"][victim])
             await until_full(session, url)
         return texts
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.002)
+
+
+async def until_replaced(session: aiohttp.ClientSession, url: str, old: dict[str, Any]) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            engine = (await status(session, url))["engines"][old["id"]]
+            if engine["incarnation"] > old["incarnation"]:
+                return
+            await asyncio.sleep(0.02)
 
 
 def test_it_answers(serving: Server) -> None:

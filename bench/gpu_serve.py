@@ -1,0 +1,127 @@
+"""The whole server on a GPU, its ranks killed under load: what survivors, joiners and clients saw of it.
+
+    python -m bench.gpu_serve --mps [--kills 24] [--out bench/results/gpu_serve.json]
+    python -m bench.gpu_serve --mps --config-only --layers 24 --out bench/results/gpu_serve_30b.json
+
+`--config-only` serves random weights of Qwen3-30B-A3B's layer shape, with the bundled tokenizer. The texts of a
+disturbed stream are compared with those of an undisturbed run, as in bench.failover, which this borrows from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import failover
+from bench.common import server, write_result
+from bench.failover_analysis import analyse
+from elastic_ep.problems import held_out
+from elastic_ep.run import BUNDLED_MODEL
+
+SHAPE_30B = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
+
+
+def shaped_model(folder: Path, layers: int, vocabulary: int | None) -> Path:
+    """A checkpoint's folder without weights."""
+    shutil.copytree(BUNDLED_MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / "config.json"
+    config: dict[str, Any] = {**json.loads(path.read_text()), **SHAPE_30B, "num_hidden_layers": layers}
+    if vocabulary is not None:
+        config["vocab_size"] = vocabulary
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def server_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
+    model, load_format = options.model, options.load_format
+    if options.config_only:
+        model, load_format = shaped_model(scratch / "model", options.layers, options.vocabulary), "dummy"
+    return [
+        *("--ranks", str(options.ranks), "--device", options.device),
+        *("--model", str(model), "--load-format", load_format),
+        *("--num-gpu-blocks-override", str(options.pages)),
+        *(["--mps"] if options.mps else []),
+    ]
+
+
+def beyond_a_step(figures: dict[str, Any], name: str) -> float | None:
+    """A percentile less one median step, ms."""
+    step, value = figures["median_step_ms"], figures[name]["p50"]
+    return None if step is None or not figures[name]["count"] else round(value - step, 3)
+
+
+def gpu() -> str:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return ""
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    questions = [problem.question for problem in held_out(options.questions)]
+    arguments = server_arguments(options, scratch)
+    cases = [failover.Case((number % options.ranks,)) for number in range(options.kills)]
+    with server(arguments, scratch / "runs") as target:
+        reference = asyncio.run(failover.reference_run(target, questions))
+        load, struck = asyncio.run(failover.disturbed_run(target, questions, cases))
+        time.sleep(0.3)  # the log is flushed at most so often
+        figures, _ = analyse(target.events, struck)
+        start_s = target.ready_s
+    return {
+        "gpu": gpu(),
+        "server": [word.replace(str(scratch), "") for word in arguments],
+        "streams": failover.STREAMS,
+        "start_s": round(start_s, 2),
+        "reference_errors": reference.errors[:5],
+        **failover.compare(load, reference),
+        **figures,
+        "stall_beyond_a_step_p50_ms": beyond_a_step(figures, "stall_ms"),
+        "rejoin_beyond_a_step_p50_ms": beyond_a_step(figures, "rejoin_ms"),
+        "kills": struck,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, default=4)
+    add("--kills", type=int, default=24)
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the script itself")
+    add("--mps", action="store_true")
+    add("--model", type=Path, default=BUNDLED_MODEL)
+    add("--load-format", choices=("auto", "dummy"), default="auto")
+    add("--config-only", action="store_true", help="Qwen3-30B-A3B's layers, random weights")
+    add("--layers", type=int, default=24, help="with --config-only")
+    add("--vocabulary", type=int, help="with --config-only; the bundled tokenizer's if not given")
+    add("--pages", type=int, default=1024, help="of KV cache, a rank")
+    add("--questions", type=int, default=64)
+    add("--out", type=Path, default=Path("bench/results/gpu_serve.json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="gpu_serve-") as scratch:
+        result = measure(options, Path(scratch))
+    write_result(options.out, result)
+    for name, value in result.items():
+        if name not in ("kills", "errors"):
+            print(f"{name:28} {value}")
+
+
+if __name__ == "__main__":
+    main()
