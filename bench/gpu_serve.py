@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         start_s = target.ready_s
     return {
         "gpu": gpu(),
-        "server": [word.replace(str(scratch), "") for word in arguments],
+        "server": [Path(word).name if word.startswith("/") else word for word in arguments],
         "streams": failover.STREAMS,
         "start_s": round(start_s, 2),
         "reference_errors": reference.errors[:5],

@@ -1,0 +1,80 @@
+"""--device cuda from the command line to the engine, and what becomes of a machine that cannot do it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from elastic_ep.config import CannotRun, EngineLimits, RankConfig
+from elastic_ep.control import devices
+from elastic_ep.control.controller import Controller
+from elastic_ep.control.engine import build_engine
+from elastic_ep.control.forward import ForwardThread
+from elastic_ep.control.mailbox import Mailbox
+from elastic_ep.machines import membership_events as ev
+from elastic_ep.messages import Member, RankState, Seat, StepReport, View
+from elastic_ep.placement import launch_placement
+from elastic_ep.run import USAGE_ERROR, main
+
+CONFIG = RankConfig(
+    rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="auto", device="cuda", seed=0,
+    limits=EngineLimits(max_model_len=16), heartbeat_ms=200, placement=launch_placement(2, 1, 2, 2),
+)  # fmt: skip
+
+
+def test_without_a_gpu_it_is_one_line_and_a_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices.Machine, "why_not_cuda", lambda self: "no NVIDIA GPU here")
+    assert main(["--ranks", "1", "--device", "cuda"]) == USAGE_ERROR
+    assert capsys.readouterr().err == "elastic_ep: error: --device cuda: no NVIDIA GPU here\n"
+
+
+def test_a_cuda_rank_builds_the_cuda_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[RankConfig] = []
+    module = ModuleType("elastic_ep.model.cuda.build")
+    cast(Any, module).build_cuda_engine = built.append
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    build_engine(CONFIG, -1, lambda: "no plane")
+    assert built == [CONFIG]
+
+
+def test_what_a_machine_lacks_is_the_reason_and_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    def build(config: RankConfig) -> Any:
+        raise CannotRun("install the driver")
+
+    mailbox = Mailbox(lambda: None)
+    forward = ForwardThread(CONFIG, mailbox, build)
+    forward.start()
+    forward._thread.join(10)
+    assert list(mailbox.outbox) == [(RankState.FAILED, "install the driver")]
+    assert capfd.readouterr().err == ""
+
+
+REPORT = StepReport(
+    rank=0, incarnation=1, step=9, epoch=4, started_ns=0, ended_ns=1, tokens=(), running=0, waiting=0,
+    operations=0, cpu_ms=0, masked=(1,),
+)  # fmt: skip
+SEATS = (Seat(0, 1, 0), Seat(1, 2, 5))
+
+
+@pytest.mark.parametrize(
+    ("report", "stopping", "suspected"),
+    [
+        (REPORT, False, [Member(1, 2)]),
+        (replace(REPORT, epoch=3), False, []),
+        (replace(REPORT, step=4), False, []),
+        (REPORT, True, []),
+    ],
+)
+def test_a_member_masked_by_a_kernel_is_suspected(
+    report: StepReport, stopping: bool, suspected: list[Member]
+) -> None:
+    events: list[Any] = []
+    machine = SimpleNamespace(view=View(epoch=4, seats=SEATS), stopping=stopping)
+    Controller._suspect(cast(Any, SimpleNamespace(machine=machine, feed=events.append)), report)
+    assert [event.member for event in events if isinstance(event, ev.Suspected)] == suspected
