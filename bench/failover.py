@@ -204,12 +204,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("bench/results/failover.json"))
     options = parser.parse_args()
     questions = [problem.question for problem in held_out(options.questions)]
-    arguments = ["--ranks", str(options.ranks), "--device", "cpu"]
+    arguments = ["--ranks", str(options.ranks), "--device", options.device]
     with tempfile.TemporaryDirectory(prefix="failover-") as scratch:
         with server(arguments, Path(scratch)) as target:
             reference = asyncio.run(reference_run(target, questions))

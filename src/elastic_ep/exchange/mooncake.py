@@ -40,6 +40,8 @@ _WHEEL = "mooncake-transfer-engine-cuda13"
 _CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
 _KEY = re.compile(r"(.+)/(\d+)/(\d+)")
 HIDDEN_MULTIPLE = 128
+_WIRE_MULTIPLE = 256
+"""What combine's kernel takes; smaller hidden sizes are padded with zeros on the way."""
 _PAUSE_S = 0.00002
 _SLICE = timedelta(seconds=0.05)
 
@@ -77,7 +79,13 @@ def load_buffer_class() -> Any:
 def buffer_bytes(shape: ExchangeShape) -> int:
     """Device memory that a rank's buffer takes. Raises MooncakeUnavailable."""
     hint = load_buffer_class().get_low_latency_buffer_size_hint
-    return int(hint(shape.max_tokens, shape.hidden, shape.num_ranks, shape.num_ranks * shape.slots_per_rank))
+    return int(
+        hint(shape.max_tokens, _padded(shape.hidden), shape.num_ranks, shape.num_ranks * shape.slots_per_rank)
+    )
+
+
+def _padded(hidden: int) -> int:
+    return -(-hidden // _WIRE_MULTIPLE) * _WIRE_MULTIPLE
 
 
 def _explain(error: ImportError) -> str:
@@ -177,6 +185,7 @@ class MooncakeExchange:
         self.member = member
         self.suspects: frozenset[int] = frozenset()
         self._experts = shape.num_ranks * shape.slots_per_rank
+        self._padding = _padded(shape.hidden) - shape.hidden
         self._peers = Peers(member, shape.num_ranks, shape.slots_per_rank)
         self._targets: frozenset[int] = frozenset()
         self._device = torch.device("cuda", torch.cuda.current_device())
@@ -285,19 +294,24 @@ class MooncakeExchange:
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         """x [T, hidden] bfloat16, physical_experts [T, top_k] int64, both on the device."""
         packed, counts, self._handle, _, _ = self._buffer.dispatch(
-            x, physical_experts, self.shape.max_tokens, self._experts, use_fp8=False
+            self._pad(x), physical_experts, self.shape.max_tokens, self._experts, use_fp8=False
         )
         self._chosen = physical_experts
-        return Received(packed, counts)
+        return Received(self._cut(packed), counts)
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """y like `Received.packed`, weights [T, top_k] float32; summed in float32, returned as bfloat16."""
         if self._handle is None or self._chosen is None:
             raise RuntimeError("dispatch and combine must alternate")
-        combined, _, _ = self._buffer.combine(y, self._chosen, weights, self._handle)
+        combined, _, _ = self._buffer.combine(self._pad(y), self._chosen, weights, self._handle)
         self._handle = self._chosen = None
-        result: torch.Tensor = combined
-        return result
+        return self._cut(combined)
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (0, self._padding)) if self._padding else x
+
+    def _cut(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., : self.shape.hidden].contiguous() if self._padding else x
 
     def read_masks(self) -> None:
         """Queue a copy of the masks to the host on the current stream."""
