@@ -6,6 +6,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.messages import Member
@@ -59,7 +60,8 @@ class Connector:
             connected = True
         except Exception as error:  # whatever the store or the library raises: the attempt then fails
             print(f"cannot connect: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        self._loop.call_soon_threadsafe(self._ended, number, connected)
+        with suppress(RuntimeError):  # the loop is closed: this process ends
+            self._loop.call_soon_threadsafe(self._ended, number, connected)
 
     def _ended(self, number: int, connected: bool) -> None:  # call_soon takes no keywords
         if number != self._begun:
