@@ -171,7 +171,7 @@ def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _mean(values: Any) -> float:
-    return round(statistics.mean(values), 3)
+    return float(round(statistics.mean(values), 3))
 
 
 def main() -> None:

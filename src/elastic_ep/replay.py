@@ -85,7 +85,7 @@ def replay(path: Path) -> Timeline:
     except OSError as error:
         raise Unreadable(f"{file}: {error.strerror}") from error
     timeline = Timeline(cut_off=not data.endswith(b"\n"))
-    lines = _checked_lines(data)
+    lines = checked_lines(data)
     first = next(lines, None)
     if first is None or "run" not in first[1]:
         raise Unreadable(f"{file}: no first line that says what the run was")
@@ -101,7 +101,7 @@ def replay(path: Path) -> Timeline:
     return timeline
 
 
-def _checked_lines(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+def checked_lines(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, line) of every whole line. Raises `Differs` where a byte is not what was written."""
     checksum = 0
     for index, raw in enumerate(data.split(b"\n")[:-1]):

@@ -178,9 +178,9 @@ def engine_limits(config: ServeConfig, model: ModelConfig) -> EngineLimits:
 
 def serve(config: ServeConfig) -> int:
     """Serve until told to stop; the exit status. Raises `ConfigError` before anything is started."""
+    process = RunProcess(make_plan(config))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()
-    process = RunProcess(make_plan(config))
     gc.freeze()  # what is there by now stays: the collector need not look through it again and again
     gc.set_threshold(GC_THRESHOLD)
     return anyio.run(process.run)

@@ -26,12 +26,17 @@ OpenPlane = Callable[[], TransferPlane | str]
 
 
 def build_engine(config: RankConfig, windows_fd: int, open_plane: OpenPlane) -> tuple[StepRunner, Exchange]:
-    """What it raises is the reason why this rank fails."""
+    """What it raises is the reason why this rank fails.
+
+    The state plane is opened here, where nobody waits for a sign of life: that takes tens of milliseconds, on a busy
+    machine many more, in part with the interpreter lock held.
+    """
     torch.set_num_threads(1)
     if config.device == "cuda":
         from elastic_ep.model.cuda.build import build_cuda_engine  # needs Triton, ranks on the CPU do not
 
         return build_cuda_engine(config)
+    open_plane()
     return _build_cpu_engine(config, windows_fd, open_plane)
 
 

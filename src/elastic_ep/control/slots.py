@@ -7,21 +7,23 @@ import threading
 from collections.abc import Callable, Iterator
 
 from elastic_ep.control.mailbox import Mailbox
-from elastic_ep.control.scheduling import make_background, make_ordinary
+from elastic_ep.control.scheduling import make_ordinary
 from elastic_ep.messages import Member
 from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.slot_messages import CopySlot, SlotCopied, SlotSums, StateReady, SumSlots
 from elastic_ep.state.peers import ExpertPull, Pulled, publish, pull_experts
 from elastic_ep.state.transfer import TransferPlane, WrongBytes
 
-NICENESS = 5
-"""Above the forward thread's: steps come first, repair takes what is left."""
 PULL_DEADLINE_S = 3.0
 """Well below the repair machine's own deadline: another source is then asked in good time."""
 
 
 class SlotWorker:
-    """Carries out orders, and leaves the answers in the mailbox. `open_plane`: this rank's end of the state plane."""
+    """Carries out orders, and leaves the answers in the mailbox. `open_plane`: this rank's end of the state plane.
+
+    HAZARD: its thread must not be nicer than the others. On a busy machine it would be kept waiting while it holds the
+    interpreter lock, the control loop with it, and the rank would be taken for hung.
+    """
 
     def __init__(self, me: Member, mailbox: Mailbox, open_plane: Callable[[], TransferPlane | str]) -> None:
         self._me = me
@@ -38,7 +40,6 @@ class SlotWorker:
 
     def _main(self, runner: StepRunner) -> None:
         make_ordinary()
-        make_background(NICENESS)
         plane = self._publish(runner)
         put_back: list[CopySlot | SumSlots] = []
         while True:

@@ -1,0 +1,205 @@
+"""`python -m elastic_ep.placement_picture RUN`: who held which expert around the first loss, drawn from a run's log.
+
+Experts are rows and ranks are columns, one grid for each moment: before the loss, after it, when copies had been made
+again, when the rank was back. Exit status: 0 drawn, 1 there was no loss to draw, 2 the log cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from elastic_ep.codec import MalformedMessage, from_plain
+from elastic_ep.machines.registry import MACHINES
+from elastic_ep.machines.repair_events import MembersChanged, Replace
+from elastic_ep.messages import Member, PlacementChanged
+from elastic_ep.placement import Placement
+from elastic_ep.replay import Differs, Unreadable, checked_lines
+
+_CELL, _LEFT, _TOP, _GAP, _BOTTOM = 15, 34, 64, 46, 46
+_STYLE = (
+    "text{font:11px sans-serif;fill:#1f2933}.t{font-weight:600;font-size:13px}.m{fill:#52606d}"
+    "rect{stroke:#cbd2d9;stroke-width:1;fill:#fff}rect.held{fill:#1565c0}rect.new{fill:#ef6c00}"
+    "rect.dead{fill:#e4e7eb}rect.gone{fill:#9aa5b1}"
+)
+_LEGEND = (
+    ("held", "rank (column) holds expert (row)"),
+    ("new", "copy made since the loss"),
+    ("gone", "copy on a lost rank"),
+)
+
+
+class NothingLost(Exception):
+    """No rank was lost in this run."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """`at_ns` since the loss."""
+
+    title: str
+    at_ns: int
+    placement: Placement
+    ranks: frozenset[int]
+
+    def tolerates(self, layer: int) -> int:
+        return max(0, min(self.placement.copies(layer, self.ranks)) - 1)
+
+
+@dataclass
+class _Scene:
+    """What the log has told so far."""
+
+    placement: Placement
+    members: frozenset[Member] = frozenset()
+    at_ns: int = 0
+    changed_ns: int | None = None
+    """When the placement last changed since the last moment."""
+
+    def moment(self, title: str, at_ns: int) -> Moment:
+        self.changed_ns = None
+        return Moment(title, at_ns, self.placement, frozenset(member.rank for member in self.members))
+
+    def repaired(self, lost_ns: int) -> Iterator[Moment]:
+        if self.changed_ns is not None:
+            yield self.moment("copies made again", self.changed_ns - lost_ns)
+
+
+def moments(path: Path) -> list[Moment]:
+    """Around the first loss in the log at `path` (a file, or the folder of a run).
+
+    Raises `Unreadable`, `Differs`, `NothingLost`.
+    """
+    found: list[Moment] = []
+    lost_ns = 0
+    scene: _Scene | None = None
+    for scene, event in _heard(path):
+        if isinstance(event, PlacementChanged):
+            scene.placement = scene.placement.changed(event.version, event.changes)
+            scene.changed_ns = scene.at_ns
+            continue
+        members = frozenset(event.members)
+        gone = {m.rank for m in scene.members} - {m.rank for m in members}
+        back = {m.rank for m in members} - {m.rank for m in scene.members}
+        if not found and gone:
+            lost_ns = scene.at_ns
+            found.append(scene.moment("before", 0))
+        elif found:
+            found += scene.repaired(lost_ns)
+        scene.members = members
+        if found and (gone or back):
+            names = ", ".join(f"rank {rank}" for rank in sorted(gone or back))
+            found.append(scene.moment(f"{names} {'lost' if gone else 'back'}", scene.at_ns - lost_ns))
+    if scene is None or not found:
+        raise NothingLost(f"{path}: no rank was lost")
+    return [*found, *scene.repaired(lost_ns)]
+
+
+def _heard(path: Path) -> Iterator[tuple[_Scene, MembersChanged | PlacementChanged]]:
+    """Changes of members and of the placement, in their order, until the group stops."""
+    file = path / "events.jsonl" if path.is_dir() else path
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise Unreadable(f"{file}: {error.strerror}") from error
+    lines = checked_lines(data)
+    first = next(lines, None)
+    if first is None or "run" not in first[1]:
+        raise Unreadable(f"{file}: no first line that says what the run was")
+    try:
+        machine = MACHINES["repair"].build(first[1]["run"]["machines"]["repair"])
+    except (KeyError, MalformedMessage, TypeError) as error:
+        raise Unreadable(f"{file}: the first line does not describe the placement: {error!r}") from error
+    scene = _Scene(machine.placement)
+    for _, line in lines:
+        if line.get("machine") == "membership" and ["GroupMoved", "Stopping"] in line["effects"]:
+            return
+        if line.get("machine") != "repair":
+            continue
+        scene.at_ns = line["t_ns"]
+        if line["heard"][0] == MembersChanged.__name__:
+            event: MembersChanged = from_plain(line["heard"], MembersChanged)
+            yield scene, event
+        for effect in line["effects"]:
+            if effect[0] == Replace.__name__:
+                made: Replace = from_plain(effect, Replace)
+                yield scene, made.changed
+
+
+def draw(found: list[Moment], layer: int) -> str:
+    """SVG. Raises ValueError if there is no such layer."""
+    first = found[0].placement
+    if not 0 <= layer < len(first.slots):
+        raise ValueError(f"--layer {layer}: there are {len(first.slots)}, from 0")
+    grid = max(first.num_ranks * _CELL, 120)
+    width = _LEFT + len(found) * (grid + _GAP)
+    height = _TOP + first.num_experts * _CELL + _BOTTOM
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">',
+        f"<style>{_STYLE}</style>",
+    ]
+    for index, moment in enumerate(found):
+        parts += _grid(moment, first, layer, _LEFT + index * (grid + _GAP))
+    parts += _legend(height - 14)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _grid(moment: Moment, before: Placement, layer: int, x: int) -> Iterator[str]:
+    placement = moment.placement
+    when = "" if moment.title == "before" else f"{moment.at_ns / 1e6:+.0f} ms, "
+    yield f'<text class="t" x="{x}" y="18">{escape(moment.title)}</text>'
+    yield f'<text class="m" x="{x}" y="34">{when}tolerates {moment.tolerates(layer)}</text>'
+    for rank in range(placement.num_ranks):
+        yield f'<text x="{x + rank * _CELL + 4}" y="{_TOP - 6}">{rank}</text>'
+    for expert in range(placement.num_experts):
+        y = _TOP + expert * _CELL
+        yield f'<text x="{x - 18}" y="{y + 12}">{expert}</text>'
+        for rank in range(placement.num_ranks):
+            kind = _kind(expert, rank, moment, before, layer)
+            yield f'<rect class="{kind}" x="{x + rank * _CELL}" y="{y}" width="{_CELL}" height="{_CELL}"/>'
+
+
+def _kind(expert: int, rank: int, moment: Moment, before: Placement, layer: int) -> str:
+    held = expert in moment.placement.on_rank(layer, rank)
+    if rank not in moment.ranks:
+        return "gone" if held else "dead"
+    if held:
+        return "held" if expert in before.on_rank(layer, rank) else "new"
+    return "none"
+
+
+def _legend(y: int) -> Iterator[str]:
+    x = _LEFT
+    for kind, text in _LEGEND:
+        yield f'<rect class="{kind}" x="{x}" y="{y - 11}" width="12" height="12"/>'
+        yield f'<text x="{x + 18}" y="{y}">{text}</text>'
+        x += 36 + 6 * len(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="elastic_ep.placement_picture",
+        description="Draw who held which expert around the first loss of a run.",
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, or its events.jsonl")
+    parser.add_argument("--layer", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("placement.svg"))
+    options = parser.parse_args(arguments)
+    try:
+        options.out.write_text(draw(moments(options.run), options.layer))
+    except NothingLost as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (Unreadable, Differs, ValueError, OSError) as error:
+        print(f"elastic_ep.placement_picture: error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

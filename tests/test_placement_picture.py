@@ -1,0 +1,96 @@
+"""The picture of a loss, from a log as the controller's shell writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from elastic_ep.log import EventLog
+from elastic_ep.machines import repair_events as ev
+from elastic_ep.machines.membership import MembershipMachine
+from elastic_ep.machines.progress import ProgressMachine
+from elastic_ep.machines.registry import arguments
+from elastic_ep.machines.repair import RepairMachine
+from elastic_ep.machines.routing import RoutingMachine
+from elastic_ep.machines.routing_events import RoutingConfig
+from elastic_ep.messages import Member
+from elastic_ep.placement import launch_placement
+from elastic_ep.placement_picture import NothingLost, draw, main, moments
+
+RANKS, EXPERTS = 4, 4
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def write_log(folder: Path, *, lose: bool) -> Path:
+    """Rank 3 of four is lost, what it held is copied onto the survivors, it comes back."""
+    placement = launch_placement(RANKS, 2, EXPERTS, 4, num_spare=1)
+    repair = RepairMachine(placement)
+    log = EventLog(folder / "run")
+    others = (MembershipMachine(RANKS, placement), ProgressMachine(), RoutingMachine(RoutingConfig(4)))
+    membership, progress, routing = others
+    log.begin({"machines": arguments(membership, progress, routing, repair)})
+
+    def feed(event: ev.Event) -> list[ev.Effect]:
+        effects = repair.step(event)
+        log.record("repair", event, effects)
+        return effects
+
+    all_four = tuple(Member(rank, 1) for rank in range(RANKS))
+    feed(ev.MembersChanged(all_four))
+    if lose:
+        orders = [e for e in feed(ev.MembersChanged(all_four[:3])) if isinstance(e, ev.Order)]
+        assert orders
+        for order in orders:
+            feed(ev.Copied(order.member, order.ticket, order.logical + 1))
+        feed(ev.MembersChanged((*all_four[:3], Member(3, 2))))
+    log.close()
+    return log.path
+
+
+def test_moments_of_a_loss(tmp_path: Path) -> None:
+    found = moments(write_log(tmp_path, lose=True))
+    assert [moment.title for moment in found] == ["before", "rank 3 lost", "copies made again", "rank 3 back"]
+    assert [moment.tolerates(0) for moment in found] == [1, 0, 1, 1]
+    assert [moment.ranks for moment in found] == [
+        frozenset(range(4)),
+        frozenset(range(3)),
+        frozenset(range(3)),
+        frozenset(range(4)),
+    ]
+    assert 0 <= found[1].at_ns <= found[2].at_ns <= found[3].at_ns
+
+
+def test_the_drawing_shows_what_was_held_lost_and_made(tmp_path: Path) -> None:
+    found = moments(write_log(tmp_path, lose=True))
+    root = ElementTree.fromstring(draw(found, 0))
+    kinds = [rect.get("class") for rect in root.iter(f"{SVG}rect")]
+    lost = sum(expert >= 0 for expert in found[0].placement.on_rank(0, 3))
+    legend = 1
+    assert kinds.count("gone") == 2 * lost + legend, "the copies of the lost rank, in two of the moments"
+    assert kinds.count("new") == 2 * lost + legend, "as many were made again, in the last two"
+    assert len(kinds) == 4 * RANKS * EXPERTS + 3 * legend
+    texts = " ".join(text.text or "" for text in root.iter(f"{SVG}text"))
+    assert "rank 3 lost" in texts
+    assert "tolerates 0" in texts
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = write_log(tmp_path, lose=True)
+    out = tmp_path / "picture.svg"
+    assert main([str(log.parent), "--out", str(out), "--layer", "1"]) == 0
+    assert out.read_text().startswith("<svg")
+    assert main([str(log), "--out", str(out), "--layer", "2"]) == 2
+    assert "--layer 2: there are 2" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere"), "--out", str(out)]) == 2
+    log.write_text("{}\n")
+    assert main([str(log), "--out", str(out)]) == 2
+
+
+def test_without_a_loss_there_is_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = write_log(tmp_path, lose=False)
+    with pytest.raises(NothingLost):
+        moments(log)
+    assert main([str(log)]) == 1
+    assert "no rank was lost" in capsys.readouterr().err
