@@ -13,7 +13,8 @@ PYTHON ?=
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready-$(EXTRAS)
-BENCHES := death_notice exchange throughput accuracy failover overhead footprint repair
+BENCHES := death_notice exchange throughput accuracy failover overhead footprint repair \
+	repair_large rebalance transfer eplb
 
 .PHONY: help setup run test test-gpu lint format charts bench lock clean
 

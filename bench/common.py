@@ -7,17 +7,20 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from elastic_ep.run import BUNDLED_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 _URL = re.compile(r"http://[^\s/]+:\d+")
@@ -92,6 +95,14 @@ class Server:
     @property
     def events(self) -> Path:
         return self.run_dir / "events.jsonl"
+
+
+def shaped_model(folder: Path, shape: Mapping[str, int]) -> Path:
+    """`folder`, made: the bundled model's without weights, with `shape` in its config. For `--load-format dummy`."""
+    shutil.copytree(BUNDLED_MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **shape}))
+    return folder
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import shutil
 import subprocess
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import failover
-from bench.common import server, write_result
+from bench.common import server, shaped_model, write_result
 from bench.failover_analysis import analyse
 from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
@@ -37,21 +36,13 @@ SHAPE_30B = {
 }
 
 
-def shaped_model(folder: Path, layers: int, vocabulary: int | None) -> Path:
-    """A checkpoint's folder without weights."""
-    shutil.copytree(BUNDLED_MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    path = folder / "config.json"
-    config: dict[str, Any] = {**json.loads(path.read_text()), **SHAPE_30B, "num_hidden_layers": layers}
-    if vocabulary is not None:
-        config["vocab_size"] = vocabulary
-    path.write_text(json.dumps(config))
-    return folder
-
-
 def server_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
     model, load_format = options.model, options.load_format
     if options.config_only:
-        model, load_format = shaped_model(scratch / "model", options.layers, options.vocabulary), "dummy"
+        shape = {**SHAPE_30B, "num_hidden_layers": options.layers}
+        if options.vocabulary is not None:
+            shape["vocab_size"] = options.vocabulary
+        model, load_format = shaped_model(scratch / "model", shape), "dummy"
     return [
         *("--ranks", str(options.ranks), "--device", options.device),
         *("--model", str(model), "--load-format", load_format),

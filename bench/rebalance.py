@@ -110,9 +110,8 @@ def main() -> None:
         result["bundled"].append(one_round([]))
         print(result["bundled"][-1], flush=True)
     with tempfile.TemporaryDirectory(prefix="rebalance-") as scratch:
-        folder = Path(scratch)
-        write_model(folder)
-        arguments = ["--model", str(folder), "--load-format", "dummy"]
+        model = write_model(Path(scratch))
+        arguments = ["--model", str(model), "--load-format", "dummy"]
         for _ in range(2):
             result["experts_of_6_MiB"].append(one_round(arguments))
             print(result["experts_of_6_MiB"][-1], flush=True)

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import shutil
 import signal
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 import aiohttp
 import torch
 
-from bench.common import ROOT, Server, http, server, status, write_result
+from bench.common import Server, http, server, shaped_model, status, write_result
 from bench.overhead import generated, stream
 from bench.transfer import measure_size
 from elastic_ep.problems import held_out
@@ -40,23 +39,11 @@ DEADLINE_S = 120.0
 SETTLE_S, WINDOW_S, REST_S = 5.0, 10.0, 20.0
 
 
-def write_model(folder: Path) -> None:
-    """The bundled model's folder with a larger config and no weights."""
-    bundled = ROOT / "src" / "elastic_ep" / "assets" / "model"
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        if (bundled / name).exists():
-            shutil.copy(bundled / name, folder / name)
-    config = json.loads((bundled / "config.json").read_text())
-    config |= {
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": WIDTH,
-        "num_experts": EXPERTS,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+def write_model(folder: Path) -> Path:
+    """A folder, made in `folder`, that is the bundled model's with a larger config and no weights."""
+    shape = {"hidden_size": HIDDEN, "moe_intermediate_size": WIDTH, "num_experts": EXPERTS}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    return shaped_model(folder / "model", {**shape, **heads, "num_hidden_layers": LAYERS})
 
 
 async def lose_one(session: aiohttp.ClientSession, target: Server, *, loaded: bool) -> dict[str, Any]:
@@ -153,9 +140,9 @@ def main() -> None:
     bare = measure_size(HIDDEN, WIDTH, total_bytes=1 << 30, rounds=3)
     with tempfile.TemporaryDirectory(prefix="repair-") as scratch:
         folder = Path(scratch)
-        write_model(folder)
+        model = write_model(folder)
         redundant = RANKS * SLOTS - EXPERTS
-        arguments = ["--ranks", str(RANKS), "--model", str(folder), "--load-format", "dummy"]
+        arguments = ["--ranks", str(RANKS), "--model", str(model), "--load-format", "dummy"]
         arguments += ["--ep-num-redundant-experts", str(redundant), "--relaunch-limit", "0"]
         with server(arguments, folder) as target:
             result = asyncio.run(measure(target))

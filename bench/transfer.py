@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--joiner", action="store_true", help="only the joiner")
     parser.add_argument("--gib", type=float, default=2.0, help="bytes a size, in GiB")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "transfer.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "transfer.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -311,7 +311,7 @@ def main() -> None:
         result["experts"] = measure_experts(int(options.gib * 2**30), options.rounds)
     if options.joiner or both:
         result["joiner"] = measure_joiner(options.rounds)
-    write_result(options.output, result)
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

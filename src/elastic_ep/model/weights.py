@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from isal.isal_zlib import crc32
 
 from elastic_ep.model.checkpoint import TensorEntry, expected_tensors, expert_tensors, validate_checkpoint
 from elastic_ep.model.config import ModelConfig
-from elastic_ep.model.crc import crc32
 from elastic_ep.placement import EMPTY, Placement
 
 TensorSource = Callable[[str], torch.Tensor]

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from isal.isal_zlib import crc32
 
-from elastic_ep.model.crc import crc32
 from elastic_ep.model.weights import Weights
 from elastic_ep.slot_messages import Region, StateAddress
 from elastic_ep.state.layout import EXPERT_PARTS, expert_region, region, slot_region
