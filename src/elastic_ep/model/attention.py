@@ -11,7 +11,7 @@ import torch
 
 from elastic_ep.model.batch import KEY_BLOCK, QUERY_TILE, Batch, CacheLayout
 from elastic_ep.model.config import ModelConfig
-from elastic_ep.model.layers import RmsNorm, Rope, linear
+from elastic_ep.model.layers import RmsNorm, Rope, linear, widened
 from elastic_ep.model.weights import LayerWeights
 
 
@@ -50,17 +50,17 @@ def attention(
     q = qk.view(-1, dim).index_select(0, batch.query_rows).view(-1, QUERY_TILE * layout.group, dim)
     pages = cache.view(-1, layout.page_size * dim).index_select(0, batch.context)
     keys, values = pages.view(2, -1, KEY_BLOCK, dim).unbind(0)
-    out = _attend(q, keys, values, batch, batch.num_tiles * kv_heads)
-    out = out.view(-1, dim).index_select(0, batch.output_rows)
+    out = _attend(q, keys, widened(values), batch, batch.num_tiles * kv_heads)
+    out = out[..., :dim].reshape(-1, dim).index_select(0, batch.output_rows)
     return linear(out.view(-1, heads * dim), weights.out)
 
 
 def _attend(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, outputs: int
 ) -> torch.Tensor:
-    """q [P * Hk, rows, D], keys and values [P * Hk, KEY_BLOCK, D] to [outputs, rows, D]; `outputs` is N * Hk."""
-    (items, rows, dim), blocks = q.shape, batch.num_blocks
-    scores = torch.baddbmm(batch.bias, q, keys.transpose(1, 2), alpha=dim**-0.5)
+    """q [P * Hk, rows, D], keys [P * Hk, KEY_BLOCK, D], values [.., Dv] to [outputs, rows, Dv]; `outputs` is N * Hk."""
+    (items, rows, _), dim, blocks = q.shape, values.shape[-1], batch.num_blocks
+    scores = torch.baddbmm(batch.bias, q, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     if blocks == 1:
         return torch.bmm(torch.softmax(scores, dim=-1), values)
     joined = scores.new_full((outputs * rows * blocks, KEY_BLOCK), -torch.inf)

@@ -13,17 +13,29 @@ ROWS = 8
 """Rows of a tile. Divides the exchange's tile. More would waste work: a rank decodes a handful of sequences."""
 
 
+NARROW = 12
+"""HAZARD: with fewer columns, products of MKL on AMD processors give a row other bits in another place of its tile."""
+
+
 def padded(rows: int) -> int:
     """`rows` rounded up to whole tiles."""
     return -(-rows // ROWS) * ROWS
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """`x` with zeros behind its last dimension, so that it may be the right side of a product."""
+    missing = NARROW - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing > 0 else x
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [R, in] @ weight [in, out], R a multiple of `ROWS`."""
-    rows = x.shape[0]
+    rows, width = x.shape[0], weight.shape[1]
+    if width < NARROW:
+        return linear(x, widened(weight))[:, :width]
     if rows == ROWS:
         return torch.mm(x, weight)
-    y = x.new_empty(rows, weight.shape[1])
+    y = x.new_empty(rows, width)
     for start in range(0, rows, ROWS):
         torch.mm(x[start : start + ROWS], weight, out=y[start : start + ROWS])
     return y
