@@ -28,6 +28,8 @@ class Curves:
     gains: list[tuple[int, int]] = field(default_factory=list)
     """(t_ns, first step) of each commit with a joiner."""
     step_ends: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    poisoned: list[tuple[int, int, int, tuple[int, ...]]] = field(default_factory=list)
+    """(end of the step, when a mask was last issued before it, rank, masked ranks), ns."""
 
 
 def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any], Curves]:
@@ -59,6 +61,9 @@ def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any],
         if not kill["stop"] and not kill["joiner_state"]:
             full.extend(_back_after(curves, sent) for sent in kill["sent"])
     rejoin, rejoin_ms = _rejoins(curves)
+    phases = [
+        _phases(curves, kill["sent"][0]) for kill in struck if not kill["stop"] and len(kill["sent"]) == 1
+    ]
     steps = [b - a for ends in curves.steps.values() for a, b in pairwise(ends)]
     return {
         "median_step_ms": round(median(steps) / 1e6, 3) if steps else None,
@@ -66,6 +71,10 @@ def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any],
         "hang_notice_ms": summary(hang),
         "stall_steps": summary(stall),
         "stall_ms": summary(stall_ms),
+        "phases_ms": {
+            name: summary([phase[name] for phase in phases if name in phase])
+            for name in ("mask_issued", "in_flight_step_ended", "committed")
+        },
         "stall_steps_hang": summary(stall_hang),
         "full_strength_s": summary([value for value in full if value is not None]),
         "rejoin_steps": summary(rejoin),
@@ -81,6 +90,9 @@ def read(events: Path) -> Curves:
             _, (rank, _), _, step, _, ended_ns = line["heard"]
             curves.steps[rank].append(ended_ns)
             curves.step_ends[rank][step] = ended_ns
+        elif note == "poisoned_step":
+            times = (line["ended_ns"], line["mask_ns"])
+            curves.poisoned.append((*times, line["rank"], tuple(line["masked"])))
         elif note == "death_notice":
             curves.notices[line["rank"], line["incarnation"]] = line["at_ns"]
         elif line.get("machine") == "membership":
@@ -105,6 +117,23 @@ def _lines(events: Path) -> Iterator[dict[str, Any]]:
         for text in file:
             if text.endswith("\n"):
                 yield json.loads(text)
+
+
+def _phases(curves: Curves, sent: dict[str, Any]) -> dict[str, float]:
+    """From the signal, ms, each the last survivor's: mask issued, its step ended, its next step committed."""
+    killed, until = sent["at_ns"], sent["at_ns"] + _AROUND_NS
+    phases: dict[str, float] = {}
+    for ended, issued, rank, masked in curves.poisoned:
+        if not (killed <= ended < until and sent["rank"] in masked):
+            continue
+        ends = curves.steps[rank]
+        following = bisect_left(ends, ended)
+        seen = {"in_flight_step_ended": ended, "mask_issued": issued}
+        if following < len(ends):
+            seen["committed"] = ends[following]
+        for name, at_ns in seen.items():
+            phases[name] = max(phases.get(name, 0.0), (at_ns - killed) / 1e6)
+    return phases
 
 
 def _longest_gap(ends: list[int], at_ns: int, until_ns: int) -> int | None:

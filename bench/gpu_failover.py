@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_rank import LINE, Link, Shape, now
+from elastic_ep.control.device_hold import DeviceHold
 from elastic_ep.control.robust_mutex import Locked, RobustMutexes
 
 DEADLINE_S = 60.0
@@ -181,7 +182,15 @@ class Group:
         self.server.wait()
 
 
-def kill_one(group: Group, live: list[tuple[int, int]], random_: random.Random, park: bool) -> dict[str, Any]:
+def release(hold: DeviceHold, after_s: float, released: threading.Event) -> None:
+    time.sleep(after_s)
+    hold.release()
+    released.set()
+
+
+def kill_one(
+    group: Group, live: list[tuple[int, int]], random_: random.Random, park: bool, hold_s: float
+) -> dict[str, Any]:
     """Kill a rank, take it in again. Times in ms. With `park` its device has nothing to do any more when it dies."""
     time.sleep(random_.uniform(0.1, 0.3))
     victim = random_.choice(live)
@@ -192,14 +201,20 @@ def kill_one(group: Group, live: list[tuple[int, int]], random_: random.Random, 
         group.send([victim], "park")
         group.wait("parked", 1)
         time.sleep(0.005)
+    hold = DeviceHold(pid) if hold_s else None
+    released = threading.Event()
     killed = now()
     os.kill(pid, signal.SIGKILL)
+    if hold is not None:
+        threading.Thread(target=release, args=(hold, hold_s, released), daemon=True).start()
     noticed = group.wait("died", 1)[0][0]
     group.send(survivors, "lost", member=victim)
     heard = group.wait_all({"masked": len(survivors), "recovered": len(survivors), "gone": 1})
     masked = {kind: [event[2] for event in events] for kind, events in heard.items()}
     assert masked["gone"][0]["pid"] == pid
     gone = masked["gone"][0]["at_ns"]
+    if hold is not None and not released.wait(DEADLINE_S):
+        raise Failed("the driver does not take the dead rank's memory back")
     row: dict[str, Any] = {
         "victim": victim[0],
         "notice_ms": (noticed - killed) / 1e6,
@@ -209,6 +224,7 @@ def kill_one(group: Group, live: list[tuple[int, int]], random_: random.Random, 
         "each_committed_ms": [(m["committed"][1] - killed) / 1e6 for m in masked["recovered"]],
         "poisoned_steps": max(len(m["poisoned"]) for m in masked["recovered"]),
         "gone_ms": (gone - killed) / 1e6,
+        "driver_gone_ms": (now() - killed) / 1e6,
     }
     joiner = (victim[0], victim[1] + 1)
     ready = group.launch([joiner])[0]
@@ -244,7 +260,11 @@ def connect(group: Group, old: list[tuple[int, int]], new: list[tuple[int, int]]
 
 
 def measure(
-    shape: Shape, kills: int, random_: random.Random, park: bool, directory: Path, rows: list[dict[str, Any]]
+    shape: Shape,
+    options: argparse.Namespace,
+    random_: random.Random,
+    directory: Path,
+    rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """One group's life: until there are `kills` rows, or it fails as a whole."""
     group = Group(shape, directory)
@@ -258,8 +278,8 @@ def measure(
         group.wait("joined", len(live))
         time.sleep(1.0)
         steps = group.steps(live)
-        while len(rows) < kills:
-            rows.append(kill_one(group, live, random_, park))
+        while len(rows) < options.kills:
+            rows.append(kill_one(group, live, random_, options.park, options.hold))
         time.sleep(1.0)
         steps += group.steps(live)
     except (Failed, OSError) as problem:
@@ -289,7 +309,7 @@ def repeat(shape: Shape, options: argparse.Namespace, directory: Path) -> dict[s
     while len(rows) < options.kills and len(lives) < 12 and time.monotonic() < limit:
         place = directory / str(len(lives))
         place.mkdir()
-        lives.append(measure(shape, options.kills, random_, options.park, place, rows))
+        lives.append(measure(shape, options, random_, place, rows))
     return {
         "rows": rows,
         "errors": [life["error"] for life in lives if life["error"]],
@@ -343,11 +363,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-mps", action="store_true")
     parser.add_argument("--park", action="store_true", help="let the victim's device finish first")
+    parser.add_argument(
+        "--hold", type=float, default=0.0, help="seconds that a dead rank's device files stay open"
+    )
+    parser.add_argument("--timeout-ms", type=int, default=20_000, help="how long a kernel waits for a peer")
     parser.add_argument("--seconds", type=float, default=300.0, help="begin no other group after that")
     parser.add_argument("--commit", default="unknown", help="noted in the result")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    shape = Shape(layers=options.layers, tokens=options.tokens)
+    shape = Shape(layers=options.layers, tokens=options.tokens, timeout_ms=options.timeout_ms)
     with tempfile.TemporaryDirectory() as name, mps(Path(name), not options.no_mps) as shared:
         raw = repeat(shape, options, Path(name))
     result = {

@@ -38,6 +38,7 @@ class Shape:
     inner: int = 768
     experts: int = 128
     top_k: int = 8
+    timeout_ms: int = 20_000
 
     @property
     def home(self) -> int:
@@ -126,6 +127,7 @@ class Plane:
             ),
             Member(rank, incarnation),
             FileStore(store),
+            timeout_ms=shape.timeout_ms,
         )
         lap("buffer_ms")
         torch.manual_seed(1000 + rank)

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import shutil
 import subprocess
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -51,10 +52,10 @@ def server_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
     ]
 
 
-def beyond_a_step(figures: dict[str, Any], name: str) -> float | None:
-    """A percentile less one median step, ms."""
-    step, value = figures["median_step_ms"], figures[name]["p50"]
-    return None if step is None or not figures[name]["count"] else round(value - step, 3)
+def beyond_a_step(figures: dict[str, Any], name: str) -> dict[str, float]:
+    """The percentiles less one median step, ms."""
+    step = figures["median_step_ms"] or 0.0
+    return {share: round(value - step, 3) for share, value in figures[name].items() if share != "count"}
 
 
 def gpu() -> str:
@@ -74,6 +75,9 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         time.sleep(0.3)  # the log is flushed at most so often
         figures, _ = analyse(target.events, struck)
         start_s = target.ready_s
+        if options.keep is not None:
+            with tarfile.open(options.keep, "w:gz") as tar:
+                tar.add(target.events.parent, arcname="run")
     return {
         "gpu": gpu(),
         "server": [Path(word).name if word.startswith("/") else word for word in arguments],
@@ -82,8 +86,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "reference_errors": reference.errors[:5],
         **failover.compare(load, reference),
         **figures,
-        "stall_beyond_a_step_p50_ms": beyond_a_step(figures, "stall_ms"),
-        "rejoin_beyond_a_step_p50_ms": beyond_a_step(figures, "rejoin_ms"),
+        "stall_beyond_a_step_ms": beyond_a_step(figures, "stall_ms"),
+        "rejoin_beyond_a_step_ms": beyond_a_step(figures, "rejoin_ms"),
         "kills": struck,
     }
 
@@ -104,6 +108,7 @@ def main() -> None:
     add("--vocabulary", type=int, help="with --config-only; the bundled tokenizer's if not given")
     add("--pages", type=int, default=1024, help="of KV cache, a rank")
     add("--questions", type=int, default=64)
+    add("--keep", type=Path, help="a .tar.gz for the run's event log")
     add("--out", type=Path, default=Path("bench/results/gpu_serve.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gpu_serve-") as scratch:

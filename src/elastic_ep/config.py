@@ -39,6 +39,8 @@ class RankConfig:
     limits: EngineLimits
     heartbeat_ms: int
     """0: none."""
+    kernel_wait_ms: int
+    """How long a kernel of the exchange waits for a peer before it masks it by itself."""
     placement: Placement
     """As it is at this launch: the rank loads its row."""
     peers: PeerWeights | None = None

@@ -252,8 +252,8 @@ class Token(NamedTuple):
 class StepReport:
     """What a step brought. Sent when tokens were committed or the step was poisoned.
 
-    `masked` names the ranks that were masked during a poisoned step. `started_ns` and `ended_ns` are
-    CLOCK_MONOTONIC nanoseconds.
+    `masked` names the ranks that were masked during a poisoned step, `mask_ns` is when a mask was last issued here.
+    `started_ns`, `ended_ns` and `mask_ns` are CLOCK_MONOTONIC nanoseconds.
     """
 
     rank: int
@@ -269,6 +269,7 @@ class StepReport:
     """As in a heartbeat, which this replaces; so is `cpu_ms`."""
     cpu_ms: int
     masked: tuple[int, ...] = ()
+    mask_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
 from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, RankConfig, ServeConfig
 from elastic_ep.control.controller import Controller
+from elastic_ep.control.device_guard import DeviceGuard
 from elastic_ep.control.devices import choose_device
 from elastic_ep.control.experts import experts_status, verify
 from elastic_ep.control.launcher import (
@@ -75,6 +76,12 @@ SWITCH_INTERVAL_S = 0.0005
 GC_THRESHOLD = 20_000
 """Objects made before the collector looks for cycles; every step of the ranks makes some hundreds here."""
 HEARTBEATS_PER_DEADLINE = 5
+KERNEL_WAITS_PER_DEADLINE = 2
+"""A rank that is masked by its peers' kernels is fenced, so this is a deadline for hangs too."""
+KERNEL_WAIT_MS = 20_000
+"""Without fault tolerance."""
+DRAIN_MARGIN_S = 0.1
+"""What a dead rank's kernels take to end beyond their wait for peers."""
 """Five in a deadline: one may be late without a verdict."""
 PULSES_PER_DEADLINE = 10
 KV_CACHE_BYTES = 1 << 30
@@ -195,6 +202,8 @@ class RunProcess:
         self._metrics = Metrics()
         self._stop_signals = 0
         self._fork_error: str | None = None
+        self._guard: DeviceGuard | None = None
+        """For ranks that share a GPU's faults."""
 
     async def run(self) -> int:
         self._stop = anyio.Event()
@@ -219,6 +228,9 @@ class RunProcess:
                 entry=RANK_ENTRY, preload=_PRELOAD[self._plan.device], directory=directory,
                 windows_fd=windows_fd, max_ranks=self._config.ranks, environment=environment,
             )  # fmt: skip
+            if self._config.mps:
+                drain_s = self._kernel_wait_ms / 1000 + DRAIN_MARGIN_S
+                self._guard = stack.enter_context(DeviceGuard(drain_s, self._log.note))
             self._launcher = await stack.enter_async_context(Launcher(options, self._on_launcher_event))
             self._router = self._make_router(wire)
             self._controller = self._make_controller(wire, directory)
@@ -396,6 +408,7 @@ class RunProcess:
             seed=self._config.seed,
             limits=self._plan.limits,
             heartbeat_ms=self._heartbeat_ms,
+            kernel_wait_ms=self._kernel_wait_ms,
             placement=self._controller.repair.placement,
             peers=self._controller.repairs.peer_weights(),
         )
@@ -408,11 +421,28 @@ class RunProcess:
         if self._config.fault_tolerance:
             self._launcher.watch(member)
 
+    def hold(self, member: Member) -> None:
+        pid = self._controller.facts[member].pid if member in self._controller.facts else None
+        if self._guard is not None and pid is not None:
+            self._guard.hold(member, pid)
+
+    def when_free(self, rank: int, then: Callable[[], None]) -> None:
+        if self._guard is None:
+            then()
+        else:
+            self._guard.when_free(rank, then)
+
     @property
     def _heartbeat_ms(self) -> int:
         if not self._config.fault_tolerance:
             return 0
         return round(self._config.hang_deadline_s * 1000 / HEARTBEATS_PER_DEADLINE)
+
+    @property
+    def _kernel_wait_ms(self) -> int:
+        if not self._config.fault_tolerance:
+            return KERNEL_WAIT_MS
+        return round(self._config.hang_deadline_s * 1000 / KERNEL_WAITS_PER_DEADLINE)
 
     def _on_launcher_event(self, event: LauncherEvent) -> None:
         controller = self._controller
@@ -422,6 +452,8 @@ class RunProcess:
             case DeathNoticed(member, cause, at_ns):
                 controller.on_death(member, cause, at_ns)
             case ProcessGone(member, status, _):
+                if self._guard is not None:
+                    self._guard.gone(member)
                 controller.on_gone(member, status)
             case LaunchFailed(member, reason):
                 controller.on_gone(member, f"launch failed: {reason}")

@@ -22,7 +22,7 @@ from elastic_ep.run import USAGE_ERROR, main
 
 CONFIG = RankConfig(
     rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="auto", device="cuda", seed=0,
-    limits=EngineLimits(max_model_len=16), heartbeat_ms=200, placement=launch_placement(2, 1, 2, 2),
+    limits=EngineLimits(max_model_len=16), heartbeat_ms=200, kernel_wait_ms=500, placement=launch_placement(2, 1, 2, 2),
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from elastic_ep.placement import launch_placement
 
 CONFIG = RankConfig(
     rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="dummy",
-    device="cpu", seed=0, limits=EngineLimits(max_model_len=16), heartbeat_ms=200,
+    device="cpu", seed=0, limits=EngineLimits(max_model_len=16), heartbeat_ms=200, kernel_wait_ms=500,
     placement=launch_placement(2, 1, 2, 0),
 )  # fmt: skip
 BEATS = 2_000

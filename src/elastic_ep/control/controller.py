@@ -58,6 +58,12 @@ class Processes(Protocol):
     def watch(self, member: Member) -> None:
         """The rank holds its death mutex now."""
 
+    def hold(self, member: Member) -> None:
+        """The rank has got further, and may use more of its device."""
+
+    def when_free(self, rank: int, then: Callable[[], None]) -> None:
+        """Call `then`, now or when nothing of the rank's dead incarnations is on its device any more."""
+
 
 @dataclass
 class RankFacts:
@@ -138,7 +144,7 @@ class Controller:
             case Promise():
                 self.feed(ev.Promised(member, message.attempt, message.step))
             case RankReport():
-                self._guarded(ev.Reported(member, message.state, message.reason), member)
+                self._on_rank_report(member, message)
             case SnapshotRequest():
                 self._answer_snapshot(member)
             case Hello():
@@ -276,13 +282,29 @@ class Controller:
             steps=round(seen.steps, 3),
         )
 
+    def _on_rank_report(self, member: Member, report: RankReport) -> None:
+        reported = ev.Reported(member, report.state, report.reason)
+        if report.state in (RankState.INIT_DIST, RankState.JOINING):
+            self.processes.hold(member)
+        if report.state is not RankState.JOINING:
+            self._guarded(reported, member)
+            return
+
+        def joining() -> None:
+            slot = self.machine.slots[member.rank]
+            if slot.member == member and slot.state is not RankState.FAILED:  # else it died meanwhile
+                self._guarded(reported, member)
+
+        self.processes.when_free(member.rank, joining)
+
     def _on_step_report(self, member: Member, report: StepReport) -> None:
         facts = self._known(member)
         facts.running, facts.waiting, facts.step = report.running, report.waiting, report.step
         self._signs_of_life[member] = report
         if report.masked:
             self.metrics.step_poisoned()
-            self.log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked)
+            times = {"ended_ns": report.ended_ns, "mask_ns": report.mask_ns}
+            self.log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked, **times)
             self._suspect(report)
         if self.log.recording:
             self.pace.step_reported(report)

@@ -159,5 +159,6 @@ class ForwardThread:
                     operations=self.exchange.operations,
                     cpu_ms=time.thread_time_ns() // 1_000_000,
                     masked=tuple(sorted(result.masked)),
+                    mask_ns=self._mailbox.mask_ns if result.masked else 0,
                 )
             )

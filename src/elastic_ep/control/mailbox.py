@@ -37,6 +37,8 @@ class Mailbox:
         self.hold_at = NEVER
         self.inbox: deque[Assign | Cancel] = deque()
         self.stop = False
+        self.mask_ns = 0
+        """When the control loop last issued a mask."""
         # Written by the forward thread (the outbox by the slot worker too).
         self.begun = -1
         self.waiting_at: int | None = None

@@ -6,10 +6,12 @@ The fork server calls `main` in the main thread of a freshly forked process that
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +61,9 @@ from elastic_ep.state.transfer import open_plane
 SWITCH_INTERVAL_S = 0.0005
 """How long the forward thread may keep the interpreter lock while the control loop wants it."""
 SYNC_RETRY_S = 0.02
+HELD_UP_S = 0.3
+"""A control loop that a driver call keeps so much longer than a heartbeat has all threads' stacks written to stderr,
+before it is fenced."""
 _PARKED_HEARTBEAT_FACTOR = 4
 EXPELLED_STATUS = 3
 ORPHANED_STATUS = 4
@@ -196,6 +201,7 @@ class RankProcess:
             self._early_masks.append(member)
         else:
             self._forward.exchange.mask(member)
+            self._mailbox.mask_ns = time.monotonic_ns()
 
     def _shut_down(self) -> None:
         """Stop at the next boundary. Peers stop too, each at its own boundary: wait for none of them."""
@@ -255,8 +261,10 @@ class RankProcess:
             if not self._heard_from:
                 self._wire.send(self._heartbeat(parked))
             self._heard_from = False
-            factor = _PARKED_HEARTBEAT_FACTOR if parked else 1
-            await anyio.sleep(self._config.heartbeat_ms / 1000 * factor)
+            pause_s = self._config.heartbeat_ms / 1000 * (_PARKED_HEARTBEAT_FACTOR if parked else 1)
+            if self._config.device != "cpu":
+                faulthandler.dump_traceback_later(pause_s + HELD_UP_S)
+            await anyio.sleep(pause_s)
 
     def _heartbeat(self, parked: bool) -> Heartbeat:
         exchange = self._forward.exchange

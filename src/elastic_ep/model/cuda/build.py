@@ -59,8 +59,9 @@ def _build(
     directory = Path(config.directory) / "mooncake"
     directory.mkdir(mode=0o700, exist_ok=True)
     words = StepWords(directory, config.num_ranks, config.rank)
+    member = Member(config.rank, config.incarnation)
     exchange = MooncakeExchange(
-        shape, Member(config.rank, config.incarnation), FileStore(directory), words=words
+        shape, member, FileStore(directory), words=words, timeout_ms=config.kernel_wait_ms
     )
     weights = load_weights(
         Path(config.model),

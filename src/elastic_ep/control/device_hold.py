@@ -1,0 +1,76 @@
+"""Keeps what a process has opened of the GPU driver open beyond its death, until its kernels have ended.
+
+HAZARD: under MPS all clients share their faults. The kernel driver takes a dead client's memory away while its kernels
+still run; they fault, and every other client on the GPU gets an illegal memory access. But the driver lets go of a
+client only when the last descriptor of it is closed: a second process that holds duplicates decides when that is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_PIDFD_GETFD = 438
+_DEVICE = "/dev/nvidia"
+_MPS_PROGRAMS = "nvidia-cuda-mps"
+"""What the names of MPS's daemon and server begin with; /proc shows 15 characters of a name."""
+_PEER = struct.Struct("3i")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class DeviceHold:
+    """Duplicates of all descriptors through which process `pid` reaches the driver and MPS, as of now."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises OSError if the process is gone or may not be looked into (as for a debugger)."""
+        self._fds = list(_duplicates(pid))
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def release(self) -> None:
+        """Let the driver take everything back. HAZARD: takes it tenths of a second, seconds with much pinned memory."""
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            os.close(fd)
+
+
+def _duplicates(pid: int) -> Iterator[int]:
+    pidfd = os.pidfd_open(pid)
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                target = os.readlink(entry)
+                if target.startswith(_DEVICE):
+                    yield _duplicate(pidfd, int(entry.name))
+                elif target.startswith("socket:"):
+                    fd = _duplicate(pidfd, int(entry.name))
+                    if _is_mps(fd):
+                        yield fd
+                    else:
+                        os.close(fd)
+    finally:
+        os.close(pidfd)
+
+
+def _duplicate(pidfd: int, number: int) -> int:
+    fd = int(_libc.syscall(_PIDFD_GETFD, pidfd, number, 0))
+    if fd < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"pidfd_getfd: {os.strerror(error)}")
+    return fd
+
+
+def _is_mps(fd: int) -> bool:
+    """Whether a socket leads to MPS."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            pid, _, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        return Path(f"/proc/{pid}/comm").read_text().startswith(_MPS_PROGRAMS)
+    except OSError:
+        return False

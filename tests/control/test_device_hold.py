@@ -1,0 +1,169 @@
+"""What a process has opened stays open beyond its SIGKILL for as long as it is held."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from elastic_ep.control import device_hold
+from elastic_ep.control.device_guard import DeviceGuard
+from elastic_ep.control.device_hold import DeviceHold
+from elastic_ep.messages import Member
+
+CLIENT = """
+import fcntl, os, socket, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(fd, fcntl.LOCK_EX)
+for path in sys.argv[2:]:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    socket.socket.detach(sock)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+SERVER = """
+import ctypes, socket, sys
+ctypes.CDLL(None).prctl(15, sys.argv[1].encode(), 0, 0, 0)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[2])
+listener.listen()
+print("ready", flush=True)
+connection, _ = listener.accept()
+connection.recv(1)
+print("lost", flush=True)
+"""
+FIRST, SECOND = Member(1, 1), Member(1, 2)
+
+
+@contextmanager
+def running(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that stands for the driver's: who has it open holds its lock."""
+    monkeypatch.setattr(device_hold, "_DEVICE", str(tmp_path / "nvidia"))
+    return tmp_path / "nvidia0"
+
+
+def is_open_elsewhere(device: Path) -> bool:
+    with device.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+
+
+def test_the_driver_sees_a_death_when_the_hold_is_released(device: Path) -> None:
+    with running(CLIENT, str(device)) as client:
+        hold = DeviceHold(client.pid)
+        assert len(hold) == 1
+        end(client)
+        assert is_open_elsewhere(device)
+        hold.release()
+        assert not is_open_elsewhere(device)
+        hold.release()
+
+
+def test_without_a_hold_it_sees_it_at_once(device: Path) -> None:
+    with running(CLIENT, str(device)) as client:
+        assert is_open_elsewhere(device)
+        end(client)
+        assert not is_open_elsewhere(device)
+
+
+def test_connections_to_mps_are_held_and_others_are_not(device: Path, tmp_path: Path) -> None:
+    paths = [str(tmp_path / "mps"), str(tmp_path / "other")]
+    with (
+        running(SERVER, "nvidia-cuda-mps-server", paths[0]) as mps,
+        running(SERVER, "a-broker", paths[1]) as other,
+        running(CLIENT, str(device), *paths) as client,
+    ):
+        assert mps.stdout is not None
+        assert other.stdout is not None
+        hold = DeviceHold(client.pid)
+        assert len(hold) == 2
+        end(client)
+        assert other.stdout.readline() == "lost\n"
+        assert not select.select([mps.stdout], [], [], 0)[0]
+        hold.release()
+        assert mps.stdout.readline() == "lost\n"
+
+
+def test_a_process_that_is_gone_cannot_be_held(device: Path) -> None:
+    with running(CLIENT, str(device)) as client:
+        end(client)
+    with pytest.raises((ProcessLookupError, FileNotFoundError)):
+        DeviceHold(client.pid)
+
+
+async def guarded(device: Path, notes: list[str]) -> None:
+    def note(name: str, **facts: Any) -> None:
+        notes.append(name)
+
+    free = anyio.Event()
+    with running(CLIENT, str(device)) as client, DeviceGuard(0.05, note) as guard:
+        guard.hold(FIRST, client.pid)
+        guard.hold(FIRST, client.pid)
+        at_once: list[int] = []
+        guard.when_free(FIRST.rank, lambda: at_once.append(1))
+        assert at_once == [1], "an incarnation that lives keeps nobody"
+        end(client)
+        guard.hold(FIRST, client.pid)
+        guard.gone(FIRST)
+        guard.gone(FIRST)
+        guard.when_free(SECOND.rank, free.set)
+        assert not free.is_set()
+        assert is_open_elsewhere(device)
+        with anyio.fail_after(10):
+            await free.wait()
+        assert not is_open_elsewhere(device)
+
+
+def test_a_new_incarnation_waits_until_the_device_is_free(device: Path) -> None:
+    notes: list[str] = []
+    anyio.run(guarded, device, notes)
+    assert notes == ["device_held", "device_held", "device_not_held", "device_released"]
+
+
+async def ended_early(device: Path) -> None:
+    with running(CLIENT, str(device)) as client:
+        with DeviceGuard(1000.0, lambda name, **facts: None) as guard:
+            guard.hold(FIRST, client.pid)
+            end(client)
+            guard.gone(FIRST)
+            assert is_open_elsewhere(device)
+        assert not is_open_elsewhere(device)
+
+
+def test_the_end_of_the_run_releases_everything(device: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    anyio.run(ended_early, device)
+    assert len(os.listdir("/proc/self/fd")) == before
