@@ -22,6 +22,7 @@ from typing import Any
 from bench import failover
 from bench.common import server, shaped_model, write_result
 from bench.failover_analysis import analyse
+from bench.failover_plot import draw
 from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
 
@@ -73,7 +74,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         reference = asyncio.run(failover.reference_run(target, questions))
         load, struck = asyncio.run(failover.disturbed_run(target, questions, cases))
         time.sleep(0.3)  # the log is flushed at most so often
-        figures, _ = analyse(target.events, struck)
+        figures, curves = analyse(target.events, struck)
+        draw(curves, load.stamps, struck, options.out.with_suffix(".png"))
         start_s = target.ready_s
         if options.keep is not None:
             with tarfile.open(options.keep, "w:gz") as tar:
