@@ -88,8 +88,8 @@ class Plane:
     ) -> None:
         import torch
 
+        from bench.file_store import FileStore
         from elastic_ep.exchange.base import ExchangeShape
-        from elastic_ep.exchange.file_store import FileStore
         from elastic_ep.exchange.mooncake import MooncakeExchange
         from elastic_ep.messages import Member
 

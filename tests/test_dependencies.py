@@ -49,8 +49,12 @@ def test_packages_keep_their_direction(folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["messages.py", "slot_messages.py", "config.py", "placement.py", "codec.py", "state/layout.py"]
-)
+    "name",
+    [
+        "messages.py", "slot_messages.py", "store_messages.py", "config.py", "placement.py", "codec.py",
+        "state/layout.py",
+    ],
+)  # fmt: skip
 def test_the_base_uses_the_standard_library_alone(name: str) -> None:
     for module in imported(SOURCE / name):
         top = module.split(".")[0]
@@ -58,6 +62,7 @@ def test_the_base_uses_the_standard_library_alone(name: str) -> None:
             "elastic_ep.codec",
             "elastic_ep.messages",
             "elastic_ep.slot_messages",
+            "elastic_ep.store_messages",
             "elastic_ep.placement",
         }, module
 

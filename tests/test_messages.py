@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from elastic_ep import messages
 from elastic_ep.codec import MalformedMessage, decode, encode, to_plain
 from elastic_ep.messages import FromRank, Numbered, ToRank
+from elastic_ep.store_messages import StoreSet
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
@@ -37,6 +38,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         float: st.floats(allow_nan=False),
         bool: st.booleans(),
         str: st.text(max_size=8),
+        bytes: st.binary(max_size=8),
     }
     return simple[hint]
 
@@ -72,5 +74,14 @@ def test_one_wrong_field_is_malformed_or_of_its_type(report: Any, place: int, va
     plain[1 + place] = value
     if type(value) is int:
         return
+    with pytest.raises(MalformedMessage):
+        decode(json.dumps(plain).encode(), FromRank)
+
+
+@pytest.mark.parametrize("value", ["AA", "A===", "é", "AA==\n", 1, None, ["AA=="]])
+def test_bytes_that_are_not_base64_are_malformed(value: Any) -> None:
+    plain = to_plain(StoreSet(0, 1, "key", b"\0"))
+    assert decode(json.dumps(plain).encode(), FromRank) == StoreSet(0, 1, "key", b"\0")
+    plain[-1] = value
     with pytest.raises(MalformedMessage):
         decode(json.dumps(plain).encode(), FromRank)

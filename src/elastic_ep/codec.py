@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import operator
 import types
@@ -23,8 +24,8 @@ _Reader = Callable[[Any], Any]
 def to_plain(value: Any) -> Any:
     """`value` as JSON takes it: a dataclass becomes ``[type name, field, ...]``, a named tuple a list of its fields.
 
-    A named tuple holds scalars and other named tuples only. A class that has `plain_fields` says itself which fields;
-    it is for the log only, and cannot be read back.
+    Bytes become base64 text. A named tuple holds scalars (no bytes) and other named tuples only. A class that has
+    `plain_fields` says itself which fields; it is for the log only, and cannot be read back.
     """
     cls = type(value)
     if cls in _PLAIN:
@@ -37,6 +38,8 @@ def to_plain(value: Any) -> Any:
     if is_dataclass(cls):
         parts = _getter(cls)(value)
         return [cls.__name__, *[part if type(part) in _PLAIN else to_plain(part) for part in parts]]
+    if cls is bytes:
+        return base64.b64encode(value).decode()
     return value  # a StrEnum is a string to JSON
 
 
@@ -106,6 +109,8 @@ def _make_reader(hint: Any) -> _Reader:
         return _record_reader(hint)
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return _enum_reader(hint)
+    if hint is bytes:
+        return _read_bytes
     return _scalar_reader(hint)
 
 
@@ -170,6 +175,13 @@ def _enum_reader(cls: type[StrEnum]) -> _Reader:
             raise MalformedMessage(f"not a {cls.__name__}: {plain!r}") from error
 
     return read
+
+
+def _read_bytes(plain: Any) -> bytes:
+    try:
+        return base64.b64decode(plain, validate=True)
+    except (TypeError, ValueError) as error:
+        raise MalformedMessage(f"not base64: {str(plain)[:80]}") from error
 
 
 def _scalar_reader(cls: type) -> _Reader:

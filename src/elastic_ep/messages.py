@@ -9,9 +9,10 @@ Which message travels where (DESIGN: three planes):
 * PUB, controller to all, numbered: `Prepare`, `Commit`, `Abort`, `View`, `PlacementChanged`, `Beat`, wrapped in
   `Numbered`.
 * ROUTER/DEALER, rank to controller: `Hello`, `RankReport`, `Promise`, `Heartbeat`, `StepReport`,
-  `SnapshotRequest`, and of `slot_messages.py` `PlacementSeen`, `StateReady`, `SlotCopied`, `SlotSums`, `ExpertLoads`.
+  `SnapshotRequest`, of `slot_messages.py` `PlacementSeen`, `StateReady`, `SlotCopied`, `SlotSums`, `ExpertLoads`, and
+  of `store_messages.py` `StoreSet`, `StoreGet`, `StoreDelete`.
 * ROUTER/DEALER, controller to rank: `Snapshot`, `Assign`, `Cancel`, `Drain`, `Shutdown`, `CopySlot`,
-  `SumSlots`.
+  `SumSlots`, `StoreValue`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from elastic_ep.slot_messages import (
     StateReady,
     SumSlots,
 )
+from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet, StoreValue
 
 
 class Member(NamedTuple):
@@ -302,6 +304,9 @@ FromRank = (
     | SlotCopied
     | SlotSums
     | ExpertLoads
+    | StoreSet
+    | StoreGet
+    | StoreDelete
 )
-ToRank = Snapshot | Assign | Cancel | Drain | Shutdown | CopySlot | SumSlots
+ToRank = Snapshot | Assign | Cancel | Drain | Shutdown | CopySlot | SumSlots | StoreValue
 Published = Prepare | Commit | Abort | View | PlacementChanged | Beat

@@ -11,6 +11,7 @@ import pytest
 
 from elastic_ep.config import CannotRun, EngineLimits, RankConfig
 from elastic_ep.control import devices
+from elastic_ep.control.control_store import ControlStore
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.engine import build_engine
 from elastic_ep.control.forward import ForwardThread
@@ -35,12 +36,13 @@ def test_without_a_gpu_it_is_one_line_and_a_status(
 
 
 def test_a_cuda_rank_builds_the_cuda_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[RankConfig] = []
+    built: list[Any] = []
     module = ModuleType("elastic_ep.model.cuda.build")
-    cast(Any, module).build_cuda_engine = built.append
+    cast(Any, module).build_cuda_engine = lambda *arguments: built.extend(arguments)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    build_engine(CONFIG, -1, lambda: "no plane")
-    assert built == [CONFIG]
+    store = ControlStore(Member(0, 1), lambda message: None)
+    build_engine(CONFIG, -1, lambda: "no plane", store)
+    assert built == [CONFIG, store]
 
 
 def test_what_a_machine_lacks_is_the_reason_and_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:

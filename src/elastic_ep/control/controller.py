@@ -18,6 +18,7 @@ from elastic_ep.api.metrics import Metrics
 from elastic_ep.control.observe import Disturbance, PaceObserver
 from elastic_ep.control.repairs import Repairs
 from elastic_ep.control.router import Router
+from elastic_ep.control.store_table import StoreTable
 from elastic_ep.control.wire import ControllerWire
 from elastic_ep.log import EventLog
 from elastic_ep.machines import membership_events as ev
@@ -42,6 +43,7 @@ from elastic_ep.messages import (
     StepReport,
     View,
 )
+from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet
 
 BEAT_S = 0.25
 PARKED_FACTOR = 3
@@ -105,6 +107,7 @@ class Controller:
         self.stopped = anyio.Event()
         self.serving = anyio.Event()
         self.pace = PaceObserver(self._disturbed)
+        self.store = StoreTable(self.wire.send, self.log.note)
         self.repairs = Repairs(
             self.repair, self.wire, self.log, self.metrics, lambda *placed: self.feed(ev.Placed(*placed))
         )
@@ -150,6 +153,8 @@ class Controller:
             case Hello():
                 self._known(member).pid = message.pid
                 self.processes.watch(member)
+            case StoreSet() | StoreGet() | StoreDelete():
+                self.store.heard(member, message)
             case _:
                 self.repairs.heard(member, message)
                 self._set_timer()
@@ -173,6 +178,7 @@ class Controller:
         self.feed(ev.ProcessGone(member, status))
         self.facts.pop(member, None)
         self.repairs.gone(member)
+        self.store.gone(member)
         self._noticed_ns.pop(member, None)
 
     @property

@@ -10,6 +10,7 @@ import torch
 from elastic_ep.config import RankConfig
 from elastic_ep.exchange.base import Exchange, ExchangeShape
 from elastic_ep.exchange.shm import ShmExchange
+from elastic_ep.exchange.store import Store
 from elastic_ep.messages import Member
 from elastic_ep.model.config import ModelConfig, load_model_config
 from elastic_ep.model.page_cache import cached_share
@@ -25,8 +26,10 @@ MOSTLY = 0.5
 OpenPlane = Callable[[], TransferPlane | str]
 
 
-def build_engine(config: RankConfig, windows_fd: int, open_plane: OpenPlane) -> tuple[StepRunner, Exchange]:
-    """What it raises is the reason why this rank fails.
+def build_engine(
+    config: RankConfig, windows_fd: int, open_plane: OpenPlane, store: Store
+) -> tuple[StepRunner, Exchange]:
+    """What it raises is the reason why this rank fails. `store` is for exchanges that meet their peers.
 
     The state plane is opened here, where nobody waits for a sign of life: that takes tens of milliseconds, on a busy
     machine many more, in part with the interpreter lock held.
@@ -35,7 +38,7 @@ def build_engine(config: RankConfig, windows_fd: int, open_plane: OpenPlane) -> 
     if config.device == "cuda":
         from elastic_ep.model.cuda.build import build_cuda_engine  # needs Triton, ranks on the CPU do not
 
-        return build_cuda_engine(config)
+        return build_cuda_engine(config, store)
     open_plane()
     return _build_cpu_engine(config, windows_fd, open_plane)
 

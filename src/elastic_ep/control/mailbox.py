@@ -15,9 +15,19 @@ from collections.abc import Callable
 from elastic_ep.messages import Assign, Cancel, RankState, StepReport, View
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import ExpertLoads, PlacementSeen, SlotCopied, SlotSums, StateReady
+from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet
 
 Outgoing = (
-    StepReport | PlacementSeen | ExpertLoads | StateReady | SlotCopied | SlotSums | tuple[RankState, str]
+    StepReport
+    | PlacementSeen
+    | ExpertLoads
+    | StateReady
+    | SlotCopied
+    | SlotSums
+    | StoreSet
+    | StoreGet
+    | StoreDelete
+    | tuple[RankState, str]
 )
 """For the controller; a lifecycle state comes with its reason."""
 
@@ -39,7 +49,7 @@ class Mailbox:
         self.stop = False
         self.mask_ns = 0
         """When the control loop last issued a mask."""
-        # Written by the forward thread (the outbox by the slot worker too).
+        # Written by the forward thread (the outbox by the slot worker and the store too).
         self.begun = -1
         self.waiting_at: int | None = None
         """The step before which the forward thread waits because of a hold or because the group is parked."""
@@ -97,5 +107,6 @@ class Mailbox:
         self._wake.clear()
 
     def post(self, item: Outgoing) -> None:
+        """Any thread but the control loop's. Raises RuntimeError when the loop has ended."""
         self.outbox.append(item)
         self._notify()

@@ -19,6 +19,7 @@ import anyio
 
 from elastic_ep.config import RankConfig
 from elastic_ep.control.connector import Connector
+from elastic_ep.control.control_store import ControlStore
 from elastic_ep.control.engine import build_engine
 from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
@@ -57,6 +58,7 @@ from elastic_ep.messages import (
 )
 from elastic_ep.slot_messages import CopySlot, SumSlots
 from elastic_ep.state.transfer import open_plane
+from elastic_ep.store_messages import StoreValue
 
 SWITCH_INTERVAL_S = 0.0005
 """How long the forward thread may keep the interpreter lock while the control loop wants it."""
@@ -87,8 +89,9 @@ class RankProcess:
         self._mailbox = Mailbox(self._notify)
         open_plane_once = functools.cache(open_plane)
         self._slots = SlotWorker(self._me, self._mailbox, open_plane_once)
+        self._store = ControlStore(self._me, self._mailbox.post)
         self._forward = ForwardThread(
-            config, self._mailbox, lambda c: build_engine(c, windows_fd, open_plane_once)
+            config, self._mailbox, lambda c: build_engine(c, windows_fd, open_plane_once, self._store)
         )
         self._heard_pub = False
         self._heard_from = False
@@ -157,6 +160,8 @@ class RankProcess:
                 self._mailbox.deliver(message)
             case CopySlot() | SumSlots():
                 self._slots.order(message)
+            case StoreValue():
+                self._store.received(message)
             case Drain():
                 pass  # the router gives nothing new; what runs, runs on
             case Shutdown():

@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import re
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
-from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -34,34 +32,19 @@ from elastic_ep.config import CannotRun
 from elastic_ep.exchange.base import ExchangeShape, Received
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_words import StepWords
+from elastic_ep.exchange.store import IncarnationStore, PeerGone, Store
 from elastic_ep.messages import Member
 
 _WHEEL = "mooncake-transfer-engine-cuda13"
 _CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
-_KEY = re.compile(r"(.+)/(\d+)/(\d+)")
 HIDDEN_MULTIPLE = 128
 _WIRE_MULTIPLE = 256
 """What combine's kernel takes; smaller hidden sizes are padded with zeros on the way."""
 _PAUSE_S = 0.00002
-_SLICE = timedelta(seconds=0.05)
 
 
 class MooncakeUnavailable(CannotRun):
     """This machine cannot run the exchange; the text says what is missing and what to do."""
-
-
-class Store(Protocol):
-    """Where two ranks leave each other the addresses of their buffers. Any thread."""
-
-    def set(self, key: str, value: bytes) -> None: ...
-
-    def wait(self, keys: Sequence[str], timeout: timedelta) -> None:
-        """Return when all `keys` are there. Raises an exception after `timeout`."""
-        ...
-
-    def multi_get(self, keys: Sequence[str]) -> list[bytes]: ...
-
-    def delete_key(self, key: str) -> bool: ...
 
 
 def load_buffer_class() -> Any:
@@ -101,54 +84,6 @@ def _explain(error: ImportError) -> str:
     if not installed(_WHEEL):
         return f"Mooncake is not installed: pip install {_WHEEL}"
     return f"Mooncake does not load: {error}"
-
-
-class PeerGone(ConnectionError):
-    """The member that was being connected to is masked, or superseded by its next incarnation."""
-
-
-class _IncarnationStore:
-    """Mooncake's keys name ranks; here they name incarnations, so what a dead one left behind is never read.
-
-    `is_wanted` says whether a wait still has a purpose.
-    """
-
-    def __init__(self, store: Store, is_wanted: Callable[[Member], bool] = lambda member: True) -> None:
-        self._store = store
-        self._is_wanted = is_wanted
-        self.incarnations: dict[int, int] = {}
-
-    def _key(self, key: str) -> str:
-        match = _KEY.fullmatch(key)
-        if match is None:
-            return key
-        prefix, source, target = match.group(1), int(match.group(2)), int(match.group(3))
-        return f"{prefix}/{source}.{self.incarnations[source]}/{target}.{self.incarnations[target]}"
-
-    def set(self, key: str, value: bytes) -> None:
-        self._store.set(self._key(key), value)
-
-    def wait(self, keys: Sequence[str], timeout: timedelta) -> None:
-        """Raises PeerGone as soon as the wait is in vain."""
-        named = [self._key(key) for key in keys]
-        ends = [match for key in keys if (match := _KEY.fullmatch(key))]
-        peers = {Member(rank, self.incarnations[rank]) for end in ends for rank in map(int, end.group(2, 3))}
-        limit = time.monotonic() + timeout.total_seconds()
-        while True:
-            try:
-                self._store.wait(named, min(timeout, _SLICE))
-                return
-            except Exception:
-                if not all(map(self._is_wanted, peers)):
-                    raise PeerGone(f"gone while being connected to: {sorted(peers)}") from None
-                if time.monotonic() > limit:
-                    raise
-
-    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        return self._store.multi_get([self._key(key) for key in keys])
-
-    def delete_key(self, key: str) -> bool:
-        return self._store.delete_key(self._key(key))
 
 
 class MooncakeExchange:
@@ -192,7 +127,7 @@ class MooncakeExchange:
         self._words = words
         self._step: int | None = None
         self._joined = False
-        self._store = _IncarnationStore(store, self._is_wanted)
+        self._store = IncarnationStore(store, self._is_wanted)
         self._store.incarnations[member.rank] = member.incarnation
         self._connected: dict[int, int] = {}
         self._wanted: dict[int, int] = {}

@@ -8,9 +8,9 @@ import torch
 
 from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.exchange.base import ExchangeShape
-from elastic_ep.exchange.file_store import FileStore
 from elastic_ep.exchange.mooncake import MooncakeExchange, buffer_bytes
 from elastic_ep.exchange.step_words import StepWords
+from elastic_ep.exchange.store import Store
 from elastic_ep.messages import Member
 from elastic_ep.model.config import ModelConfig, load_model_config
 from elastic_ep.model.cuda.linear import TILE_ROWS
@@ -23,8 +23,11 @@ DTYPE = torch.bfloat16
 """What the exchange carries. A row's bits do not depend on its batch, so a stream that moves goes on as it would have."""
 
 
-def build_cuda_engine(config: RankConfig) -> tuple[CudaRunner, MooncakeExchange]:
-    """Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user."""
+def build_cuda_engine(config: RankConfig, store: Store) -> tuple[CudaRunner, MooncakeExchange]:
+    """The ranks leave each other their buffers' addresses in `store`.
+
+    Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user.
+    """
     model = load_model_config(Path(config.model))
     placement, limits = config.placement, config.limits
     shape = exchange_shape(model, limits, placement)
@@ -35,7 +38,7 @@ def build_cuda_engine(config: RankConfig) -> tuple[CudaRunner, MooncakeExchange]
     needs = needs_of(model, limits, placement, shape, size)
     check_memory(needs, torch.cuda.mem_get_info(device)[0], limits, placement)
     try:
-        return _build(config, model, shape, device)
+        return _build(config, store, model, shape, device)
     except torch.OutOfMemoryError as error:  # another process took it meanwhile
         check_memory(needs, torch.cuda.mem_get_info(device)[0], limits, placement)
         raise NotEnoughMemory(f"not enough GPU memory: {error}") from error
@@ -53,16 +56,14 @@ def exchange_shape(model: ModelConfig, limits: EngineLimits, placement: Placemen
 
 
 def _build(
-    config: RankConfig, model: ModelConfig, shape: ExchangeShape, device: torch.device
+    config: RankConfig, store: Store, model: ModelConfig, shape: ExchangeShape, device: torch.device
 ) -> tuple[CudaRunner, MooncakeExchange]:
-    # One host: addresses and step words go through files. Several hosts need a store on the control plane.
+    # Step words are a file that all ranks map, so all of them are on one host.
     directory = Path(config.directory) / "mooncake"
     directory.mkdir(mode=0o700, exist_ok=True)
     words = StepWords(directory, config.num_ranks, config.rank)
     member = Member(config.rank, config.incarnation)
-    exchange = MooncakeExchange(
-        shape, member, FileStore(directory), words=words, timeout_ms=config.kernel_wait_ms
-    )
+    exchange = MooncakeExchange(shape, member, store, words=words, timeout_ms=config.kernel_wait_ms)
     weights = load_weights(
         Path(config.model),
         model,
