@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 from bench import failover
 from bench.common import server, shaped_model, write_result
 from bench.failover_analysis import analyse
+from bench.gpu import gpu
 from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
 
@@ -55,13 +54,6 @@ def beyond_a_step(figures: dict[str, Any], name: str) -> float | None:
     """A percentile less one median step, ms."""
     step, value = figures["median_step_ms"], figures[name]["p50"]
     return None if step is None or not figures[name]["count"] else round(value - step, 3)
-
-
-def gpu() -> str:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    if shutil.which(query[0]) is None:
-        return ""
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
