@@ -31,6 +31,10 @@ def quartiles(values: Sequence[float], digits: int = 3) -> dict[str, Any]:
     return {"median": round(percentile(values, 0.5), digits), "quartiles": ends, "n": len(values)}
 
 
+class Expired(BaseException):
+    """A section took too long. Not an Exception: libraries that go on after any of those must not go on after this."""
+
+
 class Sections:
     """Parts of a result. One that fails or lasts too long leaves `failed: ...` in its place, and the rest goes on.
 
@@ -52,7 +56,7 @@ class Sections:
         signal.alarm(seconds)
         try:
             value = self.result[name] = call()
-        except Exception as error:
+        except (Exception, Expired) as error:
             traceback.print_exc()
             self.result[name] = f"failed: {type(error).__name__}: {error}"
         finally:
@@ -73,4 +77,4 @@ class Sections:
 
 
 def _expired(signum: int, frame: FrameType | None) -> None:
-    raise TimeoutError("the section took too long")
+    raise Expired("the section took too long")

@@ -255,7 +255,8 @@ class Replay:
             self._all()
             return (time.perf_counter() - began) * 1e6 / self._case.layers
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(_LAUNCH_CYCLES)  # what a launch costs the host is in no side's time
+        # What a launch costs the host is in no side's time.
+        torch.cuda._sleep(_LAUNCH_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         self._graph.replay()
         end.record()
