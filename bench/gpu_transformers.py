@@ -79,11 +79,13 @@ def continuous(
     # A cache and a batch no larger than this load needs: the masks of its attention are as large as both allow.
     length = max(map(len, prompts)) + new
     blocks = len(prompts) * (-(-length // _PAGE) + 1)
+    config = library.ContinuousBatchingConfig
+    page = "page_size" if hasattr(config, "page_size") else "block_size"  # as it was before 5.17
     outputs = model.generate_batch(
         inputs=[list(prompt) for prompt in prompts],
         generation_config=library.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1),
-        continuous_batching_config=library.ContinuousBatchingConfig(
-            page_size=_PAGE, num_blocks=blocks, max_batch_tokens=_BATCH_TOKENS, use_cuda_graph=graphs
+        continuous_batching_config=config(
+            **{page: _PAGE}, num_blocks=blocks, max_batch_tokens=_BATCH_TOKENS, use_cuda_graph=graphs
         ),
         record_timestamps=True,
     )
