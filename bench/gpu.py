@@ -38,7 +38,8 @@ class Expired(BaseException):
 class Sections:
     """Parts of a result. One that fails or lasts too long leaves `failed: ...` in its place, and the rest goes on.
 
-    The file is written anew after every section. `commit` says where the code is from if the machine has no git.
+    The file is written anew after every section. What a section left in `result` as `<name>_so_far` stays if it fails.
+    `commit` says where the code is from if the machine has no git.
     """
 
     def __init__(self, out: Path, commit: str | None, **facts: Any) -> None:
@@ -56,6 +57,7 @@ class Sections:
         signal.alarm(seconds)
         try:
             value = self.result[name] = call()
+            self.result.pop(f"{name}_so_far", None)
         except (Exception, Expired) as error:
             traceback.print_exc()
             self.result[name] = f"failed: {type(error).__name__}: {error}"

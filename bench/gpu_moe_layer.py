@@ -30,7 +30,8 @@ from typing import Any
 
 from bench.common import percentile
 from bench.gpu import Sections, quartiles
-from bench.gpu_moe_rank import Case, run_rank
+from bench.gpu_moe_plane import Case
+from bench.gpu_moe_rank import run_rank
 from elastic_ep.control.mps import mps_daemon
 
 ONE_GRAPH = ("raw_with_grouped", "raw_with_grouped_turned", "raw_with_grouped_padded")

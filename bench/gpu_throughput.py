@@ -22,6 +22,7 @@ import gc
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,9 +124,9 @@ class Bench:
         if self._plan.device.type == "cuda":
             torch.cuda.set_device(self._plan.device)
             run("copy_tb_s", self._copy, 60)
-        run("bundled", self._bundled, 120)
-        self._free()
         run("ours", self._ours, 150)
+        self._free()
+        run("bundled", self._bundled, 120)
         self._free()
         run("transformers", self._transformers, 240)
         self._sections.result["compared"] = self.compared()
@@ -173,7 +174,7 @@ class Bench:
         placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
         weights = Weights(config, placement, 0, dummy_source(config, SEED, plan.device), plan.device, BF16)
         engine = self._engine(weights, "ours")
-        rows: list[dict[str, Any]] = []
+        rows = self._so_far("ours")
         try:
             for batch in plan.batches:
                 prompts = plan.prompts(batch, config.vocab_size)
@@ -195,39 +196,49 @@ class Bench:
             engine.close()
         return rows
 
+    def _so_far(self, name: str) -> list[dict[str, Any]]:
+        """Rows that stay in the result even if their section fails."""
+        rows: list[dict[str, Any]] = []
+        self._sections.result[f"{name}_so_far"] = rows
+        return rows
+
     def _transformers(self) -> list[dict[str, Any]]:
         plan, config = self._plan, self._plan.config
         model = gpu_transformers.build(config, dummy_source(config, SEED, plan.device), plan.device)
-        rows: list[dict[str, Any]] = []
-        for batch in plan.batches:
-            prompts = plan.prompts(batch, config.vocab_size)
-            row: dict[str, Any] = {"batch": batch}
-            for name, call in self._candidates(model, batch).items():
+        rows = self._so_far("transformers")
+        for name, call, batches in self._candidates(model):
+            for batch in batches:
+                row: dict[str, Any] = {"batch": batch, "how": name}
+                rows.append(row)
                 try:
+                    prompts = plan.prompts(batch, config.vocab_size)
                     call(prompts, min(4, plan.new))
                     stamps, tokens = call(prompts, plan.new)
-                    row[name] = round(full_rate(stamps), 1)
-                    row[f"{name}_same_first_token"] = self._same(batch, tokens)
-                    key = "static" if name == "static" else "continuous"
-                    self._rates[batch][key] = max(row[name], self._rates[batch].get(key, 0.0))
+                    row["tokens_per_s"] = round(full_rate(stamps), 1)
+                    row["same_first_token"] = self._same(batch, tokens)
+                    kind = name.split()[0]
+                    self._rates[batch][kind] = max(row["tokens_per_s"], self._rates[batch].get(kind, 0.0))
                 except Exception as error:
-                    row[name] = f"failed: {type(error).__name__}: {str(error)[:300]}"
-                print(f"           batch {batch} {name}: {row[name]}", flush=True)
-            rows.append(row)
-            self._sections.result["transformers"] = rows
+                    row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+                print(f"           {row}", flush=True)
         return rows
 
-    def _candidates(self, model: Any, batch: int) -> dict[str, Any]:
-        continuous, static = gpu_transformers.continuous, gpu_transformers.static
-        found: dict[str, Any] = {}
-        # A product for every pair of token and expert, its weights copied first: worth a try for one token only.
-        for experts in ("grouped_mm", "batched_mm") if batch == 1 else ("grouped_mm",):
-            for name, graphs in (("graphs", True), ("default", None)):
-                found[f"continuous_{experts}_{name}"] = partial(
-                    continuous, model, experts=experts, graphs=graphs
-                )
-        found["static"] = partial(static, model, experts="grouped_mm")
-        return found
+    def _candidates(self, model: Any) -> list[tuple[str, Any, Sequence[int]]]:
+        """Name, call and batches. What might leave the device in a bad way, capturing graphs, comes last."""
+        continuous = partial(gpu_transformers.continuous, model)
+        every = self._plan.batches
+        # "batched_mm" copies the weights for every pair of token and expert: worth a try for a token at a time.
+        return [
+            ("continuous grouped_mm", partial(continuous, experts="grouped_mm", graphs=None), every),
+            ("static grouped_mm", partial(gpu_transformers.static, model, experts="grouped_mm"), every),
+            ("continuous batched_mm", partial(continuous, experts="batched_mm", graphs=None), every[:1]),
+            ("continuous grouped_mm graphs", partial(continuous, experts="grouped_mm", graphs=True), every),
+            (
+                "continuous batched_mm graphs",
+                partial(continuous, experts="batched_mm", graphs=True),
+                every[:1],
+            ),
+        ]
 
     def _same(self, batch: int, tokens: list[list[int]]) -> float | None:
         """The share of requests whose first token is ours too: both sides compute the same model."""
