@@ -16,7 +16,7 @@ READY := .venv/.ready-$(EXTRAS)
 BENCHES := death_notice exchange throughput accuracy failover overhead footprint repair \
 	repair_large rebalance transfer eplb
 
-.PHONY: help setup run test test-gpu lint format charts bench lock clean
+.PHONY: help setup run test test-gpu lint format charts bench bench-gpu lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -51,6 +51,11 @@ charts: $(READY) ## write statecharts/ from the machines' tables
 bench: $(READY) ## run every benchmark; results go to bench/results/
 	for bench in $(BENCHES); do \
 	    echo "== $$bench"; $(BIN)/python -m bench.$$bench --out bench/results/$$bench.json; \
+	done
+
+bench-gpu: $(READY) ## the benchmarks that need a CUDA device, some of them MPS
+	for bench in kernels gpu_throughput gpu_failover "gpu_moe_layer --mps" "gpu_overhead --mps" "gpu_serve --mps"; do \
+	    echo "== $$bench"; $(BIN)/python -m bench.$$bench --out bench/results/$${bench%% *}.json; \
 	done
 
 lock: $(READY) ## write constraints.txt from what .venv holds

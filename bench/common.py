@@ -32,6 +32,8 @@ def provenance() -> dict[str, Any]:
     """Machine, commit and command of this measurement."""
 
     def git(*words: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         return subprocess.run(
             ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
         ).stdout.strip()

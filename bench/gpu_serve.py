@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shutil
-import subprocess
 import tarfile
 import tempfile
 import time
@@ -23,6 +21,7 @@ from bench import failover
 from bench.common import server, shaped_model, write_result
 from bench.failover_analysis import analyse
 from bench.failover_plot import draw
+from bench.gpu import gpu
 from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
 
@@ -57,13 +56,6 @@ def beyond_a_step(figures: dict[str, Any], name: str) -> dict[str, float]:
     """The percentiles less one median step, ms."""
     step = figures["median_step_ms"] or 0.0
     return {share: round(value - step, 3) for share, value in figures[name].items() if share != "count"}
-
-
-def gpu() -> str:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    if shutil.which(query[0]) is None:
-        return ""
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench.solo_exchange import SoloDeviceExchange
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.messages import Token
@@ -20,7 +21,7 @@ from elastic_ep.placement import launch_placement
 from .. import test_invariance
 from ..solo import TINY, SoloExchange, assign, drain, ids
 from .conftest import INTERPRETED
-from .solo import Logits, SoloDeviceExchange, cuda_runner, recorded
+from .solo import Logits, cuda_runner, recorded
 
 # The interpreter computes padding too, whose memory holds anything: numpy would warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

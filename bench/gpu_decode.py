@@ -1,0 +1,178 @@
+"""Our engine with one rank on one GPU, outside of a server: how fast it decodes, and how long its device is idle."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import percentile
+from bench.file_store import FileStore
+from bench.gpu import quartiles
+from bench.solo_exchange import SoloDeviceExchange
+from elastic_ep.config import EngineLimits
+from elastic_ep.exchange.base import DeviceExchange, ExchangeShape
+from elastic_ep.exchange.mooncake import MooncakeExchange
+from elastic_ep.messages import Assign, Member, SamplingParams
+from elastic_ep.model.cuda.build import exchange_shape
+from elastic_ep.model.cuda.inputs import StepShape
+from elastic_ep.model.cuda.runner import CudaRunner
+from elastic_ep.model.weights import Weights
+from elastic_ep.placement import launch_placement
+
+BF16 = torch.bfloat16
+_PROBE_S = 60.0
+_SETTLE_STEPS = 8
+_REPLAYS = 30
+
+
+def mooncake_works_alone(directory: Path) -> bool:
+    """Whether one rank may use it. Tried in a process of its own, as a fault is the end of one; touches no device."""
+    child = multiprocessing.get_context("fork").Process(target=_probe, args=(directory,))
+    child.start()
+    child.join(_PROBE_S)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode == 0
+
+
+def _probe(directory: Path) -> None:
+    status = 1
+    try:
+        torch.cuda.set_device(0)
+        torch.cuda.set_stream(torch.cuda.Stream(0))  # type: ignore[no-untyped-call]
+        shape = ExchangeShape(1, 256, 2048, 2, 128, operations_per_step=2)
+        exchange = MooncakeExchange(shape, Member(0, 0), FileStore(directory))
+        x = torch.randn(16, 2048, dtype=BF16, device="cuda")
+        chosen = torch.arange(32, device="cuda").view(16, 2)
+        weights = torch.full((16, 2), 0.5, device="cuda")
+        for step in range(2):
+            exchange.begin_step(step)
+            out = exchange.combine(exchange.dispatch(x, chosen).packed, weights)
+            lost = exchange.end_step()
+            assert not lost, lost
+            assert torch.equal(out, x), "not what was sent"
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
+
+
+class Engine:
+    """The engine as a rank has it, with all experts; over Mooncake if `directory` is given."""
+
+    def __init__(self, weights: Weights, limits: EngineLimits, directory: Path | None, **runner: Any) -> None:
+        config, device = weights.config, weights.embed.device
+        placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
+        self.exchange: DeviceExchange = SoloDeviceExchange(config.num_experts, device)
+        if directory is not None:
+            shape = exchange_shape(config, limits, placement)
+            self.exchange = MooncakeExchange(shape, Member(0, 0), FileStore(directory))
+        self.runner = CudaRunner(config, limits, weights, placement, 0, self.exchange, **runner)
+        self.runner.warm_up()
+        self._limits = limits
+        self._step = 0
+
+    def close(self) -> None:
+        self.exchange.close()
+
+    def _run(self) -> dict[int, int]:
+        """One step's tokens by request."""
+        result = self.runner.run_step(self._step, schedule=True)
+        assert not result.masked, f"masked: {result.masked}"
+        self._step += 1
+        return {token.request_id: token.token for token in result.tokens}
+
+    def _add(self, prompts: Sequence[list[int]], new: int) -> None:
+        for request, prompt in enumerate(prompts):
+            params = SamplingParams(max_tokens=new, ignore_eos=True)
+            self.runner.add(Assign(request, tuple(prompt), (), params, 0, 0))
+
+    def decode(self, prompts: Sequence[list[int]], new: int) -> tuple[list[list[float]], list[list[int]]]:
+        """By request, when each of its tokens came, and the tokens."""
+        self._add(prompts, new)
+        stamps: list[list[float]] = [[] for _ in prompts]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        while self.runner.has_work:
+            for request, token in self._run().items():
+                stamps[request].append(time.perf_counter())
+                tokens[request].append(token)
+        return stamps, tokens
+
+    def steady(self, prompts: Sequence[list[int]], steps: int) -> dict[str, Any]:
+        """All of them decoding: a step's wall time, the device's share of it, the experts that it hits in all layers."""
+        self._add(prompts, self._limits.max_model_len)
+        begun: set[int] = set()
+        while len(begun) < len(prompts):
+            begun.update(self._run())
+        for _ in range(_SETTLE_STEPS):
+            self._run()
+        wall = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            tokens = self._run()
+            wall.append((time.perf_counter() - began) * 1000)
+            assert len(tokens) == len(prompts), "some sequence did not decode"
+        hit = self._experts_hit()
+        busy = self._busy_ms(len(prompts))
+        for request in range(len(prompts)):
+            self.runner.cancel(request)
+        idle = max(0.0, 1 - busy / percentile(wall, 0.5))
+        return {
+            "batch": len(prompts),
+            "step_ms": quartiles(wall, 4),
+            "graph_ms": round(busy, 4),
+            "idle_share": round(idle, 4),
+            "experts_hit_a_step": round(hit, 1),
+        }
+
+    def _experts_hit(self) -> float:
+        hits = []
+        for _ in range(4):
+            self.runner.load.take()
+            self._run()
+            hits.append(sum(rows > 0 for layer in self.runner.load.take() for rows in layer))
+        return sum(hits) / len(hits)
+
+    @torch.inference_mode()
+    def _busy_ms(self, batch: int) -> float:
+        """The last step's graph again and again, with always another one queued: what the device needs for it alone."""
+        runner = self.runner
+        tile = runner._tile
+        shape = StepShape(-(-batch // tile) * tile, decode=True)
+        run = runner._body if runner._graphs is None else runner._graphs.run
+        if runner.weights.embed.device.type != "cuda":
+            began = time.perf_counter()
+            run(shape)
+            return (time.perf_counter() - began) * 1000
+        run(shape)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(_REPLAYS):
+            run(shape)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / _REPLAYS
+
+
+def weight_bytes(weights: Weights, experts_hit: float) -> float:
+    """What a decode step must read: all that is dense but the table that tokens are looked up in, and its experts."""
+    config = weights.config
+    dense = sum(tensor.nbytes for name, tensor in weights.dense().items() if name != "embed")
+    expert = 3 * config.hidden_size * config.moe_intermediate_size * weights.embed.element_size()
+    return dense + experts_hit * expert
+
+
+def full_rate(stamps: Sequence[Sequence[float]]) -> float:
+    """Tokens a second while all requests decode: from when the last one has begun until the first one ends."""
+    begin, end = max(times[0] for times in stamps), min(times[-1] for times in stamps)
+    if not begin < end:
+        raise RuntimeError("the requests never decoded all at once")
+    return sum(begin < at <= end for times in stamps for at in times) / (end - begin)

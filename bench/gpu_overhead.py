@@ -1,0 +1,227 @@
+"""What elasticity costs a decode step while nothing fails: the machinery on and off in turns, in the same processes.
+
+Four ranks on one GPU, each the real rank process (control loop, forward thread, engine, Mooncake exchange); a
+conductor stands in for the controller and takes them through prepare, promise and commit. Then the forward threads run
+blocks of the same decode steps in turns, in lockstep, so that a drift of the machine disturbs all alike:
+
+* "on": a step as the server has it: step words said, the mailbox looked at, masks read back with the tokens and judged,
+  tokens and progress reported, loads of the experts reported, heartbeats where no report was.
+* "tokens": only what any server has to do: launch, wait, sample, and hand the tokens to another process.
+* "off": launch, wait, sample.
+
+A ratio is that of two blocks of one round. With `--device cpu` the exchange keeps its bookkeeping in every mode.
+
+    python -m bench.gpu_overhead --mps [--layers 24] [--out bench/results/gpu_overhead.json]
+    python -m bench.gpu_overhead --device cpu --ranks 2 --rounds 2 --out /tmp/overhead.json    # tries the script itself
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from bench.common import percentile, shaped_model
+from bench.gpu import Sections, quartiles
+from bench.gpu_overhead_rank import MODES, Blocks, run_rank
+from bench.gpu_serve import SHAPE_30B
+from elastic_ep.config import EngineLimits, RankConfig
+from elastic_ep.control.forward import LOAD_REPORT_STEPS
+from elastic_ep.control.mps import mps_daemon
+from elastic_ep.control.wire import ControllerWire
+from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.exchange.windows import Windows
+from elastic_ep.messages import (
+    Beat,
+    Commit,
+    FromRank,
+    Member,
+    Prepare,
+    Promise,
+    RankReport,
+    RankState,
+    Seat,
+    Snapshot,
+    SnapshotRequest,
+    View,
+)
+from elastic_ep.model.config import load_model_config
+from elastic_ep.placement import launch_placement
+from elastic_ep.run import BUNDLED_MODEL
+
+BEAT_S = 0.25
+HEARTBEAT_MS = 200
+
+
+class Conductor:
+    """Forms the group; then counts what the ranks say."""
+
+    def __init__(self, directory: Path, ranks: int) -> None:
+        self._members = tuple(Member(rank, 0) for rank in range(ranks))
+        self._ready: set[int] = set()
+        self._promised: set[int] = set()
+        self.heard: Counter[str] = Counter()
+        self.reasons: list[str] = []
+        self._wire = ControllerWire(directory, self._hear)
+
+    def _hear(self, message: FromRank) -> None:
+        self.heard[type(message).__name__] += 1
+        match message:
+            case SnapshotRequest(rank, incarnation):
+                self._wire.send(
+                    Member(rank, incarnation), Snapshot(self._wire.number, View(epoch=0, seats=()), None)
+                )
+                self._wire.publish(Beat())
+            case RankReport(rank, _, RankState.JOINING):
+                self._ready.add(rank)
+                if len(self._ready) == len(self._members):
+                    self._wire.publish(Prepare(1, self._members))
+            case RankReport(rank, _, RankState.FAILED, reason):
+                self.reasons.append(f"rank {rank}: {reason}")
+            case Promise(rank):
+                self._promised.add(rank)
+                if len(self._promised) == len(self._members):
+                    seats = tuple(Seat(*member, first_step=0) for member in self._members)
+                    self._wire.publish(Commit(1, View(epoch=1, seats=seats)))
+
+    async def until_ended(self, ranks: list[ForkProcess], seconds: float) -> None:
+        """Raises RuntimeError if a rank fails, TimeoutError if they are not done in time."""
+        try:
+            with anyio.fail_after(seconds):
+                while any(process.exitcode is None for process in ranks):
+                    await anyio.sleep(BEAT_S)
+                    self._wire.publish(Beat())
+                    if self.reasons or any(process.exitcode for process in ranks):
+                        raise RuntimeError("; ".join(self.reasons) or "a rank died")
+        finally:
+            self._wire.close()
+
+
+def run_group(model: Path, rounds: int, options: argparse.Namespace) -> dict[str, Any]:
+    config = load_model_config(model)
+    placement = launch_placement(options.ranks, config.num_hidden_layers, config.num_experts, 0)
+    limits = EngineLimits(
+        max_model_len=options.steps + 64, max_num_seqs=max(16, options.batch), num_pages=1024
+    )
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="overhead-") as name:
+        directory = Path(name)
+        shape = ExchangeShape(
+            num_ranks=options.ranks,
+            max_tokens=limits.max_num_batched_tokens,
+            hidden=config.hidden_size,
+            top_k=config.num_experts_per_tok,
+            slots_per_rank=placement.slots_per_rank,
+            operations_per_step=2 * config.num_hidden_layers,
+        )
+        windows_fd = Windows.create(shape) if options.device == "cpu" else -1
+        life_fd, held_fd = os.pipe()
+        ranks = []
+        for rank in range(options.ranks):
+            told = RankConfig(
+                rank=rank,
+                incarnation=0,
+                num_ranks=options.ranks,
+                directory=name,
+                model=str(model),
+                load_format="dummy",
+                device=options.device,
+                seed=0,
+                limits=limits,
+                heartbeat_ms=HEARTBEAT_MS,
+                placement=placement,
+            )
+            blocks = Blocks(rounds, options.steps, options.batch)
+            ranks.append(context.Process(target=run_rank, args=(told, windows_fd, life_fd, blocks)))
+            ranks[-1].start()
+        try:
+            heard = anyio.run(_conduct, directory, ranks, options.seconds)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+            for fd in (life_fd, held_fd, *([windows_fd] if windows_fd >= 0 else [])):
+                os.close(fd)
+        results = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(options.ranks)]
+    return {"heard": dict(heard), **digest(results)}
+
+
+async def _conduct(directory: Path, ranks: list[ForkProcess], seconds: float) -> Counter[str]:
+    conductor = Conductor(directory, len(ranks))
+    await conductor.until_ended(ranks, seconds)
+    return conductor.heard
+
+
+def digest(ranks: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """The group goes as fast as its slowest rank, in every block."""
+    steps = {
+        mode: [max(times) for times in zip(*(rank[mode] for rank in ranks), strict=True)] for mode in MODES
+    }
+
+    def added(mode: str, base: str) -> list[float]:
+        return [(a / b - 1) * 100 for a, b in zip(steps[mode], steps[base], strict=True)]
+
+    return {
+        "step_ms": {mode: quartiles(times, 4) for mode, times in steps.items()},
+        "on_over_off_percent": quartiles(added("on", "off")),
+        "on_over_tokens_percent": quartiles(added("on", "tokens")),
+        "of_medians_percent": round(
+            (percentile(steps["on"], 0.5) / percentile(steps["off"], 0.5) - 1) * 100, 3
+        ),
+        "blocks": {mode: [round(time, 4) for time in times] for mode, times in steps.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, default=4)
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--layers", type=int, default=24, help="of Qwen3-30B-A3B's shape; 0: leave it out")
+    add("--rounds", type=int, default=14, help="of a block in each mode; thrice as many of the small model")
+    add("--steps", type=int, default=LOAD_REPORT_STEPS, help="of a block, a multiple of the default")
+    add("--batch", type=int, default=16, help="sequences of a rank")
+    add("--seconds", type=int, default=150, help="for each model, at most")
+    add(
+        "--mps",
+        action="store_true",
+        help="start a private MPS daemon; without, one in the environment is used",
+    )
+    add("--commit", help="noted in the result where there is no git")
+    add("--out", type=Path, default=Path("bench/results/gpu_overhead.json"))
+    options = parser.parse_args()
+    if options.steps % LOAD_REPORT_STEPS:
+        parser.error(f"--steps must be a multiple of {LOAD_REPORT_STEPS}")
+    mps = options.mps or "CUDA_MPS_PIPE_DIRECTORY" in os.environ
+    facts = {name: getattr(options, name) for name in ("ranks", "device", "steps", "batch")}
+    sections = Sections(options.out, options.commit, mps=mps, **facts)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overhead-models-")))
+        if options.mps:
+            os.environ.update(stack.enter_context(mps_daemon(scratch)))
+        models = [("bundled", BUNDLED_MODEL, 3 * options.rounds)]
+        if options.device == "cuda" and options.layers:
+            shape = {**SHAPE_30B, "num_hidden_layers": options.layers}
+            model = shaped_model(scratch / "model", shape)
+            models.insert(0, (f"30B shape, {options.layers} layers", model, options.rounds))
+        for name, model, rounds in models:
+            sections.run(name, partial(run_group, model, rounds, options), options.seconds + 30)
+    if sections.failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""A rank of `bench.gpu_overhead`: the real rank process, whose forward thread runs the machinery block by block."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import torch
+
+from elastic_ep.config import RankConfig
+from elastic_ep.control.engine import build_engine
+from elastic_ep.control.forward import LOAD_REPORT_STEPS, ForwardThread
+from elastic_ep.control.mailbox import Mailbox
+from elastic_ep.control.rank import SWITCH_INTERVAL_S, RankProcess
+from elastic_ep.control.scheduling import make_prompt
+from elastic_ep.exchange.base import Exchange
+from elastic_ep.exchange.mooncake import MooncakeExchange
+from elastic_ep.messages import Assign, SamplingParams, StepReport
+from elastic_ep.model.step_runner import StepRunner
+
+MODES = ("on", "tokens", "off")
+_SETTLE_STEPS = 6
+_BATCH_NUMBERS = 1000
+Build = Callable[[RankConfig], tuple[StepRunner, Exchange]]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    rounds: int
+    """Of one block in each mode."""
+    steps: int
+    """Of a block. A multiple of LOAD_REPORT_STEPS: then each block with the machinery on has as many reports."""
+    batch: int
+
+    def order(self, number: int) -> tuple[str, ...]:
+        """There and back again: a drift that is even costs no mode more than another. The first block is an "on"."""
+        return MODES if number % 2 == 0 else MODES[::-1]
+
+
+class BareExchange:
+    """Only the wait for a step's results: no step words, no masks, no bookkeeping of peers."""
+
+    def __init__(self) -> None:
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def begin_step(self, step: int) -> None:
+        pass
+
+    def route_to(self, ranks: Collection[int]) -> None:
+        pass
+
+    def read_masks(self) -> None:
+        self._done.record()
+
+    def end_step(self) -> frozenset[int]:
+        self._done.synchronize()
+        return frozenset()
+
+
+class BlockForward(ForwardThread):
+    """Takes its seat as ever, then runs `blocks`, the same steps in each, and stops."""
+
+    def __init__(self, config: RankConfig, mailbox: Mailbox, build: Build, blocks: Blocks) -> None:
+        super().__init__(config, mailbox, build)
+        self._blocks = blocks
+        self._out = Path(config.directory) / f"{config.rank}.json"
+        self._number = 0
+        self.mode = "on"
+
+    def _run(self) -> None:
+        while self._view.seat(self._me.rank) is None and not self._take_seat():
+            if self._mailbox.stop:
+                return
+            self._mailbox.wait(1.0)
+        self._settle_in()
+        if not self._covered:
+            raise RuntimeError("some expert has no copy")
+        times: dict[str, list[float]] = {mode: [] for mode in MODES}
+        for number in range(self._blocks.rounds):
+            for mode in self._blocks.order(number):
+                times[mode].append(self._block(mode))
+        self._out.write_text(json.dumps(times))
+        time.sleep(0.5)  # peers may still look at this rank's memory
+
+    def _block(self, mode: str) -> float:
+        """Milliseconds a step."""
+        self._enter(mode)
+        step = {"on": self._full_step, "tokens": self._step_with_tokens, "off": self._bare_step}[mode]
+        most = SamplingParams(max_tokens=self._blocks.steps + 2 * _SETTLE_STEPS, ignore_eos=True)
+        first = self._number = self._number + _BATCH_NUMBERS
+        requests = range(first, first + self._blocks.batch)
+        for request in requests:
+            self.runner.add(Assign(request, (1 + request % 100,), (), most, 0, 0))
+        for _ in range(_SETTLE_STEPS):
+            step()
+        began = time.perf_counter()
+        for _ in range(self._blocks.steps):
+            step()
+        taken = time.perf_counter() - began
+        if self.runner.running != len(requests):
+            raise RuntimeError(
+                f"{self.runner.running} of {len(requests)} requests were left at a block's end"
+            )
+        for request in requests:
+            self.runner.cancel(request)
+        return taken * 1000 / self._blocks.steps
+
+    def _enter(self, mode: str) -> None:
+        self.mode = mode
+        if isinstance(self.exchange, MooncakeExchange):
+            runner: Any = self.runner
+            exchange = self.exchange if mode == "on" else BareExchange()
+            runner._exchange = runner._device_exchange = exchange
+
+    def _full_step(self) -> None:
+        """As `ForwardThread._run` has it."""
+        if not self._mailbox.may_begin(self.step):
+            raise RuntimeError(f"held before step {self.step}")
+        self._settle_in()
+        self._one_step()
+        self.step += 1
+        if self.step % LOAD_REPORT_STEPS == 0:
+            self._report_load()
+
+    def _bare_step(self) -> tuple[Any, ...]:
+        tokens = self.runner.run_step(self.step, schedule=True).tokens
+        self.step += 1
+        return tokens
+
+    def _step_with_tokens(self) -> None:
+        """What any server has to do: its tokens go to the process that has the clients."""
+        tokens = self._bare_step()
+        report = StepReport(*self._me, self.step, 0, 0, 0, tokens, 0, 0, 0, 0)
+        self._mailbox.post(report)
+
+
+class BlockRank(RankProcess):
+    def __init__(self, config: RankConfig, windows_fd: int, life_fd: int, blocks: Blocks) -> None:
+        super().__init__(config, windows_fd, life_fd)
+        self._blocks = BlockForward(
+            config,
+            self._mailbox,
+            lambda told: build_engine(told, windows_fd, lambda: "no state plane here"),
+            blocks,
+        )
+        self._forward = self._blocks
+
+    async def _send_heartbeats(self) -> None:
+        """Only while the machinery is on."""
+        while True:
+            if self._blocks.mode == "on" and not self._heard_from:
+                self._wire.send(self._heartbeat(parked=self._mailbox.waiting_at is not None))
+            self._heard_from = False
+            await anyio.sleep(self._config.heartbeat_ms / 1000)
+
+
+def run_rank(config: RankConfig, windows_fd: int, life_fd: int, blocks: Blocks) -> None:
+    """In a process of its own, which it ends; as `elastic_ep.control.rank.main`."""
+    status = 1
+    try:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        make_prompt()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        status = anyio.run(BlockRank(config, windows_fd, life_fd, blocks).run)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
