@@ -24,7 +24,8 @@ from torch.nn import functional
 
 from elastic_ep.model.kernels import reference
 from elastic_ep.model.kernels.decode_attention import decode_attention
-from elastic_ep.model.kernels.expert_ffn import Plan, Tiles, expert_ffn, plan_for
+from elastic_ep.model.kernels.expert_ffn import expert_ffn
+from elastic_ep.model.kernels.expert_plan import Plan, Tiles, plan_for
 from elastic_ep.model.kernels.gate import gate
 from elastic_ep.model.kernels.norm_rope import add_rms_norm, norm_rope_write
 from elastic_ep.model.kernels.prefill_attention import prefill_attention

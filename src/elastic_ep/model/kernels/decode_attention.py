@@ -102,13 +102,11 @@ def _decode_kernel(
             if tl.atomic_add(ended + row * HK + head, 1) == count - 1:
                 _merge_group(parts, tops, totals, out, query, splits, count, G, D, BLOCK_D, R)
                 tl.store(ended + row * HK + head, 0)
-    elif LAST_MERGES:
-        if split == 0:
-            tl.store(
-                out + query[:, None] * D + lane[None, :],
-                tl.zeros([R, BLOCK_D], q.dtype.element_ty),
-                mask=mask,
-            )
+    if LAST_MERGES:
+        padding = (length == 0) & (split == 0)
+        if padding:
+            nothing = tl.zeros([R, BLOCK_D], q.dtype.element_ty)
+            tl.store(out + query[:, None] * D + lane[None, :], nothing, mask=mask)
 
 
 @jit
