@@ -87,6 +87,8 @@ def test_a_plan_for_other_counts_is_as_right(
 TMA = Tiles(rows=32, few=16, columns=64, depth=32, warps=4, stages=3, per_processor=2, tma=True)
 
 
+# numpy warns of what it meets in memory that nobody wrote.
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("hidden", "inner"), [(128, 96), (64, 32), (96, 72), (40, 68)])
 def test_descriptors_do_as_pointers_do(
