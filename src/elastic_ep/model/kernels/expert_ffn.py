@@ -110,7 +110,9 @@ def _experts_kernel(
     for tile in range(tl.program_id(0), tl.sum(size, axis=0), tl.num_programs(0)):
         slot, first, left, column = _find_tile(tile, counts, end, COLUMN_TILES, ROWS)
         column *= N
-        if left <= FEW:
+        if FEW == ROWS:  # one body then: two would have shared memory each
+            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN, TMA)
+        elif left <= FEW:
             _tile(x_few, w, y, capacity, slot, first, left, column, H, INNER, FEW, N, K, DOWN, TMA)
         else:
             _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN, TMA)
