@@ -3,7 +3,7 @@
 The limits are measured first: a copy of 2 GiB (bytes read and written) and a bfloat16 product of 8192 x 8192 matrices.
 Every time is that of one call inside a CUDA graph of many, hence without launch overhead on either side; the medians
 are of `--rounds` replays, the sides taking turns. "bytes" counts what must be read once from memory: weights of the
-experts that have rows, or keys and values. `--sweep` tries other tiles too and prints them best first.
+experts that have rows, or keys and values. tune_kernels.py tries other tiles.
 
     python -m bench.kernels --out bench/results/kernels.json
 """
@@ -11,32 +11,39 @@ experts that have rows, or keys and values. `--sweep` tries other tiles too and 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from bench.gpu_common import (
+    BF16,
+    DIM,
+    EXPERTS,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    PAGE,
+    TOP_K,
+    Cache,
+    Call,
+    measure_limits,
+    times,
+)
 from elastic_ep.model.kernels import reference
 from elastic_ep.model.kernels.decode_attention import decode_attention
-from elastic_ep.model.kernels.expert_ffn import Plan, Tiles, expert_ffn, plan_for
+from elastic_ep.model.kernels.expert_ffn import expert_ffn
+from elastic_ep.model.kernels.expert_plan import Plan
 from elastic_ep.model.kernels.gate import gate
 from elastic_ep.model.kernels.norm_rope import add_rms_norm, norm_rope_write
 from elastic_ep.model.kernels.prefill_attention import prefill_attention
 
-Call = Callable[[], Any]
 Row = dict[str, Any]
 
-HIDDEN, INNER, EXPERTS, TOP_K = 2048, 768, 128, 8
-HEADS, KV_HEADS, DIM, PAGE = 32, 4, 128, 16
 EPS = 1e-6
-BF16 = torch.bfloat16
-_SHARED_MEMORY = 227 * 1024
 
 
 def main() -> None:
@@ -44,7 +51,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     _check()
-    limits = _limits(options.rounds)
+    limits = measure_limits(options.rounds)
     bench = _Bench(limits, options.rounds)
     for slots, tokens in (
         (32, 16),
@@ -64,8 +71,6 @@ def main() -> None:
         bench.gate(tokens)
         bench.norm(tokens)
         bench.norm_rope(tokens)
-    if options.sweep:
-        bench.sweep()
     result = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -81,7 +86,6 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results/kernels.json"))
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--sweep", action="store_true")
     return parser.parse_args()
 
 
@@ -93,57 +97,6 @@ def _write(path: Path, result: Row) -> None:
     except (ImportError, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _times(sides: dict[str, Call], rounds: int, repeat: int = 10) -> dict[str, float]:
-    """Microseconds of one call of each side, by name; NaN for one that torch cannot do."""
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    for name, call in sides.items():
-        try:
-            graphs[name] = _captured(call, repeat)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            print(f"  {name}: {str(error).splitlines()[0]}")
-    taken: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            taken[name].append(start.elapsed_time(end) * 1000 / repeat)
-    return {name: statistics.median(taken[name]) if name in taken else float("nan") for name in sides}
-
-
-def _captured(call: Call, repeat: int) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeat):
-            call()
-    graph.replay()
-    return graph
-
-
-def _limits(rounds: int) -> dict[str, float]:
-    source = torch.zeros(2**29, dtype=BF16)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, dtype=BF16) for _ in range(2))
-
-    def copy() -> torch.Tensor:
-        """By a kernel: in a graph, `copy_` goes over a copy engine, at two thirds of the speed."""
-        return torch.neg(source, out=target)
-
-    times = _times({"copy": copy, "product": lambda: a @ b}, rounds)
-    limits = {"copy_tb_s": 2**31 / times["copy"] / 1e6, "bf16_tflops": 2 * 8192**3 / times["product"] / 1e6}
-    print(f"copy {limits['copy_tb_s']:.2f} TB/s, bf16 product {limits['bf16_tflops']:.0f} TFLOP/s")
-    return limits
 
 
 class _Layer:
@@ -191,17 +144,6 @@ class _Layer:
         return y
 
 
-class _Cache:
-    def __init__(self, sequences: int, context: int, width: int) -> None:
-        pages = context // PAGE
-        shape = sequences * pages, KV_HEADS, PAGE, DIM
-        self.keys, self.values = (torch.randn(shape, dtype=BF16) for _ in range(2))
-        owned = torch.randperm(sequences * pages, dtype=torch.int32).view(sequences, pages)
-        self.tables = torch.zeros(sequences, width // PAGE, dtype=torch.int32)
-        self.tables[:, :pages] = owned
-        self.lengths = torch.full((sequences,), context, dtype=torch.int32)
-
-
 class _Bench:
     def __init__(self, limits: dict[str, float], rounds: int) -> None:
         self.rows: list[Row] = []
@@ -210,9 +152,9 @@ class _Bench:
 
     def _measure(self, name: str, sides: dict[str, Call], moved: float = 0, flops: float = 0) -> None:
         """Adds a row: microseconds of every side, and the share of the limits that the first reaches."""
-        times = _times(sides, self._rounds)
-        ours = next(iter(times.values()))
-        row: Row = {"name": name, **{f"{side}_us": round(time, 2) for side, time in times.items()}}
+        taken = times(sides, self._rounds)
+        ours = next(iter(taken.values()))
+        row: Row = {"name": name, **{f"{side}_us": round(time, 2) for side, time in taken.items()}}
         if moved:
             row["copy_share"] = round(moved / ours / 1e6 / self._limits["copy_tb_s"], 3)
         if flops:
@@ -231,16 +173,13 @@ class _Bench:
         self._measure(f"expert_ffn slots={slots} tokens={tokens}", sides, layer.bytes, layer.flops)
 
     def decode(self, sequences: int, context: int, width: int) -> None:
-        cache = _Cache(sequences, context, width)
+        cache = Cache(sequences, context, width)
         q = torch.randn(sequences, HEADS, DIM, dtype=BF16)
         k, v = (torch.randn(sequences, KV_HEADS, context, DIM, dtype=BF16) for _ in range(2))
 
-        def ours(stages: int) -> Call:
-            return lambda: decode_attention(
-                q, cache.keys, cache.values, cache.tables, cache.lengths, stages=stages
-            )
-
-        sides = {f"ours_{stages}_stages": ours(stages) for stages in (3, 2, 4, 5)}
+        sides: dict[str, Call] = {
+            "ours": lambda: decode_attention(q, cache.keys, cache.values, cache.tables, cache.lengths)
+        }
         sides["sdpa_contiguous"] = lambda: functional.scaled_dot_product_attention(
             q.unsqueeze(2), k, v, enable_gqa=True
         )
@@ -248,7 +187,7 @@ class _Bench:
         self._measure(f"decode batch={sequences} context={context} table={width}", sides, moved)
 
     def prefill(self, tokens: int) -> None:
-        cache = _Cache(1, tokens, tokens)
+        cache = Cache(1, tokens, tokens)
         q = torch.randn(tokens, HEADS, DIM, dtype=BF16)
         bounds = torch.tensor([0, tokens], dtype=torch.int32)
         k, v = (torch.randn(1, KV_HEADS, tokens, DIM, dtype=BF16) for _ in range(2))
@@ -285,7 +224,7 @@ class _Bench:
         self._measure(f"add_rms_norm tokens={tokens}", sides)
 
     def norm_rope(self, tokens: int) -> None:
-        cache = _Cache(1, 8192, 8192)
+        cache = Cache(1, 8192, 8192)
         qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM, dtype=BF16)
         norm = torch.rand(HEADS + KV_HEADS, DIM, dtype=BF16)
         angles = torch.rand(8192, DIM // 2)
@@ -309,45 +248,6 @@ class _Bench:
             "torch": torchs,
         }
         self._measure(f"norm_rope_write tokens={tokens}", sides)
-
-    def sweep(self) -> None:
-        """Each product's tiles in turn, the other's as they are, at a decoder's and at a prompt's size."""
-        for slots, tokens in ((32, 64), (32, 4096)):
-            layer = _Layer(slots, tokens)
-            base = plan_for(layer.expected, BF16)
-            found = []
-            for name in ("gate_up", "down"):
-                for tiles in _candidates(getattr(base, name), 2 if name == "gate_up" else 1):
-                    plan = replace(base, **{name: tiles})
-                    time = _times({"ours": layer.ours(plan)}, 5)["ours"]
-                    found.append((name, time, tiles))
-            for name, time, tiles in sorted(found, key=lambda one: (one[0], one[1])):
-                print(f"sweep slots={slots} tokens={tokens} {name} {time:.1f} us {tiles}")
-            self.rows.append(
-                {"name": f"sweep slots={slots} tokens={tokens}", "tiles": [str(one) for one in found]}
-            )
-
-
-def _candidates(base: Tiles, halves: int) -> list[Tiles]:
-    """Around `base`; `halves` weight tiles are loaded a step. What cannot fit is left out."""
-    found = []
-    small = base.rows <= 64
-    for columns, depth, stages, programs, warps in itertools.product(
-        (64, 128) if small else (64, 128, 256),
-        (64, 128),
-        (3, 4, 6) if small else (3, 4),
-        (1, 2, 3) if small else (1, 2),
-        (4,) if small else (4, 8),
-    ):
-        tile = depth * (columns * halves + base.rows) * 2
-        registers = columns * halves * base.rows / (32 * warps)
-        if tile * stages * programs <= _SHARED_MEMORY - 8192 and registers <= 128:
-            found.append(
-                replace(
-                    base, columns=columns, depth=depth, stages=stages, per_processor=programs, warps=warps
-                )
-            )
-    return found
 
 
 def _check() -> None:

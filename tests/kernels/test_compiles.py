@@ -12,7 +12,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from elastic_ep.model.kernels import decode_attention, expert_ffn, gate, norm_rope, prefill_attention
-from elastic_ep.model.kernels.paged_attention import BLOCK
+from elastic_ep.model.kernels.decode_attention import DecodePlan
+from elastic_ep.model.kernels.expert_plan import Tiles, plan_for
+from elastic_ep.model.kernels.paged_attention import CUT, Cut
 
 from .conftest import INTERPRETED
 
@@ -86,28 +88,63 @@ def test_norms() -> None:
     compiled(norm_rope._norm_rope_kernel, types, constants, 4)
 
 
+_TMA = Tiles(rows=128, few=64, columns=128, depth=64, warps=8, stages=3, per_processor=1, tma=True)
+
+
+def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool, overlap: bool = False) -> Any:
+    name = _NAMES[dtype]
+    operands = dict.fromkeys(("x", "x_few", "w"), name)
+    if tiles.tma:
+        shapes = {"x": (tiles.rows, tiles.depth), "x_few": (tiles.few, tiles.depth)}
+        shapes |= {"w": (tiles.depth, tiles.columns)}
+        operands = {key: f"tensordesc<{name[1:]}[{a}, {b}]>" for key, (a, b) in shapes.items()}
+    types = operands | {"y": name, "counts": "*i32", "capacity": "i32"}
+    constants = {"H": 2048, "INNER": 768, "SLOTS": 40, "BLOCK_S": 64, "ROWS": tiles.rows, "FEW": tiles.few}
+    constants |= {"N": tiles.columns, "K": tiles.depth, "DOWN": down, "TMA": tiles.tma, "OVERLAP": overlap}
+    return compiled(expert_ffn._experts_kernel, types, constants, tiles.warps, tiles.stages)
+
+
 @pytest.mark.parametrize("down", [False, True])
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 1), (torch.bfloat16, 1000), (torch.float32, 1)])
 def test_expert_ffn(dtype: torch.dtype, rows: int, down: bool) -> None:
-    plan = expert_ffn.plan_for(rows, dtype)
-    tiles = plan.down if down else plan.gate_up
-    types = dict.fromkeys(("x", "w", "y"), _NAMES[dtype]) | {"counts": "*i32", "capacity": "i32"}
-    constants = {"H": 2048, "INNER": 768, "SLOTS": 40, "BLOCK_S": 64, "ROWS": tiles.rows, "FEW": tiles.few}
-    constants |= {"N": tiles.columns, "K": tiles.depth, "DOWN": down}
-    result = compiled(expert_ffn._experts_kernel, types, constants, tiles.warps, tiles.stages)
+    plan = plan_for(rows, dtype)
+    result = compiled_experts(plan.down if down else plan.gate_up, dtype, down)
     assert uses_wgmma_alone(result) or dtype == torch.float32
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_expert_ffn_through_the_copy_engine(down: bool) -> None:
+    result = compiled_experts(_TMA, torch.bfloat16, down, overlap=True)
+    assert uses_wgmma_alone(result)
+    assert "cp.async.bulk.tensor" in result.asm["ptx"]
+    assert "griddepcontrol" in result.asm["ptx"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_decode_attention(dtype: torch.dtype) -> None:
-    types = dict.fromkeys(("q", "keys", "values"), _NAMES[dtype]) | {"tables": "*i32", "lengths": "*i32"}
+@pytest.mark.parametrize(
+    ("cut", "plan"),
+    [
+        (None, DecodePlan()),
+        (Cut(split=256, block=64), DecodePlan(ahead=True, merge="last")),
+        (Cut(split=256, block=128), DecodePlan(stages=2, merge="overlapped")),
+    ],
+)
+def test_decode_attention(dtype: torch.dtype, cut: Cut | None, plan: DecodePlan) -> None:
+    cut = cut or CUT[dtype]
+    types = dict.fromkeys(("q", "keys", "values", "out"), _NAMES[dtype])
+    types |= dict.fromkeys(("tables", "lengths", "ended"), "*i32")
     parts = dict.fromkeys(("parts", "tops", "totals"), "*fp32")
     numbers = {"scale": "fp32", "table_stride": "i32", "splits": "i32"}
-    constants = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": 16, "PAGE": 16, "BLOCK": BLOCK[dtype]}
-    result = compiled(decode_attention._decode_kernel, types | parts | numbers, constants, 4)
+    overlapped = plan.merge == "overlapped"
+    shape = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": 16, "PAGE": 16}
+    choices = {"SPLIT": cut.split, "BLOCK": cut.block, "AHEAD": plan.ahead}
+    choices |= {"OVERLAPPED": overlapped, "LAST_MERGES": plan.merge == "last"}
+    kernel = decode_attention._decode_kernel
+    result = compiled(kernel, types | parts | numbers, shape | choices, plan.warps, plan.stages)
     assert uses_wgmma_alone(result) or dtype == torch.float32
     types = parts | {"lengths": "*i32", "out": _NAMES[dtype], "splits": "i32"}
-    compiled(decode_attention._reduce_kernel, types, {"HQ": 32, "D": 80, "BLOCK_D": 128}, 1)
+    constants = {"HQ": 32, "D": 80, "BLOCK_D": 128, "SPLIT": cut.split, "OVERLAPPED": overlapped}
+    compiled(decode_attention._merge_kernel, types, constants, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -117,6 +154,6 @@ def test_prefill_attention(dtype: torch.dtype) -> None:
     types |= dict.fromkeys(("tables", "bounds", "lengths"), "*i32")
     types |= {"scale": "fp32", "table_stride": "i32", "sequences": "i32"}
     constants = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": rows, "TOKENS": rows // 8, "PAGE": 16}
-    constants |= {"BLOCK": BLOCK[dtype], "BLOCK_B": 32}
+    constants |= {"SPLIT": CUT[dtype].split, "BLOCK": CUT[dtype].block, "BLOCK_B": 32}
     result = compiled(prefill_attention._prefill_kernel, types, constants, 8 if rows == 64 else 4, 2)
     assert uses_wgmma_alone(result) or dtype == torch.float32

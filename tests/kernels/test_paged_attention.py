@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from elastic_ep.model.kernels import reference
-from elastic_ep.model.kernels.decode_attention import decode_attention
-from elastic_ep.model.kernels.paged_attention import SPLIT
+from elastic_ep.model.kernels.decode_attention import DecodePlan, decode_attention
+from elastic_ep.model.kernels.paged_attention import CUT, Cut
 from elastic_ep.model.kernels.prefill_attention import prefill_attention
 
 from .errors import check
 
 DTYPES = [torch.bfloat16, torch.float32]
-LONG = SPLIT.value + 9
+LONG = max(cut.split for cut in CUT.values()) + 9
 """More than one split."""
 
 
@@ -56,8 +56,8 @@ class Cache:
         bounds = self.bounds(sizes)
         return prefill_attention(q, self.keys, self.values, self.tables, bounds, self.lengths)
 
-    def decode(self, q: torch.Tensor) -> torch.Tensor:
-        return decode_attention(q, self.keys, self.values, self.tables, self.lengths)
+    def decode(self, q: torch.Tensor, cut: Cut | None = None, plan: DecodePlan | None = None) -> torch.Tensor:
+        return decode_attention(q, self.keys, self.values, self.tables, self.lengths, cut=cut, plan=plan)
 
 
 def queries(cache: Cache, tokens: int, heads: int) -> torch.Tensor:
@@ -80,6 +80,26 @@ def test_decode(device: torch.device, dtype: torch.dtype, shape: tuple[int, int,
     out = cache.decode(q)
     assert out.dtype == dtype
     check("attention", out, cache.exact(q, (1,) * len(lengths)))
+
+
+PLANS = [
+    DecodePlan(ahead=True),
+    DecodePlan(stages=5, ahead=True, merge="overlapped"),
+    DecodePlan(warps=8, stages=2, merge="last"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cut", [Cut(split=64, block=32), Cut(split=128, block=128)])
+def test_every_plan_of_decode_gives_the_same_bits(device: torch.device, dtype: torch.dtype, cut: Cut) -> None:
+    lengths = (1, 0, 64, 300)
+    cache = Cache(device, dtype, lengths)
+    q = queries(cache, len(lengths), 6)
+    expected = cache.decode(q, cut)
+    check("attention", expected, cache.exact(q, (1,) * len(lengths)))
+    for plan in PLANS:
+        for _ in range(2):  # a plan that counts must leave its counters as it found them
+            assert torch.equal(cache.decode(q, cut, plan), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

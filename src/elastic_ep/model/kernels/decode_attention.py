@@ -1,16 +1,39 @@
-"""Decode: one query a sequence, its context split over many programs, whose results a second kernel merges.
+"""Decode: one query a sequence, its context split over many programs, whose results are merged first to last.
 
-The split is flash-decoding's; its size is fixed, so that a sequence's bits do not depend on the batch.
+The split is flash-decoding's; its size is fixed, so that a sequence's bits do not depend on the batch. The merge is a
+second kernel's or, as in stream-K's products, that of the program that happens to end last: it adds up the same
+numbers in the same order, so the bits do not tell who did it.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 
-from elastic_ep.model.kernels.launch import jit, power_of_2
-from elastic_ep.model.kernels.paged_attention import BLOCK, SPLIT, attend_split, exponent_scale, merge
+from elastic_ep.model.kernels.launch import early, jit, let_next_start, power_of_2, wait_for_previous
+from elastic_ep.model.kernels.paged_attention import CUT, Cut, attend_split, exponent_scale, merge
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Speed depends on it, results do not."""
+
+    warps: int = 4
+    stages: int = 3
+    """Of the loop over blocks; page numbers and keys are loads of two levels unless `ahead`."""
+    ahead: bool = False
+    """Read page numbers a block before their keys."""
+    merge: Literal["after", "overlapped", "last"] = "after"
+    """By a second kernel, which may be launched before the first has ended, or by the last program of each row."""
+
+
+PLAN = {torch.bfloat16: DecodePlan(), torch.float32: DecodePlan()}
+"""By dtype."""
 
 
 @jit
@@ -23,6 +46,8 @@ def _decode_kernel(
     parts: tl.tensor,
     tops: tl.tensor,
     totals: tl.tensor,
+    out: tl.tensor,
+    ended: tl.tensor,
     scale: tl.tensor,
     table_stride: tl.tensor,
     splits: tl.tensor,
@@ -32,22 +57,26 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     R: tl.constexpr,
     PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
+    LAST_MERGES: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)  # slowest: the programs that find nothing to do come last
+    if OVERLAPPED:
+        let_next_start()
     length = tl.load(lengths + row).to(tl.int32)
     first = split * SPLIT
+    lane = tl.arange(0, BLOCK_D)
+    group = tl.arange(0, R)
+    query = row * (HK * G) + head * G + group
+    mask = (group < G)[:, None] & (lane < D)[None, :]
     if first < length:
-        lane = tl.arange(0, BLOCK_D)
-        group = tl.arange(0, R)
-        query_head = head * G + group
-        q_at = q + (row * (HK * G) + query_head)[:, None] * D + lane[None, :]
-        mask = (group < G)[:, None] & (lane < D)[None, :]
-        query = tl.trans(tl.load(q_at, mask=mask, other=0.0))
         acc, top, total = attend_split(
-            query,
+            tl.trans(tl.load(q + query[:, None] * D + lane[None, :], mask=mask, other=0.0)),
             keys + head.to(tl.int64) * (PAGE * D),
             values + head.to(tl.int64) * (PAGE * D),
             tables + row * table_stride,
@@ -61,15 +90,58 @@ def _decode_kernel(
             R,
             PAGE,
             BLOCK,
+            AHEAD,
         )
-        out = (row * (HK * G) + query_head) * splits + split
-        tl.store(parts + out[:, None] * BLOCK_D + lane[None, :], tl.trans(acc), mask=(group < G)[:, None])
-        tl.store(tops + out, top, mask=group < G)
-        tl.store(totals + out, total, mask=group < G)
+        at = query * splits + split
+        tl.store(parts + at[:, None] * BLOCK_D + lane[None, :], tl.trans(acc), mask=(group < G)[:, None])
+        tl.store(tops + at, top, mask=group < G)
+        tl.store(totals + at, total, mask=group < G)
+        if LAST_MERGES:
+            count = tl.cdiv(length, SPLIT)
+            tl.debug_barrier()  # the stores of all threads come before the one that counts them
+            if tl.atomic_add(ended + row * HK + head, 1) == count - 1:
+                _merge_group(parts, tops, totals, out, query, splits, count, G, D, BLOCK_D, R)
+                tl.store(ended + row * HK + head, 0)
+    if LAST_MERGES:
+        padding = (length == 0) & (split == 0)
+        if padding:
+            nothing = tl.zeros([R, BLOCK_D], q.dtype.element_ty)
+            tl.store(out + query[:, None] * D + lane[None, :], nothing, mask=mask)
 
 
 @jit
-def _reduce_kernel(
+def _merge_group(
+    parts: tl.tensor,
+    tops: tl.tensor,
+    totals: tl.tensor,
+    out: tl.tensor,
+    query: tl.tensor,
+    splits: tl.tensor,
+    count: tl.tensor,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    R: tl.constexpr,
+) -> None:
+    """The first G of the rows `query` [R] from all `count` splits, each of which some program has stored."""
+    lane = tl.arange(0, BLOCK_D)
+    real = (tl.arange(0, R) < G)[:, None]
+    acc = tl.zeros([R, BLOCK_D], tl.float32)
+    top = tl.full([R, 1], -float("inf"), tl.float32)
+    total = tl.zeros([R, 1], tl.float32)
+    for split in tl.range(0, count, num_stages=3):
+        at = (query * splits + split)[:, None]
+        new_acc = tl.load(parts + at * BLOCK_D + lane[None, :], mask=real, other=0.0)
+        new_top = tl.load(tops + at, mask=real, other=0.0)
+        new_total = tl.load(totals + at, mask=real, other=0.0)
+        acc, top, total = merge(acc, top, total, new_acc, new_top, new_total)
+    result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
+    at = query[:, None] * D + lane[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=real & (lane < D)[None, :])
+
+
+@jit
+def _merge_kernel(
     parts: tl.tensor,
     tops: tl.tensor,
     totals: tl.tensor,
@@ -79,16 +151,19 @@ def _reduce_kernel(
     HQ: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ) -> None:
     row = tl.program_id(1).to(tl.int64)
     at = row * HQ + tl.program_id(0)
     lane = tl.arange(0, BLOCK_D)
     length = tl.load(lengths + row).to(tl.int32)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    top = tl.full(
-        [BLOCK_D], -float("inf"), tl.float32
-    )  # one value, as wide as acc: loads then pipeline alike
+    # One value, as wide as acc: loads then pipeline alike.
+    top = tl.full([BLOCK_D], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
+    if OVERLAPPED:
+        wait_for_previous()
     for split in tl.range(0, tl.cdiv(length, SPLIT), num_stages=4):
         part = at * splits + split
         new_acc = tl.load(parts + part * BLOCK_D + lane)
@@ -99,6 +174,15 @@ def _reduce_kernel(
     tl.store(out + at * D + lane, result.to(out.dtype.element_ty), mask=lane < D)
 
 
+_COUNTERS = 1 << 16
+
+
+@cache
+def _ended(device: torch.device) -> torch.Tensor:
+    """[_COUNTERS] int32 of zeros, and zeros again after each call: calls of one device must follow one another."""
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+
+
 def decode_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -106,7 +190,8 @@ def decode_attention(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     *,
-    stages: int = 3,
+    cut: Cut | None = None,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     """One token a sequence, the last of its context: [B, Hq, D] like q.
 
@@ -116,18 +201,20 @@ def decode_attention(
     included; 0 is padding and gives zeros.
 
     The launch grows with `most pages`: a table cut to what the longest context may need saves empty programs.
-    `stages` of loads in flight: speed alone.
     """
     sequences, heads, dim = q.shape
     _, kv_heads, page, _ = keys.shape
     out = torch.empty_like(q)
     if not sequences:
         return out
+    cut, plan = cut or CUT[q.dtype], plan or PLAN[q.dtype]
     group, block_d = heads // kv_heads, max(power_of_2(dim), 16)
-    splits = triton.cdiv(block_tables.shape[1] * page, SPLIT.value)
+    splits = triton.cdiv(block_tables.shape[1] * page, cut.split)
     parts = q.new_empty(sequences, heads, splits, block_d, dtype=torch.float32)
     tops = q.new_empty(sequences, heads, splits, dtype=torch.float32)
     totals = torch.empty_like(tops)
+    last_merges = plan.merge == "last" and sequences * kv_heads <= _COUNTERS
+    overlapped = plan.merge == "overlapped"
     _decode_kernel[(kv_heads, sequences, splits)](
         q,
         keys,
@@ -137,6 +224,8 @@ def decode_attention(
         parts,
         tops,
         totals,
+        out,
+        _ended(q.device) if last_merges else out,
         exponent_scale(dim),
         block_tables.stride(0),
         splits,
@@ -146,22 +235,30 @@ def decode_attention(
         BLOCK_D=block_d,
         R=max(power_of_2(group), 16),
         PAGE=page,
-        BLOCK=BLOCK[q.dtype],
-        num_warps=4,
-        num_stages=stages,
+        SPLIT=cut.split,
+        BLOCK=cut.block,
+        AHEAD=plan.ahead,
+        OVERLAPPED=overlapped,
+        LAST_MERGES=last_merges,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
         enable_fp_fusion=False,
     )
-    _reduce_kernel[(heads, sequences)](
-        parts,
-        tops,
-        totals,
-        context_lens,
-        out,
-        splits,
-        HQ=heads,
-        D=dim,
-        BLOCK_D=block_d,
-        num_warps=1,
-        enable_fp_fusion=False,
-    )
+    if not last_merges:
+        _merge_kernel[(heads, sequences)](
+            parts,
+            tops,
+            totals,
+            context_lens,
+            out,
+            splits,
+            HQ=heads,
+            D=dim,
+            BLOCK_D=block_d,
+            SPLIT=cut.split,
+            OVERLAPPED=overlapped,
+            num_warps=1,
+            enable_fp_fusion=False,
+            **early(overlapped),
+        )
     return out

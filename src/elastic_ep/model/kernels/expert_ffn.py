@@ -13,101 +13,46 @@ each onto the accumulator: every shape of tile gives a row the same bits. tests/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from elastic_ep.model.kernels.launch import dot, jit, power_of_2
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How one product is cut. Speed depends on it, results do not."""
-
-    rows: int
-    """Of a tile."""
-    few: int
-    """Of a slot's last tile if no more are left: the decoder's common case. At most `rows`."""
-    columns: int
-    """Of the output."""
-    depth: int
-    """Of one step of the sum."""
-    warps: int
-    stages: int
-    per_processor: int
-    """Programs that are to share a multiprocessor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    gate_up: Tiles
-    down: Tiles
-
-
-_FEW = Plan(
-    gate_up=Tiles(rows=64, few=16, columns=64, depth=64, warps=4, stages=4, per_processor=2),
-    down=Tiles(rows=64, few=16, columns=128, depth=64, warps=4, stages=4, per_processor=2),
-)
-_MANY = Plan(
-    gate_up=Tiles(rows=128, few=64, columns=64, depth=64, warps=4, stages=3, per_processor=2),
-    down=Tiles(rows=128, few=64, columns=128, depth=64, warps=8, stages=3, per_processor=2),
-)
-_FLOAT32 = Plan(
-    gate_up=Tiles(rows=32, few=16, columns=32, depth=32, warps=4, stages=2, per_processor=2),
-    down=Tiles(rows=32, few=16, columns=64, depth=32, warps=4, stages=2, per_processor=2),
-)
-
-
-def plan_for(expected_rows: int, dtype: torch.dtype) -> Plan:
-    """For about `expected_rows` a slot."""
-    if dtype == torch.float32:
-        return _FLOAT32
-    return _FEW if expected_rows <= 64 else _MANY
+from elastic_ep.model.kernels.expert_plan import Plan, Tiles, plan_for
+from elastic_ep.model.kernels.expert_tiles import down_tile, gate_up_tile, store_tile, tile_by_tma
+from elastic_ep.model.kernels.launch import early, jit, let_next_start, power_of_2, wait_for_previous
 
 
 @jit
 def _find_tile(
     tile: tl.tensor,
     counts: tl.tensor,
+    end: tl.tensor,
     COLUMN_TILES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> tl.tensor:
-    """Slot, first row, number of rows left, column tile; rows of a slot and a column tile are neighbours."""
-    slots = tl.arange(0, BLOCK_S)
-    count = tl.load(counts + slots, mask=slots < SLOTS, other=0).to(tl.int32)
-    size = (count + ROWS - 1) // ROWS * COLUMN_TILES
-    end = tl.cumsum(size, axis=0)
+    """Slot, first row, number of rows left, column tile; rows of a slot and a column tile are neighbours.
+
+    `end` [slots] is the running sum of the slots' tiles.
+    """
     slot = tl.sum((end <= tile).to(tl.int32), axis=0)
-    here = slots == slot
-    tile -= tl.sum(tl.where(here, end - size, 0), axis=0)
-    count = tl.sum(tl.where(here, count, 0), axis=0)
+    tile -= tl.max(tl.where(end <= tile, end, 0), axis=0)
+    count = tl.load(counts + slot).to(tl.int32)
     row_tiles = (count + ROWS - 1) // ROWS
     first = tile % row_tiles * ROWS
     return slot, first, count - first, tile // row_tiles
 
 
 @jit
-def _count_tiles(
-    counts: tl.tensor,
-    COLUMN_TILES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    ROWS: tl.constexpr,
-) -> tl.tensor:
-    slots = tl.arange(0, BLOCK_S)
-    count = tl.load(counts + slots, mask=slots < SLOTS, other=0).to(tl.int32)
-    return tl.sum((count + ROWS - 1) // ROWS, axis=0) * COLUMN_TILES
-
-
-@jit
-def _gate_up_tile(
+def _tile(
     x: tl.tensor,
     w: tl.tensor,
     y: tl.tensor,
+    capacity: tl.tensor,
+    slot: tl.tensor,
+    first: tl.tensor,
     left: tl.tensor,
     column: tl.tensor,
     H: tl.constexpr,
@@ -115,79 +60,27 @@ def _gate_up_tile(
     R: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    DOWN: tl.constexpr,
+    TMA: tl.constexpr,
 ) -> None:
-    """y[:left, column:] = silu(gate) * up for one tile; x and y point to its first row, w to its slot."""
-    row = tl.arange(0, R)
-    n = column + tl.arange(0, N)
-    k = tl.arange(0, K)
-    real_row = (row < left)[:, None]
-    real_n = (n < INNER)[None, :]
-    x_at = x + row[:, None] * H + k[None, :]
-    w_at = w + k[:, None] * (2 * INNER) + n[None, :]
-    gated = tl.zeros([N, R], tl.float32)
-    up = tl.zeros([N, R], tl.float32)
-    for start in range(0, H, K):
-        if H % K == 0:
-            rows = tl.load(x_at, mask=real_row, other=0.0)
-        else:
-            rows = tl.load(x_at, mask=real_row & (k < H - start)[None, :], other=0.0)
-        if H % K == 0 and INNER % N == 0:
-            left_weights = tl.load(w_at)
-            right_weights = tl.load(w_at + INNER)
-        else:
-            real = real_n & (k < H - start)[:, None]
-            left_weights = tl.load(w_at, mask=real, other=0.0)
-            right_weights = tl.load(w_at + INNER, mask=real, other=0.0)
-        gated = dot(tl.trans(left_weights), tl.trans(rows), gated)
-        up = dot(tl.trans(right_weights), tl.trans(rows), up)
-        x_at += K
-        w_at += K * (2 * INNER)
-    value = gated / (1.0 + tl.exp(-gated)) * up
-    value = tl.trans(value.to(y.dtype.element_ty))
-    tl.store(y + row[:, None] * INNER + n[None, :], value, mask=real_row & real_n)
-
-
-@jit
-def _down_tile(
-    x: tl.tensor,
-    w: tl.tensor,
-    y: tl.tensor,
-    left: tl.tensor,
-    column: tl.tensor,
-    H: tl.constexpr,
-    INNER: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-) -> None:
-    """y[:left, column:] = x @ w for one tile."""
-    row = tl.arange(0, R)
-    n = column + tl.arange(0, N)
-    k = tl.arange(0, K)
-    real_row = (row < left)[:, None]
-    real_n = (n < H)[None, :]
-    x_at = x + row[:, None] * INNER + k[None, :]
-    w_at = w + k[:, None] * H + n[None, :]
-    total = tl.zeros([N, R], tl.float32)
-    for start in range(0, INNER, K):
-        if INNER % K == 0:
-            rows = tl.load(x_at, mask=real_row, other=0.0)
-        else:
-            rows = tl.load(x_at, mask=real_row & (k < INNER - start)[None, :], other=0.0)
-        if INNER % K == 0 and H % N == 0:
-            weights = tl.load(w_at)
-        else:
-            weights = tl.load(w_at, mask=real_n & (k < INNER - start)[:, None], other=0.0)
-        total = dot(tl.trans(weights), tl.trans(rows), total)
-        x_at += K
-        w_at += K * H
-    value = tl.trans(total.to(y.dtype.element_ty))
-    tl.store(y + row[:, None] * H + n[None, :], value, mask=real_row & real_n)
+    IN: tl.constexpr = INNER if DOWN else H
+    OUT: tl.constexpr = H if DOWN else INNER
+    row = slot.to(tl.int64) * capacity + first
+    if TMA:
+        value = tile_by_tma(x, w, row.to(tl.int32), slot, column, IN, OUT, R, N, K, DOWN)
+    elif DOWN:
+        w_slot = w + slot.to(tl.int64) * (INNER * H)
+        value = down_tile(x + row * IN, w_slot, left, column, H, INNER, R, N, K)
+    else:
+        w_slot = w + slot.to(tl.int64) * (H * 2 * INNER)
+        value = gate_up_tile(x + row * IN, w_slot, left, column, H, INNER, R, N, K)
+    store_tile(y + row * OUT, value, left, column, OUT, R, N)
 
 
 @jit
 def _experts_kernel(
     x: tl.tensor,
+    x_few: tl.tensor,
     w: tl.tensor,
     y: tl.tensor,
     counts: tl.tensor,
@@ -201,35 +94,80 @@ def _experts_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     DOWN: tl.constexpr,
+    TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
-    IN: tl.constexpr = INNER if DOWN else H
     OUT: tl.constexpr = H if DOWN else INNER
     COLUMN_TILES: tl.constexpr = (OUT + N - 1) // N
-    total = _count_tiles(counts, COLUMN_TILES, SLOTS, BLOCK_S, ROWS)
-    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        slot, first, left, column = _find_tile(tile, counts, COLUMN_TILES, SLOTS, BLOCK_S, ROWS)
-        row = slot.to(tl.int64) * capacity + first
-        x_tile = x + row * IN
-        y_tile = y + row * OUT
-        column = column * N
-        if DOWN:
-            w_slot = w + slot.to(tl.int64) * (INNER * H)
-            if left <= FEW:
-                _down_tile(x_tile, w_slot, y_tile, left, column, H, INNER, FEW, N, K)
-            else:
-                _down_tile(x_tile, w_slot, y_tile, left, column, H, INNER, ROWS, N, K)
+    if OVERLAP and not DOWN:
+        let_next_start()
+    slots = tl.arange(0, BLOCK_S)
+    count = tl.load(counts + slots, mask=slots < SLOTS, other=0).to(tl.int32)
+    size = (count + ROWS - 1) // ROWS * COLUMN_TILES
+    end = tl.cumsum(size, axis=0)
+    if OVERLAP and DOWN:
+        wait_for_previous()
+    for tile in range(tl.program_id(0), tl.sum(size, axis=0), tl.num_programs(0)):
+        slot, first, left, column = _find_tile(tile, counts, end, COLUMN_TILES, ROWS)
+        column *= N
+        if FEW == ROWS:  # one body then: two would have shared memory each
+            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN, TMA)
+        elif left <= FEW:
+            _tile(x_few, w, y, capacity, slot, first, left, column, H, INNER, FEW, N, K, DOWN, TMA)
         else:
-            w_slot = w + slot.to(tl.int64) * (H * 2 * INNER)
-            if left <= FEW:
-                _gate_up_tile(x_tile, w_slot, y_tile, left, column, H, INNER, FEW, N, K)
-            else:
-                _gate_up_tile(x_tile, w_slot, y_tile, left, column, H, INNER, ROWS, N, K)
+            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN, TMA)
 
 
 @cache
 def _processors(device: torch.device) -> int:
     """Multiprocessors to share the work; the interpreter makes do with three."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
+
+
+def _launch(
+    tiles: Tiles,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    y: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    down: bool,
+    overlap: bool,
+) -> None:
+    """One of the two products: y [S, C, OUT] of x [S, C, IN]."""
+    slots, capacity, width = x.shape
+    most = slots * -(-capacity // tiles.rows) * -(-y.shape[-1] // tiles.columns)
+    programs = min(_processors(x.device) * tiles.per_processor, most)
+    operands: tuple[Any, Any, Any] = x, x, weights
+    tma = tiles.tma and width % tiles.depth == 0 and weights.shape[-1] * weights.itemsize % 16 == 0
+    if tma:
+        rows, flat = x.flatten(0, 1), weights.flatten(0, 1)
+        operands = (
+            TensorDescriptor.from_tensor(rows, [tiles.rows, tiles.depth]),
+            TensorDescriptor.from_tensor(rows, [tiles.few, tiles.depth]),
+            TensorDescriptor.from_tensor(flat, [tiles.depth, tiles.columns]),
+        )
+    _experts_kernel[(programs,)](
+        *operands,
+        y,
+        counts,
+        capacity,
+        H=y.shape[-1] if down else width,
+        INNER=width if down else y.shape[-1],
+        SLOTS=slots,
+        BLOCK_S=power_of_2(slots),
+        ROWS=tiles.rows,
+        FEW=tiles.few,
+        N=tiles.columns,
+        K=tiles.depth,
+        DOWN=down,
+        TMA=tma,
+        OVERLAP=overlap,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        enable_fp_fusion=False,
+        **early(overlap and down),
+    )
 
 
 def expert_ffn(
@@ -243,39 +181,18 @@ def expert_ffn(
 ) -> torch.Tensor:
     """(silu(x Wg) * (x Wu)) Wd of each slot's rows: [S, C, H] like `packed`; rows from `counts` on are undefined.
 
-    `packed` [S, C, H] and `counts` [S] (int32 or int64, at most C) as a dispatch leaves them; rows from `counts` on
-    are never read. `gate_up` [S, H, 2 I] (gate first), `down` [S, I, H]: as model/weights.py has them, which suits the
-    GPU too: both are read along their last dimension. All contiguous, all of one dtype. The product between is
-    rounded to that dtype.
+    `packed` [S, C, H] and `counts` [S] (int32 or int64, at most C) as a dispatch leaves them; what rows from `counts`
+    on hold does not matter. `gate_up` [S, H, 2 I] (gate first), `down` [S, I, H]: as model/weights.py has them, which
+    suits the GPU too: both are read along their last dimension. All contiguous, all of one dtype. The product between
+    is rounded to that dtype.
 
     `expected_rows` a slot (C if not given) chooses the tiles, unless a `plan` is given: it makes the call fast, not
     right, so a graph captured for a few rows also serves a step in which a peer sends many.
     """
-    slots, capacity, hidden = packed.shape
-    inner = down.shape[1]
+    slots, capacity, _ = packed.shape
     plan = plan or plan_for(capacity if expected_rows is None else expected_rows, packed.dtype)
-    between = packed.new_empty(slots, capacity, inner)
+    between = packed.new_empty(slots, capacity, down.shape[1])
     y = torch.empty_like(packed)
-    for tiles, x, weights, out in ((plan.gate_up, packed, gate_up, between), (plan.down, between, down, y)):
-        most = slots * -(-capacity // tiles.rows) * -(-out.shape[-1] // tiles.columns)
-        programs = min(_processors(packed.device) * tiles.per_processor, most)
-        _experts_kernel[(programs,)](
-            x,
-            weights,
-            out,
-            counts,
-            capacity,
-            H=hidden,
-            INNER=inner,
-            SLOTS=slots,
-            BLOCK_S=power_of_2(slots),
-            ROWS=tiles.rows,
-            FEW=tiles.few,
-            N=tiles.columns,
-            K=tiles.depth,
-            DOWN=weights is down,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-            enable_fp_fusion=False,
-        )
+    _launch(plan.gate_up, packed, gate_up, between, counts, down=False, overlap=plan.overlap)
+    _launch(plan.down, between, down, y, counts, down=True, overlap=plan.overlap)
     return y

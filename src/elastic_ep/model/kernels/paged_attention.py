@@ -1,6 +1,6 @@
 """Attention over a paged KV cache: what decode_attention.py and prefill_attention.py share, so that their bits agree.
 
-A context is cut into splits of `SPLIT` keys, a split into blocks of `BLOCK` keys, whatever the batch. A split is an
+A context is cut into splits, a split into blocks of keys, as `CUT` says, whatever the batch. A split is an
 online softmax over its blocks (FlashAttention-2); the splits' results are merged one after the other, first to last.
 Decode does the splits in parallel and merges them in a second kernel (flash-decoding); prefill does them in a row and
 merges as it goes. Both go through the same two functions, `attend_split` and `merge`, and what a query may not see
@@ -13,20 +13,40 @@ the heads that share a key-value head) the right one, as few as 16. Block tables
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton.language as tl
 
 from elastic_ep.model.kernels.launch import dot, jit
 
-SPLIT = tl.constexpr(512)
-"""Keys, a multiple of each `BLOCK`."""
-BLOCK = {torch.bfloat16: 64, torch.float32: 32}
-"""Keys, by dtype."""
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a context is cut. The bits depend on it: decode and prefill must be given the same."""
+
+    split: int
+    """Keys, a multiple of `block`."""
+    block: int
+    """Keys."""
+
+
+CUT = {torch.bfloat16: Cut(split=512, block=64), torch.float32: Cut(split=512, block=32)}
+"""By dtype."""
 
 
 def exponent_scale(dim: int) -> float:
     """Of the scores: with it they are exponents of two."""
     return 1.4426950408889634 * float(dim**-0.5)
+
+
+@jit
+def _pages(
+    table: tl.tensor, start: tl.tensor, end: tl.tensor, PAGE: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """Page of each key of a block [BLOCK] int32; 0 from `end` on."""
+    key = start + tl.arange(0, BLOCK)
+    return tl.load(table + key // PAGE, mask=key < end, other=0)
 
 
 @jit
@@ -45,26 +65,33 @@ def attend_split(
     R: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> tl.tensor:
     """Keys first..end for q [BLOCK_D, R], row r up to key `last_seen`[r]: sum [BLOCK_D, R], maximum [R], total [R].
 
     `keys` and `values` point to the head's place in page 0. The sum is not yet divided by the total; a row that sees
-    none of the keys has sum 0, maximum -inf, total 0.
+    none of the keys has sum 0, maximum -inf, total 0. `AHEAD`: page numbers are read a block before their keys, which
+    the compiler then takes for loads without a load before them: it keeps more of them in flight.
     """
     lane = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D, R], tl.float32)
     weight = tl.zeros([BLOCK, R], tl.float32)
     top = tl.full([R], -float("inf"), tl.float32)
+    if AHEAD:
+        page = _pages(table, first, end, PAGE, BLOCK)
     for start in range(first, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
         exists = key < end
-        page = tl.load(table + key // PAGE, mask=exists, other=0).to(tl.int64)
-        at = (page * page_stride + key % PAGE * D)[:, None] + lane[None, :]
+        if not AHEAD:
+            page = _pages(table, start, end, PAGE, BLOCK)
+        at = (page.to(tl.int64) * page_stride + key % PAGE * D)[:, None] + lane[None, :]
         real = exists[:, None]
         if D != BLOCK_D:
             real = real & (lane < D)[None, :]
         k = tl.load(keys + at, mask=real, other=0.0)
         v = tl.load(values + at, mask=real, other=0.0)
+        if AHEAD:
+            page = _pages(table, start + BLOCK, end, PAGE, BLOCK)
         score = dot(k, q, tl.zeros([BLOCK, R], tl.float32)) * scale
         score = tl.where(exists[:, None] & (key[:, None] <= last_seen[None, :]), score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, axis=0))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from elastic_ep.model.kernels.launch import jit, power_of_2
-from elastic_ep.model.kernels.paged_attention import BLOCK, SPLIT, attend_split, exponent_scale, merge
+from elastic_ep.model.kernels.paged_attention import CUT, Cut, attend_split, exponent_scale, merge
 
 _ROWS = {torch.bfloat16: 64, torch.float32: 16}
 """Of a tile: tokens times the heads that share a key-value head. Two sums of that many rows must fit the registers."""
@@ -35,6 +35,7 @@ def _prefill_kernel(
     R: tl.constexpr,
     TOKENS: tl.constexpr,
     PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ) -> None:
@@ -85,6 +86,7 @@ def _prefill_kernel(
                 R,
                 PAGE,
                 BLOCK,
+                False,
             )
             acc, top, total = merge(acc, top, total, new_acc, new_top[None, :], new_total[None, :])
         result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
@@ -98,12 +100,15 @@ def prefill_attention(
     block_tables: torch.Tensor,
     cu_seqlens: torch.Tensor,
     context_lens: torch.Tensor,
+    *,
+    cut: Cut | None = None,
 ) -> torch.Tensor:
     """The last tokens of each sequence, each seeing its context up to itself: [T, Hq, D] like q.
 
     `q` [T, Hq, D], contiguous: sequence b has rows `cu_seqlens`[b] to `cu_seqlens`[b + 1], none or more, and they are
     the last of its `context_lens`[b] tokens, whose keys and values are all in the cache. Both int32 or int64, [B + 1]
-    and [B], B at most 1024. Rows beyond the last sequence are undefined. The rest as in `decode_attention`.
+    and [B], B at most 1024. Rows beyond the last sequence are undefined. The rest, and `cut`, as in
+    `decode_attention`.
     """
     tokens, heads, dim = q.shape
     _, kv_heads, page, _ = keys.shape
@@ -114,6 +119,7 @@ def prefill_attention(
     group = heads // kv_heads
     rows = max(power_of_2(group), _ROWS[q.dtype])
     per_tile = rows // group
+    cut = cut or CUT[q.dtype]
     _prefill_kernel[(kv_heads, triton.cdiv(tokens, per_tile) + sequences)](
         q,
         keys,
@@ -132,7 +138,8 @@ def prefill_attention(
         R=rows,
         TOKENS=per_tile,
         PAGE=page,
-        BLOCK=BLOCK[q.dtype],
+        SPLIT=cut.split,
+        BLOCK=cut.block,
         BLOCK_B=power_of_2(sequences),
         num_warps=8 if q.dtype == torch.bfloat16 else 4,
         num_stages=2,

@@ -1,0 +1,134 @@
+"""What tune_kernels.py tries: the choices that fit a Hopper multiprocessor without spilling, most promising first.
+
+Which those are was read off compiled kernels; the reasons to expect something of each stand beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from elastic_ep.model.kernels.decode_attention import DecodePlan
+from elastic_ep.model.kernels.expert_plan import Plan, Tiles, plan_for
+from elastic_ep.model.kernels.paged_attention import CUT, Cut
+
+DECODE_WIDTH = 4096
+"""Tokens that every block table has room for, whatever the context: one compilation then serves all cases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    cut: Cut
+    plan: DecodePlan
+
+    def __str__(self) -> str:
+        p = self.plan
+        text = (
+            f"split={self.cut.split} block={self.cut.block} warps={p.warps} stages={p.stages} merge={p.merge}"
+        )
+        return text + " ahead" * p.ahead
+
+
+Config = Decode | Plan
+
+
+def describe(config: Config) -> str:
+    if isinstance(config, Decode):
+        return str(config)
+    tiles = " | ".join(f"{name} {_short(getattr(config, name))}" for name in ("gate_up", "down"))
+    return tiles + " overlap" * config.overlap
+
+
+def _short(tiles: Tiles) -> str:
+    t = tiles
+    sizes = f"{t.rows}/{t.few}x{t.columns}x{t.depth} w{t.warps} s{t.stages} p{t.per_processor}"
+    return sizes + " tma" * t.tma
+
+
+def risk(config: Config) -> int:
+    """What has never run comes last: an error of the device ends the run, and what was measured is then kept."""
+    if isinstance(config, Decode):
+        return 3 if config.plan.merge == "overlapped" else 0
+    return 2 * config.overlap + (config.gate_up.tma or config.down.tma)
+
+
+def decode() -> list[Decode]:
+    """Small splits: more and shorter programs, whose last wave costs less. 64 keys of 128 are 32 KiB with their values,
+    so three programs of two buffers or two of three fit; `ahead` is what makes the third buffer one in flight.
+    """
+    plans = [
+        DecodePlan(stages=3, merge="last"),
+        DecodePlan(stages=3, ahead=True, merge="last"),
+        DecodePlan(stages=2, merge="last"),
+        DecodePlan(stages=3),
+        DecodePlan(stages=3, ahead=True),
+        DecodePlan(stages=2, ahead=True, merge="last"),
+        DecodePlan(stages=4, ahead=True, merge="last"),
+        DecodePlan(stages=1, merge="last"),
+        DecodePlan(stages=3, merge="overlapped"),
+        DecodePlan(stages=3, ahead=True, merge="overlapped"),
+    ]
+    cuts = [Cut(256, 64), Cut(512, 64), Cut(1024, 64), Cut(128, 64)]
+    found = [Decode(CUT[torch.bfloat16], DecodePlan())]
+    found += [Decode(cut, plan) for plan in plans for cut in cuts]
+    for cut in (
+        Cut(256, 128),
+        Cut(512, 128),
+    ):  # half the waits and reductions a key, but one program at a time
+        for warps in (4, 8):
+            found += [
+                Decode(cut, DecodePlan(warps, 2, False, "last")),
+                Decode(cut, DecodePlan(warps, 3, True, "last")),
+            ]
+    return list(dict.fromkeys(found))
+
+
+_FEW = [  # rows, few, columns (of gate_up; down has twice as many), depth, warps, stages, per_processor
+    (64, 16, 64, 64, 4, 4, 2),
+    (16, 16, 64, 64, 4, 4, 3),  # without room for 64 rows more of the weights are in flight
+    (16, 16, 64, 64, 4, 6, 2),
+    (64, 16, 64, 64, 4, 3, 3),
+    (32, 16, 64, 64, 4, 5, 2),
+    (64, 16, 64, 64, 4, 4, 8),  # more programs than fit
+    (16, 16, 64, 128, 4, 3, 2),
+    (16, 16, 32, 64, 4, 6, 3),  # down alone: gate_up's grain is 64
+    (64, 16, 32, 64, 4, 5, 3),
+    (64, 16, 64, 64, 4, 6, 1),
+]
+_MANY = [
+    (128, 64, 64, 64, 4, 3, 2),
+    (128, 64, 128, 64, 8, 4, 1),  # a third less traffic out of the L2 cache than 128 x 64
+    (256, 64, 64, 64, 8, 4, 1),
+    (128, 64, 64, 64, 8, 3, 2),
+    (128, 64, 128, 64, 8, 3, 1),
+    (256, 64, 64, 64, 8, 3, 1),
+    (128, 64, 128, 64, 8, 4, 4),
+    (256, 64, 64, 64, 8, 4, 4),
+    (128, 32, 128, 64, 8, 4, 4),
+    (256, 32, 64, 64, 8, 4, 4),
+    (128, 64, 64, 64, 4, 3, 8),
+    (128, 64, 64, 64, 8, 3, 8),
+    (128, 32, 64, 64, 4, 3, 8),
+]
+
+
+def experts(expected_rows: int) -> list[Plan]:
+    """Each product's tiles in turn, by the copy engine and by pointers, the other's as they are now."""
+    base = plan_for(expected_rows, torch.bfloat16)
+    found = [base]
+    for tma in (True, False):
+        for rows, few, columns, depth, warps, stages, programs in _FEW if expected_rows <= 64 else _MANY:
+            tiles = Tiles(rows, few, columns, depth, warps, stages, programs, tma)
+            if columns >= 64:
+                found.append(replace(base, gate_up=tiles))
+            found.append(replace(base, down=replace(tiles, columns=2 * columns)))
+    return list(dict.fromkeys(found))
+
+
+def combined(ranked: list[Plan], base: Plan) -> list[Plan]:
+    """The two best of each product with each other, and then with their launches overlapped."""
+    gate_ups = list(dict.fromkeys(plan.gate_up for plan in ranked if plan.down == base.down))[:2]
+    downs = list(dict.fromkeys(plan.down for plan in ranked if plan.gate_up == base.gate_up))[:2]
+    pairs = [Plan(gate_up, down) for gate_up in gate_ups for down in downs]
+    return [replace(plan, overlap=overlap) for overlap in (False, True) for plan in pairs]
