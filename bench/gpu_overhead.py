@@ -62,6 +62,7 @@ from elastic_ep.run import BUNDLED_MODEL
 
 BEAT_S = 0.25
 HEARTBEAT_MS = 200
+KERNEL_WAIT_MS = 20_000
 
 
 class Conductor:
@@ -140,6 +141,7 @@ def run_group(model: Path, rounds: int, options: argparse.Namespace) -> dict[str
                 seed=0,
                 limits=limits,
                 heartbeat_ms=HEARTBEAT_MS,
+                kernel_wait_ms=KERNEL_WAIT_MS,
                 placement=placement,
             )
             blocks = Blocks(rounds, options.steps, options.batch)

@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import torch
 
+from bench.file_store import FileStore
 from elastic_ep.config import RankConfig
 from elastic_ep.control.engine import build_engine
 from elastic_ep.control.forward import LOAD_REPORT_STEPS, ForwardThread
@@ -149,7 +150,9 @@ class BlockRank(RankProcess):
         self._blocks = BlockForward(
             config,
             self._mailbox,
-            lambda told: build_engine(told, windows_fd, lambda: "no state plane here"),
+            lambda told: build_engine(
+                told, windows_fd, lambda: "no state plane here", FileStore(Path(told.directory))
+            ),
             blocks,
         )
         self._forward = self._blocks

@@ -139,10 +139,10 @@ class Bench:
             print(f"           {torch.cuda.memory_allocated() / 2**30:.1f} GiB still allocated", flush=True)
 
     def _copy(self) -> float:
-        from bench.kernels import _limits
+        from bench.gpu_common import measure_limits
 
         with torch.device(self._plan.device):
-            self._copy_tb_s = _limits(10)["copy_tb_s"]
+            self._copy_tb_s = measure_limits(10)["copy_tb_s"]
         self._free()
         return round(self._copy_tb_s, 3)
 

@@ -243,7 +243,7 @@ def test_a_rank_meets_each_incarnation_of_its_peer_and_the_table_stays_empty(dir
 
 CONFIG = RankConfig(
     rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="dummy",
-    device="cpu", seed=0, limits=EngineLimits(max_model_len=16), heartbeat_ms=200,
+    device="cpu", seed=0, limits=EngineLimits(max_model_len=16), heartbeat_ms=200, kernel_wait_ms=500,
     placement=launch_placement(2, 1, 2, 0),
 )  # fmt: skip
 
