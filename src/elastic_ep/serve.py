@@ -78,6 +78,8 @@ GC_THRESHOLD = 20_000
 HEARTBEATS_PER_DEADLINE = 5
 KERNEL_WAITS_PER_DEADLINE = 2
 """A rank that is masked by its peers' kernels is fenced, so this is a deadline for hangs too."""
+SHARED_KERNEL_WAITS_PER_DEADLINE = 4
+"""With MPS, where a rank that comes back waits for its predecessor's kernels, and these for each of their peers."""
 KERNEL_WAIT_MS = 20_000
 """Without fault tolerance."""
 DRAIN_MARGIN_S = 0.1
@@ -229,7 +231,7 @@ class RunProcess:
                 windows_fd=windows_fd, max_ranks=self._config.ranks, environment=environment,
             )  # fmt: skip
             if self._config.mps:
-                drain_s = self._kernel_wait_ms / 1000 + DRAIN_MARGIN_S
+                drain_s = (self._config.ranks - 1) * self._kernel_wait_ms / 1000 + DRAIN_MARGIN_S
                 self._guard = stack.enter_context(DeviceGuard(drain_s, self._log.note))
             self._launcher = await stack.enter_async_context(Launcher(options, self._on_launcher_event))
             self._router = self._make_router(wire)
@@ -442,7 +444,8 @@ class RunProcess:
     def _kernel_wait_ms(self) -> int:
         if not self._config.fault_tolerance:
             return KERNEL_WAIT_MS
-        return round(self._config.hang_deadline_s * 1000 / KERNEL_WAITS_PER_DEADLINE)
+        waits = SHARED_KERNEL_WAITS_PER_DEADLINE if self._config.mps else KERNEL_WAITS_PER_DEADLINE
+        return round(self._config.hang_deadline_s * 1000 / waits)
 
     def _on_launcher_event(self, event: LauncherEvent) -> None:
         controller = self._controller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ from elastic_ep.control.engine import build_engine
 from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.machines import membership_events as ev
-from elastic_ep.messages import Member, RankState, Seat, StepReport, View
+from elastic_ep.messages import Member, RankReport, RankState, Seat, StepReport, View
 from elastic_ep.placement import launch_placement
 from elastic_ep.run import USAGE_ERROR, main
 
@@ -80,3 +81,34 @@ def test_a_member_masked_by_a_kernel_is_suspected(
     machine = SimpleNamespace(view=View(epoch=4, seats=SEATS), stopping=stopping)
     Controller._suspect(cast(Any, SimpleNamespace(machine=machine, feed=events.append)), report)
     assert [event.member for event in events if isinstance(event, ev.Suspected)] == suspected
+
+
+@pytest.mark.parametrize(
+    ("state_then", "member_then", "heard"),
+    [
+        (RankState.INIT_DIST, Member(1, 2), 1),
+        (RankState.FAILED, Member(1, 2), 0),
+        (RankState.INIT_DIST, Member(1, 3), 0),
+    ],
+)
+def test_a_joiner_is_heard_of_when_its_predecessor_has_left_the_device(
+    state_then: RankState, member_then: Member, heard: int
+) -> None:
+    joiner = Member(1, 2)
+    events: list[Any] = []
+    held: list[Member] = []
+    waiting: list[Callable[[], None]] = []
+    slots = {1: SimpleNamespace(member=joiner, state=RankState.INIT_DIST)}
+    controller = SimpleNamespace(
+        machine=SimpleNamespace(slots=slots),
+        processes=SimpleNamespace(hold=held.append, when_free=lambda rank, then: waiting.append(then)),
+        _guarded=lambda event, member: events.append(event),
+    )
+    for state in (RankState.INIT_DIST, RankState.JOINING):
+        Controller._on_rank_report(cast(Any, controller), joiner, RankReport(1, 2, state))
+    assert [event.state for event in events] == [RankState.INIT_DIST]
+    assert held == [joiner, joiner]
+    slots[1] = SimpleNamespace(member=member_then, state=state_then)
+    (then,) = waiting
+    then()
+    assert [event.state for event in events[1:]] == heard * [RankState.JOINING]

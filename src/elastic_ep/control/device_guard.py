@@ -1,7 +1,8 @@
 """Lets the kernels of a dead rank end before its memory goes: for ranks that share a GPU through MPS.
 
-See device_hold.py for why. A dead rank's kernels end by themselves: they stop waiting for peers after the exchange's
-own timeout, and nobody queues others.
+See device_hold.py for why. A dead rank's kernels end by themselves, as nobody queues others. But its peers go on without
+it, so their signals may miss its operations: then its kernels wait until the exchange's own timeout, at worst once for
+each peer, one after the other.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ class StepInputs:
         self._tables: npt.NDArray[np.int32] = self._host_tables.numpy()
         self.tables = torch.zeros(sequences, pages, dtype=torch.int32, device=device)
         """[S, P] page numbers."""
+        self._numbers = np.arange(sequences, dtype=np.int32)
         self._written: list[list[int]] = [[] for _ in range(sequences)]
 
     def shape_of(self, chunks: Seq[Chunk]) -> StepShape:
@@ -81,6 +82,30 @@ class StepInputs:
         self._slots[: shape.rows] = -1
         self._lengths[:] = 0
         self._last_rows[:] = 0
+        end = self._fill_decodes(chunks) if shape.decode else self._fill_chunks(chunks)
+        self._bounds[len(chunks) :] = end
+        self._count[0] = end
+        self._device.copy_(self._host, non_blocking=True)
+        if self._write_tables(chunks):
+            self.tables.copy_(self._host_tables, non_blocking=True)
+
+    def _fill_decodes(self, chunks: Seq[Chunk]) -> int:
+        """As `_fill_chunks`, for chunks of one token: no arrays for each, which would take most of a short step."""
+        page, rows = self._page, len(chunks)
+        starts = [chunk.start for chunk in chunks]
+        pages = [chunk.sequence.pages[chunk.start // page] for chunk in chunks]
+        self._tokens[:rows] = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
+        self._positions[:rows] = starts
+        self._slots[:rows] = pages
+        self._slots[:rows] *= page
+        self._slots[:rows] += self._positions[:rows] % page
+        self._bounds[:rows] = self._last_rows[:rows] = self._numbers[:rows]
+        self._lengths[:rows] = starts
+        self._lengths[:rows] += 1
+        return rows
+
+    def _fill_chunks(self, chunks: Seq[Chunk]) -> int:
+        """The rows that are real."""
         end = 0
         for index, chunk in enumerate(chunks):
             begin, end = end, end + chunk.length
@@ -88,11 +113,7 @@ class StepInputs:
             self._bounds[index] = begin
             self._lengths[index] = chunk.start + chunk.length
             self._last_rows[index] = end - 1
-        self._bounds[len(chunks) :] = end
-        self._count[0] = end
-        self._device.copy_(self._host, non_blocking=True)
-        if self._write_tables(chunks):
-            self.tables.copy_(self._host_tables, non_blocking=True)
+        return end
 
     def _fill_chunk(self, chunk: Chunk, rows: slice) -> None:
         sequence, page = chunk.sequence, self._page

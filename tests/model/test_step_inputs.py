@@ -1,0 +1,30 @@
+"""What a step of decodes fills in is what the general way fills in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elastic_ep.config import EngineLimits
+from elastic_ep.messages import SamplingParams
+from elastic_ep.model.cuda.inputs import StepInputs, StepShape
+from elastic_ep.model.scheduler import Chunk, Sequence
+
+LIMITS = EngineLimits(max_model_len=64, max_num_seqs=8, max_num_batched_tokens=16, num_pages=64)
+
+
+def chunk(number: int, start: int) -> Chunk:
+    pages = [7 * number + page for page in range(4)]
+    tokens = [100 * number + position for position in range(start + 1)]
+    return Chunk(Sequence(number, tokens, 1, SamplingParams(max_tokens=60), 0, 0, pages=pages), start, 1)
+
+
+@pytest.mark.parametrize("starts", [(), (0,), (15, 16, 17), (3, 0, 63, 16, 31, 32, 1, 48)])
+def test_decodes(starts: tuple[int, ...]) -> None:
+    chunks = [chunk(number, start) for number, start in enumerate(starts)]
+    quick, general = (StepInputs(LIMITS, 8, torch.device("cpu")) for _ in range(2))
+    for inputs, decode in ((quick, True), (general, False)):
+        inputs.fill([chunk(9, 20), chunk(8, 5)], StepShape(8, decode=False))  # what must not be left behind
+        inputs.fill(chunks, StepShape(8, decode))
+    for name in ("tokens", "positions", "slots", "last_rows", "lengths", "bounds", "count", "tables"):
+        assert torch.equal(getattr(quick, name), getattr(general, name)), name
