@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from elastic_ep.placement import EMPTY, Change, Placement
 
@@ -33,6 +34,14 @@ class Layer:
         self.row = list(self.placement.slots[self.number])
         self.living = self.placement.copies(self.number, self.ranks)
         self.taken: dict[int, int] = dict(self.coming)
+        width = self.placement.slots_per_rank
+        ranks = sorted(self.ranks)
+        self.slots = [rank * width + slot for slot in range(width) for rank in ranks]
+        """Those of living ranks; one rank after the other, so that the load spreads."""
+        self.here = {rank: set(self.row[rank * width : (rank + 1) * width]) - {EMPTY} for rank in ranks}
+        """By rank, the experts that it holds or is being given."""
+        for slot, expert in self.taken.items():
+            self.here[self.placement.rank_of(slot)].add(expert)
 
     # Tolerance
 
@@ -47,13 +56,13 @@ class Layer:
 
     def _slot_for(self, expert: int) -> tuple[int, int] | None:
         """A slot to use and what to put there: the expert itself, or one that makes way for it where it fits."""
-        usable = [*self._empty(), *self._surplus()]
+        usable = chain(self._empty(), self._surplus())
         direct = next((slot for slot in usable if self._fits(slot, expert)), None)
         if direct is not None:
             return direct, expert
         if any(self.living[logical] >= self.wanted for logical in self.coming.values()):
             return None  # somebody is making way already
-        for slot in usable:
+        for slot in chain(self._empty(), self._surplus()):
             for other in self._in_the_way(expert):
                 if self._fits(slot, other):
                     return slot, other
@@ -61,7 +70,7 @@ class Layer:
 
     def _in_the_way(self, expert: int) -> Iterator[int]:
         """Experts on ranks that could take `expert`. With one more copy elsewhere, such a one is surplus there."""
-        for slot in self._slots():
+        for slot in self.slots:
             if self.row[slot] != EMPTY and self._fits(slot, expert):
                 yield self.row[slot]
 
@@ -80,7 +89,7 @@ class Layer:
             held = self.row[slot]
             if held != EMPTY and held not in experts and self.living[held] > self.wanted:
                 yield self._empty_out(slot)
-        here = {self.row[slot] for slot in slots} | {self.taken.get(slot, EMPTY) for slot in slots}
+        here = self.here[rank]
         free = [slot for slot in slots if self._is_free(slot)]
         for expert, slot in zip(
             sorted(experts - here, key=lambda e: (self.living[e], e)), free, strict=False
@@ -93,33 +102,28 @@ class Layer:
         if self.row[slot] != EMPTY:
             yield self._empty_out(slot)
         self.taken[slot] = logical
+        self.here[self.placement.rank_of(slot)].add(logical)
         yield Change(self.number, slot, logical)
 
     def _empty_out(self, slot: int) -> Change:
-        self.living[self.row[slot]] -= 1
+        expert = self.row[slot]
+        self.living[expert] -= 1
+        self.here[self.placement.rank_of(slot)].discard(expert)
         self.row[slot] = EMPTY
         return Change(self.number, slot, EMPTY)
-
-    def _slots(self) -> Iterator[int]:
-        """Those of living ranks; one rank after the other, so that the load spreads."""
-        width = self.placement.slots_per_rank
-        for slot in range(width):
-            for rank in sorted(self.ranks):
-                yield rank * width + slot
 
     def _is_free(self, slot: int) -> bool:
         return self.row[slot] == EMPTY and slot not in self.taken and slot not in self.closed
 
-    def _empty(self) -> list[int]:
-        return [slot for slot in self._slots() if self._is_free(slot)]
+    def _empty(self) -> Iterator[int]:
+        return filter(self._is_free, self.slots)
 
-    def _surplus(self) -> list[int]:
+    def _surplus(self) -> Iterator[int]:
         """Slots whose expert has more copies than wanted, the one with most first."""
-        slots = [s for s in self._slots() if self.row[s] != EMPTY and self.living[self.row[s]] > self.wanted]
-        return sorted(slots, key=lambda slot: -self.living[self.row[slot]])
+        row, living, wanted = self.row, self.living, self.wanted
+        slots = [slot for slot in self.slots if row[slot] != EMPTY and living[row[slot]] > wanted]
+        yield from sorted(slots, key=lambda slot: -living[row[slot]])
 
     def _fits(self, slot: int, expert: int) -> bool:
         """Whether the slot's rank has no copy of the expert yet, nor one in the making."""
-        width = self.placement.slots_per_rank
-        start = self.placement.rank_of(slot) * width
-        return all(self.row[s] != expert and self.taken.get(s) != expert for s in range(start, start + width))
+        return expert not in self.here[self.placement.rank_of(slot)]

@@ -73,8 +73,12 @@ class RepairMachine:
         ranks = range(self.placement.num_ranks)
         self.wanted = [min(self.placement.copies(layer, ranks)) for layer in layers]
         """Per layer: the copies of every expert to come back to. As many as at launch."""
-        self._stirred = False
-        """Something happened that may allow or require a move."""
+        self._stirred: set[int] = set()
+        """Layers in which something happened that may allow or require a move."""
+        self._refused: dict[int, set[Member]] = {}
+        """By layer, the members that had too many copies in hand for one more that it needs."""
+        self._unfinished: set[int] = set()
+        """Layers in which the plan may ask for something yet."""
         self._effects: list[Effect] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.MembersChanged: self._on_members,
@@ -88,11 +92,10 @@ class RepairMachine:
 
     def step(self, event: Event) -> list[Effect]:
         self._effects = []
-        self._stirred = False
+        self._stirred.clear()
         self._handlers[type(event)](event)
         if self._stirred and self.members:
-            for layer in range(len(self.placement.slots)):
-                self._move(layer)
+            self._go_on()
             self._end_plan_if_done()
         return self._effects
 
@@ -134,7 +137,7 @@ class RepairMachine:
         self.distrusted.clear()
         self._forget_emptied()
         self._drop_plan()
-        self._stirred = True
+        self._stir_all()
 
     def _on_seen(self, event: ev.Seen) -> None:
         if event.member in self.members:
@@ -149,9 +152,9 @@ class RepairMachine:
         place = next((place for place, copy in self.copies.items() if copy.ticket == event.ticket), None)
         if place is None or self.copies[place].member != event.member:
             return
-        self._stirred = True
         copy = self.copies.pop(place)
         layer, physical = place
+        self._stirred.add(layer)
         expected = (
             event.checksum
             if event.error
@@ -186,7 +189,7 @@ class RepairMachine:
             if self.checksums.setdefault((layer, logical), checksum) != checksum:
                 self._effects.append(ev.Corrupt(layer, physical))
                 self._publish(Change(layer, physical, EMPTY))
-                self._stirred = True
+                self._stirred.add(layer)
 
     def _on_planned(self, event: ev.Planned) -> None:
         """A plan made for other members than there are now is of no use."""
@@ -202,7 +205,7 @@ class RepairMachine:
                 for row in event.slots
             )
         )
-        self._stirred = True
+        self._stir_all()
 
     def _on_tick(self, event: Tick) -> None:
         self.now_ms = max(self.now_ms, event.now_ms)
@@ -212,11 +215,29 @@ class RepairMachine:
             del self.retry_at_ms[place]
         for place in late:
             self.copies[place] = replace(self.copies[place], overdue=True)
-        self._stirred = bool(due or late)
+        self._stirred.update(layer for layer, _ in (*due, *late))
 
     # Moves
 
+    def _stir_all(self) -> None:
+        self._stirred.update(range(len(self.placement.slots)))
+
+    def _go_on(self) -> None:
+        """HAZARD: this runs for every copy. Only layers where something is possible now may be looked at, or a model of
+        many layers and experts would keep the run process from everything else.
+        """
+        for layer in sorted(self._stirred | self._refused.keys()):
+            if layer in self._stirred or not all(map(self._busy, self._refused[layer])):
+                self._unfinished.add(layer)
+                self._move(layer)
+        if self.pursuit:
+            for layer in sorted(self._unfinished):
+                if not self._may_pursue():
+                    break
+                self._move(layer)
+
     def _move(self, layer: int) -> None:
+        self._refused.pop(layer, None)
         on_layer = {place[1]: copy for place, copy in self.copies.items() if place[0] == layer}
         board = Layer(
             self.placement,
@@ -230,7 +251,9 @@ class RepairMachine:
         for change in board.restore():
             self._make(change)
         if self.pursuit and self._may_pursue():
+            self._unfinished.discard(layer)
             for change in board.pursue(self.pursuit.layers[layer]):
+                self._unfinished.add(layer)
                 self._make(change, planned=True)
                 if not self._may_pursue():
                     break
@@ -246,9 +269,11 @@ class RepairMachine:
             self._publish(change)
             return
         layer, physical, logical = change
+        if not self._writable((layer, physical)):
+            return
         member = self._member_at(physical)
-        busy = sum(copy.member == member for copy in self.copies.values())
-        if busy >= self.config.copies_in_flight or not self._writable((layer, physical)):
+        if self._busy(member):
+            self._refused.setdefault(layer, set()).add(member)
             return
         self.tickets += 1
         origin = self._origin(layer, physical, logical)
@@ -256,6 +281,9 @@ class RepairMachine:
         self.copies[layer, physical] = Copy(self.tickets, member, logical, origin, deadline_ms, planned)
         checksum = self.checksums.get((layer, logical))
         self._effects.append(ev.Order(member, self.tickets, layer, physical, logical, checksum, origin))
+
+    def _busy(self, member: Member) -> bool:
+        return sum(copy.member == member for copy in self.copies.values()) >= self.config.copies_in_flight
 
     def _origin(self, layer: int, physical: int, logical: int) -> Origin | None:
         """The living owner with the fewest pulls from it. Without a checksum nobody's bytes can be trusted."""
@@ -317,4 +345,4 @@ class RepairMachine:
         passed = [place for place, version in self.emptied.items() if version <= oldest]
         for place in passed:
             del self.emptied[place]
-        self._stirred = self._stirred or bool(passed)
+            self._stirred.add(place[0])

@@ -1,0 +1,59 @@
+"""A repair of many layers looks at few of them for each copy: the run process has the clients to serve meanwhile."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+
+from elastic_ep.machines import repair
+from elastic_ep.machines import repair_events as ev
+from elastic_ep.machines.moves import Layer
+from elastic_ep.machines.repair import RepairMachine
+from elastic_ep.messages import Member
+from elastic_ep.placement import launch_placement
+
+LAYERS, EXPERTS = 12, 32
+
+
+def carry_out(machine: RepairMachine, members: list[Member]) -> tuple[int, int]:
+    """Until nothing is left to do: how many copies and how many events it took."""
+    events: deque[ev.Event] = deque([ev.MembersChanged(tuple(members))])
+    copies = fed = 0
+    while events:
+        for effect in machine.step(events.popleft()):
+            match effect:
+                case ev.Order(member, ticket, layer, _, logical):
+                    copies += 1
+                    events.append(ev.Copied(member, ticket, 1000 * layer + logical, ""))
+                case ev.Replace(changed):
+                    events.extend(ev.Seen(member, changed.version) for member in sorted(machine.members))
+        fed += 1
+    return copies, fed
+
+
+def test_few_layers_are_looked_at_for_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    class Counting(Layer):
+        def __post_init__(self) -> None:
+            looked_at.append(self.number)
+            super().__post_init__()
+
+    monkeypatch.setattr(repair, "Layer", Counting)
+    first, second, third, fourth = (Member(rank, 1) for rank in range(4))
+    again = Member(2, 2)
+    machine = RepairMachine(launch_placement(4, LAYERS, EXPERTS, EXPERTS))
+    for members in ([first, second, third, fourth], [first, fourth], [first, Member(1, 2), again, fourth]):
+        looked_at.clear()
+        copies, _ = carry_out(machine, members)
+        assert min(min(machine.placement.copies(layer, ranks_of(members))) for layer in range(LAYERS)) == (
+            machine.floor(0)
+        )
+        # Once at the start; then where the copy was, where its slot's emptying was seen, and where the next one goes.
+        assert len(looked_at) <= LAYERS + 4 * copies
+    assert copies > LAYERS
+
+
+def ranks_of(members: list[Member]) -> list[int]:
+    return [member.rank for member in members]
