@@ -206,12 +206,20 @@ async def chat(
     return "".join(parts)
 
 
-async def until_full(session: aiohttp.ClientSession, url: str, deadline_s: float = 60.0) -> dict[str, Any]:
-    """Wait until every rank is Serving; the status then."""
+async def until_full(
+    session: aiohttp.ClientSession,
+    url: str,
+    deadline_s: float = 60.0,
+    beyond: Mapping[int, int] | None = None,
+) -> dict[str, Any]:
+    """Wait until every rank is Serving, those in `beyond` in a later incarnation; the status then."""
     limit = time.monotonic() + deadline_s
+    least = beyond or {}
     while True:
         now = await status(session, url)
-        if all(engine["state"] == "Serving" for engine in now["engines"]):
+        engines = now["engines"]
+        replaced = all(engine["incarnation"] > least.get(engine["id"], -1) for engine in engines)
+        if replaced and all(engine["state"] == "Serving" for engine in engines):
             return now
         if time.monotonic() > limit:
             raise TimeoutError(f"not all ranks serve after {deadline_s} s: {now}")

@@ -153,7 +153,9 @@ async def disturbed_run(
         await asyncio.sleep(3.0)
         for number, case in enumerate(cases):
             struck.append(await strike(session, target.url, case))
-            await until_full(session, target.url)
+            await until_full(
+                session, target.url, beyond={s["rank"]: s["incarnation"] for s in struck[-1]["sent"]}
+            )
             print(
                 f"\r{number + 1}/{len(cases)} kills, {load.finished} streams finished, {len(load.errors)} errors ",
                 end="",

@@ -21,7 +21,7 @@ from elastic_ep.model.kernels.paged_attention import CUT, Cut, attend_split, exp
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """Speed depends on it, results do not."""
+    """The same for every batch: on a device, other `warps` add up in another order, and give other bits."""
 
     warps: int = 4
     stages: int = 3
