@@ -182,26 +182,9 @@ class Group:
         self.server.wait()
 
 
-def mps_says(command: str) -> str:
-    program = ["nvidia-cuda-mps-control"]
-    return subprocess.run(
-        program, input=command + "\n", text=True, capture_output=True, timeout=30
-    ).stdout.strip()
-
-
-def release(
-    hold: DeviceHold, pid: int, options: argparse.Namespace, facts: dict[str, Any], released: threading.Event
-) -> None:
-    """What becomes of a dead rank's kernels: they end, or MPS ends them; then the driver takes its memory back."""
-    if options.terminate:
-        time.sleep(0.02)
-        began = now()
-        facts["said"] = mps_says(f"terminate_client {facts['server']} {pid}")
-        facts["terminate_ms"] = (now() - began) / 1e6
-    time.sleep(options.hold)
-    began = now()
+def release(hold: DeviceHold, after_s: float, released: threading.Event) -> None:
+    time.sleep(after_s)
     hold.release()
-    facts["release_ms"] = (now() - began) / 1e6
     released.set()
 
 
@@ -219,12 +202,11 @@ def kill_one(
         group.wait("parked", 1)
         time.sleep(0.005)
     hold = DeviceHold(pid) if options.hold else None
-    facts: dict[str, Any] = {"server": mps_says("get_server_list")} if options.terminate else {}
     released = threading.Event()
     killed = now()
     os.kill(pid, signal.SIGKILL)
     if hold is not None:
-        threading.Thread(target=release, args=(hold, pid, options, facts, released), daemon=True).start()
+        threading.Thread(target=release, args=(hold, options.hold, released), daemon=True).start()
     noticed = group.wait("died", 1)[0][0]
     group.send(survivors, "lost", member=victim)
     heard = group.wait_all({"masked": len(survivors), "recovered": len(survivors), "gone": 1})
@@ -233,8 +215,6 @@ def kill_one(
     gone = masked["gone"][0]["at_ns"]
     if hold is not None and not released.wait(DEADLINE_S):
         raise Failed("the driver does not take the dead rank's memory back")
-    if facts:
-        print(facts, flush=True)
     row: dict[str, Any] = {
         "victim": victim[0],
         "notice_ms": (noticed - killed) / 1e6,
@@ -245,7 +225,6 @@ def kill_one(
         "poisoned_steps": max(len(m["poisoned"]) for m in masked["recovered"]),
         "gone_ms": (gone - killed) / 1e6,
         "driver_gone_ms": (now() - killed) / 1e6,
-        "facts": facts,
     }
     joiner = (victim[0], victim[1] + 1)
     ready = group.launch([joiner])[0]
@@ -387,7 +366,6 @@ def main() -> None:
     parser.add_argument(
         "--hold", type=float, default=0.0, help="seconds that a dead rank's device files stay open"
     )
-    parser.add_argument("--terminate", action="store_true", help="have MPS end a dead rank's kernels")
     parser.add_argument("--timeout-ms", type=int, default=20_000, help="how long a kernel waits for a peer")
     parser.add_argument("--seconds", type=float, default=300.0, help="begin no other group after that")
     parser.add_argument("--commit", default="unknown", help="noted in the result")
