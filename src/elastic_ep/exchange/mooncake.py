@@ -13,7 +13,8 @@ through MPS that is one block of 1024 threads for every 8 physical experts of th
 MPS the ranks take turns, a time slice each.
 
 HAZARD: under MPS the ranks also share their faults. A rank killed while its kernels ran took all others with it (an
-illegal memory access in each) 7 times of 9; killed between two steps, never (20 kills); without MPS never (8 kills).
+illegal memory access in each) 10 times of 13, unless its memory stayed until they had ended: then 0 of 8 times (see
+control/device_hold.py). Killed between two steps, never (20 kills); without MPS never (16 kills).
 """
 
 from __future__ import annotations
