@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
+import anyio
 import pytest
 
 from elastic_ep.config import CannotRun, EngineLimits, RankConfig
 from elastic_ep.control import devices
+from elastic_ep.control import rank as rank_module
 from elastic_ep.control.control_store import ControlStore
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.engine import build_engine
@@ -112,3 +115,27 @@ def test_a_joiner_is_heard_of_when_its_predecessor_has_left_the_device(
     (then,) = waiting
     then()
     assert [event.state for event in events[1:]] == heard * [RankState.JOINING]
+
+
+@pytest.mark.parametrize(
+    ("device", "seats", "armed"), [("cuda", SEATS, [0.5]), ("cuda", SEATS[1:], []), ("cpu", SEATS, [])]
+)
+def test_a_member_on_a_gpu_that_is_held_up_says_where(
+    monkeypatch: pytest.MonkeyPatch, device: str, seats: tuple[Seat, ...], armed: list[float]
+) -> None:
+    dumps: list[float] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", dumps.append)
+    process = SimpleNamespace(
+        _mailbox=SimpleNamespace(waiting_at=None),
+        _machine=SimpleNamespace(view=View(epoch=4, seats=seats)),
+        _config=replace(CONFIG, device=device),
+        _me=Member(0, 1),
+        _heard_from=True,
+    )
+
+    async def one_beat() -> None:
+        with anyio.move_on_after(0.01):
+            await rank_module.RankProcess._send_heartbeats(cast(Any, process))
+
+    anyio.run(one_beat)
+    assert dumps == pytest.approx(armed)

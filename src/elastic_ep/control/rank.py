@@ -64,8 +64,8 @@ SWITCH_INTERVAL_S = 0.0005
 """How long the forward thread may keep the interpreter lock while the control loop wants it."""
 SYNC_RETRY_S = 0.02
 HELD_UP_S = 0.3
-"""A control loop that a driver call keeps so much longer than a heartbeat has all threads' stacks written to stderr,
-before it is fenced."""
+"""A member's control loop that a driver call keeps so much longer than a heartbeat has all threads' stacks written to
+stderr, before it is fenced."""
 _PARKED_HEARTBEAT_FACTOR = 4
 EXPELLED_STATUS = 3
 ORPHANED_STATUS = 4
@@ -267,7 +267,7 @@ class RankProcess:
                 self._wire.send(self._heartbeat(parked))
             self._heard_from = False
             pause_s = self._config.heartbeat_ms / 1000 * (_PARKED_HEARTBEAT_FACTOR if parked else 1)
-            if self._config.device != "cpu":
+            if self._config.device != "cpu" and self._me in self._machine.view.members:
                 faulthandler.dump_traceback_later(pause_s + HELD_UP_S)
             await anyio.sleep(pause_s)
 
