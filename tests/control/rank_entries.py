@@ -18,7 +18,7 @@ def main(config_json: str, windows_fd: int, life_fd: int) -> int:
         raise RuntimeError("this rank is broken on purpose")
     if config["do"] == "leave":
         sys.exit(7)
-    _say_hello(windows_fd, life_fd)
+    _say_hello(windows_fd, life_fd, len(config.get("padding", "")))
     if config["do"] == "return":
         return int(config["status"])
     while True:
@@ -31,7 +31,7 @@ def slow_start(config_json: str, windows_fd: int, life_fd: int) -> int:
         signal.pause()
 
 
-def _say_hello(windows_fd: int, life_fd: int) -> None:
+def _say_hello(windows_fd: int, life_fd: int, padding: int) -> None:
     name = ctypes.create_string_buffer(16)
     ctypes.CDLL(None).prctl(PR_GET_NAME, name, 0, 0, 0)
     facts = {
@@ -45,6 +45,7 @@ def _say_hello(windows_fd: int, life_fd: int) -> None:
         "sockets": sum(_target(fd).startswith("socket:") for fd in os.listdir("/proc/self/fd")),
         "torch": "torch" in sys.modules,
         "torch_threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
+        "padding": padding,
         "life": os.fstat(life_fd).st_size == 0,
         "at_ns": time.monotonic_ns(),
     }

@@ -69,10 +69,10 @@ class ForkClient:
     def pid(self) -> int:
         return self._process.pid
 
-    def fork(self, message: Fork, life_fd: int) -> bool:
+    def fork(self, message: Fork, life_fd: int, config_fd: int) -> bool:
         """Ask for a rank; False when the server does not listen any more (it is dead or about to be)."""
         try:
-            socket.send_fds(self._control, [pack(message)], [life_fd])
+            socket.send_fds(self._control, [pack(message)], [life_fd, config_fd])
         except OSError:
             return False
         return True

@@ -6,20 +6,20 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PACKET_BYTES = 128 << 10
-CONFIG_LIMIT = 60_000
-"""Bytes of a rank's configuration; quoting may double it."""
+PACKET_BYTES = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Become this rank. Travels with the read end of the rank's life line."""
+    """Become this rank. Travels with the read end of the rank's life line, and a file with its configuration.
+
+    A file, because the placement of a large model is larger than a packet may be.
+    """
 
     rank: int
     incarnation: int
     slot: int
     """Of the rank's mutex."""
-    config_json: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,30 +99,33 @@ class ForkServer:
 
     def _receive(self) -> bool:
         try:
-            data, fds, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:  # the launcher died with something of ours unread
             return False
         if not data:
             return False
         message = unpack(data)
         assert isinstance(message, Fork), message
-        assert len(fds) == 1, "a rank needs its life line"
-        self._fork(message, fds[0])
+        assert len(fds) == 2, "a rank needs its life line and its configuration"
+        life_fd, config_fd = fds
+        try:
+            self._fork(message, life_fd, config_fd)
+        finally:
+            os.close(life_fd)
+            os.close(config_fd)
         return True
 
-    def _fork(self, message: Fork, life_fd: int) -> None:
+    def _fork(self, message: Fork, life_fd: int, config_fd: int) -> None:
         member = Member(message.rank, message.incarnation)
         began = time.perf_counter_ns()
         try:
             pid = os.fork()
         except OSError as error:
-            os.close(life_fd)
             self._send(Refused(*member, f"fork: {error.strerror}"))
             return
         if pid == 0:
-            self._become_rank(message, life_fd)
+            self._become_rank(message, life_fd, config_fd)
         fork_us = (time.perf_counter_ns() - began) // 1000
-        os.close(life_fd)
         try:
             pidfd = os.pidfd_open(pid)
         except OSError as error:
@@ -146,7 +149,7 @@ class ForkServer:
         with suppress(BrokenPipeError, ConnectionResetError):
             socket.send_fds(self._control, [pack(message)], fds)
 
-    def _become_rank(self, message: Fork, life_fd: int) -> NoReturn:
+    def _become_rank(self, message: Fork, life_fd: int, config_fd: int) -> NoReturn:
         """In the forked child. Nothing gets past this: it must never go on as a second fork server."""
         status = 1
         try:
@@ -154,7 +157,10 @@ class ForkServer:
             self._control.close()
             for pidfd in self._children:
                 os.close(pidfd)
-            status = _run_rank(message, life_fd, self._options)
+            with open(config_fd, encoding="utf-8") as file:
+                file.seek(0)  # the launcher has written, and shares the position
+                config_json = file.read()
+            status = _run_rank(message, config_json, life_fd, self._options)
         except SystemExit as leaving:
             status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         except BaseException:
@@ -167,7 +173,7 @@ class ForkServer:
                 os._exit(status & 0xFF)
 
 
-def _run_rank(message: Fork, life_fd: int, options: ServerOptions) -> int:
+def _run_rank(message: Fork, config_json: str, life_fd: int, options: ServerOptions) -> int:
     # The terminal's Ctrl-C is for the run process alone. HAZARD: a process group, not a session: Linux schedules
     # each session as one (autogroup), so niceness and short slices would count for nothing among ranks.
     os.setpgid(0, 0)
@@ -178,9 +184,7 @@ def _run_rank(message: Fork, life_fd: int, options: ServerOptions) -> int:
     hold_until_death(RobustMutexes(options.mutex_fd, options.mutex_slots), message.slot)
     os.nice(options.nice)  # of this thread and those that it starts
     module, _, function = options.entry.partition(":")
-    status: int = getattr(importlib.import_module(module), function)(
-        message.config_json, options.windows_fd, life_fd
-    )
+    status: int = getattr(importlib.import_module(module), function)(config_json, options.windows_fd, life_fd)
     return status
 
 

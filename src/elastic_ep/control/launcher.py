@@ -24,7 +24,6 @@ from elastic_ep.control import life_line
 from elastic_ep.control.death_watch import DeathWatch
 from elastic_ep.control.fork_client import ForkClient, ServerSetup
 from elastic_ep.control.fork_messages import (
-    CONFIG_LIMIT,
     Exited,
     Fork,
     Forked,
@@ -194,8 +193,6 @@ class Launcher:
         """`Launched` or `LaunchFailed` follows. A member can be launched once; ValueError if it was."""
         if member in self._processes:
             raise ValueError(f"{member} is launched already")
-        if len(config_json.encode()) > CONFIG_LIMIT:
-            raise ValueError(f"the rank's configuration has more than {CONFIG_LIMIT} bytes")
         process = self._processes[member] = _Process(member, config_json)
         self._queue.append(process)
         if self._closing:
@@ -308,14 +305,16 @@ class Launcher:
             process.slot = self._free_slots.popleft()
             self._mutexes.reset(process.slot)
             read_end, process.life_fd = life_line.create()
+            config_fd = _file_of(process.config_json)
         except (IndexError, OSError) as error:
             self._asked = None
-            self._fail(process, f"no mutex or pipe: {error}")
+            self._fail(process, f"no mutex, pipe or file: {error}")
             self._ask()
             return
         # Not heard: the server is dead, and `_on_server_exit` is about to deal with this launch.
-        self._server.fork(Fork(*process.member, process.slot, process.config_json), read_end)
+        self._server.fork(Fork(*process.member, process.slot), read_end, config_fd)
         os.close(read_end)
+        os.close(config_fd)
         self._set_server_timer(self._options.reply_s)
 
     def _on_forked(self, member: Member, pid: int, fork_us: int, pidfd: int) -> None:
@@ -380,3 +379,11 @@ class Launcher:
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             await self._changed.wait()
+
+
+def _file_of(text: str) -> int:
+    """A descriptor of a file in memory."""
+    fd = os.memfd_create("config", os.MFD_CLOEXEC)
+    with open(fd, "w", encoding="utf-8", closefd=False) as file:
+        file.write(text)
+    return fd
