@@ -21,7 +21,9 @@ def carry_out(machine: RepairMachine, members: list[Member]) -> tuple[int, int]:
     events: deque[ev.Event] = deque([ev.MembersChanged(tuple(members))])
     copies = fed = 0
     while events:
-        for effect in machine.step(events.popleft()):
+        effects = machine.step(events.popleft())
+        assert sum(isinstance(effect, ev.Replace) for effect in effects) <= 1, "a version each"
+        for effect in effects:
             match effect:
                 case ev.Order(member, ticket, layer, _, logical):
                     copies += 1

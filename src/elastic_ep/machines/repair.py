@@ -80,6 +80,8 @@ class RepairMachine:
         self._unfinished: set[int] = set()
         """Layers in which the plan may ask for something yet."""
         self._effects: list[Effect] = []
+        self._changes: list[Change] = []
+        """What the version that this event leads to changes."""
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.MembersChanged: self._on_members,
             ev.Seen: self._on_seen,
@@ -92,11 +94,16 @@ class RepairMachine:
 
     def step(self, event: Event) -> list[Effect]:
         self._effects = []
+        self._changes = []
         self._stirred.clear()
         self._handlers[type(event)](event)
         if self._stirred and self.members:
             self._go_on()
             self._end_plan_if_done()
+        if self._changes:  # first: the living wait for experts, and what is ordered needs no version
+            self._effects.insert(
+                0, ev.Replace(PlacementChanged(self.placement.version, tuple(self._changes)))
+            )
         return self._effects
 
     def check(self) -> None:
@@ -301,11 +308,12 @@ class RepairMachine:
         )
 
     def _publish(self, change: Change) -> None:
-        version = self.placement.version + 1
+        """All changes of an event make one version: ranks that hear of hundreds have no time for their heartbeats."""
+        version = self.placement.version + (not self._changes)
+        self._changes.append(change)
         self.placement = self.placement.changed(version, [change])
         if change.logical == EMPTY:
             self.emptied[change.layer, change.physical] = version
-        self._effects.append(ev.Replace(PlacementChanged(version, (change,))))
 
     # Plans
 
