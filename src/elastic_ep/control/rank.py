@@ -263,7 +263,8 @@ class RankProcess:
     async def _send_heartbeats(self) -> None:
         while True:
             parked = self._mailbox.waiting_at is not None
-            if not self._heard_from:
+            # A step report says nothing of parking, and a parked rank is silent for longer than others may be.
+            if parked or not self._heard_from:
                 self._wire.send(self._heartbeat(parked))
             self._heard_from = False
             pause_s = self._config.heartbeat_ms / 1000 * (_PARKED_HEARTBEAT_FACTOR if parked else 1)
