@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -24,6 +24,12 @@ FLUSH_EVERY_NS = 50_000_000
 
 # Made once: json.dumps with separators makes an encoder for every call.
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
+class Note(Protocol):
+    """Writes a fact that no machine has heard into the log; `EventLog.note` is one."""
+
+    def __call__(self, kind: str, /, **facts: Any) -> None: ...
 
 
 class _Chain:

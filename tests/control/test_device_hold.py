@@ -81,6 +81,11 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait(10)
 
 
+def die_unreaped(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
 def test_the_driver_sees_a_death_when_the_hold_is_released(device: Path) -> None:
     with running(CLIENT, str(device)) as client:
         hold = DeviceHold(client.pid)
@@ -124,8 +129,57 @@ def test_a_process_that_is_gone_cannot_be_held(device: Path) -> None:
         DeviceHold(client.pid)
 
 
+def test_what_the_process_closes_meanwhile_is_left_out(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    duplicate = device_hold._duplicate
+    with running(CLIENT, str(device)) as client:
+        monkeypatch.setattr(device_hold, "_duplicate", lambda pidfd, number: duplicate(pidfd, number + 100))
+        hold = DeviceHold(client.pid)
+        assert len(hold) == 0
+        hold.release()
+
+
+def test_a_hold_that_fails_leaves_nothing_open(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    duplicate = device_hold._duplicate
+
+    def first_alone(pidfd: int, number: int) -> int:
+        if made:
+            raise PermissionError("not a second one")
+        made.append(duplicate(pidfd, number))
+        return made[0]
+
+    monkeypatch.setattr(device_hold, "_duplicate", first_alone)
+    monkeypatch.setattr(device_hold, "_is_mps", lambda fd: True)
+    with (
+        running(SERVER, "a-broker", str(tmp_path / "one")),
+        running(CLIENT, str(device), str(tmp_path / "one")) as client,
+    ):
+        with pytest.raises(PermissionError):
+            DeviceHold(client.pid)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(made[0])
+
+
+def unnoted(kind: str, /, **facts: Any) -> None:
+    pass
+
+
+async def dies_before_it_is_looked_into_again(device: Path) -> None:
+    with running(CLIENT, str(device)) as client, DeviceGuard(1000.0, unnoted) as guard:
+        guard.hold(FIRST, client.pid)
+        die_unreaped(client)
+        guard.hold(FIRST, client.pid)
+        assert is_open_elsewhere(device)
+
+
+def test_a_look_at_a_dying_process_loses_nothing(device: Path) -> None:
+    anyio.run(dies_before_it_is_looked_into_again, device)
+
+
 async def guarded(device: Path, notes: list[str]) -> None:
-    def note(name: str, **facts: Any) -> None:
+    def note(name: str, /, **facts: Any) -> None:
         notes.append(name)
 
     free = anyio.Event()
@@ -155,7 +209,7 @@ def test_a_new_incarnation_waits_until_the_device_is_free(device: Path) -> None:
 
 async def ended_early(device: Path) -> None:
     with running(CLIENT, str(device)) as client:
-        with DeviceGuard(1000.0, lambda name, **facts: None) as guard:
+        with DeviceGuard(1000.0, unnoted) as guard:
             guard.hold(FIRST, client.pid)
             end(client)
             guard.gone(FIRST)

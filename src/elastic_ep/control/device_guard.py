@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from elastic_ep.control.device_hold import DeviceHold
+from elastic_ep.log import Note
 from elastic_ep.messages import Member
-
-Note = Callable[..., None]
 
 
 class DeviceGuard:
@@ -28,8 +27,9 @@ class DeviceGuard:
         self._loop = asyncio.get_running_loop()
         self._drain_s = drain_s
         self._note = note
-        self._alive: dict[Member, DeviceHold] = {}
-        self._draining: dict[Member, DeviceHold] = {}
+        self._alive: defaultdict[Member, list[DeviceHold]] = defaultdict(list)
+        """Each of them, as the newest need not have all: the process may be dying while it is looked into."""
+        self._draining: dict[Member, list[DeviceHold]] = {}
         self._busy: Counter[int] = Counter()
         self._waiting: defaultdict[int, list[Callable[[], None]]] = defaultdict(list)
         self._closed = False
@@ -41,8 +41,8 @@ class DeviceGuard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed = True
-        for hold in (*self._alive.values(), *self._draining.values()):
-            hold.release()
+        for holds in (*self._alive.values(), *self._draining.values()):
+            _release(holds)
 
     def hold(self, member: Member, pid: int) -> None:
         """Take note of what `member` has opened by now; call it again when that may have grown."""
@@ -51,17 +51,14 @@ class DeviceGuard:
         except OSError as error:  # it is gone, or not to be looked into: then its death may harm others
             self._note("device_not_held", rank=member.rank, incarnation=member.incarnation, reason=str(error))
             return
-        before = self._alive.pop(member, None)
-        if before is not None:
-            before.release()
-        self._alive[member] = hold
+        self._alive[member].append(hold)
         self._note("device_held", rank=member.rank, incarnation=member.incarnation, files=len(hold))
 
     def gone(self, member: Member) -> None:
         """The process is gone. Idempotent."""
-        hold = self._alive.pop(member, None)
-        if hold is not None:
-            self._draining[member] = hold
+        holds = self._alive.pop(member, None)
+        if holds is not None:
+            self._draining[member] = holds
             self._busy[member.rank] += 1
             self._loop.call_later(self._drain_s, self._release, member)
 
@@ -74,9 +71,10 @@ class DeviceGuard:
 
     def _release(self, member: Member) -> None:
         if not self._closed:
-            hold = self._draining.pop(member)
+            holds = self._draining.pop(member)
             # On another thread: the driver keeps the caller until it has taken everything back.
-            self._loop.run_in_executor(None, hold.release).add_done_callback(lambda _: self._released(member))
+            released = self._loop.run_in_executor(None, _release, holds)
+            released.add_done_callback(lambda _: self._released(member))
 
     def _released(self, member: Member) -> None:
         self._busy[member.rank] -= 1
@@ -84,3 +82,8 @@ class DeviceGuard:
         if not self._busy[member.rank]:
             for then in self._waiting.pop(member.rank, []):
                 then()
+
+
+def _release(holds: Sequence[DeviceHold]) -> None:
+    for hold in holds:
+        hold.release()

@@ -8,15 +8,17 @@ client only when the last descriptor of it is closed: a second process that hold
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 _PIDFD_GETFD = 438
 _DEVICE = "/dev/nvidia"
+_SOCKET = "socket:"
+_CLOSED = (errno.ENOENT, errno.EBADF)
 _MPS_PROGRAMS = "nvidia-cuda-mps"
 """What the names of MPS's daemon and server begin with; /proc shows 15 characters of a name."""
 _PEER = struct.Struct("3i")
@@ -28,7 +30,12 @@ class DeviceHold:
 
     def __init__(self, pid: int) -> None:
         """Raises OSError if the process is gone or may not be looked into (as for a debugger)."""
-        self._fds = list(_duplicates(pid))
+        self._fds: list[int] = []
+        try:
+            self._fds.extend(_duplicates(pid))  # one by one: what an error leaves behind is known
+        except OSError:
+            self.release()
+            raise
 
     def __len__(self) -> int:
         return len(self._fds)
@@ -44,16 +51,19 @@ def _duplicates(pid: int) -> Iterator[int]:
     pidfd = os.pidfd_open(pid)
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):  # closed meanwhile
+            try:
                 target = os.readlink(entry)
-                if target.startswith(_DEVICE):
-                    yield _duplicate(pidfd, int(entry.name))
-                elif target.startswith("socket:"):
-                    fd = _duplicate(pidfd, int(entry.name))
-                    if _is_mps(fd):
-                        yield fd
-                    else:
-                        os.close(fd)
+                if not target.startswith((_DEVICE, _SOCKET)):
+                    continue
+                fd = _duplicate(pidfd, int(entry.name))
+            except OSError as error:
+                if error.errno in _CLOSED:  # meanwhile, by the process itself
+                    continue
+                raise
+            if target.startswith(_DEVICE) or _is_mps(fd):
+                yield fd
+            else:
+                os.close(fd)
     finally:
         os.close(pidfd)
 

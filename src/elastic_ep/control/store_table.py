@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from elastic_ep.exchange.store import members_named
+from elastic_ep.log import Note
 from elastic_ep.messages import Member, ToRank
 from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet, StoreValue
 
 FromStore = StoreSet | StoreGet | StoreDelete
 _NEVER = -1
-
-
-class Note(Protocol):
-    """Writes a fact into the event log."""
-
-    def __call__(self, kind: str, /, **facts: object) -> None: ...
 
 
 class _Entry(NamedTuple):
