@@ -13,7 +13,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -304,17 +304,18 @@ class Launcher:
         try:
             process.slot = self._free_slots.popleft()
             self._mutexes.reset(process.slot)
-            read_end, process.life_fd = life_line.create()
-            config_fd = _file_of(process.config_json)
+            with ExitStack() as ours:
+                read_end, process.life_fd = life_line.create()
+                ours.callback(os.close, read_end)
+                config_fd = _file_of(process.config_json)
+                ours.callback(os.close, config_fd)
+                # Not heard: the server is dead, and `_on_server_exit` is about to deal with this launch.
+                self._server.fork(Fork(*process.member, process.slot), read_end, config_fd)
         except (IndexError, OSError) as error:
             self._asked = None
             self._fail(process, f"no mutex, pipe or file: {error}")
             self._ask()
             return
-        # Not heard: the server is dead, and `_on_server_exit` is about to deal with this launch.
-        self._server.fork(Fork(*process.member, process.slot), read_end, config_fd)
-        os.close(read_end)
-        os.close(config_fd)
         self._set_server_timer(self._options.reply_s)
 
     def _on_forked(self, member: Member, pid: int, fork_us: int, pidfd: int) -> None:
