@@ -47,7 +47,7 @@ def _probe(directory: Path) -> None:
     status = 1
     try:
         torch.cuda.set_device(0)
-        torch.cuda.set_stream(torch.cuda.Stream(0))  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(torch.cuda.Stream(0))
         shape = ExchangeShape(1, 256, 2048, 2, 128, operations_per_step=2)
         exchange = MooncakeExchange(shape, Member(0, 0), FileStore(directory))
         x = torch.randn(16, 2048, dtype=BF16, device="cuda")
@@ -153,7 +153,7 @@ class Engine:
             run(shape)
             return (time.perf_counter() - began) * 1000
         run(shape)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(_REPLAYS):
             run(shape)

@@ -65,9 +65,9 @@ class Replay:
             began = time.perf_counter()
             self._all()
             return (time.perf_counter() - began) * 1e6 / self._case.layers
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # What a launch costs the host is in no side's time.
-        torch.cuda._sleep(_LAUNCH_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(_LAUNCH_CYCLES)
         start.record()
         self._graph.replay()
         end.record()
@@ -81,7 +81,7 @@ def measure(case: Case, rank: int, directory: Path) -> dict[str, Any]:
     meet = Meeting(directory, case.ranks, rank)
     if case.device == "cuda":
         torch.cuda.set_device(0)
-        torch.cuda.set_stream(torch.cuda.Stream(0))  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(torch.cuda.Stream(0))
     plane = Plane(case, rank, directory)
     blank = torch.zeros(case.slots, dtype=torch.int32, device=plane.device)
     capacity = case.ranks * case.max_tokens

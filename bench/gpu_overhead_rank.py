@@ -51,7 +51,7 @@ class BareExchange:
     """Only the wait for a step's results: no step words, no masks, no bookkeeping of peers."""
 
     def __init__(self) -> None:
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._done = torch.cuda.Event()
 
     def begin_step(self, step: int) -> None:
         pass

@@ -135,7 +135,7 @@ class Plane:
         self.table = torch.zeros(shape.experts, dtype=torch.int64, device="cuda")
         self.expected = torch.zeros(shape.tokens, shape.hidden, **like)
         self.bad_host = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        self.stream = torch.cuda.Stream(0)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(0)
         with torch.cuda.stream(self.stream), torch.inference_mode():
             self.route()
             self.exchange.begin_step(-1)

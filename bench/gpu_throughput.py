@@ -139,7 +139,7 @@ class Bench:
             print(f"           {torch.cuda.memory_allocated() / 2**30:.1f} GiB still allocated", flush=True)
 
     def _copy(self) -> float:
-        from bench.gpu_common import measure_limits
+        from bench.gpu_timing import measure_limits
 
         with torch.device(self._plan.device):
             self._copy_tb_s = measure_limits(10)["copy_tb_s"]
@@ -153,7 +153,7 @@ class Bench:
             directory.mkdir()
         if self._plan.device.type == "cuda":  # one that a graph may be captured on
             torch.cuda.synchronize()  # what was made on the stream before is used on this one
-            torch.cuda.set_stream(torch.cuda.Stream(self._plan.device))  # type: ignore[no-untyped-call]
+            torch.cuda.set_stream(torch.cuda.Stream(self._plan.device))
         return Engine(weights, self._plan.limits, directory, **self._plan.tile)
 
     def _bundled(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: times of calls in CUDA graphs, the machine's own limits, a paged cache of keys.
+"""How the GPU benchmarks time kernels: calls in CUDA graphs, the machine's own limits, a paged cache of keys.
 
 Shapes are Qwen3-30B-A3B's.
 """
@@ -42,7 +42,7 @@ def times(sides: dict[str, Call], rounds: int, repeat: int = 10) -> dict[str, fl
     taken: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
             end.record()
@@ -52,7 +52,7 @@ def times(sides: dict[str, Call], rounds: int, repeat: int = 10) -> dict[str, fl
 
 
 def _captured(call: Call, repeat: int) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):

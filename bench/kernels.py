@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bench.gpu_common import (
+from bench.gpu_timing import (
     BF16,
     DIM,
     EXPERTS,

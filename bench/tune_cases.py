@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bench.gpu_common import BF16, DIM, EXPERTS, HEADS, HIDDEN, INNER, KV_HEADS, TOP_K, Cache
+from bench.gpu_timing import BF16, DIM, EXPERTS, HEADS, HIDDEN, INNER, KV_HEADS, TOP_K, Cache
 from bench.tune_candidates import DECODE_WIDTH, Config, Decode
 from elastic_ep.model.kernels import reference
 from elastic_ep.model.kernels.decode_attention import decode_attention

@@ -28,7 +28,7 @@ import torch
 import triton
 
 from bench import tune_candidates
-from bench.gpu_common import BF16, measure_limits, times
+from bench.gpu_timing import BF16, measure_limits, times
 from bench.tune_candidates import Config, Decode, describe, risk
 from bench.tune_cases import MOST_ERROR, Case, DecodeCase, compile_on_nothing, expert_cases
 from elastic_ep.model.kernels.expert_plan import Plan, plan_for

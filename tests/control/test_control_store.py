@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lone_rank import Wire, lone_rank
 
-from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.control.control_store import ControlStore
-from elastic_ep.control.rank import RankProcess
 from elastic_ep.control.store_table import StoreTable
 from elastic_ep.control.wire import ControllerWire, RankWire
 from elastic_ep.exchange.store import IncarnationStore, PeerGone
 from elastic_ep.messages import FromRank, Member, ToRank
-from elastic_ep.placement import launch_placement
 from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet, StoreValue
 
 DEADLINE_S = 20.0
@@ -241,32 +239,22 @@ def test_a_rank_meets_each_incarnation_of_its_peer_and_the_table_stays_empty(dir
     run(directory, scenario)
 
 
-CONFIG = RankConfig(
-    rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="dummy",
-    device="cpu", seed=0, limits=EngineLimits(max_model_len=16), heartbeat_ms=200, kernel_wait_ms=500,
-    placement=launch_placement(2, 1, 2, 0),
-)  # fmt: skip
-
-
 def test_a_ranks_control_loop_carries_questions_and_answers() -> None:
     async def main() -> None:
-        rank = RankProcess(CONFIG, windows_fd=-1, life_fd=-1)
-        sent: list[Any] = []
         loop_thread = threading.get_ident()
 
-        class Wire:
-            def send(self, message: Any) -> None:
-                assert threading.get_ident() == loop_thread
-                sent.append(message)
-                if isinstance(message, StoreGet):
-                    rank._on_direct(StoreValue("key", b"value"))
+        def heard(message: Any) -> None:
+            assert threading.get_ident() == loop_thread
+            if isinstance(message, StoreGet):
+                rank._on_direct(StoreValue("key", b"value"))
 
-        rank._wire = Wire()  # type: ignore[assignment]  # the only part of it that is used
+        wire = Wire(heard)
+        rank = lone_rank(wire)
         rank._loop = asyncio.get_running_loop()
         await asyncio.to_thread(rank._store.set, "mine", b"")
         await asyncio.to_thread(rank._store.wait, ["key"], LONG)
         await asyncio.to_thread(rank._store.delete_key, "key")
-        await asyncio.sleep(0)
-        assert sent == [StoreSet(*A, "mine", b""), StoreGet(*A, ("key",)), StoreDelete(*A, "key")]
+        await asyncio.sleep(0)  # what threads have posted is sent in the loop's next turn
+        assert wire.sent == [StoreSet(*A, "mine", b""), StoreGet(*A, ("key",)), StoreDelete(*A, "key")]
 
     asyncio.run(main())

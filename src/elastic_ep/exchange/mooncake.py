@@ -135,10 +135,10 @@ class MooncakeExchange:
         """By rank, the incarnation that somebody connects to, or has."""
         self._connecting = threading.Lock()
         self._masking = threading.Lock()
-        self._side = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(self._device, priority=-1)
         self._masks = torch.zeros(shape.num_ranks, dtype=torch.int32, device=self._device)
         self._masks_host = torch.zeros(shape.num_ranks, dtype=torch.int32, pin_memory=True)
-        self._masks_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._masks_read = torch.cuda.Event()
         self._reading = False
         self._handle: tuple[Any, ...] | None = None
         self._chosen: torch.Tensor | None = None

@@ -153,7 +153,7 @@ def test_rows_that_the_experts_had_are_counted(device: torch.device) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no graphs")
 def test_graphs_give_the_bits_of_eager_steps(device: torch.device) -> None:
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         for dtype in (torch.float32, torch.bfloat16):
             eager, captured = cuda_runner(device, dtype=dtype), cuda_runner(device, dtype=dtype, graphs=True)

@@ -34,7 +34,7 @@ def build_cuda_engine(config: RankConfig, store: Store) -> tuple[CudaRunner, Moo
     size = buffer_bytes(shape)  # refuses a machine that cannot do it before anything touches a device
     device = torch.device("cuda", config.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    torch.cuda.set_stream(torch.cuda.Stream(device))
     needs = needs_of(model, limits, placement, shape, size)
     check_memory(needs, torch.cuda.mem_get_info(device)[0], limits, placement)
     try:

@@ -52,7 +52,7 @@ class CudaRunner(StepRunner):
         self._graphs = StepGraphs(self._body) if graphs else None
         self._tile = tile
         pinned = device.type == "cuda"
-        self._copies = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(device) if pinned else None
         self._logits = torch.zeros(self._inputs.max_sequences, config.vocab_size, pin_memory=pinned)
         self._tokens = torch.zeros(self._inputs.max_sequences, dtype=torch.int64, pin_memory=pinned)
         self._rows: list[int] = []
