@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import anyio
@@ -31,10 +31,9 @@ from elastic_ep.api.backend import (
 )
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
-from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, RankConfig, ServeConfig
+from elastic_ep.config import ConfigError, RankConfig, ServeConfig
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.device_guard import DeviceGuard
-from elastic_ep.control.devices import choose_device
 from elastic_ep.control.experts import experts_status, verify
 from elastic_ep.control.launcher import (
     DeathNoticed,
@@ -48,13 +47,12 @@ from elastic_ep.control.launcher import (
     ServerLost,
     ServerReady,
 )
-from elastic_ep.control.mps import find_program, mps_daemon
+from elastic_ep.control.mps import mps_daemon
 from elastic_ep.control.rebalance import Rebalancer
 from elastic_ep.control.router import Notice, RoutedStream, Router
 from elastic_ep.control.scheduling import make_prompt
 from elastic_ep.control.wire import ControllerWire
 from elastic_ep.display import LaunchDisplay
-from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.log import EventLog
 from elastic_ep.machines import membership_events as ev
@@ -66,28 +64,13 @@ from elastic_ep.machines.registry import arguments
 from elastic_ep.machines.repair import RepairMachine
 from elastic_ep.machines.routing_events import RoutingConfig
 from elastic_ep.messages import Member, RankState, SamplingParams
-from elastic_ep.model.checkpoint import validate_checkpoint
-from elastic_ep.model.config import CheckpointError, ModelConfig, load_model_config
-from elastic_ep.placement import Placement, launch_placement
-from elastic_ep.text import Text
+from elastic_ep.serve_plan import ServePlan, make_plan
 
 SWITCH_INTERVAL_S = 0.0005
 """A death notice waits at most so long for the interpreter lock."""
 GC_THRESHOLD = 20_000
 """Objects made before the collector looks for cycles; every step of the ranks makes some hundreds here."""
-HEARTBEATS_PER_DEADLINE = 5
-KERNEL_WAITS_PER_DEADLINE = 2
-"""A rank that is masked by its peers' kernels is fenced, so this is a deadline for hangs too."""
-SHARED_KERNEL_WAITS_PER_DEADLINE = 4
-"""With MPS, where a rank that comes back waits for its predecessor's kernels, and these for each of their peers."""
-KERNEL_WAIT_MS = 20_000
-"""Without fault tolerance."""
-DRAIN_MARGIN_S = 0.1
-"""What a dead rank's kernels take to end beyond their wait for peers."""
-"""Five in a deadline: one may be late without a verdict."""
 PULSES_PER_DEADLINE = 10
-KV_CACHE_BYTES = 1 << 30
-"""At most so much for the KV cache of a rank unless the command line says how many pages."""
 EXAMPLE_QUESTION = (
     "Tom has 12 apples. Tom buys 30 more apples. Then 7 of the apples break. "
     "How many apples does Tom have now?"
@@ -99,90 +82,6 @@ _PRELOAD = {
 }
 """What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""
 FAILED = 1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that the command line and the checkpoint amount to."""
-
-    config: ServeConfig
-    folder: Path
-    model: ModelConfig
-    text: Text
-    limits: EngineLimits
-    placement: Placement
-    redundant: int
-    device: str
-    name: str
-
-    @property
-    def shape(self) -> ExchangeShape:
-        return ExchangeShape(
-            num_ranks=self.config.ranks,
-            max_tokens=self.limits.max_num_batched_tokens,
-            hidden=self.model.hidden_size,
-            top_k=self.model.num_experts_per_tok,
-            slots_per_rank=self.placement.slots_per_rank,
-            operations_per_step=2 * self.model.num_hidden_layers,
-        )
-
-
-def make_plan(config: ServeConfig) -> Plan:
-    """Check all that can be checked before a process is started. Raises `ConfigError`."""
-    folder = Path(config.model)
-    try:
-        model = load_model_config(folder)
-        if config.load_format == "auto":
-            validate_checkpoint(folder, model)
-        text = Text.load(folder)
-        SamplingDefaults.from_folder(folder)
-    except (CheckpointError, ValueError, OSError) as error:
-        raise ConfigError(f"--model {config.model}: {error}") from error
-    device = choose_device(config.device, model.hidden_size)
-    if config.mps:
-        if device != "cuda":
-            raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
-        find_program()
-    redundant = config.ep_num_redundant_experts
-    redundant = model.num_experts if redundant is None else redundant
-    return Plan(
-        config=config,
-        folder=folder,
-        model=model,
-        text=text,
-        limits=engine_limits(config, model),
-        placement=launch_placement(
-            config.ranks,
-            model.num_hidden_layers,
-            model.num_experts,
-            redundant,
-            num_spare=int(config.enable_eplb),
-        ),
-        redundant=redundant,
-        device=device,
-        name=config.served_model_name
-        or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
-    )
-
-
-def engine_limits(config: ServeConfig, model: ModelConfig) -> EngineLimits:
-    max_model_len = config.max_model_len or model.max_position_embeddings
-    if max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
-        )
-    one_sequence = -(-max_model_len // PAGE_SIZE)
-    page_bytes = PAGE_SIZE * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 2 * 4
-    affordable = max(one_sequence, KV_CACHE_BYTES // page_bytes)
-    num_pages = config.num_pages or min(config.max_num_seqs * one_sequence, affordable)
-    if num_pages < one_sequence:
-        raise ConfigError(
-            f"--num-gpu-blocks-override {num_pages} cannot hold one sequence of {max_model_len} tokens: give at least "
-            f"{one_sequence} or lower --max-model-len"
-        )
-    return EngineLimits(
-        max_model_len, config.max_num_seqs, config.max_num_batched_tokens, PAGE_SIZE, num_pages
-    )
 
 
 def serve(config: ServeConfig) -> int:
@@ -198,7 +97,7 @@ def serve(config: ServeConfig) -> int:
 class RunProcess:
     """Owns all parts; `submit`, `status` and `serving_ranks` are what the API asks for."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ServePlan) -> None:
         self._plan = plan
         self._config = plan.config
         self._metrics = Metrics()
@@ -231,8 +130,7 @@ class RunProcess:
                 windows_fd=windows_fd, max_ranks=self._config.ranks, environment=environment,
             )  # fmt: skip
             if self._config.mps:
-                drain_s = (self._config.ranks - 1) * self._kernel_wait_ms / 1000 + DRAIN_MARGIN_S
-                self._guard = stack.enter_context(DeviceGuard(drain_s, self._log.note))
+                self._guard = stack.enter_context(DeviceGuard(self._plan.drain_s, self._log.note))
             self._launcher = await stack.enter_async_context(Launcher(options, self._on_launcher_event))
             self._router = self._make_router(wire)
             self._controller = self._make_controller(wire, directory)
@@ -409,8 +307,8 @@ class RunProcess:
             device=self._plan.device,
             seed=self._config.seed,
             limits=self._plan.limits,
-            heartbeat_ms=self._heartbeat_ms,
-            kernel_wait_ms=self._kernel_wait_ms,
+            heartbeat_ms=self._plan.heartbeat_ms,
+            kernel_wait_ms=self._plan.kernel_wait_ms,
             placement=self._controller.repair.placement,
             peers=self._controller.repairs.peer_weights(),
         )
@@ -433,19 +331,6 @@ class RunProcess:
             then()
         else:
             self._guard.when_free(rank, then)
-
-    @property
-    def _heartbeat_ms(self) -> int:
-        if not self._config.fault_tolerance:
-            return 0
-        return round(self._config.hang_deadline_s * 1000 / HEARTBEATS_PER_DEADLINE)
-
-    @property
-    def _kernel_wait_ms(self) -> int:
-        if not self._config.fault_tolerance:
-            return KERNEL_WAIT_MS
-        waits = SHARED_KERNEL_WAITS_PER_DEADLINE if self._config.mps else KERNEL_WAITS_PER_DEADLINE
-        return round(self._config.hang_deadline_s * 1000 / waits)
 
     def _on_launcher_event(self, event: LauncherEvent) -> None:
         controller = self._controller

@@ -52,7 +52,7 @@ def test_a_whole_machine_is_taken(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, lacking: dict[str, object], said: str) -> None:
-    lacks = machine(tmp_path, **lacking)  # type: ignore[arg-type]
+    lacks = machine(tmp_path, **lacking)  # type: ignore[arg-type]  # of several types
     with pytest.raises(ConfigError, match=f"^--device cuda: .*{said}") as refused:
         choose_device("cuda", HIDDEN, lacks)
     assert "\n" not in str(refused.value)

@@ -9,7 +9,7 @@ import pytest
 from elastic_ep.config import ConfigError, ServeConfig
 from elastic_ep.control.mps import PROGRAM, find_program, mps_daemon
 from elastic_ep.run import BUNDLED_MODEL
-from elastic_ep.serve import make_plan
+from elastic_ep.serve_plan import make_plan
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch, *, status: int = 0) -> Path:

@@ -12,14 +12,17 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import anyio
+import anyio.lowlevel
 import pytest
 from harness import DEADLINE_S, state, wait_until
 
 from elastic_ep.control import life_line
 from elastic_ep.control.death_watch import MUTEX, MUTEX_RELEASED, DeathWatch
-from elastic_ep.control.robust_mutex import Locked, RobustMutexes
+from elastic_ep.control.robust_mutex import SLOT_BYTES, Locked, RobustMutexes
 
 SLOTS = 4
+FUTEX_WAITERS = 0x80000000
+"""Of the kernel's interface for robust futexes."""
 HOLDER = """
 import os, sys
 from elastic_ep.control.robust_mutex import RobustMutexes
@@ -128,6 +131,13 @@ class Watch:
         return self.deaths[0]
 
 
+async def somebody_waits(file: int, slot: int) -> None:
+    """Until a thread blocks on the mutex: whoever does marks the word that its lock is."""
+    with anyio.fail_after(DEADLINE_S):
+        while not int.from_bytes(os.pread(file, 4, slot * SLOT_BYTES), sys.byteorder) & FUTEX_WAITERS:
+            await anyio.lowlevel.checkpoint()
+
+
 def watch_test(body: Callable[[Watch, int], Awaitable[None]], file: int) -> None:
     async def main() -> None:
         await body(Watch(file), file)
@@ -139,7 +149,7 @@ def test_watch_notices_a_kill(file: int) -> None:
     async def body(watch: Watch, file: int) -> None:
         with holder(file, 1) as (pid, _):
             watch.begin()
-            await anyio.sleep(0.05)  # let the thread block: a death before that is another test
+            await somebody_waits(file, 1)  # a death before that is another test
             assert watch.deaths == []
             killed_ns = time.monotonic_ns()
             os.kill(pid, signal.SIGKILL)

@@ -70,7 +70,7 @@ class Rows:
 
     def cache(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         shape = PAGES, self.kv_heads, PAGE, self.dim
-        return tuple(torch.full(shape, UNTOUCHED, dtype=dtype, device=self.qkv.device) for _ in range(2))  # type: ignore[return-value]
+        return tuple(torch.full(shape, UNTOUCHED, dtype=dtype, device=self.qkv.device) for _ in range(2))  # type: ignore[return-value]  # two
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

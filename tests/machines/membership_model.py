@@ -156,13 +156,13 @@ class Model:
             if life in (ALIVE, DOOMED):
                 yield from self._rank_actions(world, rank, losses)
                 if life == DOOMED or deaths:
-                    yield ("dies", rank), lambda rank=rank: self._die(world, rank)  # type: ignore[misc]
+                    yield ("dies", rank), lambda rank=rank: self._die(world, rank)  # type: ignore[misc]  # bound now
             if life == DEAD:
-                yield ("death noticed", rank), lambda rank=rank: self._notice(world, rank)  # type: ignore[misc]
+                yield ("death noticed", rank), lambda rank=rank: self._notice(world, rank)  # type: ignore[misc]  # bound now
             if life == NOTICED and self.bounds.relaunch:
-                yield ("gone", rank), lambda rank=rank: self._gone(world, rank)  # type: ignore[misc]
+                yield ("gone", rank), lambda rank=rank: self._gone(world, rank)  # type: ignore[misc]  # bound now
             if world.up[rank]:
-                yield ("heard from", rank), lambda rank=rank: self._hear(world, rank)  # type: ignore[misc]
+                yield ("heard from", rank), lambda rank=rank: self._hear(world, rank)  # type: ignore[misc]  # bound now
         machine = self.controllers[world.controller]
         if timeouts and machine.attempt is not None:
             yield ("timeout", -1), lambda: self._tick(world, free=False)

@@ -26,7 +26,7 @@ def freeze(value: Any) -> Any:
     if isinstance(value, (MembershipMachine, MemberMachine, RankModel)):
         return tuple(freeze(item) for name, item in sorted(vars(value).items()) if name not in _NOT_STATE)
     if is_dataclass(value) and not isinstance(value, type):
-        frozen = value.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        frozen = value.__dataclass_params__.frozen  # type: ignore[attr-defined]  # no type has it
         if frozen:
             return value
         return tuple(freeze(getattr(value, each.name)) for each in fields(value))

@@ -98,7 +98,7 @@ def dummy_weights(config: ModelConfig, placement: Placement, rank: int = 0, seed
 def assign(
     request_id: int, prompt: list[int], emitted: list[int] | None = None, seed: int = 0, **params: object
 ) -> Assign:
-    asked = SamplingParams(**{"max_tokens": 16, "ignore_eos": True, **params})  # type: ignore[arg-type]
+    asked = SamplingParams(**{"max_tokens": 16, "ignore_eos": True, **params})  # type: ignore[arg-type]  # of any field
     return Assign(request_id, tuple(prompt), tuple(emitted or ()), asked, seed, 0)
 
 

@@ -31,7 +31,7 @@ def stop_midway(plane: TransferPlane, peer: Source) -> Read:
     for _ in range(10):
         read = plane.read(peer.address.session, [(peer.block.address, BLOCK_BYTES)])
         lane = read._lane
-        until(lambda: len(lane.buffer) >= BLOCK_BYTES and int(lane.buffer[0]) == peer.block_value)  # noqa: B023
+        until(lambda: len(lane.buffer) >= BLOCK_BYTES and int(lane.buffer[0]) == peer.block_value)  # noqa: B023  # called before the next
         peer.signal(signal.SIGSTOP)
         if not read._ended.wait(0.2) and int(lane.buffer[-1]) != peer.block_value:
             return read

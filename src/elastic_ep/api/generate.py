@@ -94,7 +94,7 @@ def submit(backend: Backend, job: Job) -> list[Stream]:
     try:
         for part in job.parts:
             for choice in range(job.n):
-                streams.append(backend.submit(part.prompt, part.params, part.seed, choice))  # noqa: PERF401
+                streams.append(backend.submit(part.prompt, part.params, part.seed, choice))  # noqa: PERF401  # those before are needed
     except BaseException:
         for stream in streams:
             stream.cancel()

@@ -1,0 +1,132 @@
+"""What the command line and the checkpoint amount to: checked once, before a process is started. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_ep.api.settings import SamplingDefaults
+from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, ServeConfig
+from elastic_ep.control.devices import choose_device
+from elastic_ep.control.mps import find_program
+from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.model.checkpoint import validate_checkpoint
+from elastic_ep.model.config import CheckpointError, ModelConfig, load_model_config
+from elastic_ep.placement import Placement, launch_placement
+from elastic_ep.text import Text
+
+HEARTBEATS_PER_DEADLINE = 5
+"""Five in a deadline: one may be late without a verdict."""
+KERNEL_WAITS_PER_DEADLINE = 2
+"""A rank that is masked by its peers' kernels is fenced, so this is a deadline for hangs too."""
+SHARED_KERNEL_WAITS_PER_DEADLINE = 4
+"""With MPS, where a rank that comes back waits for its predecessor's kernels, and these for each of their peers."""
+KERNEL_WAIT_MS = 20_000
+"""Without fault tolerance."""
+DRAIN_MARGIN_S = 0.1
+"""What a dead rank's kernels take to end beyond their wait for peers."""
+KV_CACHE_BYTES = 1 << 30
+"""At most so much for the KV cache of a rank unless the command line says how many pages."""
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """Everything that the command line and the checkpoint amount to."""
+
+    config: ServeConfig
+    folder: Path
+    model: ModelConfig
+    text: Text
+    limits: EngineLimits
+    placement: Placement
+    redundant: int
+    device: str
+    name: str
+
+    @property
+    def heartbeat_ms(self) -> int:
+        """0: none."""
+        if not self.config.fault_tolerance:
+            return 0
+        return round(self.config.hang_deadline_s * 1000 / HEARTBEATS_PER_DEADLINE)
+
+    @property
+    def kernel_wait_ms(self) -> int:
+        if not self.config.fault_tolerance:
+            return KERNEL_WAIT_MS
+        waits = SHARED_KERNEL_WAITS_PER_DEADLINE if self.config.mps else KERNEL_WAITS_PER_DEADLINE
+        return round(self.config.hang_deadline_s * 1000 / waits)
+
+    @property
+    def drain_s(self) -> float:
+        """How long a dead rank's kernels may run: at worst they wait for one peer after the other."""
+        return (self.config.ranks - 1) * self.kernel_wait_ms / 1000 + DRAIN_MARGIN_S
+
+    @property
+    def shape(self) -> ExchangeShape:
+        return ExchangeShape(
+            num_ranks=self.config.ranks,
+            max_tokens=self.limits.max_num_batched_tokens,
+            hidden=self.model.hidden_size,
+            top_k=self.model.num_experts_per_tok,
+            slots_per_rank=self.placement.slots_per_rank,
+            operations_per_step=2 * self.model.num_hidden_layers,
+        )
+
+
+def make_plan(config: ServeConfig) -> ServePlan:
+    """Check all that can be checked before a process is started. Raises `ConfigError`."""
+    folder = Path(config.model)
+    try:
+        model = load_model_config(folder)
+        if config.load_format == "auto":
+            validate_checkpoint(folder, model)
+        text = Text.load(folder)
+        SamplingDefaults.from_folder(folder)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise ConfigError(f"--model {config.model}: {error}") from error
+    device = choose_device(config.device, model.hidden_size)
+    if config.mps:
+        if device != "cuda":
+            raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
+        find_program()
+    redundant = config.ep_num_redundant_experts
+    redundant = model.num_experts if redundant is None else redundant
+    return ServePlan(
+        config=config,
+        folder=folder,
+        model=model,
+        text=text,
+        limits=engine_limits(config, model),
+        placement=launch_placement(
+            config.ranks,
+            model.num_hidden_layers,
+            model.num_experts,
+            redundant,
+            num_spare=int(config.enable_eplb),
+        ),
+        redundant=redundant,
+        device=device,
+        name=config.served_model_name
+        or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
+    )
+
+
+def engine_limits(config: ServeConfig, model: ModelConfig) -> EngineLimits:
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
+        )
+    one_sequence = -(-max_model_len // PAGE_SIZE)
+    page_bytes = PAGE_SIZE * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 2 * 4
+    affordable = max(one_sequence, KV_CACHE_BYTES // page_bytes)
+    num_pages = config.num_pages or min(config.max_num_seqs * one_sequence, affordable)
+    if num_pages < one_sequence:
+        raise ConfigError(
+            f"--num-gpu-blocks-override {num_pages} cannot hold one sequence of {max_model_len} tokens: give at least "
+            f"{one_sequence} or lower --max-model-len"
+        )
+    return EngineLimits(
+        max_model_len, config.max_num_seqs, config.max_num_batched_tokens, PAGE_SIZE, num_pages
+    )
