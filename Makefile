@@ -6,11 +6,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-comma := ,
-# Mooncake's wheel needs libibverbs; without it, weights come from the checkpoint alone.
-EXTRAS ?= dev$(if $(wildcard /usr/lib/*/libibverbs.so.1 /usr/lib64/libibverbs.so.1),$(comma)cpu)
 PYTHON ?=
 ARGS ?=
+# Mooncake's wheel needs libibverbs; without it, weights come from the checkpoint alone.
+ifndef EXTRAS
+EXTRAS := dev$(shell PYTHON="$(PYTHON)" scripts/setup has-verbs && echo ,cpu)
+endif
 BIN := .venv/bin
 READY := .venv/.ready-$(EXTRAS)
 BENCHES := death_notice exchange throughput accuracy failover overhead footprint repair \
