@@ -13,7 +13,7 @@ from bench.solo_exchange import SoloDeviceExchange
 from elastic_ep.exchange.base import DeviceExchange, ExchangeShape, Received
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.messages import Member
-from elastic_ep.model.moe import choose_copies
+from elastic_ep.model.routing_table import Copies
 from elastic_ep.placement import launch_placement
 
 BF16 = torch.bfloat16
@@ -62,7 +62,7 @@ class Plane:
         self.down = [torch.randn(slots, inner, hidden, **like) / inner**0.5 for _ in self.weights]
         self.chosen, self.mixing = [], []
         placement = launch_placement(case.ranks, 1, case.experts, case.redundant)
-        copies = torch.tensor(choose_copies(placement, 0, range(case.ranks), rank), device=self.device)
+        copies = torch.from_numpy(Copies(placement).choose(range(case.ranks), rank)[0]).to(self.device)
         for _ in self.weights:
             scores = torch.rand(case.tokens, case.experts, device=self.device).softmax(dim=-1)
             weights, logical = scores.topk(case.top_k)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_ep.placement import EMPTY, Placement, launch_placement
+from elastic_ep.placement import EMPTY, Change, Coverage, Placement, launch_placement
 
 SIZES = [
     (8, 0),
@@ -45,7 +45,7 @@ def test_launch_placement(num_ranks: int) -> None:
         assert counts == [min(num_ranks, copies) for copies in wanted], (experts, redundant)
         assert max(map(len, held)) - min(map(len, held)) <= 1
         everyone = range(num_ranks)
-        assert placement.covered_by(everyone)
+        assert Coverage.of(placement).by(everyone)
         assert placement.tolerates(everyone) == min(num_ranks, total // experts) - 1
 
 
@@ -55,7 +55,7 @@ def test_as_many_redundant_experts_as_experts_survive_any_one_loss(num_ranks: in
         placement = launch_placement(num_ranks, 1, experts, experts)
         assert placement.tolerates(range(num_ranks)) >= 1
         for lost in range(num_ranks):
-            assert placement.covered_by([rank for rank in range(num_ranks) if rank != lost])
+            assert Coverage.of(placement).by(rank for rank in range(num_ranks) if rank != lost)
 
 
 @pytest.mark.parametrize("num_ranks", range(3, 17))
@@ -92,4 +92,22 @@ def brute_force(placement: Placement, ranks: list[int]) -> int:
 def test_tolerates_is_what_brute_force_says(placement: Placement, data: st.DataObject) -> None:
     ranks = sorted(data.draw(st.sets(st.integers(0, placement.num_ranks - 1))))
     assert placement.tolerates(ranks) == brute_force(placement, ranks)
-    assert placement.covered_by(ranks) == (placement.tolerates(ranks) >= 0)
+    assert Coverage.of(placement).by(ranks) == (placement.tolerates(ranks) >= 0)
+
+
+@given(placements(), st.data())
+def test_coverage_follows_changes(placement: Placement, data: st.DataObject) -> None:
+    layers, width = len(placement.slots), placement.num_ranks * placement.slots_per_rank
+    change = st.builds(
+        Change,
+        st.integers(0, layers - 1),
+        st.integers(0, width - 1),
+        st.integers(EMPTY, placement.num_experts - 1),
+    )
+    changes = data.draw(st.lists(change, max_size=6))
+    changed = placement.changed(1, changes)
+    assert Coverage.of(placement).after(changes, changed) == Coverage.of(changed)
+    rows = [list(row) for row in placement.slots]
+    for layer, physical, logical in changes:
+        rows[layer][physical] = logical
+    assert changed.slots == tuple(map(tuple, rows))

@@ -31,11 +31,12 @@ class Placement:
     slots: tuple[tuple[int, ...], ...]
 
     def changed(self, version: int, changes: Iterable[Change]) -> Placement:
-        """The placement with `changes` made."""
-        layers = [list(row) for row in self.slots]
+        """The placement with `changes` made. Layers without a change are shared with this one."""
+        changed: dict[int, list[int]] = {}
         for layer, physical, logical in changes:
-            layers[layer][physical] = logical
-        return replace(self, version=version, slots=tuple(tuple(row) for row in layers))
+            changed.setdefault(layer, list(self.slots[layer]))[physical] = logical
+        rows = [tuple(changed.get(layer, row)) for layer, row in enumerate(self.slots)]
+        return replace(self, version=version, slots=tuple(rows))
 
     def rank_of(self, physical: int) -> int:
         return physical // self.slots_per_rank
@@ -53,17 +54,51 @@ class Placement:
         start = rank * self.slots_per_rank
         return self.slots[layer][start : start + self.slots_per_rank]
 
-    def covered_by(self, ranks: Collection[int]) -> bool:
-        """Whether every logical expert of every layer has a copy on one of `ranks`."""
-        for layer in range(len(self.slots)):
-            held = {expert for rank in ranks for expert in self.on_rank(layer, rank)}
-            if not held.issuperset(range(self.num_experts)):
-                return False
-        return True
-
     def tolerates(self, ranks: Collection[int]) -> int:
         """How many more of `ranks` can be lost, in the worst case, with every expert still alive; -1: held now."""
         return min(min(self.copies(layer, ranks)) for layer in range(len(self.slots))) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Whether some ranks hold every expert of a placement: asked at every event, so a matter of a few operations.
+
+    `held[rank]` has a bit for every (layer, logical expert) that the rank holds, `everything` all of them.
+    """
+
+    held: tuple[int, ...]
+    everything: int
+
+    @classmethod
+    def of(cls, placement: Placement) -> Coverage:
+        held = tuple(_held(placement, rank) for rank in range(placement.num_ranks))
+        return cls(held, (1 << len(placement.slots) * placement.num_experts) - 1)
+
+    def after(self, changes: Iterable[Change], placement: Placement) -> Coverage:
+        """That of `placement`, which `changes` led to."""
+        touched = {placement.rank_of(change.physical) for change in changes}
+        held = [
+            _held(placement, rank) if rank in touched else before for rank, before in enumerate(self.held)
+        ]
+        return replace(self, held=tuple(held))
+
+    def by(self, ranks: Iterable[int]) -> bool:
+        """Whether every logical expert of every layer has a copy on one of `ranks`."""
+        held = 0
+        for rank in ranks:
+            held |= self.held[rank]
+        return held == self.everything
+
+
+def _held(placement: Placement, rank: int) -> int:
+    held = 0
+    for layer in range(len(placement.slots)):
+        in_layer = 0
+        for expert in placement.on_rank(layer, rank):
+            if expert != EMPTY:
+                in_layer |= 1 << expert
+        held |= in_layer << layer * placement.num_experts
+    return held
 
 
 def launch_placement(

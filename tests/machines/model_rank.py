@@ -39,7 +39,7 @@ def freeze(value: Any) -> Any:
     return value
 
 
-_NOT_STATE = {"_handlers", "_effects", "num_ranks", "placement", "config", "out"}
+_NOT_STATE = {"_handlers", "_effects", "num_ranks", "placement", "_coverage", "config", "out"}
 _MAILBOX = ("join_ready", "view", "hold_at", "begun", "waiting_at")
 
 

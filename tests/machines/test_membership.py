@@ -486,6 +486,14 @@ def test_an_expert_without_a_copy_parks_the_group_until_it_is_back() -> None:
     assert machine.view == View(4, (Seat(0, 1, 0), Seat(1, 2, 8)), None)
 
 
+def test_a_loss_does_not_have_all_layers_looked_through() -> None:
+    """Survivors wait for the view: with many layers and experts that took milliseconds."""
+    machine = serving(3)
+    machine.placement = None  # type: ignore[assignment]  # whoever looks at it fails
+    kill(machine, 1)
+    assert machine.state is ev.GroupState.DEGRADED
+
+
 def test_stopping_begins_with_draining_and_starts_nothing_new() -> None:
     machine = serving(3)
     for _ in range(2):

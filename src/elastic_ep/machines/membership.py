@@ -17,7 +17,7 @@ from elastic_ep.machines.membership_events import Effect, Event, GroupState, Mem
 from elastic_ep.machines.rank_lifecycle import RANK, REPORTED_TRIGGERS
 from elastic_ep.machines.tables import Row, Table, TableMachine
 from elastic_ep.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
-from elastic_ep.placement import Placement
+from elastic_ep.placement import Coverage, Placement
 
 STEP_GAP_AFTER_TOTAL_LOSS = 100_000
 """Steps that a member may have begun unseen since the last `StepSeen`; far more than could have run."""
@@ -100,6 +100,7 @@ class MembershipMachine:
         self.first_joining_ms: int | None = None
         self.stopping = False
         self._all_stopped_said = False
+        self._coverage = Coverage.of(self.placement)
         self._effects: list[Effect] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.Start: self._on_start,
@@ -127,7 +128,7 @@ class MembershipMachine:
 
     @property
     def covered(self) -> bool:
-        return self.placement.covered_by([seat.rank for seat in self.view.seats])
+        return self._coverage.by(seat.rank for seat in self.view.seats)
 
     @property
     def tolerates(self) -> int:
@@ -249,6 +250,7 @@ class MembershipMachine:
 
     def _on_placed(self, event: ev.Placed) -> None:
         self.placement = self.placement.changed(event.version, event.changes)
+        self._coverage = self._coverage.after(event.changes, self.placement)
 
     def _on_stop(self, _event: ev.StopRequested) -> None:
         self.stopping = True
@@ -362,7 +364,7 @@ class MembershipMachine:
             first_step = self.highest_step + STEP_GAP_AFTER_TOTAL_LOSS if self.view.epoch else 0
         joined = tuple(Seat(*member, first_step) for member in sorted(attempt.joiners))
         all_seats = tuple(sorted(seats + joined, key=lambda seat: seat.rank))
-        if attempt.joiners and self.has_work and self.placement.covered_by([seat.rank for seat in all_seats]):
+        if attempt.joiners and self.has_work and self._coverage.by(seat.rank for seat in all_seats):
             park_at = None
         self.highest_step = max(self.highest_step, first_step)
         self.view = View(self.view.epoch + 1, all_seats, park_at)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -13,7 +12,6 @@ from elastic_ep.exchange.base import Received
 from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.layers import ROWS, linear
 from elastic_ep.model.weights import LayerWeights
-from elastic_ep.placement import Placement
 
 
 class Carrier(Protocol):
@@ -22,44 +20,6 @@ class Carrier(Protocol):
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received: ...
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor: ...
-
-
-class RoutingTable:
-    """`physical` [layers, experts] int64: the copy of each logical expert that this rank sends to.
-
-    Updated in place, so that whoever captured its address sees the new view.
-    """
-
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.physical = torch.zeros(
-            config.num_hidden_layers, config.num_experts, dtype=torch.int64, device=device
-        )
-
-    def update(self, placement: Placement, active_ranks: Collection[int], rank: int) -> bool:
-        """Choose among the copies on `active_ranks`. False, and no change, if some expert has none."""
-        rows = [choose_copies(placement, layer, active_ranks, rank) for layer in range(len(placement.slots))]
-        if any(copy is None for row in rows for copy in row):
-            return False
-        self.physical.copy_(torch.tensor(rows))
-        return True
-
-
-def choose_copies(
-    placement: Placement, layer: int, active_ranks: Collection[int], rank: int
-) -> list[int | None]:
-    """Per logical expert the physical expert for `rank` to use: its own copy, else one of the live ones.
-
-    (rank + expert) picks among several, so that the ranks spread their load over the copies.
-    """
-    live: list[list[int]] = [[] for _ in range(placement.num_experts)]
-    for physical, logical in enumerate(placement.slots[layer]):
-        if logical >= 0 and physical // placement.slots_per_rank in active_ranks:
-            live[logical].append(physical)
-    chosen: list[int | None] = []
-    for logical, copies in enumerate(live):
-        own = [physical for physical in copies if physical // placement.slots_per_rank == rank]
-        chosen.append(own[0] if own else copies[(rank + logical) % len(copies)] if copies else None)
-    return chosen
 
 
 def gate(

@@ -15,7 +15,7 @@ from elastic_ep.exchange.base import Exchange
 from elastic_ep.messages import Assign, Token
 from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.expert_load import ExpertLoad
-from elastic_ep.model.moe import RoutingTable
+from elastic_ep.model.routing_table import RoutingTable
 from elastic_ep.model.sampler import Sampled
 from elastic_ep.model.scheduler import Chunk, Scheduler, Sequence
 from elastic_ep.model.weights import Weights

@@ -7,7 +7,8 @@ import torch
 from elastic_ep.model.attention import KVCache, attention
 from elastic_ep.model.batch import Batch, CacheLayout
 from elastic_ep.model.layers import RmsNorm, Rope, linear
-from elastic_ep.model.moe import Carrier, RoutingTable, moe
+from elastic_ep.model.moe import Carrier, moe
+from elastic_ep.model.routing_table import RoutingTable
 from elastic_ep.model.weights import Weights
 
 

@@ -17,7 +17,7 @@ from elastic_ep.model.kernels.gate import gate
 from elastic_ep.model.kernels.norm_rope import add_rms_norm, norm_rope_write
 from elastic_ep.model.kernels.prefill_attention import prefill_attention
 from elastic_ep.model.layers import rotary_angles
-from elastic_ep.model.moe import RoutingTable
+from elastic_ep.model.routing_table import RoutingTable
 from elastic_ep.model.weights import LayerWeights, Weights
 
 
