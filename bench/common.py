@@ -108,14 +108,14 @@ def shaped_model(folder: Path, shape: Mapping[str, int]) -> Path:
 
 
 @contextmanager
-def server(arguments: Sequence[str], log_dir: Path) -> Iterator[Server]:
-    """`python -m elastic_ep.run` with these arguments on a free port, ended at exit."""
+def server(arguments: Sequence[str], log_dir: Path, module: str = "elastic_ep.run") -> Iterator[Server]:
+    """`python -m elastic_ep.run` (or what `module` makes of it) with these arguments on a free port, ended at exit."""
     started = time.monotonic()
     process = subprocess.Popen(
         [
             sys.executable,
             "-m",
-            "elastic_ep.run",
+            module,
             "--port",
             "0",
             "--served-model-name",

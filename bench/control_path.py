@@ -1,0 +1,82 @@
+"""How fast the control plane is at the pace of a GPU: kills of ranks whose device is a clock (see paced_engine.py).
+
+The server, its processes, the kills and the clients are real, only the model is not. What is seen is what control loops,
+sockets and the run process add to a loss and to a gain; the shape's layers and experts count, as placements do.
+
+    python -m bench.control_path [--shape 30b] [--step-ms 12] [--kills 16] [--out bench/results/control_path.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import failover
+from bench.common import server, shaped_model, write_result
+from bench.failover_analysis import analyse
+from bench.gpu_serve import SHAPE_30B, beyond_a_step
+from bench.paced_engine import STEP_MS
+from elastic_ep.problems import held_out
+from elastic_ep.run import BUNDLED_MODEL
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    shape = {**SHAPE_30B, "num_hidden_layers": options.layers} if options.shape == "30b" else {}
+    model = shaped_model(scratch / "model", shape) if shape else BUNDLED_MODEL
+    os.environ[STEP_MS] = str(options.step_ms)
+    arguments = [
+        *("--ranks", str(options.ranks), "--device", "cpu", "--model", str(model)),
+        *("--load-format", "dummy" if shape else "auto"),
+    ]
+    questions = [problem.question for problem in held_out(options.questions)]
+    cases = [failover.Case((number % options.ranks,)) for number in range(options.kills)]
+    failover.STREAMS = options.streams
+    with server(arguments, scratch / "runs", module="bench.paced_server") as target:
+        reference = asyncio.run(failover.reference_run(target, questions))
+        load, struck = asyncio.run(failover.disturbed_run(target, questions, cases))
+        time.sleep(0.3)  # the log is flushed at most so often
+        figures, _ = analyse(target.events, struck)
+        if options.keep is not None:
+            shutil.copy(target.events, options.keep)
+    return {
+        "ranks": options.ranks,
+        "layers": options.layers if shape else 4,
+        "step_ms": options.step_ms,
+        "streams": options.streams,
+        **failover.compare(load, reference),
+        **figures,
+        "stall_beyond_a_step_ms": beyond_a_step(figures, "stall_ms"),
+        "rejoin_beyond_a_step_ms": beyond_a_step(figures, "rejoin_ms"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, default=4)
+    add("--shape", choices=("30b", "bundled"), default="30b")
+    add("--layers", type=int, default=24, help="of the 30B shape")
+    add("--step-ms", type=float, default=12.0)
+    add("--kills", type=int, default=16)
+    add("--streams", type=int, default=64)
+    add("--questions", type=int, default=8)
+    add("--keep", type=Path, help="a file for the run's event log")
+    add("--out", type=Path, default=Path("bench/results/control_path.json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="control_path-") as scratch:
+        result = measure(options, Path(scratch))
+    write_result(options.out, result)
+    for name, value in result.items():
+        print(f"{name:24} {value}")
+
+
+if __name__ == "__main__":
+    main()
