@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -117,11 +118,19 @@ class Watch:
         self.mutexes.reset(1)
         self.watch = DeathWatch(self.mutexes, asyncio.get_running_loop())
         self.deaths: list[tuple[str, int]] = []
+        self.told = 0
         self.released = anyio.Event()
 
     def begin(self) -> None:
-        self.watch.watch(1, lambda cause, at_ns: self.deaths.append((cause, at_ns)), self.released.set)
+        self.watch.watch(
+            1, lambda cause, at_ns: self.deaths.append((cause, at_ns)), self.released.set, self.tell
+        )
         assert self.watch.busy_slots == {1}
+
+    def tell(self) -> None:
+        """On the watching thread, before anything else is heard of the death there."""
+        assert threading.current_thread() is not threading.main_thread()
+        self.told += 1
 
     async def end(self) -> tuple[str, int]:
         with anyio.fail_after(DEADLINE_S):
@@ -155,6 +164,7 @@ def test_watch_notices_a_kill(file: int) -> None:
             os.kill(pid, signal.SIGKILL)
             cause, at_ns = await watch.end()
         assert cause == MUTEX
+        assert watch.told == 1
         assert 0 < at_ns - killed_ns < 1e9
         assert watch.mutexes.lock(1) is Locked.FREE  # repaired
         watch.mutexes.unlock(1)
@@ -180,6 +190,7 @@ def test_watch_sees_the_owner_let_go(file: int) -> None:
             process.stdin.write("unlock\n")
             process.stdin.flush()
             assert (await watch.end())[0] == MUTEX_RELEASED
+        assert watch.told == 0, "the owner lives, and could still write to those who mask it"
 
     watch_test(body, file)
 
@@ -190,7 +201,7 @@ from elastic_ep.control.death_watch import DeathWatch
 from elastic_ep.control.robust_mutex import RobustMutexes
 async def main():
     watch = DeathWatch(RobustMutexes(int(sys.argv[1]), 4), asyncio.get_running_loop())
-    watch.watch(3, lambda *_: print("death"), lambda: None)
+    watch.watch(3, lambda *_: print("death"), lambda: None, lambda: print("told"))
 asyncio.run(main())
 """
 

@@ -57,12 +57,19 @@ class DeathWatch:
         self._mutexes = mutexes
         self._loop = loop
 
-    def watch(self, slot: int, on_death: Callable[[str, int], None], on_released: Callable[[], None]) -> None:
+    def watch(
+        self,
+        slot: int,
+        on_death: Callable[[str, int], None],
+        on_released: Callable[[], None],
+        tell: Callable[[], None],
+    ) -> None:
         """Call `on_death(cause, at_ns)` once when the owner of `slot` is dead, later `on_released()`.
 
         `at_ns` is CLOCK_MONOTONIC. `on_released` says that the slot may be used again. Call this only when the
         owner is known to hold the mutex, else it is taken for dead at once. An owner that has died before is
-        reported at once as well.
+        reported at once as well. `tell` is called on the watching thread, and only if the kernel says that the owner
+        has died: for those who cannot wait for the loop.
         """
         self.busy_slots.add(slot)
 
@@ -72,9 +79,15 @@ class DeathWatch:
 
         # Not threading.Thread: its start() waits until the new thread has run, which under load takes as long
         # as a time slice, and interpreter exit would know of it. This kind is forgotten at exit.
-        _thread.start_new_thread(self._block, (slot, on_death, released))
+        _thread.start_new_thread(self._block, (slot, on_death, released, tell))
 
-    def _block(self, slot: int, on_death: Callable[[str, int], None], released: Callable[[], None]) -> None:
+    def _block(
+        self,
+        slot: int,
+        on_death: Callable[[str, int], None],
+        released: Callable[[], None],
+        tell: Callable[[], None],
+    ) -> None:
         make_prompt()
         how = self._mutexes.lock(slot)
         at_ns = time.monotonic_ns()
@@ -83,6 +96,8 @@ class DeathWatch:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(on_death, cause, at_ns)
         if how is Locked.OWNER_DIED:
+            # Second, so that the controller has lost the member before it hears of a step that did without.
+            tell()
             self._mutexes.repair(slot)
         if how is not Locked.UNRECOVERABLE:
             self._mutexes.unlock(slot)

@@ -126,8 +126,9 @@ class ForwardThread:
 
     def _activate(self) -> None:
         assert self.exchange is not None
-        active = frozenset(seat.member for seat in self._view.seats if seat.first_step <= self.step)
-        self._pending = len(active) < len(self._view.seats)
+        begun = [seat.member for seat in self._view.seats if seat.first_step <= self.step]
+        self._pending = len(begun) < len(self._view.seats)
+        active = frozenset(member for member in begun if not self._mailbox.is_dead(member))
         if active != self._active:
             for member in sorted(active - self._active - {self._me}):
                 self.exchange.activate(member)

@@ -40,6 +40,7 @@ from elastic_ep.control.launcher_events import (
     ServerLost,
     ServerReady,
 )
+from elastic_ep.control.peer_notices import NoticeSender
 from elastic_ep.control.private_directory import Janitor
 from elastic_ep.control.robust_mutex import RobustMutexes
 from elastic_ep.messages import Member
@@ -132,6 +133,7 @@ class Launcher:
         self._mutex_fd = RobustMutexes.create_file(slots)
         self._mutexes = RobustMutexes(self._mutex_fd, slots)
         self._death_watch = DeathWatch(self._mutexes, self._loop)
+        self._notices = NoticeSender(self._options.directory)
         self._setup = ServerSetup(
             entry=self._options.entry,
             preload=self._options.preload,
@@ -170,6 +172,7 @@ class Launcher:
             self._gone(process, UNKNOWN_STATUS)
         with anyio.move_on_after(self._options.close_s, shield=True):
             await self._until(lambda: not self._death_watch.busy_slots)
+        self._notices.close()
         self._janitor.finish()
         os.close(self._mutex_fd)
 
@@ -217,7 +220,10 @@ class Launcher:
                 self._free_slots.append(slot)
             self._stir()
 
-        self._death_watch.watch(slot, on_death, on_released)
+        def tell() -> None:
+            self._notices.tell(member, [other for other in tuple(self._processes) if other != member])
+
+        self._death_watch.watch(slot, on_death, on_released, tell)
 
     def kill(self, member: Member) -> None:
         """Fence: SIGKILL, in whatever state it is, stopped ones included. Idempotent; unknown is no error."""

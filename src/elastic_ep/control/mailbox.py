@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from elastic_ep.messages import Assign, Cancel, RankState, StepReport, View
+from elastic_ep.messages import Assign, Cancel, Member, RankState, StepReport, View
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import ExpertLoads, PlacementSeen, SlotCopied, SlotSums, StateReady
 from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet
@@ -40,7 +40,7 @@ class Mailbox:
     def __init__(self, notify: Callable[[], None]) -> None:
         # Written by the control loop.
         self.join_ready = False
-        """There is a view or a placement that the forward thread has not adopted."""
+        """There is a view, a placement or a death that the forward thread has not taken in."""
         self.view = View(epoch=0, seats=())
         self.placement: Placement | None = None
         """None: the one this rank was launched with."""
@@ -49,6 +49,8 @@ class Mailbox:
         self.stop = False
         self.mask_ns = 0
         """When the control loop last issued a mask."""
+        self._dead: dict[int, int] = {}
+        """By rank, the newest incarnation that is known to be dead."""
         # Written by the forward thread (the outbox by the slot worker and the store too).
         self.begun = -1
         self.waiting_at: int | None = None
@@ -68,6 +70,11 @@ class Mailbox:
         self.placement = placement
         self.join_ready = True
         self._wake.set()
+
+    def peer_died(self, member: Member) -> None:
+        """The next boundary routes around it, also if the view that lacks it comes later."""
+        self._dead[member.rank] = max(member.incarnation, self._dead.get(member.rank, 0))
+        self.join_ready = True
 
     def promise(self) -> int:
         """Hold before a step that is not begun yet; returns it."""
@@ -101,6 +108,9 @@ class Mailbox:
             self.waiting_at = step
             return False
         return True
+
+    def is_dead(self, member: Member) -> bool:
+        return member.incarnation <= self._dead.get(member.rank, 0)
 
     def wait(self, timeout_s: float) -> None:
         self._wake.wait(timeout_s)

@@ -23,6 +23,7 @@ from elastic_ep.control.control_store import ControlStore
 from elastic_ep.control.engine import build_engine
 from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
+from elastic_ep.control.peer_notices import NoticeReader
 from elastic_ep.control.scheduling import make_prompt
 from elastic_ep.control.slots import SlotWorker
 from elastic_ep.control.wire import RankWire
@@ -98,7 +99,7 @@ class RankProcess:
         """Whether a step report has gone out since the last heartbeat was due: it is a sign of life too."""
         self._behind = False
         self._fell_behind = anyio.Event()
-        self._early_masks: list[Member] = []
+        self._masked: set[Member] = set()
         self._ready_to_join = False
         self._status: int | None = None
 
@@ -108,6 +109,7 @@ class RankProcess:
         self._connector = Connector(self._exchange, self._loop, slow=self._config.device != "cpu")
         self._loop.add_reader(self._life_fd, self._orphaned)
         self._wire = RankWire(Path(self._config.directory), self._me, self._on_numbered, self._on_direct)
+        notices = NoticeReader(Path(self._config.directory), self._me, self._on_peer_death)
         self._wire.send(Hello(*self._me, os.getpid()))
         self._report(RankState.INIT_CUDA)
         self._forward.start()
@@ -117,6 +119,7 @@ class RankProcess:
                 tasks.start_soon(self._send_heartbeats)
             await self._finished.wait()
             tasks.cancel_scope.cancel()
+        notices.close()
         self._wire.close()
         assert self._status is not None
         return self._status
@@ -200,13 +203,23 @@ class RankProcess:
         assert exchange is not None, "asked to take part before this rank was ready"
         return exchange
 
+    def _on_peer_death(self, member: Member) -> None:
+        """Before the view that lacks it, most of the time."""
+        if member != self._me:
+            self._mask(member)
+            self._mailbox.peer_died(member)
+
     def _mask(self, member: Member) -> None:
-        """Masks that come before the exchange exists are kept for it."""
-        if self._forward.exchange is None:
-            self._early_masks.append(member)
-        else:
-            self._forward.exchange.mask(member)
-            self._mailbox.mask_ns = time.monotonic_ns()
+        """Once. Masks that come before the exchange exists are kept for it."""
+        if member in self._masked:
+            return
+        self._masked.add(member)
+        if self._forward.exchange is not None:
+            self._issue_mask(self._forward.exchange, member)
+
+    def _issue_mask(self, exchange: Exchange, member: Member) -> None:
+        exchange.mask(member)
+        self._mailbox.mask_ns = time.monotonic_ns()
 
     def _shut_down(self) -> None:
         """Stop at the next boundary. Peers stop too, each at its own boundary: wait for none of them."""
@@ -247,9 +260,8 @@ class RankProcess:
                 self._finish(1)
             case _:
                 self._slots.start(self._forward.runner)
-                for member in self._early_masks:
-                    self._mask(member)
-                self._early_masks.clear()
+                for member in self._masked:
+                    self._issue_mask(self._exchange(), member)
                 self._report(state)
 
     def _say_ready(self) -> None:
