@@ -14,7 +14,6 @@ from elastic_ep.exchange.mooncake import (
     MooncakeUnavailable,
     load_buffer_class,
 )
-from elastic_ep.exchange.step_words import NOT_BEGUN, StepWords
 from elastic_ep.messages import Member
 
 
@@ -28,11 +27,3 @@ def test_a_hidden_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     shape = ExchangeShape(2, 4, 100, 2, 2, 2)
     with pytest.raises(ValueError, match="multiple of 128"):
         MooncakeExchange(shape, Member(0, 0), FileStore(tmp_path))
-
-
-def test_step_words_are_seen_by_all_and_a_new_incarnation_has_begun_nothing(tmp_path: Path) -> None:
-    words = [StepWords(tmp_path, 3, rank) for rank in range(3)]
-    words[1].say(12)
-    assert [words[0].of(rank) for rank in range(3)] == [NOT_BEGUN, 12, NOT_BEGUN]
-    StepWords(tmp_path, 3, 1)
-    assert words[2].of(1) == NOT_BEGUN

@@ -22,7 +22,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import threading
-import time
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
@@ -41,7 +40,6 @@ _CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
 HIDDEN_MULTIPLE = 128
 _WIRE_MULTIPLE = 256
 """What combine's kernel takes; smaller hidden sizes are padded with zeros on the way."""
-_PAUSE_S = 0.00002
 
 
 class MooncakeUnavailable(CannotRun):
@@ -97,8 +95,8 @@ class MooncakeExchange:
     (`dispatch` and `combine` only). `read_masks` may be called before `end_step`, on the forward stream: then one wait
     serves the masks and whatever else is copied to the host.
 
-    With `words` a rank that joins begins its first step when the others have begun theirs (see step_words.py); without
-    them that is the caller's business, and nobody knows whom a step waits for.
+    With `words` a step begins when all who take part have come to it (see step_words.py for why); without them that is
+    the caller's business, and nobody knows whom a step waits for.
 
     `timeout_ms` is how long a kernel waits for a peer before it masks it by itself: the last resort, if the control
     loop hangs too. `suspects` names those.
@@ -127,7 +125,6 @@ class MooncakeExchange:
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._words = words
         self._step: int | None = None
-        self._joined = False
         self._store = IncarnationStore(store, self._is_wanted)
         self._store.incarnations[member.rank] = member.incarnation
         self._connected: dict[int, int] = {}
@@ -217,15 +214,13 @@ class MooncakeExchange:
                     self._buffer.update_mask_buffer(member.rank, True)
 
     def begin_step(self, step: int) -> None:
-        """The kernels number operations by themselves: `step` only says when all may begin."""
+        """Waits until all who take part begin `step` too. The kernels number operations by themselves."""
         self._peers.begin_step()
         self._reading = False
         if self._words is not None and len(self.live) > 1:
             self._words.say(step)
             self._step = step
-            if not self._joined:
-                self._wait_for_all(self._words, step)
-                self._joined = True
+            self._words.wait_for(step, lambda: self.live)
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         """x [T, hidden] bfloat16, physical_experts [T, top_k] int64, both on the device."""
@@ -269,11 +264,6 @@ class MooncakeExchange:
         masked = {rank for rank, value in enumerate(self._masks_host.tolist()) if value}
         self.suspects = frozenset(masked & live)
         return frozenset(lost | self.suspects | (self._targets - live))
-
-    def _wait_for_all(self, words: StepWords, step: int) -> None:
-        """Until all who take part have begun `step`. Ends for whoever is masked meanwhile."""
-        while any(words.of(rank) < step for rank in self.live):
-            time.sleep(_PAUSE_S)
 
     def _is_wanted(self, member: Member) -> bool:
         return self._wanted.get(member.rank, member.incarnation) <= member.incarnation
