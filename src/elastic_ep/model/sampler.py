@@ -21,11 +21,13 @@ from elastic_ep.model.scheduler import Sequence
 _Floats = npt.NDArray[np.float64]
 _Words = npt.NDArray[np.uint64]
 
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""splitmix64's (Steele, Lea, Flood 2014), as is the increment above."""
 _MASK = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
 """A temperature so low is greedy (vLLM's bound): dividing by it would overflow."""
-_LARGEST = 1e30
+LARGEST = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
         return [Sampled(int(token)) for token in raw.argmax(axis=-1)]
     scores = _penalised(raw, sequences)
     tokens = scores.argmax(axis=-1)
-    rows = [row for row, seq in enumerate(sequences) if not _is_greedy(seq.params)]
+    rows = [row for row, seq in enumerate(sequences) if not is_greedy(seq.params)]
     if rows:
         chosen = [sequences[row] for row in rows]
         tokens[rows] = _draw(scores[rows], chosen)
@@ -57,36 +59,44 @@ def gumbel(keys: Seq[tuple[int, int, int]], vocab_size: int) -> _Floats:
 
     Counter-based: word v of a key is splitmix64's v-th output from a state that hashes the key.
     """
-    state = np.array([_key_state(*key) for key in keys], dtype=np.uint64)
-    counter = np.arange(1, vocab_size + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    state = np.array([key_state(*key) for key in keys], dtype=np.uint64)
+    counter = np.arange(1, vocab_size + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     words = _mix(state[:, None] + counter)
     uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return -np.log(-np.log(uniform))
 
 
-def _key_state(seed: int, choice: int, position: int) -> int:
+def key_state(seed: int, choice: int, position: int) -> int:
+    """What the noise of a position begins with: 64 bits."""
     state = 0
     for part in (seed, choice, position):
-        state = int(_mix(np.array([(state + _GOLDEN + part) & _MASK], dtype=np.uint64))[0])
+        state = _mix_word((state + GOLDEN + part) & _MASK)
     return state
 
 
+def _mix_word(x: int) -> int:
+    """`_mix` of one word, which an array would make slow."""
+    x = (x ^ (x >> 30)) * MIX_MULTIPLIERS[0] & _MASK
+    x = (x ^ (x >> 27)) * MIX_MULTIPLIERS[1] & _MASK
+    return x ^ (x >> 31)
+
+
 def _mix(x: _Words) -> _Words:
-    """splitmix64's finaliser (Steele, Lea, Flood 2014). Unsigned arithmetic wraps."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    """splitmix64's finaliser. Unsigned arithmetic wraps."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX_MULTIPLIERS[0])
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX_MULTIPLIERS[1])
     return x ^ (x >> np.uint64(31))
 
 
-def _is_greedy(params: SamplingParams) -> bool:
+def is_greedy(params: SamplingParams) -> bool:
     return params.temperature < _GREEDY_BELOW
 
 
 def is_plain_greedy(params: SamplingParams) -> bool:
-    return _is_greedy(params) and params.logprobs is None and not _has_penalties(params)
+    return is_greedy(params) and params.logprobs is None and not has_penalties(params)
 
 
-def _has_penalties(params: SamplingParams) -> bool:
+def has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
@@ -94,14 +104,14 @@ def _penalised(raw: npt.NDArray[np.float32], sequences: Seq[Sequence]) -> _Float
     scores = raw.astype(np.float64)
     for row, seq in zip(scores, sequences, strict=True):
         params = seq.params
-        if not _has_penalties(params):
+        if not has_penalties(params):
             continue
         seen = np.unique(seq.tokens)
         with np.errstate(over="ignore"):
             repeated = np.where(
                 row[seen] > 0, row[seen] / params.repetition_penalty, row[seen] * params.repetition_penalty
             )
-        row[seen] = np.clip(repeated, -_LARGEST, _LARGEST)
+        row[seen] = np.clip(repeated, -LARGEST, LARGEST)
         output, counts = np.unique(seq.tokens[seq.prompt_len :], return_counts=True)
         if len(output):
             row[output] -= params.frequency_penalty * counts + params.presence_penalty

@@ -12,8 +12,8 @@ from bench.solo_exchange import SoloDeviceExchange
 from elastic_ep.config import EngineLimits
 from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.cuda import runner as runner_module
+from elastic_ep.model.cuda.draws import Drawn, Draws
 from elastic_ep.model.cuda.runner import CudaRunner
-from elastic_ep.model.sampler import Sampled, sample
 from elastic_ep.model.scheduler import Sequence
 from elastic_ep.model.weights import Weights, dummy_source
 from elastic_ep.placement import launch_placement
@@ -47,13 +47,17 @@ def recorded() -> Iterator[Logits]:
     """Of all that is sampled, greedy too."""
     seen: Logits = {}
 
-    def recording(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
-        for row, seq in zip(logits, sequences, strict=True):
-            seen[seq.request_id, len(seq.tokens)] = row.clone()
-        return sample(logits, sequences)
+    class Recording(Draws):
+        def __init__(self, sequences: list[Sequence], device: torch.device, rows: list[int]) -> None:
+            super().__init__(sequences, device, rows)
+            self._keys = [(seq.request_id, len(seq.tokens)) for seq in sequences]
+
+        def run(self, logits: torch.Tensor) -> Drawn:
+            seen.update(zip(self._keys, logits[self._rows].cpu(), strict=True))
+            return super().run(logits)
 
     with (
-        mock.patch.object(runner_module, "sample", recording),
+        mock.patch.object(runner_module, "Draws", Recording),
         mock.patch.object(runner_module, "is_plain_greedy", return_value=False),
     ):
         yield seen

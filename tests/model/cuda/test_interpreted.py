@@ -14,7 +14,11 @@ from .conftest import INTERPRETED, TWICE
 HERE = Path(__file__).parent
 
 
+DEADLINE_S = 400.0
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+@pytest.mark.timeout(DEADLINE_S + 10)
 @pytest.mark.parametrize("name", TWICE)
 def test_interpreted(name: str) -> None:
     # One thread: products this small lose more to waking the others than they win.
@@ -26,7 +30,7 @@ def test_interpreted(name: str) -> None:
         cwd=HERE.parent.parent.parent,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

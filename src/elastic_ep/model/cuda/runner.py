@@ -9,13 +9,15 @@ import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import DeviceExchange
+from elastic_ep.messages import SamplingParams
 from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.cuda.draws import Drawn, Draws
 from elastic_ep.model.cuda.graphs import StepGraphs
 from elastic_ep.model.cuda.inputs import StepInputs, StepShape
 from elastic_ep.model.cuda.linear import TILE_ROWS
 from elastic_ep.model.cuda.load import DeviceLoad
 from elastic_ep.model.cuda.transformer import CudaQwen3Moe
-from elastic_ep.model.sampler import Sampled, is_plain_greedy, sample
+from elastic_ep.model.sampler import Sampled, is_plain_greedy
 from elastic_ep.model.scheduler import Chunk, Sequence
 from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.model.weights import Weights
@@ -23,6 +25,16 @@ from elastic_ep.placement import Placement
 
 GRAPH_ROWS = 256
 """Steps of more rows are computed eagerly: there the device is busy long enough to hide the launches."""
+
+
+_EXAMPLES = [
+    Sequence(0, [0, 0], 1, params, 0, 0)
+    for params in (
+        SamplingParams(1, temperature=0.7, top_p=0.8, top_k=20, min_p=0.01, repetition_penalty=1.1),
+        SamplingParams(1, logprobs=1),
+    )
+]
+"""What is drawn at warm-up, so that no step is the first to load the kernels for it."""
 
 
 class CudaRunner(StepRunner):
@@ -51,12 +63,14 @@ class CudaRunner(StepRunner):
         self._device_exchange = exchange
         self._graphs = StepGraphs(self._body) if graphs else None
         self._tile = tile
+        self._device = device
         pinned = device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if pinned else None
-        self._logits = torch.zeros(self._inputs.max_sequences, config.vocab_size, pin_memory=pinned)
         self._tokens = torch.zeros(self._inputs.max_sequences, dtype=torch.int64, pin_memory=pinned)
         self._rows: list[int] = []
         """Of the step's results: those that are sampled from."""
+        self._drawn: Drawn | None = None
+        """None: the most likely token of each."""
         load = DeviceLoad(placement, rank, self._model.load)
         super().__init__(config, limits, weights, placement, rank, exchange, self._model.routing, load)
 
@@ -76,7 +90,9 @@ class CudaRunner(StepRunner):
         for shape in self._shapes():
             self._exchange.begin_step(-1)
             self._inputs.fill((), shape)
-            self._fetch(self._body(shape), greedy=False)
+            logits, tokens = self._body(shape)
+            self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+            Draws(_EXAMPLES[: len(logits)], self._device).run(logits[: len(_EXAMPLES)]).to_host()
             self._device_exchange.read_masks()
             self._exchange.end_step()
             if self._graphs is not None and shape.rows <= GRAPH_ROWS:
@@ -95,25 +111,28 @@ class CudaRunner(StepRunner):
 
     def _launch(self, chunks: list[Chunk]) -> None:
         self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        draws = self._prepare_draws([chunks[row].sequence for row in self._rows])
         shape = self._inputs.shape_of(chunks)
         self._inputs.fill(chunks, shape)
-        results = self._graphs.run(shape) if self._graphs is not None else self._body(shape)
-        if self._rows:
-            self._fetch(
-                results, greedy=all(is_plain_greedy(chunks[row].sequence.params) for row in self._rows)
-            )
+        logits, tokens = self._graphs.run(shape) if self._graphs is not None else self._body(shape)
+        # Queued: the wait for the masks is the wait for what is sampled too.
+        if draws is not None:
+            self._drawn = draws.run(logits).to_host()
+        elif self._rows:
+            self._drawn = None
+            self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         self._device_exchange.read_masks()
 
-    def _fetch(self, results: tuple[torch.Tensor, torch.Tensor], *, greedy: bool) -> None:
-        """Queue the copy to the host of what sampling needs; the wait for the masks is the wait for it too."""
-        source, target = (results[1], self._tokens) if greedy else (results[0], self._logits)
-        target[: len(source)].copy_(source, non_blocking=True)
-        self._greedy = greedy
+    def _prepare_draws(self, sequences: Seq[Sequence]) -> Draws | None:
+        """None where the most likely tokens will do. Before the launch: what is copied here would wait for it."""
+        if all(is_plain_greedy(seq.params) for seq in sequences):
+            return None
+        return Draws(sequences, self._device, self._rows)
 
     def _discard(self) -> None:
         pass
 
     def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
-        if self._greedy:
-            return [Sampled(token) for token in self._tokens[self._rows].tolist()]
-        return sample(self._logits[self._rows], sequences)
+        if self._drawn is not None:
+            return self._drawn.sampled(sequences)
+        return [Sampled(token) for token in self._tokens[self._rows].tolist()]
