@@ -67,7 +67,9 @@ def _module_name() -> str:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**provenance(), **result}, indent=1) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps({**provenance(), **result}, indent=1) + "\n")
+    new.replace(path)  # whoever is killed meanwhile leaves the one before
     print(f"wrote {path}")
 
 

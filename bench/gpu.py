@@ -31,14 +31,33 @@ def quartiles(values: Sequence[float], digits: int = 3) -> dict[str, Any]:
     return {"median": round(percentile(values, 0.5), digits), "quartiles": ends, "n": len(values)}
 
 
+_UNFINISHED = ("so_far", "not_reached")
+
+
 class Expired(BaseException):
     """A section took too long. Not an Exception: libraries that go on after any of those must not go on after this."""
+
+
+class Rows:
+    """A section's rows, which come in the order in which they were planned."""
+
+    def __init__(self, planned: Sequence[dict[str, Any]], write: Callable[[], None]) -> None:
+        self.measured: list[dict[str, Any]] = []
+        self.not_reached = list(planned)
+        self._write = write
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.measured.append(row)
+        del self.not_reached[0]
+        print(f"           {row}", flush=True)
+        self._write()
 
 
 class Sections:
     """Parts of a result. One that fails or lasts too long leaves `failed: ...` in its place, and the rest goes on.
 
-    The file is written anew after every section. What a section left in `result` as `<name>_so_far` stays if it fails.
+    The file is written anew after every section, and after every row of those that have `rows`: whatever ends the
+    process, it has them as `<name>_so_far`, and the others as `<name>_not_reached`. Both stay if the section fails.
     `commit` says where the code is from if the machine has no git.
     """
 
@@ -57,7 +76,8 @@ class Sections:
         signal.alarm(seconds)
         try:
             value = self.result[name] = call()
-            self.result.pop(f"{name}_so_far", None)
+            for kind in _UNFINISHED:
+                self.result.pop(f"{name}_{kind}", None)
         except (Exception, Expired) as error:
             traceback.print_exc()
             self.result[name] = f"failed: {type(error).__name__}: {error}"
@@ -67,6 +87,14 @@ class Sections:
         print(f"           {self.result[name]}", flush=True)
         self.write()
         return value
+
+    def rows(self, name: str, planned: Sequence[dict[str, Any]]) -> Rows:
+        """For section `name` while it runs. What is planned says what a row is of."""
+        rows = Rows(planned, self.write)
+        for kind, these in zip(_UNFINISHED, (rows.measured, rows.not_reached), strict=True):
+            self.result[f"{name}_{kind}"] = these
+        self.write()
+        return rows
 
     def write(self) -> None:
         self.result["took_s"] = round(time.monotonic() - self._began, 1)

@@ -129,8 +129,7 @@ def main() -> None:
     sections = Sections(options.out, options.commit, mps=mps)
     with ExitStack() as stack:
         if options.mps:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="mps-"))
-            os.environ.update(stack.enter_context(mps_daemon(Path(scratch))))
+            os.environ.update(stack.enter_context(mps_daemon()))
         for case in cases(options):
             name = f"tokens={case.tokens} slots={case.slots}"
             sections.run(name, partial(run_case, case, options.seconds), options.seconds + 30)

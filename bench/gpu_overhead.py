@@ -213,7 +213,7 @@ def main() -> None:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overhead-models-")))
         if options.mps:
-            os.environ.update(stack.enter_context(mps_daemon(scratch)))
+            os.environ.update(stack.enter_context(mps_daemon()))
         models = [("bundled", BUNDLED_MODEL, 3 * options.rounds)]
         if options.device == "cuda" and options.layers:
             shape = {**SHAPE_30B, "num_hidden_layers": options.layers}

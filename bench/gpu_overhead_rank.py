@@ -151,7 +151,11 @@ class BlockRank(RankProcess):
             config,
             self._mailbox,
             lambda told: build_engine(
-                told, windows_fd, lambda: "no state plane here", FileStore(Path(told.directory))
+                told,
+                windows_fd,
+                lambda: "no state plane here",
+                FileStore(Path(told.directory)),
+                self._device_opened,
             ),
             blocks,
         )

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from bench import gpu_transformers
-from bench.gpu import Sections
+from bench.gpu import Rows, Sections
 from bench.gpu_decode import BF16, Engine, full_rate, mooncake_works_alone, weight_bytes
 from elastic_ep.config import EngineLimits
 from elastic_ep.model.config import ModelConfig, load_model_config
@@ -162,19 +162,20 @@ class Bench:
         placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
         weights = load_weights(BUNDLED_MODEL, config, placement, 0, device=plan.device, dtype=BF16)
         engine = self._engine(weights, "bundled")
+        rows = self._rows_of_batches("bundled")
         try:
-            return [
-                engine.steady(plan.prompts(batch, config.vocab_size), plan.steps) for batch in plan.batches
-            ]
+            for batch in plan.batches:
+                rows.add(engine.steady(plan.prompts(batch, config.vocab_size), plan.steps))
         finally:
             engine.close()
+        return rows.measured
 
     def _ours(self) -> list[dict[str, Any]]:
         plan, config = self._plan, self._plan.config
         placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
         weights = Weights(config, placement, 0, dummy_source(config, SEED, plan.device), plan.device, BF16)
         engine = self._engine(weights, "ours")
-        rows = self._so_far("ours")
+        rows = self._rows_of_batches("ours")
         try:
             for batch in plan.batches:
                 prompts = plan.prompts(batch, config.vocab_size)
@@ -190,38 +191,34 @@ class Bench:
                     "roofline_share": round(rate / roofline, 4),
                 }
                 self._rates[batch]["roofline"] = roofline
-                rows.append(row)
-                print(f"           {row}", flush=True)
+                rows.add(row)
         finally:
             engine.close()
-        return rows
+        return rows.measured
 
-    def _so_far(self, name: str) -> list[dict[str, Any]]:
-        """Rows that stay in the result even if their section fails."""
-        rows: list[dict[str, Any]] = []
-        self._sections.result[f"{name}_so_far"] = rows
-        return rows
+    def _rows_of_batches(self, name: str) -> Rows:
+        return self._sections.rows(name, [{"batch": batch} for batch in self._plan.batches])
 
     def _transformers(self) -> list[dict[str, Any]]:
         plan, config = self._plan, self._plan.config
         model = gpu_transformers.build(config, dummy_source(config, SEED, plan.device), plan.device)
-        rows = self._so_far("transformers")
-        for name, call, batches in self._candidates(model):
-            for batch in batches:
-                row: dict[str, Any] = {"batch": batch, "how": name}
-                rows.append(row)
-                try:
-                    prompts = plan.prompts(batch, config.vocab_size)
-                    call(prompts, min(4, plan.new))
-                    stamps, tokens = call(prompts, plan.new)
-                    row["tokens_per_s"] = round(full_rate(stamps), 1)
-                    row["same_first_token"] = self._same(batch, tokens)
-                    kind = name.split()[0]
-                    self._rates[batch][kind] = max(row["tokens_per_s"], self._rates[batch].get(kind, 0.0))
-                except Exception as error:
-                    row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-                print(f"           {row}", flush=True)
-        return rows
+        candidates = [(name, call, batch) for name, call, some in self._candidates(model) for batch in some]
+        planned = [{"batch": batch, "how": name} for name, _, batch in candidates]
+        rows = self._sections.rows("transformers", planned)
+        for name, call, batch in candidates:
+            row: dict[str, Any] = {"batch": batch, "how": name}
+            try:
+                prompts = plan.prompts(batch, config.vocab_size)
+                call(prompts, min(4, plan.new))
+                stamps, tokens = call(prompts, plan.new)
+                row["tokens_per_s"] = round(full_rate(stamps), 1)
+                row["same_first_token"] = self._same(batch, tokens)
+                kind = name.split()[0]
+                self._rates[batch][kind] = max(row["tokens_per_s"], self._rates[batch].get(kind, 0.0))
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+            rows.add(row)
+        return rows.measured
 
     def _candidates(self, model: Any) -> list[tuple[str, Any, Sequence[int]]]:
         """Name, call and batches. What might leave the device in a bad way, capturing graphs, comes last."""

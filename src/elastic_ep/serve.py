@@ -124,7 +124,7 @@ class RunProcess:
             wire = ControllerWire(directory, lambda message: self._controller.on_message(message))
             stack.callback(wire.close)
             # Before the launcher, so that it ends after all ranks.
-            environment = stack.enter_context(mps_daemon(directory)) if self._config.mps else {}
+            environment = stack.enter_context(mps_daemon()) if self._config.mps else {}
             options = LauncherOptions(
                 entry=RANK_ENTRY, preload=_PRELOAD[self._plan.device], directory=directory,
                 windows_fd=windows_fd, max_ranks=self._config.ranks, environment=environment,

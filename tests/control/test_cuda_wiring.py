@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import anyio
 import pytest
+from lone_rank import Wire, lone_rank
 
 from elastic_ep.config import CannotRun, EngineLimits, RankConfig
 from elastic_ep.control import devices
@@ -21,7 +22,7 @@ from elastic_ep.control.engine import build_engine
 from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.machines import membership_events as ev
-from elastic_ep.messages import Member, RankReport, RankState, Seat, StepReport, View
+from elastic_ep.messages import Heartbeat, Member, RankReport, RankState, Seat, StepReport, View
 from elastic_ep.placement import launch_placement
 from elastic_ep.run import USAGE_ERROR, main
 
@@ -45,8 +46,8 @@ def test_a_cuda_rank_builds_the_cuda_engine(monkeypatch: pytest.MonkeyPatch) -> 
     cast(Any, module).build_cuda_engine = lambda *arguments: built.extend(arguments)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     store = ControlStore(Member(0, 1), lambda message: None)
-    build_engine(CONFIG, -1, lambda: "no plane", store)
-    assert built == [CONFIG, store]
+    build_engine(CONFIG, -1, lambda: "no plane", store, print)
+    assert built == [CONFIG, store, print]
 
 
 def test_what_a_machine_lacks_is_the_reason_and_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
@@ -107,14 +108,47 @@ def test_a_joiner_is_heard_of_when_its_predecessor_has_left_the_device(
         processes=SimpleNamespace(hold=held.append, when_free=lambda rank, then: waiting.append(then)),
         _guarded=lambda event, member: events.append(event),
     )
-    for state in (RankState.INIT_DIST, RankState.JOINING):
+    for state in (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING):
         Controller._on_rank_report(cast(Any, controller), joiner, RankReport(1, 2, state))
-    assert [event.state for event in events] == [RankState.INIT_DIST]
-    assert held == [joiner, joiner]
+    assert [event.state for event in events] == [RankState.INIT_CUDA, RankState.INIT_DIST]
+    assert held == [joiner, joiner, joiner]
     slots[1] = SimpleNamespace(member=member_then, state=state_then)
     (then,) = waiting
     then()
-    assert [event.state for event in events[1:]] == heard * [RankState.JOINING]
+    assert [event.state for event in events[2:]] == heard * [RankState.JOINING]
+
+
+@pytest.mark.parametrize(
+    ("state", "member_now", "held"),
+    [
+        (RankState.INIT_CUDA, Member(1, 2), [Member(1, 2)]),
+        (RankState.INIT_DIST, Member(1, 2), [Member(1, 2)]),
+        (RankState.JOINING, Member(1, 2), [Member(1, 2)]),
+        (RankState.SERVING, Member(1, 2), []),
+        (RankState.FAILED, Member(1, 2), []),
+        (RankState.INIT_CUDA, Member(1, 3), []),
+    ],
+)
+def test_a_rank_that_starts_is_held_at_each_heartbeat(
+    state: RankState, member_now: Member, held: list[Member]
+) -> None:
+    asked: list[Member] = []
+    controller = SimpleNamespace(
+        machine=SimpleNamespace(slots={1: SimpleNamespace(member=member_now, state=state)}),
+        processes=SimpleNamespace(hold=asked.append),
+        _signs_of_life={},
+        _known=lambda member: SimpleNamespace(),
+    )
+    Controller.on_message(cast(Any, controller), Heartbeat(1, 2, 0, 0, 0, None, parked=False))
+    assert asked == held
+
+
+def test_a_rank_says_when_its_device_is_open() -> None:
+    wire = Wire()
+    rank = lone_rank(wire)
+    rank._mailbox._notify = rank._drain_outbox
+    rank._device_opened()
+    assert wire.sent == [RankReport(0, 1, RankState.INIT_CUDA)]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,19 @@ for path in sys.argv[2:]:
 print("ready", flush=True)
 sys.stdin.read()
 """
+OPENER = """
+import fcntl, os, sys
+fds = {}
+print("ready", flush=True)
+for line in sys.stdin:
+    word, path = line.split()
+    if word == "open":
+        fds[path] = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(fds[path], fcntl.LOCK_EX)
+    else:
+        os.close(fds[path])
+    print("done", flush=True)
+"""
 SERVER = """
 import ctypes, socket, sys
 ctypes.CDLL(None).prctl(15, sys.argv[1].encode(), 0, 0, 0)
@@ -74,6 +87,14 @@ def is_open_elsewhere(device: Path) -> bool:
         except BlockingIOError:
             return True
         return False
+
+
+def tell(opener: subprocess.Popen[str], word: str, device: Path) -> None:
+    """Have it open or close the file."""
+    assert opener.stdin is not None
+    assert opener.stdout is not None
+    print(word, device, file=opener.stdin, flush=True)
+    assert opener.stdout.readline() == "done\n"
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -178,6 +199,98 @@ def test_a_look_at_a_dying_process_loses_nothing(device: Path) -> None:
     anyio.run(dies_before_it_is_looked_into_again, device)
 
 
+async def looked_into_while_it_starts(device: Path, notes: list[int]) -> None:
+    def note(kind: str, /, **facts: Any) -> None:
+        if kind == "device_held":
+            notes.append(facts["files"])
+
+    second = device.with_name("nvidia1")
+    with running(OPENER) as opener, DeviceGuard(1000.0, note) as guard:
+        guard.hold(FIRST, opener.pid)
+        for path in (device, second):
+            tell(opener, "open", path)
+            guard.hold(FIRST, opener.pid)
+            guard.hold(FIRST, opener.pid)
+        tell(opener, "close", device)
+        assert is_open_elsewhere(device)
+        guard.hold(FIRST, opener.pid)
+        assert not is_open_elsewhere(device), "what it closes itself is let go"
+        end(opener)
+        guard.gone(FIRST)
+        assert is_open_elsewhere(second)
+
+
+def test_a_rank_that_starts_is_held_by_what_it_has_opened_so_far(device: Path) -> None:
+    notes: list[int] = []
+    anyio.run(looked_into_while_it_starts, device, notes)
+    assert notes == [0, 1, 2, 1]
+
+
+async def looked_into_often(device: Path) -> None:
+    with running(CLIENT, str(device)) as client, DeviceGuard(1000.0, unnoted) as guard:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            guard.hold(FIRST, client.pid)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+
+
+def test_looks_do_not_pile_up_descriptors(device: Path) -> None:
+    anyio.run(looked_into_often, device)
+
+
+async def dies_while_it_is_looked_into(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = device.with_name("nvidia1")
+    duplicate = device_hold._duplicate
+    with running(OPENER) as opener, DeviceGuard(1000.0, unnoted) as guard:
+
+        def last_words(pidfd: int, number: int) -> int:
+            fd = duplicate(pidfd, number)
+            die_unreaped(opener)
+            return fd
+
+        tell(opener, "open", device)
+        tell(opener, "open", second)
+        guard.hold(FIRST, opener.pid)
+        monkeypatch.setattr(device_hold, "_duplicate", last_words)
+        guard.hold(FIRST, opener.pid)
+        assert is_open_elsewhere(device)
+        assert is_open_elsewhere(second)
+
+
+def test_a_death_in_the_middle_of_a_look_loses_nothing(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    anyio.run(dies_while_it_is_looked_into, device, monkeypatch)
+
+
+async def refused_later(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pidfd: int, number: int) -> int:
+        raise PermissionError
+
+    with running(CLIENT, str(device)) as client, DeviceGuard(1000.0, unnoted) as guard:
+        guard.hold(FIRST, client.pid)
+        monkeypatch.setattr(device_hold, "_duplicate", refuse)
+        guard.hold(FIRST, client.pid)
+        end(client)
+        assert is_open_elsewhere(device)
+
+
+def test_a_look_that_fails_loses_nothing(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    anyio.run(refused_later, device, monkeypatch)
+
+
+async def killed_before_it_opens_anything(at_once: list[int]) -> None:
+    with running(OPENER) as opener, DeviceGuard(1000.0, unnoted) as guard:
+        guard.hold(FIRST, opener.pid)
+        end(opener)
+        guard.gone(FIRST)
+        guard.when_free(SECOND.rank, lambda: at_once.append(1))
+
+
+def test_a_rank_that_has_opened_nothing_keeps_nobody(device: Path) -> None:
+    at_once: list[int] = []
+    anyio.run(killed_before_it_opens_anything, at_once)
+    assert at_once == [1]
+
+
 async def guarded(device: Path, notes: list[str]) -> None:
     def note(name: str, /, **facts: Any) -> None:
         notes.append(name)
@@ -204,7 +317,7 @@ async def guarded(device: Path, notes: list[str]) -> None:
 def test_a_new_incarnation_waits_until_the_device_is_free(device: Path) -> None:
     notes: list[str] = []
     anyio.run(guarded, device, notes)
-    assert notes == ["device_held", "device_held", "device_not_held", "device_released"]
+    assert notes == ["device_held", "device_not_held", "device_released"]
 
 
 async def ended_early(device: Path) -> None:

@@ -47,6 +47,7 @@ from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet
 
 BEAT_S = 0.25
 PARKED_FACTOR = 3
+_STARTING = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
 _TO_RANKS = (ev.Publish, ev.SendTo, ev.Fence, ev.Launch)
 
 
@@ -61,7 +62,7 @@ class Processes(Protocol):
         """The rank holds its death mutex now."""
 
     def hold(self, member: Member) -> None:
-        """The rank has got further, and may use more of its device."""
+        """The rank is starting, and may use more of its device by now."""
 
     def when_free(self, rank: int, then: Callable[[], None]) -> None:
         """Call `then`, now or when nothing of the rank's dead incarnations is on its device any more."""
@@ -144,6 +145,9 @@ class Controller:
             case Heartbeat():
                 self._signs_of_life[member] = message
                 self._known(member).step = message.step
+                slot = self.machine.slots[member.rank]
+                if slot.member == member and slot.state in _STARTING:
+                    self.processes.hold(member)
             case Promise():
                 self.feed(ev.Promised(member, message.attempt, message.step))
             case RankReport():
@@ -205,11 +209,10 @@ class Controller:
         return PARKED_FACTOR if self.machine.state is ev.GroupState.PAUSED else 1
 
     def _pulse(self) -> None:
-        starting = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
         pulse = Pulse(
             now_ms=int(time.monotonic() * 1000),
             seated=tuple(sorted(self.machine.view.members)),
-            starting=tuple(slot.member for slot in self.machine.slots.values() if slot.state in starting),
+            starting=tuple(slot.member for slot in self.machine.slots.values() if slot.state in _STARTING),
             beats=tuple([_heartbeat(sign) for sign in self._signs_of_life.values()]),
         )
         self._signs_of_life.clear()
@@ -290,7 +293,7 @@ class Controller:
 
     def _on_rank_report(self, member: Member, report: RankReport) -> None:
         reported = ev.Reported(member, report.state, report.reason)
-        if report.state in (RankState.INIT_DIST, RankState.JOINING):
+        if report.state in _STARTING:
             self.processes.hold(member)
         if report.state is not RankState.JOINING:
             self._guarded(reported, member)

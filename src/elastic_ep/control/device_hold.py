@@ -33,6 +33,8 @@ class DeviceHold:
         self._fds: list[int] = []
         try:
             self._fds.extend(_duplicates(pid))  # one by one: what an error leaves behind is known
+            self.complete = _has_files(pid)
+            """False: the process may have been dying, with some of its descriptors closed already."""
         except OSError:
             self.release()
             raise
@@ -50,12 +52,12 @@ class DeviceHold:
 def _duplicates(pid: int) -> Iterator[int]:
     pidfd = os.pidfd_open(pid)
     try:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
+        for name in os.listdir(f"/proc/{pid}/fd"):
             try:
-                target = os.readlink(entry)
+                target = os.readlink(f"/proc/{pid}/fd/{name}")
                 if not target.startswith((_DEVICE, _SOCKET)):
                     continue
-                fd = _duplicate(pidfd, int(entry.name))
+                fd = _duplicate(pidfd, int(name))
             except OSError as error:
                 if error.errno in _CLOSED:  # meanwhile, by the process itself
                     continue
@@ -66,6 +68,14 @@ def _duplicates(pid: int) -> Iterator[int]:
                 os.close(fd)
     finally:
         os.close(pidfd)
+
+
+def _has_files(pid: int) -> bool:
+    """A process that ends gives up the table of its descriptors first, and closes them then."""
+    try:
+        return bool(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return False
 
 
 def _duplicate(pidfd: int, number: int) -> int:

@@ -27,9 +27,11 @@ OpenPlane = Callable[[], TransferPlane | str]
 
 
 def build_engine(
-    config: RankConfig, windows_fd: int, open_plane: OpenPlane, store: Store
+    config: RankConfig, windows_fd: int, open_plane: OpenPlane, store: Store, opened: Callable[[], None]
 ) -> tuple[StepRunner, Exchange]:
     """What it raises is the reason why this rank fails. `store` is for exchanges that meet their peers.
+
+    `opened` is called when a GPU is open, before the first kernel.
 
     The state plane is opened here, where nobody waits for a sign of life: that takes tens of milliseconds, on a busy
     machine many more, in part with the interpreter lock held.
@@ -38,7 +40,7 @@ def build_engine(
     if config.device == "cuda":
         from elastic_ep.model.cuda.build import build_cuda_engine  # needs Triton, ranks on the CPU do not
 
-        return build_cuda_engine(config, store)
+        return build_cuda_engine(config, store, opened)
     open_plane()
     return _build_cpu_engine(config, windows_fd, open_plane)
 

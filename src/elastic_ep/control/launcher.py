@@ -127,6 +127,7 @@ class Launcher:
 
     async def __aenter__(self) -> Launcher:
         self._loop = asyncio.get_running_loop()
+        # The fork server removes it too; this is for a run process that is killed while no fork server lives.
         self._janitor = Janitor(self._options.directory)
         slots = 4 * self._options.max_ranks  # a dead incarnation's is in use until its watcher has run
         self._free_slots = deque(range(slots))

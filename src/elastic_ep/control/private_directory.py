@@ -1,11 +1,13 @@
-"""The directory of a run's sockets, and its removal whatever happens to the run process."""
+"""A run's private directories, and their removal whatever happens to the run process."""
 
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import stat
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,31 +38,50 @@ def remove(directory: Path) -> None:
 class Janitor:
     """A tiny process that outlives this one just long enough to remove `directory`.
 
-    The fork server removes it too; this covers a run process that is killed while no fork server lives. A shell,
-    since it costs a megabyte at most and starts in a millisecond. Raises `NotPrivate`.
+    A shell, since it costs a megabyte at most and starts in a millisecond. Raises `NotPrivate`.
+
+    `script` is what it runs before the removal, `arguments` its $2 and so on. The script must read its input, where it
+    finds a line (from `finish`) or an end of file: `hang_up`, or this process is dead.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        script: str = "read -r _",
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         check_private(directory)
+        script += '\nexec rm -rf -- "$1"'
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r _; exec rm -rf -- "$1"', "eep-janitor", str(directory.absolute())],
+            ["/bin/sh", "-c", script, "eep-janitor", str(directory.absolute()), *arguments],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             process_group=0,
             cwd="/",
+            env=environment,
         )
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
+    def hear(self, timeout_s: float) -> str:
+        """The next line that the script writes; "" if it ends without one, or writes none in time."""
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
+        return self._process.stdout.readline().decode().rstrip() if ready else ""
+
     def finish(self, timeout_s: float = 5.0) -> None:
         """Remove the directory now. Blocks for a few milliseconds."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
         try:
-            self._process.wait(timeout_s)
+            self._process.communicate(b"\n", timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def hang_up(self, timeout_s: float = 5.0) -> None:
+        """Let it do what it would if this process died; if that takes longer, it goes on by itself."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=timeout_s)

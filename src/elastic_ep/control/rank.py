@@ -92,7 +92,9 @@ class RankProcess:
         self._slots = SlotWorker(self._me, self._mailbox, open_plane_once)
         self._store = ControlStore(self._me, self._mailbox.post)
         self._forward = ForwardThread(
-            config, self._mailbox, lambda c: build_engine(c, windows_fd, open_plane_once, self._store)
+            config,
+            self._mailbox,
+            lambda c: build_engine(c, windows_fd, open_plane_once, self._store, self._device_opened),
         )
         self._heard_pub = False
         self._heard_from = False
@@ -235,6 +237,10 @@ class RankProcess:
     def _notify(self) -> None:
         self._loop.call_soon_threadsafe(self._drain_outbox)
 
+    def _device_opened(self) -> None:
+        """The forward thread's: said again, so that the run process holds what is open before kernels run."""
+        self._mailbox.post((RankState.INIT_CUDA, ""))
+
     def _drain_outbox(self) -> None:
         outbox = self._mailbox.outbox
         while outbox:
@@ -249,6 +255,8 @@ class RankProcess:
 
     def _on_forward_state(self, state: RankState, reason: str) -> None:
         match state:
+            case RankState.INIT_CUDA:
+                self._report(state)
             case RankState.JOINING:
                 self._ready_to_join = True
                 self._say_ready()

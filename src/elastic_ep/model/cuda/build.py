@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ DTYPE = torch.bfloat16
 """What the exchange carries. A row's bits do not depend on its batch, so a stream that moves goes on as it would have."""
 
 
-def build_cuda_engine(config: RankConfig, store: Store) -> tuple[CudaRunner, MooncakeExchange]:
-    """The ranks leave each other their buffers' addresses in `store`.
+def build_cuda_engine(
+    config: RankConfig, store: Store, opened: Callable[[], None]
+) -> tuple[CudaRunner, MooncakeExchange]:
+    """The ranks leave each other their buffers' addresses in `store`; `opened` is called before the first kernel.
 
     Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user.
     """
@@ -36,7 +39,9 @@ def build_cuda_engine(config: RankConfig, store: Store) -> tuple[CudaRunner, Moo
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))
     needs = needs_of(model, limits, placement, shape, size)
-    check_memory(needs, torch.cuda.mem_get_info(device)[0], limits, placement)
+    free = torch.cuda.mem_get_info(device)[0]  # makes the device's context, if nothing has made it
+    opened()
+    check_memory(needs, free, limits, placement)
     try:
         return _build(config, store, model, shape, device)
     except torch.OutOfMemoryError as error:  # another process took it meanwhile

@@ -1,0 +1,61 @@
+"""What a benchmark has measured is in its file, whatever ends it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.gpu import Expired, Sections
+
+PLANNED = [{"batch": 1}, {"batch": 16}, {"batch": 64}]
+MEASURED: list[dict[str, Any]] = [{"batch": 1, "tokens_per_s": 8.3}, {"batch": 16, "failed": "no memory"}]
+KILLED = f"""
+import os, signal, sys
+from pathlib import Path
+from bench.gpu import Sections
+sections = Sections(Path(sys.argv[1]), "0")
+def section():
+    rows = sections.rows("theirs", {PLANNED})
+    for row in {MEASURED}:
+        rows.add(row)
+    os.kill(os.getpid(), signal.SIGKILL)
+sections.run("theirs", section, 60)
+"""
+
+
+def test_a_kill_loses_no_row_and_the_file_says_what_was_not_reached(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], cwd=root, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    result = json.loads(out.read_text())
+    assert result["theirs_so_far"] == MEASURED
+    assert result["theirs_not_reached"] == PLANNED[2:]
+    assert "theirs" not in result
+
+
+@pytest.mark.parametrize("expires", [False, True])
+def test_what_was_not_reached_is_named_only_by_a_section_that_fails(tmp_path: Path, expires: bool) -> None:
+    sections = Sections(tmp_path / "result.json", "0")
+
+    def section() -> list[dict[str, Any]]:
+        rows = sections.rows("theirs", PLANNED[:2])
+        rows.add(MEASURED[0])
+        if expires:
+            raise Expired("too long")
+        rows.add(MEASURED[1])
+        return rows.measured
+
+    sections.run("theirs", section, 60)
+    result = json.loads((tmp_path / "result.json").read_text())
+    unfinished = {name: value for name, value in result.items() if name.startswith("theirs_")}
+    if expires:
+        assert unfinished == {"theirs_so_far": MEASURED[:1], "theirs_not_reached": PLANNED[1:2]}
+    else:
+        assert result["theirs"] == MEASURED
+        assert unfinished == {}
