@@ -12,6 +12,11 @@ HAZARD: the kernels of all ranks wait for each other, so all of them must fit on
 through MPS that is one block of 1024 threads for every 8 physical experts of the group, for every rank; without
 MPS the ranks take turns, a time slice each.
 
+HAZARD: a change of a mask waits for the whole device if any peer was connected since the last one, and holds the
+interpreter lock meanwhile. In mid-step, with a dead peer, that is until the kernels give up. So what was connected is
+taken in at the next boundary, where the device is idle; a death in the step that was in progress when a peer was connected
+still meets it.
+
 HAZARD: under MPS the ranks also share their faults. A rank killed while its kernels ran took all others with it (an
 illegal memory access in each) 10 times of 13, unless its memory stayed until they had ended: then 0 of 8 times (see
 control/device_hold.py). Killed between two steps, never (20 kills); without MPS never (16 kills).
@@ -130,6 +135,8 @@ class MooncakeExchange:
         self._connected: dict[int, int] = {}
         self._wanted: dict[int, int] = {}
         """By rank, the incarnation that somebody connects to, or has."""
+        self._taken_in = True
+        """Whether a boundary has passed since the last peer was connected."""
         self._connecting = threading.Lock()
         self._masking = threading.Lock()
         self._side = torch.cuda.Stream(self._device, priority=-1)
@@ -190,6 +197,7 @@ class MooncakeExchange:
             self._store.incarnations[rank] = incarnation
             self._buffer.connect_ranks([rank], activate=False)
             self._connected[rank] = incarnation
+            self._taken_in = False
 
     def activate(self, member: Member) -> None:
         if member.rank == self.member.rank:
@@ -217,10 +225,21 @@ class MooncakeExchange:
         """Waits until all who take part begin `step` too. The kernels number operations by themselves."""
         self._peers.begin_step()
         self._reading = False
+        if not self._taken_in:
+            self._take_in()
         if self._words is not None and len(self.live) > 1:
             self._words.say(step)
             self._step = step
             self._words.wait_for(step, lambda: self.live)
+
+    def _take_in(self) -> None:
+        """Repeat a mask as it is: that of a rank that takes no part, or none if all do, as they were activated since."""
+        self._taken_in = True
+        with self._masking:
+            idle = next((rank for rank in sorted(self._connected) if not self._peers.live[rank]), None)
+            if idle is not None:
+                with torch.cuda.stream(self._side):
+                    self._buffer.update_mask_buffer(idle, True)
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         """x [T, hidden] bfloat16, physical_experts [T, top_k] int64, both on the device."""
