@@ -160,9 +160,9 @@ class BlockRank(RankProcess):
     async def _send_heartbeats(self) -> None:
         """Only while the machinery is on."""
         while True:
-            if self._blocks.mode == "on" and not self._heard_from:
+            if self._blocks.mode == "on" and not self._reported.is_set():
                 self._wire.send(self._heartbeat(parked=self._mailbox.waiting_at is not None))
-            self._heard_from = False
+            self._reported = anyio.Event()
             await anyio.sleep(self._config.heartbeat_ms / 1000)
 
 
