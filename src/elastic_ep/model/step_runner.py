@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -27,12 +27,27 @@ from elastic_ep.slot_messages import SlotSum
 class StepResult:
     """`masked` names the ranks that poisoned the step; it then committed nothing."""
 
-    tokens: tuple[Token, ...] = ()
+    ended: Seq[Token] = ()
+    """Of requests that ended without a step."""
+    sampled: Seq[tuple[int, int, Sampled, str | None]] = ()
+    """Request, index and finish as in `Token`."""
     masked: frozenset[int] = frozenset()
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """Made when asked for, which can wait until the device has something to do."""
+        made = [
+            Token(request_id, index, one.token, finish, one.logprob, one.top)
+            for request_id, index, one, finish in self.sampled
+        ]
+        return (*self.ended, *made)
 
 
 class StepRunner(ABC):
     """Forward thread only, except where said. Raises ValueError if the limits do not fit together."""
+
+    launches_ahead = False
+    """Whether `_launch` returns before the work is done: the device then works while the host does other things."""
 
     def __init__(
         self,
@@ -139,8 +154,10 @@ class StepRunner(ABC):
             self._poisoned = [chunk for chunk in self._poisoned if chunk.sequence is not sequence]
 
     @torch.inference_mode()
-    def run_step(self, step: int, schedule: bool) -> StepResult:
+    def run_step(self, step: int, schedule: bool, launched: Callable[[], None] = lambda: None) -> StepResult:
         """One step: always the same number of exchange operations, tokens only if nothing was masked meanwhile.
+
+        `launched` is called before the wait for the results.
 
         A poisoned step's batch runs again as it was: its KV entries are overwritten. What came in meanwhile (a lost
         rank's requests, with all their tokens to compute) waits for the step after, so that the clients of this one do
@@ -149,6 +166,7 @@ class StepRunner(ABC):
         chunks = (self._poisoned or self._scheduler.schedule()) if schedule else []
         self._exchange.begin_step(step)
         self._launch(chunks)
+        launched()
         masked = self._exchange.end_step()
         if masked:
             if chunks:
@@ -156,21 +174,21 @@ class StepRunner(ABC):
                 self._poisoned = chunks
             return StepResult(masked=masked)
         if not chunks:
-            return StepResult(self._take_ended())
+            return StepResult(ended=self._take_ended())
         self._poisoned = []
         self._scheduler.commit(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled = self._sample(sequences) if sequences else []
-        tokens = [self._append(seq, one) for seq, one in zip(sequences, sampled, strict=True)]
-        return StepResult((*self._take_ended(), *tokens))
+        appended = [self._append(seq, one) for seq, one in zip(sequences, sampled, strict=True)]
+        return StepResult(self._take_ended(), appended)
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> Token:
+    def _append(self, sequence: Sequence, sampled: Sampled) -> tuple[int, int, Sampled, str | None]:
         index = sequence.output_len
         sequence.tokens.append(sampled.token)
         finish = self._finish(sequence)
         if finish is not None:
             self._scheduler.remove(sequence)
-        return Token(sequence.request_id, index, sampled.token, finish, sampled.logprob, sampled.top)
+        return sequence.request_id, index, sampled, finish
 
     def _finish(self, sequence: Sequence) -> str | None:
         params, token = sequence.params, sequence.tokens[-1]
@@ -180,6 +198,6 @@ class StepRunner(ABC):
             return "length"
         return None
 
-    def _take_ended(self) -> tuple[Token, ...]:
-        ended, self._ended = tuple(self._ended), []
+    def _take_ended(self) -> list[Token]:
+        ended, self._ended = self._ended, []
         return ended

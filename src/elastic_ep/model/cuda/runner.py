@@ -33,6 +33,8 @@ class CudaRunner(StepRunner):
     before it is read, and what is not read is not multiplied either.
     """
 
+    launches_ahead = True
+
     def __init__(
         self,
         config: ModelConfig,
