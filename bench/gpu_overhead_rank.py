@@ -23,7 +23,7 @@ import torch
 from bench.file_store import FileStore
 from elastic_ep.config import RankConfig
 from elastic_ep.control.engine import build_engine
-from elastic_ep.control.forward import LOAD_REPORT_STEPS, ForwardThread
+from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.rank import SWITCH_INTERVAL_S, RankProcess
 from elastic_ep.control.scheduling import make_prompt
@@ -133,9 +133,6 @@ class BlockForward(ForwardThread):
             raise RuntimeError(f"held before step {self.step}")
         self._settle_in()
         self._one_step()
-        self.step += 1
-        if self.step % LOAD_REPORT_STEPS == 0:
-            self._report_load()
 
     def _bare_step(self) -> None:
         self.runner.run_step(self.step, schedule=True)

@@ -92,12 +92,21 @@ class FakeExchange:
         self._story.tell(f"activate {member.rank}")
 
 
+class FakeLoad(ExpertLoad):
+    def __init__(self, story: Story) -> None:
+        super().__init__(PLACEMENT, 0)
+        self._story = story
+
+    def cut(self) -> None:
+        self._story.tell("cut")
+
+
 class FakeRunner(StepRunner):
-    """Each token is the length of its sequence so far."""
+    """Each token is the length of its sequence so far. Every step gives the first expert a row."""
 
     def __init__(self, story: Story, exchange: FakeExchange, *, ahead: bool) -> None:
         routing = RoutingTable(MODEL, torch.device("cpu"))
-        load = ExpertLoad(PLACEMENT, 0)
+        load = FakeLoad(story)
         super().__init__(MODEL, LIMITS, cast(Any, None), PLACEMENT, 0, cast(Any, exchange), routing, load)
         self.launches_ahead = ahead
         self._story = story
@@ -108,6 +117,7 @@ class FakeRunner(StepRunner):
 
     def _launch(self, chunks: list[Chunk]) -> None:
         self._launched += 1
+        self.load.by_slot[0][0] += 1
         self._story.tell(f"launch {self._launched}")
 
     def _discard(self) -> None:
@@ -236,6 +246,33 @@ def test_what_was_committed_before_a_failure_is_delivered(
     assert rank.story.outbox[-1] == (RankState.FAILED, "RuntimeError: the device is gone")
     assert rank.tokens() == [3]
     assert "the device is gone" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_load_is_cut_at_its_boundary_and_goes_the_way_of_the_report(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    monkeypatch.setattr(forward_module, "LOAD_REPORT_STEPS", 2)
+    rank = Rank(ahead=ahead)
+    told = rank.run(launch_2=rank.stop)
+    handed_over = ["report 1", "loads"]
+    then = ["launch 2", *handed_over, "end 2"] if ahead else [*handed_over, "launch 2", "end 2"]
+    assert told[told.index("cut") + 1 :][:4] == then
+    assert told.count("cut") == told.count("loads") == 1
+
+
+def test_the_load_goes_out_before_a_placement_that_gives_the_slots_other_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forward_module, "LOAD_REPORT_STEPS", 1)
+    rank = Rank()
+
+    def place() -> None:
+        rank.story.adopt_placement(PLACEMENT.changed(1, ()))
+        rank.story.then["loads"] = rank.stop
+
+    told = rank.run(end_0=place)
+    assert told[2:6] == ["cut", "report 0", "loads", "placement seen"]
 
 
 def test_a_new_routing_waits_for_the_report() -> None:

@@ -3,11 +3,11 @@
 It runs lockstep steps. At each boundary it looks into the mailbox (the join-ready flag, new requests) and adopts
 the newest view; between two boundaries it takes notice of nothing, because a step always completes.
 
-Where the device works on its own, a step's report is handed over when the next step is launched: to encode and to send it
-the control loop takes the interpreter lock, which this thread needs to give the device work. It goes out earlier before
-whatever may take long (a wait, a change of the routing), after a poisoned step, and at the end. So it is late by a
-boundary, never by a step: the watch over progress hears of each step while the next one runs, as it does without this.
-A rank killed before has committed tokens that nobody heard of; whoever gets its requests computes them again.
+Where the device works on its own, what a step has to report is handed over when the next step is launched: to encode and
+to send it the control loop takes the interpreter lock, which this thread needs to give the device work. It goes out
+earlier before whatever may take long (a wait, a change of the routing), after a poisoned step, and at the end. So it is
+late by a boundary, never by a step: the watch over progress hears of each step while the next one runs, as it does
+without this. A rank killed before has committed tokens that nobody heard of; who gets its requests computes them again.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class ForwardThread:
         self._placement: Placement | None = None
         self._report: tuple[Callable[..., StepReport], StepResult] | None = None
         """Of the last step, all but its tokens, until it is handed over."""
+        self._load_due = False
         self._thread = threading.Thread(target=self._main, name="forward", daemon=True)
 
     def start(self) -> None:
@@ -99,9 +100,6 @@ class ForwardThread:
             else:
                 self._settle_in()
                 self._one_step()
-                self.step += 1
-                if self.step % LOAD_REPORT_STEPS == 0:
-                    self._report_load()
 
     def _wait(self) -> None:
         self._hand_over()
@@ -152,11 +150,6 @@ class ForwardThread:
             self._active = active
             self._covered = self.runner.set_routing({member.rank for member in active})
 
-    def _report_load(self) -> None:
-        loads = self.runner.load.take()
-        if any(map(any, loads)):
-            self._mailbox.post(ExpertLoads(*self._me, loads))
-
     def _one_step(self) -> None:
         assert self.exchange is not None
         started_ns = time.monotonic_ns()
@@ -179,11 +172,20 @@ class ForwardThread:
                 mask_ns=self._mailbox.mask_ns if result.masked else 0,
             )
             self._report = report, result
+        self.step += 1
+        if self.step % LOAD_REPORT_STEPS == 0:
+            self.runner.load.cut()
+            self._load_due = True
         if result.masked or not self.runner.launches_ahead:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """The last step's report, if that is still to do."""
+        """What the last step has left to report."""
         if self._report is not None:
             (report, result), self._report = self._report, None
             self._mailbox.post(report(tokens=result.tokens))
+        if self._load_due:
+            self._load_due = False
+            loads = self.runner.load.take()
+            if any(map(any, loads)):
+                self._mailbox.post(ExpertLoads(*self._me, loads))
