@@ -28,3 +28,21 @@ def test_decodes(starts: tuple[int, ...]) -> None:
         inputs.fill(chunks, StepShape(8, decode))
     for name in ("tokens", "positions", "slots", "last_rows", "lengths", "bounds", "count", "tables"):
         assert torch.equal(getattr(quick, name), getattr(general, name)), name
+
+
+def test_tables_follow_sequences_that_grow_change_rows_and_come_back() -> None:
+    inputs = StepInputs(LIMITS, 8, torch.device("cpu"))
+    first, second = chunk(1, 5), chunk(2, 7)
+
+    def check(*chunks: Chunk) -> None:
+        inputs.fill(chunks, StepShape(8, decode=True))
+        for row, (sequence, _, _) in enumerate(chunks):
+            assert inputs.tables[row, : len(sequence.pages)].tolist() == sequence.pages
+
+    first.sequence.pages = [30, 31]
+    check(first, second)
+    first.sequence.pages += [32]
+    check(first, second)
+    check(second, first)
+    first.sequence.pages = [40, 41, 42]
+    check(second, first)

@@ -22,6 +22,9 @@ from elastic_ep.model.weights import Weights
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import SlotSum
 
+_Appended = tuple[int, int, Sampled, str | None]
+"""Request, index, what was sampled, and finish as in `Token`."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -29,8 +32,7 @@ class StepResult:
 
     ended: Seq[Token] = ()
     """Of requests that ended without a step."""
-    sampled: Seq[tuple[int, int, Sampled, str | None]] = ()
-    """Request, index and finish as in `Token`."""
+    sampled: Seq[_Appended] = ()
     masked: frozenset[int] = frozenset()
 
     @property
@@ -137,7 +139,7 @@ class StepRunner(ABC):
 
     def add(self, assign: Assign) -> None:
         """Take over a request from position len(prompt) + len(emitted) on."""
-        sequence = Sequence.of(assign)
+        sequence = Sequence.of(assign, self._eos, self._limits.max_model_len)
         if sequence.output_len >= assign.params.max_tokens:
             self._ended.append(Token(assign.request_id, sequence.output_len, sequence.tokens[-1], "length"))
         elif not 0 < len(sequence.tokens) < self._limits.max_model_len:
@@ -166,6 +168,7 @@ class StepRunner(ABC):
         chunks = (self._poisoned or self._scheduler.schedule()) if schedule else []
         self._exchange.begin_step(step)
         self._launch(chunks)
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         launched()
         masked = self._exchange.end_step()
         if masked:
@@ -177,26 +180,25 @@ class StepRunner(ABC):
             return StepResult(ended=self._take_ended())
         self._poisoned = []
         self._scheduler.commit(chunks)
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled = self._sample(sequences) if sequences else []
-        appended = [self._append(seq, one) for seq, one in zip(sequences, sampled, strict=True)]
-        return StepResult(self._take_ended(), appended)
+        return StepResult(self._take_ended(), self._append(sequences, sampled))
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> tuple[int, int, Sampled, str | None]:
-        index = sequence.output_len
-        sequence.tokens.append(sampled.token)
-        finish = self._finish(sequence)
-        if finish is not None:
-            self._scheduler.remove(sequence)
-        return sequence.request_id, index, sampled, finish
-
-    def _finish(self, sequence: Sequence) -> str | None:
-        params, token = sequence.params, sequence.tokens[-1]
-        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
-            return "stop"
-        if sequence.output_len >= params.max_tokens or len(sequence.tokens) >= self._limits.max_model_len:
-            return "length"
-        return None
+    def _append(self, sequences: Seq[Sequence], sampled: Seq[Sampled]) -> list[_Appended]:
+        """The device is idle meanwhile: one loop, without a call for each token."""
+        appended: list[_Appended] = []
+        for sequence, one in zip(sequences, sampled, strict=True):
+            tokens, token = sequence.tokens, one.token
+            index = len(tokens) - sequence.prompt_len
+            tokens.append(token)
+            finish = None
+            if token in sequence.stops:
+                finish = "stop"
+            elif len(tokens) >= sequence.most:
+                finish = "length"
+            if finish is not None:
+                self._scheduler.remove(sequence)
+            appended.append((sequence.request_id, index, one, finish))
+        return appended
 
     def _take_ended(self) -> list[Token]:
         ended, self._ended = self._ended, []

@@ -67,11 +67,12 @@ class StepInputs:
         self.tables = torch.zeros(sequences, pages, dtype=torch.int32, device=device)
         """[S, P] page numbers."""
         self._numbers = np.arange(sequences, dtype=np.int32)
-        self._written: list[list[int]] = [[] for _ in range(sequences)]
+        self._written: list[tuple[list[int], int]] = [([], 0) for _ in range(sequences)]
+        """The list that each table was written from, and how long it was. Kept, so that no other one is taken for it."""
 
     def shape_of(self, chunks: Seq[Chunk]) -> StepShape:
         """A step without chunks is a decode of nobody."""
-        total = sum(chunk.length for chunk in chunks)
+        total = sum([length for _, _, length in chunks])
         rows = max(1, -(-total // self._tile)) * self._tile
         return StepShape(rows, decode=total == len(chunks))
 
@@ -92,9 +93,9 @@ class StepInputs:
     def _fill_decodes(self, chunks: Seq[Chunk]) -> int:
         """As `_fill_chunks`, for chunks of one token: no arrays for each, which would take most of a short step."""
         page, rows = self._page, len(chunks)
-        starts = [chunk.start for chunk in chunks]
-        pages = [chunk.sequence.pages[chunk.start // page] for chunk in chunks]
-        self._tokens[:rows] = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
+        starts = [start for _, start, _ in chunks]
+        pages = [sequence.pages[start // page] for sequence, start, _ in chunks]
+        self._tokens[:rows] = [sequence.tokens[start] for sequence, start, _ in chunks]
         self._positions[:rows] = starts
         self._slots[:rows] = pages
         self._slots[:rows] *= page
@@ -126,12 +127,17 @@ class StepInputs:
         self._slots[rows] = pages[positions // page - chunk.start // page] * page + positions % page
 
     def _write_tables(self, chunks: Seq[Chunk]) -> bool:
-        """Whether a table changed: every few steps one does. What lies beyond a sequence's pages is never read."""
+        """Whether a table changed: every few steps one does. What lies beyond a sequence's pages is never read.
+
+        A sequence's list of pages only ever grows; one that has given its pages back gets another list.
+        """
         changed = False
-        for row, chunk in enumerate(chunks):
-            pages = chunk.sequence.pages
-            if self._written[row] != pages:
-                self._tables[row, : len(pages)] = pages
-                self._written[row] = list(pages)
-                changed = True
+        for row, ((sequence, _, _), (written, count)) in enumerate(zip(chunks, self._written, strict=False)):
+            pages = sequence.pages
+            if pages is written and len(pages) == count:
+                continue
+            begin = count if pages is written else 0
+            self._tables[row, begin : len(pages)] = pages[begin:]
+            self._written[row] = (pages, len(pages))
+            changed = True
         return changed

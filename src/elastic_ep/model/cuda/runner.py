@@ -96,10 +96,11 @@ class CudaRunner(StepRunner):
         return logits, logits.argmax(dim=-1)
 
     def _launch(self, chunks: list[Chunk]) -> None:
-        self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
         shape = self._inputs.shape_of(chunks)
         self._inputs.fill(chunks, shape)
         results = self._graphs.run(shape) if self._graphs is not None else self._body(shape)
+        # Now that the device has something to do, the rest.
+        self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
         if self._rows:
             self._fetch(
                 results, greedy=all(is_plain_greedy(chunks[row].sequence.params) for row in self._rows)
@@ -117,5 +118,6 @@ class CudaRunner(StepRunner):
 
     def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
         if self._greedy:
-            return [Sampled(token) for token in self._tokens[self._rows].tolist()]
+            tokens = self._tokens.tolist()
+            return [Sampled(tokens[row]) for row in self._rows]
         return sample(self._logits[self._rows], sequences)
