@@ -6,7 +6,8 @@ blocks of the same decode steps in turns, in lockstep, so that a drift of the ma
 
 * "on": a step as the server has it: step words said, the mailbox looked at, masks read back with the tokens and judged,
   tokens and progress reported, loads of the experts reported, heartbeats where no report was.
-* "tokens": only what any server has to do: launch, wait, sample, and hand the tokens to another process.
+* "tokens": only what any server has to do: launch, wait, sample, and hand the tokens to another process, as "on" does it
+  when the next step has been launched.
 * "off": launch, wait, sample.
 
 A ratio is that of two blocks of one round. With `--device cpu` the exchange keeps its bookkeeping in every mode.

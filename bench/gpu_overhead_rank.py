@@ -1,4 +1,8 @@
-"""A rank of `bench.gpu_overhead`: the real rank process, whose forward thread runs the machinery block by block."""
+"""A rank of `bench.gpu_overhead`: the real rank process, whose forward thread runs the machinery block by block.
+
+"on" is the server's own step. "tokens" hands over a step's tokens when that does, after the next launch, as any server
+could. "off" makes no tokens of what it samples.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ import torch
 from bench.file_store import FileStore
 from elastic_ep.config import RankConfig
 from elastic_ep.control.engine import build_engine
-from elastic_ep.control.forward import LOAD_REPORT_STEPS, ForwardThread
+from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.rank import SWITCH_INTERVAL_S, RankProcess
 from elastic_ep.control.scheduling import make_prompt
@@ -107,6 +111,7 @@ class BlockForward(ForwardThread):
         for _ in range(self._blocks.steps):
             step()
         taken = time.perf_counter() - began
+        self._hand_over()
         if self.runner.running != len(requests):
             raise RuntimeError(
                 f"{self.runner.running} of {len(requests)} requests were left at a block's end"
@@ -128,20 +133,17 @@ class BlockForward(ForwardThread):
             raise RuntimeError(f"held before step {self.step}")
         self._settle_in()
         self._one_step()
-        self.step += 1
-        if self.step % LOAD_REPORT_STEPS == 0:
-            self._report_load()
 
-    def _bare_step(self) -> tuple[Any, ...]:
-        tokens = self.runner.run_step(self.step, schedule=True).tokens
+    def _bare_step(self) -> None:
+        self.runner.run_step(self.step, schedule=True)
         self.step += 1
-        return tokens
 
     def _step_with_tokens(self) -> None:
         """What any server has to do: its tokens go to the process that has the clients."""
-        tokens = self._bare_step()
-        report = StepReport(*self._me, self.step, 0, 0, 0, tokens, 0, 0, 0, 0)
-        self._mailbox.post(report)
+        step = self.step
+        result = self.runner.run_step(step, schedule=True, launched=self._hand_over)
+        self._report = lambda tokens: StepReport(*self._me, step, 0, 0, 0, tokens, 0, 0, 0, 0), result
+        self.step += 1
 
 
 class BlockRank(RankProcess):
@@ -164,9 +166,9 @@ class BlockRank(RankProcess):
     async def _send_heartbeats(self) -> None:
         """Only while the machinery is on."""
         while True:
-            if self._blocks.mode == "on" and not self._heard_from:
+            if self._blocks.mode == "on" and not self._reported.is_set():
                 self._wire.send(self._heartbeat(parked=self._mailbox.waiting_at is not None))
-            self._heard_from = False
+            self._reported = anyio.Event()
             await anyio.sleep(self._config.heartbeat_ms / 1000)
 
 

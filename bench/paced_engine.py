@@ -99,6 +99,8 @@ class PacedExchange:
 
 
 class PacedRunner(StepRunner):
+    launches_ahead = True
+
     def __init__(self, config: RankConfig, step_s: float) -> None:
         model = load_model_config(Path(config.model))
         self._paced = PacedExchange(config, step_s, 2 * model.num_hidden_layers)

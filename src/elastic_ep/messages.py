@@ -252,7 +252,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a step brought. Sent when tokens were committed or the step was poisoned.
+    """What a step brought. Sent when tokens were committed or the step was poisoned, perhaps while the next one runs.
 
     `masked` names the ranks that were masked during a poisoned step, `mask_ns` is when a mask was last issued here.
     `started_ns`, `ended_ns` and `mask_ns` are CLOCK_MONOTONIC nanoseconds.

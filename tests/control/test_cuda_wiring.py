@@ -159,12 +159,14 @@ def test_a_member_on_a_gpu_that_is_held_up_says_where(
 ) -> None:
     dumps: list[float] = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", dumps.append)
+    reported = anyio.Event()
+    reported.set()
     process = SimpleNamespace(
         _mailbox=SimpleNamespace(waiting_at=None),
         _machine=SimpleNamespace(view=View(epoch=4, seats=seats)),
         _config=replace(CONFIG, device=device),
         _me=Member(0, 1),
-        _heard_from=True,
+        _reported=reported,
     )
 
     async def one_beat() -> None:

@@ -2,6 +2,12 @@
 
 It runs lockstep steps. At each boundary it looks into the mailbox (the join-ready flag, new requests) and adopts
 the newest view; between two boundaries it takes notice of nothing, because a step always completes.
+
+Where the device works on its own, what a step has to report is handed over when the next step is launched: to encode and
+to send it the control loop takes the interpreter lock, which this thread needs to give the device work. It goes out
+earlier before whatever may take long (a wait, a change of the routing), after a poisoned step, and at the end. So it is
+late by a boundary, never by a step: the watch over progress hears of each step while the next one runs, as it does
+without this. A rank killed before has committed tokens that nobody heard of; who gets its requests computes them again.
 """
 
 from __future__ import annotations
@@ -10,13 +16,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 from elastic_ep.config import CannotRun, RankConfig
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.scheduling import make_ordinary
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.messages import Assign, Member, RankState, StepReport, View
-from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.model.step_runner import StepResult, StepRunner
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import ExpertLoads, PlacementSeen
 
@@ -49,6 +56,9 @@ class ForwardThread:
         self._active: frozenset[Member] = frozenset()
         self._covered = False
         self._placement: Placement | None = None
+        self._report: tuple[Callable[..., StepReport], StepResult] | None = None
+        """Of the last step, all but its tokens, until it is handed over."""
+        self._load_due = False
         self._thread = threading.Thread(target=self._main, name="forward", daemon=True)
 
     def start(self) -> None:
@@ -67,7 +77,10 @@ class ForwardThread:
             self._mailbox.post((RankState.INIT_DIST, ""))
             self.runner.warm_up()
             self._mailbox.post((RankState.JOINING, ""))
-            self._run()
+            try:
+                self._run()
+            finally:
+                self._hand_over()
             self.done = True
             self._mailbox.post((RankState.STOPPED, ""))
         except CannotRun as error:
@@ -80,16 +93,17 @@ class ForwardThread:
         mailbox = self._mailbox
         while not mailbox.stop:
             if self._view.seat(self._me.rank) is None and not self._take_seat():
-                mailbox.wait(_WAIT_S)
+                self._wait()
             elif not mailbox.may_begin(self.step):
                 self._settle_in()
-                mailbox.wait(_WAIT_S)
+                self._wait()
             else:
                 self._settle_in()
                 self._one_step()
-                self.step += 1
-                if self.step % LOAD_REPORT_STEPS == 0:
-                    self._report_load()
+
+    def _wait(self) -> None:
+        self._hand_over()
+        self._mailbox.wait(_WAIT_S)
 
     def _take_seat(self) -> bool:
         view = self._mailbox.view
@@ -120,6 +134,7 @@ class ForwardThread:
         placement = self._mailbox.placement
         if placement is None or placement is self._placement:
             return
+        self._hand_over()
         self._placement = placement
         self._covered = self.runner.set_routing({member.rank for member in self._active}, placement)
         self._mailbox.post(PlacementSeen(*self._me, placement.version))
@@ -130,36 +145,48 @@ class ForwardThread:
         self._pending = len(begun) < len(self._view.seats)
         active = frozenset(member for member in begun if not self._mailbox.is_dead(member))
         if active != self._active:
+            self._hand_over()
             for member in sorted(active - self._active - {self._me}):
                 self.exchange.activate(member)
             self._active = active
             self._covered = self.runner.set_routing({member.rank for member in active})
 
-    def _report_load(self) -> None:
-        loads = self.runner.load.take()
-        if any(map(any, loads)):
-            self._mailbox.post(ExpertLoads(*self._me, loads))
-
     def _one_step(self) -> None:
         assert self.exchange is not None
         started_ns = time.monotonic_ns()
         # Without a copy of every expert no token would be right: keep the lockstep, schedule nothing.
-        result = self.runner.run_step(self.step, schedule=self._covered)
-        if result.tokens or result.masked:
-            self._mailbox.post(
-                StepReport(
-                    rank=self._me.rank,
-                    incarnation=self._me.incarnation,
-                    step=self.step,
-                    epoch=self._view.epoch,
-                    started_ns=started_ns,
-                    ended_ns=time.monotonic_ns(),
-                    tokens=result.tokens,
-                    running=self.runner.running,
-                    waiting=self.runner.waiting,
-                    operations=self.exchange.operations,
-                    cpu_ms=time.thread_time_ns() // 1_000_000,
-                    masked=tuple(sorted(result.masked)),
-                    mask_ns=self._mailbox.mask_ns if result.masked else 0,
-                )
+        result = self.runner.run_step(self.step, schedule=self._covered, launched=self._hand_over)
+        if result.ended or result.sampled or result.masked:
+            report = partial(
+                StepReport,
+                rank=self._me.rank,
+                incarnation=self._me.incarnation,
+                step=self.step,
+                epoch=self._view.epoch,
+                started_ns=started_ns,
+                ended_ns=time.monotonic_ns(),
+                running=self.runner.running,
+                waiting=self.runner.waiting,
+                operations=self.exchange.operations,
+                cpu_ms=time.thread_time_ns() // 1_000_000,
+                masked=tuple(sorted(result.masked)),
+                mask_ns=self._mailbox.mask_ns if result.masked else 0,
             )
+            self._report = report, result
+        self.step += 1
+        if self.step % LOAD_REPORT_STEPS == 0:
+            self.runner.load.cut()
+            self._load_due = True
+        if result.masked or not self.runner.launches_ahead:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """What the last step has left to report."""
+        if self._report is not None:
+            (report, result), self._report = self._report, None
+            self._mailbox.post(report(tokens=result.tokens))
+        if self._load_due:
+            self._load_due = False
+            loads = self.runner.load.take()
+            if any(map(any, loads)):
+                self._mailbox.post(ExpertLoads(*self._me, loads))

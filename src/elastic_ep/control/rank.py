@@ -97,8 +97,8 @@ class RankProcess:
             lambda c: build_engine(c, windows_fd, open_plane_once, self._store, self._device_opened),
         )
         self._heard_pub = False
-        self._heard_from = False
-        """Whether a step report has gone out since the last heartbeat was due: it is a sign of life too."""
+        self._reported = anyio.Event()
+        """Set when a step report has gone out since the last heartbeat was due: it is a sign of life too."""
         self._behind = False
         self._fell_behind = anyio.Event()
         self._masked: set[Member] = set()
@@ -247,7 +247,7 @@ class RankProcess:
             item = outbox.popleft()
             if isinstance(item, StepReport):
                 self._wire.send(item)
-                self._heard_from = True
+                self._reported.set()
             elif isinstance(item, tuple):
                 self._on_forward_state(*item)
             else:
@@ -281,16 +281,24 @@ class RankProcess:
         self._wire.send(RankReport(*self._me, state, reason))
 
     async def _send_heartbeats(self) -> None:
+        """A parked rank is silent for longer than others may be, so whoever judges it must know that it is parked.
+
+        HAZARD: a step report says nothing of parking, and the newest sign of life counts. One that goes out after the
+        heartbeat that said so (the rank was already told to park, or goes on) ends the long pause.
+        """
         while True:
             parked = self._mailbox.waiting_at is not None
-            # A step report says nothing of parking, and a parked rank is silent for longer than others may be.
-            if parked or not self._heard_from:
+            if parked or not self._reported.is_set():
                 self._wire.send(self._heartbeat(parked))
-            self._heard_from = False
+            self._reported = anyio.Event()
             pause_s = self._config.heartbeat_ms / 1000 * (_PARKED_HEARTBEAT_FACTOR if parked else 1)
             if self._config.device != "cpu" and self._me in self._machine.view.members:
                 faulthandler.dump_traceback_later(pause_s + HELD_UP_S)
-            await anyio.sleep(pause_s)
+            if parked:
+                with anyio.move_on_after(pause_s):
+                    await self._reported.wait()
+            else:
+                await anyio.sleep(pause_s)
 
     def _heartbeat(self, parked: bool) -> Heartbeat:
         exchange = self._forward.exchange

@@ -14,8 +14,8 @@ MPS the ranks take turns, a time slice each.
 
 HAZARD: a change of a mask waits for the whole device if any peer was connected since the last one, and holds the
 interpreter lock meanwhile. In mid-step, with a dead peer, that is until the kernels give up. So what was connected is
-taken in at the next boundary, where the device is idle; a death in the step that was in progress when a peer was connected
-still meets it.
+taken in at the next boundary, where the device is idle; a death in the very step in which a peer was connected still
+meets it.
 
 HAZARD: under MPS the ranks also share their faults. A rank killed while its kernels ran took all others with it (an
 illegal memory access in each) 10 times of 13, unless its memory stayed until they had ended: then 0 of 8 times (see

@@ -20,6 +20,9 @@ class ExpertLoad:
         self._settle()
         self._placement = placement
 
+    def cut(self) -> None:
+        """The next `take` need not wait for what is launched from now on. It must come before an `adopt`."""
+
     def take(self) -> tuple[tuple[int, ...], ...]:
         """[layers][logical experts]: rows since the last call."""
         self._settle()

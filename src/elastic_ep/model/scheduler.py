@@ -7,8 +7,10 @@ later (vLLM's preemption by recomputation), so the oldest always advances and no
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.messages import Assign, SamplingParams
@@ -27,16 +29,23 @@ class Sequence:
     choice: int
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    stops: frozenset[int] = frozenset()
+    """Tokens that end it."""
+    most: int = sys.maxsize
+    """Tokens with which it ends, those of the prompt included."""
 
     @classmethod
-    def of(cls, assign: Assign) -> Sequence:
+    def of(cls, assign: Assign, eos: frozenset[int], max_model_len: int) -> Sequence:
+        params = assign.params
         return cls(
             request_id=assign.request_id,
             tokens=[*assign.prompt, *assign.emitted],
             prompt_len=len(assign.prompt),
-            params=assign.params,
+            params=params,
             seed=assign.seed,
             choice=assign.choice,
+            stops=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos),
+            most=min(len(assign.prompt) + params.max_tokens, max_model_len),
         )
 
     @property
@@ -44,8 +53,7 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Compute tokens[start : start + length] of `sequence`; the last one known yields logits."""
 
     sequence: Sequence
@@ -95,10 +103,9 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step's batch. Nothing is computed before `commit`: an uncommitted batch is scheduled again."""
-        budget = self._limits.max_num_batched_tokens
         chunks = self._decodes()
-        budget -= len(chunks)
-        for sequence in self.running:
+        budget = self._limits.max_num_batched_tokens - len(chunks)
+        for sequence in self.running if len(chunks) < len(self.running) else ():
             length = min(budget, len(sequence.tokens) - sequence.computed)
             if sequence.computed + 1 < len(sequence.tokens) and length > 0:
                 chunks.append(Chunk(sequence, sequence.computed, length))
@@ -116,12 +123,13 @@ class Scheduler:
 
     def _decodes(self) -> list[Chunk]:
         chunks = []
-        position = 0
-        while position < len(self.running):  # shrinks from its end when a sequence is preempted
-            sequence = self.running[position]
-            if sequence.computed + 1 == len(sequence.tokens) and self._make_room(sequence):
-                chunks.append(Chunk(sequence, sequence.computed, 1))
-            position += 1
+        page_size = self._limits.page_size
+        for sequence in self.running:  # shrinks from its end when a sequence is preempted
+            computed = sequence.computed
+            if computed + 1 != len(sequence.tokens):
+                continue
+            if computed < len(sequence.pages) * page_size or self._make_room(sequence):
+                chunks.append(Chunk(sequence, computed, 1))
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:

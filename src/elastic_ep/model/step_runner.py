@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -22,17 +22,34 @@ from elastic_ep.model.weights import Weights
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import SlotSum
 
+_Appended = tuple[int, int, Sampled, str | None]
+"""Request, index, what was sampled, and finish as in `Token`."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """`masked` names the ranks that poisoned the step; it then committed nothing."""
 
-    tokens: tuple[Token, ...] = ()
+    ended: Seq[Token] = ()
+    """Of requests that ended without a step."""
+    sampled: Seq[_Appended] = ()
     masked: frozenset[int] = frozenset()
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """Made when asked for, which can wait until the device has something to do."""
+        made = [
+            Token(request_id, index, one.token, finish, one.logprob, one.top)
+            for request_id, index, one, finish in self.sampled
+        ]
+        return (*self.ended, *made)
 
 
 class StepRunner(ABC):
     """Forward thread only, except where said. Raises ValueError if the limits do not fit together."""
+
+    launches_ahead = False
+    """Whether `_launch` returns before the work is done: the device then works while the host does other things."""
 
     def __init__(
         self,
@@ -122,7 +139,7 @@ class StepRunner(ABC):
 
     def add(self, assign: Assign) -> None:
         """Take over a request from position len(prompt) + len(emitted) on."""
-        sequence = Sequence.of(assign)
+        sequence = Sequence.of(assign, self._eos, self._limits.max_model_len)
         if sequence.output_len >= assign.params.max_tokens:
             self._ended.append(Token(assign.request_id, sequence.output_len, sequence.tokens[-1], "length"))
         elif not 0 < len(sequence.tokens) < self._limits.max_model_len:
@@ -139,8 +156,10 @@ class StepRunner(ABC):
             self._poisoned = [chunk for chunk in self._poisoned if chunk.sequence is not sequence]
 
     @torch.inference_mode()
-    def run_step(self, step: int, schedule: bool) -> StepResult:
+    def run_step(self, step: int, schedule: bool, launched: Callable[[], None] = lambda: None) -> StepResult:
         """One step: always the same number of exchange operations, tokens only if nothing was masked meanwhile.
+
+        `launched` is called before the wait for the results.
 
         A poisoned step's batch runs again as it was: its KV entries are overwritten. What came in meanwhile (a lost
         rank's requests, with all their tokens to compute) waits for the step after, so that the clients of this one do
@@ -149,6 +168,8 @@ class StepRunner(ABC):
         chunks = (self._poisoned or self._scheduler.schedule()) if schedule else []
         self._exchange.begin_step(step)
         self._launch(chunks)
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        launched()
         masked = self._exchange.end_step()
         if masked:
             if chunks:
@@ -156,30 +177,29 @@ class StepRunner(ABC):
                 self._poisoned = chunks
             return StepResult(masked=masked)
         if not chunks:
-            return StepResult(self._take_ended())
+            return StepResult(ended=self._take_ended())
         self._poisoned = []
         self._scheduler.commit(chunks)
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled = self._sample(sequences) if sequences else []
-        tokens = [self._append(seq, one) for seq, one in zip(sequences, sampled, strict=True)]
-        return StepResult((*self._take_ended(), *tokens))
+        return StepResult(self._take_ended(), self._append(sequences, sampled))
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> Token:
-        index = sequence.output_len
-        sequence.tokens.append(sampled.token)
-        finish = self._finish(sequence)
-        if finish is not None:
-            self._scheduler.remove(sequence)
-        return Token(sequence.request_id, index, sampled.token, finish, sampled.logprob, sampled.top)
+    def _append(self, sequences: Seq[Sequence], sampled: Seq[Sampled]) -> list[_Appended]:
+        """The device is idle meanwhile: one loop, without a call for each token."""
+        appended: list[_Appended] = []
+        for sequence, one in zip(sequences, sampled, strict=True):
+            tokens, token = sequence.tokens, one.token
+            index = len(tokens) - sequence.prompt_len
+            tokens.append(token)
+            finish = None
+            if token in sequence.stops:
+                finish = "stop"
+            elif len(tokens) >= sequence.most:
+                finish = "length"
+            if finish is not None:
+                self._scheduler.remove(sequence)
+            appended.append((sequence.request_id, index, one, finish))
+        return appended
 
-    def _finish(self, sequence: Sequence) -> str | None:
-        params, token = sequence.params, sequence.tokens[-1]
-        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
-            return "stop"
-        if sequence.output_len >= params.max_tokens or len(sequence.tokens) >= self._limits.max_model_len:
-            return "length"
-        return None
-
-    def _take_ended(self) -> tuple[Token, ...]:
-        ended, self._ended = tuple(self._ended), []
+    def _take_ended(self) -> list[Token]:
+        ended, self._ended = self._ended, []
         return ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -67,42 +68,60 @@ class StepInputs:
         self.tables = torch.zeros(sequences, pages, dtype=torch.int32, device=device)
         """[S, P] page numbers."""
         self._numbers = np.arange(sequences, dtype=np.int32)
-        self._written: list[list[int]] = [[] for _ in range(sequences)]
+        self._decodes: tuple[int, int] | None = None
+        """If the last step was one of decodes: its rows, padding included, and its sequences."""
+        self._written: list[tuple[list[int], int]] = [([], 0) for _ in range(sequences)]
+        """The list that each table was written from, and how long it was. Kept, so that no other one is taken for it."""
 
     def shape_of(self, chunks: Seq[Chunk]) -> StepShape:
         """A step without chunks is a decode of nobody."""
-        total = sum(chunk.length for chunk in chunks)
+        total = sum([length for _, _, length in chunks])
         rows = max(1, -(-total // self._tile)) * self._tile
         return StepShape(rows, decode=total == len(chunks))
 
     def fill(self, chunks: Seq[Chunk], shape: StepShape) -> None:
         """Queue the copies to the device. The step before must have ended: its copies read the same host memory."""
+        decodes = (shape.rows, len(chunks)) if shape.decode else None
+        if decodes is None or decodes != self._decodes:
+            self._frame(chunks, shape)
+        if shape.decode:
+            self._fill_decodes(chunks)
+        self._decodes = decodes
+        self._device.copy_(self._host, non_blocking=True)
+        if self._write_tables(chunks):
+            self.tables.copy_(self._host_tables, non_blocking=True)
+
+    def _frame(self, chunks: Seq[Chunk], shape: StepShape) -> None:
+        """All but what `_fill_decodes` fills in if every chunk is one token."""
         self._tokens[: shape.rows] = 0
         self._positions[: shape.rows] = 0
         self._slots[: shape.rows] = -1
         self._lengths[:] = 0
         self._last_rows[:] = 0
-        end = self._fill_decodes(chunks) if shape.decode else self._fill_chunks(chunks)
-        self._bounds[len(chunks) :] = end
+        count = end = len(chunks)
+        if shape.decode:
+            self._bounds[:count] = self._last_rows[:count] = self._numbers[:count]
+        else:
+            end = self._fill_chunks(chunks)
+        self._bounds[count:] = end
         self._count[0] = end
-        self._device.copy_(self._host, non_blocking=True)
-        if self._write_tables(chunks):
-            self.tables.copy_(self._host_tables, non_blocking=True)
 
-    def _fill_decodes(self, chunks: Seq[Chunk]) -> int:
-        """As `_fill_chunks`, for chunks of one token: no arrays for each, which would take most of a short step."""
+    def _fill_decodes(self, chunks: Seq[Chunk]) -> None:
+        """What differs between two steps of as many decodes.
+
+        The device is idle meanwhile, and caches are cold after the wait for a step: few small operations of numpy.
+        """
         page, rows = self._page, len(chunks)
-        starts = [chunk.start for chunk in chunks]
-        pages = [chunk.sequence.pages[chunk.start // page] for chunk in chunks]
-        self._tokens[:rows] = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
-        self._positions[:rows] = starts
-        self._slots[:rows] = pages
-        self._slots[:rows] *= page
-        self._slots[:rows] += self._positions[:rows] % page
-        self._bounds[:rows] = self._last_rows[:rows] = self._numbers[:rows]
-        self._lengths[:rows] = starts
-        self._lengths[:rows] += 1
-        return rows
+        tokens, positions, slots, lengths = array("i"), array("i"), array("i"), array("i")
+        for sequence, start, _ in chunks:
+            tokens.append(sequence.tokens[start])
+            positions.append(start)
+            slots.append(sequence.pages[start // page] * page + start % page)
+            lengths.append(start + 1)
+        self._tokens.data[:rows] = tokens
+        self._positions.data[:rows] = positions
+        self._slots.data[:rows] = slots
+        self._lengths.data[:rows] = lengths
 
     def _fill_chunks(self, chunks: Seq[Chunk]) -> int:
         """The rows that are real."""
@@ -126,12 +145,17 @@ class StepInputs:
         self._slots[rows] = pages[positions // page - chunk.start // page] * page + positions % page
 
     def _write_tables(self, chunks: Seq[Chunk]) -> bool:
-        """Whether a table changed: every few steps one does. What lies beyond a sequence's pages is never read."""
+        """Whether a table changed: every few steps one does. What lies beyond a sequence's pages is never read.
+
+        A sequence's list of pages only ever grows; one that has given its pages back gets another list.
+        """
         changed = False
-        for row, chunk in enumerate(chunks):
-            pages = chunk.sequence.pages
-            if self._written[row] != pages:
-                self._tables[row, : len(pages)] = pages
-                self._written[row] = list(pages)
-                changed = True
+        for row, ((sequence, _, _), (written, count)) in enumerate(zip(chunks, self._written, strict=False)):
+            pages = sequence.pages
+            if pages is written and len(pages) == count:
+                continue
+            begin = count if pages is written else 0
+            self._tables[row, begin : len(pages)] = pages[begin:]
+            self._written[row] = (pages, len(pages))
+            changed = True
         return changed

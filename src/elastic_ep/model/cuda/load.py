@@ -9,14 +9,32 @@ from elastic_ep.placement import Placement
 
 
 class DeviceLoad(ExpertLoad):
-    """`counts` [layers, slots] int32. Reading it waits for the device: every hundred steps, not every step."""
+    """`counts` [layers, slots] int32. Reading it waits for the device: every hundred steps, not every step.
+
+    After a `cut` it waits for what was launched before that alone.
+    """
 
     def __init__(self, placement: Placement, rank: int, counts: torch.Tensor) -> None:
         super().__init__(placement, rank)
         self._counts = counts
+        pinned = counts.device.type == "cuda"
+        self._host = torch.zeros(counts.shape, dtype=counts.dtype, pin_memory=pinned)
+        self._copied = torch.cuda.Event() if pinned else None
+        self._cut = False
+
+    def cut(self) -> None:
+        self._host.copy_(self._counts, non_blocking=True)
+        self._counts.zero_()
+        if self._copied is not None:
+            self._copied.record()
+        self._cut = True
 
     def _settle(self) -> None:
-        for by_slot, counted in zip(self.by_slot, self._counts.tolist(), strict=True):
+        if not self._cut:
+            self.cut()
+        self._cut = False
+        if self._copied is not None:
+            self._copied.synchronize()
+        for by_slot, counted in zip(self.by_slot, self._host.tolist(), strict=True):
             by_slot[:] = counted
-        self._counts.zero_()
         super()._settle()

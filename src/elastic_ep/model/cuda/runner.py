@@ -45,6 +45,8 @@ class CudaRunner(StepRunner):
     before it is read, and what is not read is not multiplied either.
     """
 
+    launches_ahead = True
+
     def __init__(
         self,
         config: ModelConfig,
@@ -110,12 +112,12 @@ class CudaRunner(StepRunner):
         return logits, logits.argmax(dim=-1)
 
     def _launch(self, chunks: list[Chunk]) -> None:
-        self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
-        draws = self._prepare_draws([chunks[row].sequence for row in self._rows])
+        draws = self._prepare_draws(chunks)
         shape = self._inputs.shape_of(chunks)
         self._inputs.fill(chunks, shape)
         logits, tokens = self._graphs.run(shape) if self._graphs is not None else self._body(shape)
         # Queued: the wait for the masks is the wait for what is sampled too.
+        self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
         if draws is not None:
             self._drawn = draws.run(logits).to_host()
         elif self._rows:
@@ -123,11 +125,12 @@ class CudaRunner(StepRunner):
             self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         self._device_exchange.read_masks()
 
-    def _prepare_draws(self, sequences: Seq[Sequence]) -> Draws | None:
+    def _prepare_draws(self, chunks: Seq[Chunk]) -> Draws | None:
         """None where the most likely tokens will do. Before the launch: what is copied here would wait for it."""
-        if all(is_plain_greedy(seq.params) for seq in sequences):
+        if all(is_plain_greedy(chunk.sequence.params) for chunk in chunks):
             return None
-        return Draws(sequences, self._device, self._rows)
+        rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        return Draws([chunks[row].sequence for row in rows], self._device, rows) if rows else None
 
     def _discard(self) -> None:
         pass
@@ -135,4 +138,5 @@ class CudaRunner(StepRunner):
     def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
         if self._drawn is not None:
             return self._drawn.sampled(sequences)
-        return [Sampled(token) for token in self._tokens[self._rows].tolist()]
+        tokens = self._tokens.tolist()
+        return [Sampled(tokens[row]) for row in self._rows]

@@ -1,0 +1,315 @@
+"""How long a device would idle between two decode steps, on a machine without one: what the host does meanwhile.
+
+The rank process is the real one (control loop, sockets, forward thread, scheduler, inputs, `CudaRunner`), and so is the
+bookkeeping of the exchange; another process hears its reports. In the place of a GPU is a timer: what is launched is done
+so many milliseconds later, and whoever waits for it sleeps, without the interpreter lock. So nothing is said of what the
+launches, copies and waits of a GPU cost, nor of its host. A gap is the time from when a step was done to the next launch.
+How late the sleeper wakes up is part of it, and stands beside it.
+
+Blocks of the same decode steps in turns: "before" reports each step before the next launch, "after" does it after that,
+as the server with a GPU.
+
+    python -m bench.host_gap [--rounds 12] [--out bench/results/host_gap.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import torch
+
+from bench.common import percentile, write_result
+from bench.gpu import quartiles
+from bench.gpu_overhead import Conductor
+from elastic_ep.config import EngineLimits, RankConfig
+from elastic_ep.control.forward import LOAD_REPORT_STEPS, ForwardThread
+from elastic_ep.control.mailbox import Mailbox
+from elastic_ep.control.rank import SWITCH_INTERVAL_S, RankProcess
+from elastic_ep.control.scheduling import make_prompt
+from elastic_ep.control.slots import SlotWorker
+from elastic_ep.exchange.base import Exchange
+from elastic_ep.exchange.mooncake import MooncakeExchange
+from elastic_ep.exchange.peers import Peers
+from elastic_ep.messages import Assign, Member, SamplingParams
+from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.cuda.inputs import StepShape
+from elastic_ep.model.cuda.runner import CudaRunner
+from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.model.weights import Weights, dummy_source
+from elastic_ep.placement import launch_placement
+
+MODES = ("before", "after")
+BATCHES = (1, 16, 64)
+_SETTLE_STEPS = 6
+_BATCH_NUMBERS = 1000
+_DEADLINE_S = 600.0
+_RESULT = "blocks.json"
+Block = dict[str, list[float]]
+Blocks = dict[str, dict[str, list[Block]]]
+"""By batch and mode."""
+
+MODEL = ModelConfig(
+    vocab_size=32000,
+    hidden_size=128,
+    num_hidden_layers=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=16,
+    max_position_embeddings=4096,
+    norm_topk_prob=True,
+    tie_word_embeddings=True,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    eos_token_ids=(),
+)
+"""As many layers and experts as in `bench.gpu_overhead`, for the reports of load; nothing is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    rounds: int
+    steps: int
+    """Of a block. A multiple of LOAD_REPORT_STEPS: then each block has as many reports of load."""
+    step_s: float
+
+    @property
+    def limits(self) -> EngineLimits:
+        length = self.steps + 2 * _SETTLE_STEPS + 2
+        return EngineLimits(
+            max_model_len=length,
+            max_num_seqs=max(BATCHES),
+            max_num_batched_tokens=max(BATCHES),
+            num_pages=max(BATCHES) * -(-length // 16),
+        )
+
+
+class Timer:
+    """The device. It is also the event that the exchange waits for."""
+
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+        self._done_s = time.perf_counter()
+        self.gaps_s: list[float] = []
+        self.late_s: list[float] = []
+        """Of each wait: how long after the step was done it ended."""
+
+    def launch(self) -> None:
+        now = time.perf_counter()
+        self.gaps_s.append(now - self._done_s)
+        self._done_s = now + self._step_s
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        while (left := self._done_s - time.perf_counter()) > 0:
+            time.sleep(left)
+        self.late_s.append(-left)
+
+
+class TimedExchange(MooncakeExchange):
+    """The bookkeeping of a step, without a buffer."""
+
+    def __init__(self, operations: int, timer: Timer) -> None:
+        self.shape: Any = SimpleNamespace(operations_per_step=operations)
+        self.suspects = frozenset()
+        self._peers = Peers(Member(0, 0), 1, MODEL.num_experts)
+        self._targets = frozenset()
+        self._words = None
+        self._step = None
+        self._buffer = SimpleNamespace(query_mask_buffer=lambda masks: None)
+        self._masks = self._masks_host = torch.zeros(1, dtype=torch.int32)
+        self._masks_read: Any = timer
+        self._reading = False
+        self._operations = 0
+
+
+class TimedGraphs:
+    """Every step has the same results."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+        self._results = torch.zeros(max(BATCHES), 1), torch.full((max(BATCHES),), 12345)
+
+    def run(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
+        self._timer.launch()
+        return self._results
+
+
+class TimedRunner(CudaRunner):
+    def __init__(self, limits: EngineLimits, exchange: TimedExchange, timer: Timer) -> None:
+        placement = launch_placement(1, MODEL.num_hidden_layers, MODEL.num_experts, 0)
+        weights = Weights(MODEL, placement, 0, dummy_source(MODEL, 0), torch.device("cpu"), torch.bfloat16)
+        super().__init__(MODEL, limits, weights, placement, 0, exchange)
+        self._graphs: Any = TimedGraphs(timer)
+        self._model.load += 1  # or there would be no report of it
+
+    def warm_up(self) -> None:
+        pass
+
+
+class BlockForward(ForwardThread):
+    """Takes its seat as ever, then runs the blocks, and stops."""
+
+    def __init__(self, config: RankConfig, mailbox: Mailbox, plan: Plan) -> None:
+        super().__init__(config, mailbox, self._build_engine)
+        self._plan = plan
+        self._timer = Timer(plan.step_s)
+        self._number = 0
+
+    def _build_engine(self, config: RankConfig) -> tuple[StepRunner, Exchange]:
+        torch.set_num_threads(1)
+        exchange = TimedExchange(2 * MODEL.num_hidden_layers, self._timer)
+        return TimedRunner(config.limits, exchange, self._timer), exchange
+
+    def _run(self) -> None:
+        while self._view.seat(self._me.rank) is None and not self._take_seat():
+            if self._mailbox.stop:
+                return
+            self._wait()
+        blocks: Blocks = {str(batch): {mode: [] for mode in MODES} for batch in BATCHES}
+        for number in range(self._plan.rounds):
+            for batch in BATCHES:
+                for mode in MODES if number % 2 == 0 else MODES[::-1]:
+                    blocks[str(batch)][mode].append(self._block(batch, mode))
+        (Path(self._config.directory) / _RESULT).write_text(json.dumps(blocks))
+
+    def _block(self, batch: int, mode: str) -> dict[str, list[float]]:
+        """Of each step, microseconds: the gap before it, and how late its end was noticed."""
+        self.runner.launches_ahead = mode == "after"
+        most = SamplingParams(max_tokens=self._plan.limits.max_model_len, ignore_eos=True)
+        first = self._number = self._number + _BATCH_NUMBERS
+        requests = range(first, first + batch)
+        for request in requests:
+            self._mailbox.deliver(Assign(request, (1 + request % 100,), (), most, 0, 0))
+        for step in range(_SETTLE_STEPS + self._plan.steps):
+            if step == _SETTLE_STEPS:
+                self._timer.gaps_s.clear()
+                self._timer.late_s.clear()
+            if not self._mailbox.may_begin(self.step):
+                raise RuntimeError(f"held before step {self.step}")
+            self._settle_in()
+            self._one_step()
+        self._hand_over()
+        if self.runner.running != batch:
+            raise RuntimeError(f"{self.runner.running} of {batch} requests were left at a block's end")
+        for request in requests:
+            self.runner.cancel(request)
+        taken = {"gaps": self._timer.gaps_s, "late": self._timer.late_s}
+        return {name: [second * 1e6 for second in seconds] for name, seconds in taken.items()}
+
+
+class BlockRank(RankProcess):
+    def __init__(self, config: RankConfig, life_fd: int, plan: Plan) -> None:
+        super().__init__(config, -1, life_fd)
+        self._forward = BlockForward(config, self._mailbox, plan)
+        self._slots = SlotWorker(self._me, self._mailbox, lambda: "no state plane here")
+
+
+def run_rank(config: RankConfig, life_fd: int, plan: Plan) -> None:
+    """In a process of its own, which it ends; as `elastic_ep.control.rank.main`."""
+    status = 1
+    try:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        make_prompt()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        status = anyio.run(BlockRank(config, life_fd, plan).run)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
+
+
+def measure(plan: Plan) -> Blocks:
+    with tempfile.TemporaryDirectory(prefix="host-gap-") as name:
+        config = RankConfig(
+            rank=0,
+            incarnation=0,
+            num_ranks=1,
+            directory=name,
+            model="",
+            load_format="dummy",
+            device="cpu",
+            seed=0,
+            limits=plan.limits,
+            heartbeat_ms=200,
+            kernel_wait_ms=500,
+            placement=launch_placement(1, MODEL.num_hidden_layers, MODEL.num_experts, 0),
+        )
+        life_fd, held_fd = os.pipe()
+        rank = multiprocessing.get_context("fork").Process(target=run_rank, args=(config, life_fd, plan))
+        rank.start()
+
+        async def conduct() -> None:
+            await Conductor(Path(name), 1).until_ended([rank], _DEADLINE_S)
+
+        try:
+            anyio.run(conduct)
+        finally:
+            rank.kill()
+            rank.join()
+            os.close(life_fd)
+            os.close(held_fd)
+        blocks: Blocks = json.loads((Path(name) / _RESULT).read_text())
+        return blocks
+
+
+def digest(blocks: dict[str, list[Block]], step_s: float) -> dict[str, Any]:
+    """Over all steps; what is saved, over pairs of blocks of one round."""
+
+    def pooled(mode: str, what: str) -> list[float]:
+        return [value for block in blocks[mode] for value in block[what]]
+
+    medians = {mode: [percentile(block["gaps"], 0.5) for block in blocks[mode]] for mode in MODES}
+    saved = [before - after for before, after in zip(medians["before"], medians["after"], strict=True)]
+    gaps = {mode: percentile(pooled(mode, "gaps"), 0.5) / 1e6 for mode in MODES}
+    return {
+        "gap_us": {mode: quartiles(pooled(mode, "gaps"), 1) for mode in MODES},
+        "of_it_woken_late_us": {mode: quartiles(pooled(mode, "late"), 1) for mode in MODES},
+        "saved_us": quartiles(saved, 1),
+        "idle_percent": {mode: round(100 * gap / (gap + step_s), 2) for mode, gap in gaps.items()},
+        "block_medians_us": {mode: [round(gap, 1) for gap in medians[mode]] for mode in MODES},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=12, help="of a block of each batch in each mode")
+    parser.add_argument("--step-ms", type=float, default=8.0, help="what the device takes for a step")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/host_gap.json"))
+    options = parser.parse_args()
+    plan = Plan(options.rounds, LOAD_REPORT_STEPS, options.step_ms / 1000)
+    load = os.getloadavg()[0]
+    batches = {batch: digest(blocks, plan.step_s) for batch, blocks in measure(plan).items()}
+    for batch, figures in batches.items():
+        for mode in MODES:
+            gap, late = (figures[name][mode] for name in ("gap_us", "of_it_woken_late_us"))
+            print(
+                f"batch {batch:>2}, {mode:>6}: {gap['median']} us {gap['quartiles']}, late {late['median']}"
+            )
+        print(
+            f"batch {batch:>2}, saved:  {figures['saved_us']['median']} us {figures['saved_us']['quartiles']}"
+        )
+    facts = {"step_ms": options.step_ms, "steps": plan.steps, "load_average_before": round(load, 2)}
+    write_result(options.out, {**facts, "batches": batches})
+
+
+if __name__ == "__main__":
+    main()
