@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 
 import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import DeviceExchange
 from elastic_ep.model.config import ModelConfig
-from elastic_ep.model.cuda.graphs import StepGraphs
+from elastic_ep.model.cuda.graphs import GRAPH_ROWS, StepGraphs
 from elastic_ep.model.cuda.inputs import StepInputs, StepShape
 from elastic_ep.model.cuda.linear import TILE_ROWS
 from elastic_ep.model.cuda.load import DeviceLoad
+from elastic_ep.model.cuda.memory import Budget
 from elastic_ep.model.cuda.transformer import CudaQwen3Moe
 from elastic_ep.model.sampler import Sampled, is_plain_greedy, sample
 from elastic_ep.model.scheduler import Chunk, Sequence
@@ -21,16 +23,13 @@ from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.model.weights import Weights
 from elastic_ep.placement import Placement
 
-GRAPH_ROWS = 256
-"""Steps of more rows are computed eagerly: there the device is busy long enough to hide the launches."""
-
 
 class CudaRunner(StepRunner):
     """Forward thread only, on its current stream, which must stay the same.
 
     `tile` rows are computed at least. Without `graphs` every step is eager, as on a processor through Triton's
     interpreter. A poisoned step leaves nothing that must be cleaned: what it wrote to the KV cache is overwritten
-    before it is read, and what is not read is not multiplied either.
+    before it is read, and what is not read is not multiplied either. `budget` explains a lack of memory.
     """
 
     def __init__(
@@ -44,12 +43,14 @@ class CudaRunner(StepRunner):
         *,
         tile: int = TILE_ROWS,
         graphs: bool = True,
+        budget: Budget | None = None,
     ) -> None:
         device = weights.embed.device
         self._inputs = StepInputs(limits, tile, device)
         self._model = CudaQwen3Moe(weights, limits, self._inputs, exchange, placement.num_ranks, tile, device)
         self._device_exchange = exchange
         self._graphs = StepGraphs(self._body) if graphs else None
+        self._budget = budget
         self._tile = tile
         pinned = device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if pinned else None
@@ -72,16 +73,23 @@ class CudaRunner(StepRunner):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile and capture every shape, all peers being inactive: the first step in the group must not be slow."""
-        for shape in self._shapes():
-            self._exchange.begin_step(-1)
-            self._inputs.fill((), shape)
-            self._fetch(self._body(shape), greedy=False)
-            self._device_exchange.read_masks()
-            self._exchange.end_step()
-            if self._graphs is not None and shape.rows <= GRAPH_ROWS:
-                self._graphs.capture(shape)
+        """Compile and capture every shape, all peers being inactive: the first step in the group must not be slow.
+
+        Nothing of a step is allocated before, so here it shows whether there is room for it. Raises NotEnoughMemory.
+        """
+        with self._budget.kept() if self._budget is not None else nullcontext():
+            for shape in self._shapes():
+                self._warm_up(shape)
         self.load.take()
+
+    def _warm_up(self, shape: StepShape) -> None:
+        self._exchange.begin_step(-1)
+        self._inputs.fill((), shape)
+        self._fetch(self._body(shape), greedy=False)
+        self._device_exchange.read_masks()
+        self._exchange.end_step()
+        if self._graphs is not None and shape.rows <= GRAPH_ROWS:
+            self._graphs.capture(shape)
 
     def _shapes(self) -> Iterator[StepShape]:
         for decode, most in ((True, self._inputs.max_sequences), (False, self._inputs.max_rows)):
