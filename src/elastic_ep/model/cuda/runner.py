@@ -68,7 +68,14 @@ class CudaRunner(StepRunner):
         return covered
 
     def copy_expert(self, layer: int, physical: int, logical: int) -> int:
-        with torch.cuda.stream(self._copies):
+        """On a stream of its own.
+
+        HAZARD: this is the slots' thread, whose current device is 0. What `torch.cuda.stream` puts back at its end is
+        that device's stream, which makes a context there, on another rank's GPU.
+        """
+        if self._copies is None:
+            return super().copy_expert(layer, physical, logical)
+        with torch.cuda.device(self._copies.device), torch.cuda.stream(self._copies):
             return super().copy_expert(layer, physical, logical)
 
     @torch.inference_mode()
