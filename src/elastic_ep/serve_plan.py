@@ -23,6 +23,10 @@ SHARED_KERNEL_WAITS_PER_DEADLINE = 4
 """With MPS, where a rank that comes back waits for its predecessor's kernels, and these for each of their peers."""
 KERNEL_WAIT_MS = 20_000
 """Without fault tolerance."""
+SLOW_CLOCK = 1.5
+"""HAZARD: Mooncake's kernels count their timeout in cycles of the device's peak clock, so at a lower clock they wait
+longer than they were told. A hold that ends before they do lets the driver free memory under them, which faults every
+client of the MPS server."""
 DRAIN_MARGIN_S = 0.1
 """What a dead rank's kernels take to end beyond their wait for peers."""
 KV_CACHE_BYTES = 1 << 30
@@ -60,7 +64,7 @@ class ServePlan:
     @property
     def drain_s(self) -> float:
         """How long a dead rank's kernels may run: at worst they wait for one peer after the other."""
-        return (self.config.ranks - 1) * self.kernel_wait_ms / 1000 + DRAIN_MARGIN_S
+        return (self.config.ranks - 1) * self.kernel_wait_ms / 1000 * SLOW_CLOCK + DRAIN_MARGIN_S
 
     @property
     def shape(self) -> ExchangeShape:
