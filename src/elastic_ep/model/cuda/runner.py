@@ -87,7 +87,6 @@ class CudaRunner(StepRunner):
         with self._budget.kept() if self._budget is not None else nullcontext():
             for shape in self._shapes():
                 self._warm_up(shape)
-        self.load.take()
 
     def _warm_up(self, shape: StepShape) -> None:
         self._exchange.begin_step(-1)
