@@ -1,14 +1,18 @@
-"""The deadlines that follow from --hang-deadline."""
+"""What follows from the command line: deadlines, the size of the KV cache, the shared memory."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from elastic_ep.config import ServeConfig
+from elastic_ep.config import ConfigError, ServeConfig
+from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.run import BUNDLED_MODEL
-from elastic_ep.serve_plan import make_plan
+from elastic_ep.serve import RunProcess
+from elastic_ep.serve_plan import KV_CACHE_BYTES, engine_limits, make_plan
 
 CONFIG = ServeConfig(ranks=4, model=str(BUNDLED_MODEL), device="cpu", hang_deadline_s=2.0)
 
@@ -24,5 +28,25 @@ CONFIG = ServeConfig(ranks=4, model=str(BUNDLED_MODEL), device="cpu", hang_deadl
 def test_deadlines(config: ServeConfig, heartbeat_ms: int, kernel_wait_ms: int) -> None:
     plan = replace(make_plan(CONFIG), config=config)
     assert (plan.heartbeat_ms, plan.kernel_wait_ms) == (heartbeat_ms, kernel_wait_ms)
-    # A dead rank's kernels may wait for each of three peers.
-    assert plan.drain_s > 3 * kernel_wait_ms / 1000
+    # A dead rank's kernels may wait for each of three peers, at two thirds of the clock that they count by.
+    assert plan.drain_s > 3 * kernel_wait_ms / 1000 / (2 / 3)
+
+
+@pytest.mark.parametrize(("device", "item"), [("cpu", 4), ("cuda", 2)])
+def test_the_kv_cache_takes_so_many_bytes_on_every_device(device: str, item: int) -> None:
+    model = replace(make_plan(CONFIG).model, num_hidden_layers=48, num_key_value_heads=4, head_dim=128)
+    limits = engine_limits(replace(CONFIG, max_num_seqs=4096, max_num_batched_tokens=4096), model, device)
+    page = 2 * 48 * 4 * 128 * limits.page_size * item
+    assert KV_CACHE_BYTES - page < limits.num_pages * page <= KV_CACHE_BYTES
+
+
+def test_only_ranks_on_the_processor_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(shape: Any) -> int:
+        raise WindowsError(12, "too little of it")
+
+    monkeypatch.setattr(Windows, "create", refuse)
+    plan = make_plan(CONFIG)
+    with pytest.raises(ConfigError, match="too little of it"), RunProcess(plan)._windows():
+        pass
+    with RunProcess(replace(plan, device="cuda"))._windows() as fd:
+        assert os.fstat(fd).st_size == 0, "the fork server hands it on"

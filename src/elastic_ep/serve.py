@@ -205,8 +205,10 @@ class RunProcess:
 
     @contextmanager
     def _windows(self) -> Iterator[int]:
+        """On a GPU ranks have none; what they inherit is a descriptor all the same."""
         try:
-            fd = Windows.create(self._plan.shape)
+            needed = self._plan.device == "cpu"
+            fd = Windows.create(self._plan.shape) if needed else os.open(os.devnull, os.O_RDONLY)
         except WindowsError as error:
             raise ConfigError(
                 f"{error.strerror}: fewer --ranks or a smaller --max-num-batched-tokens need less"

@@ -23,10 +23,16 @@ SHARED_KERNEL_WAITS_PER_DEADLINE = 4
 """With MPS, where a rank that comes back waits for its predecessor's kernels, and these for each of their peers."""
 KERNEL_WAIT_MS = 20_000
 """Without fault tolerance."""
+SLOW_CLOCK = 1.5
+"""HAZARD: Mooncake's kernels count their timeout in cycles of the device's peak clock, so at a lower clock they wait
+longer than they were told. A hold that ends before they do lets the driver free memory under them, which faults every
+client of the MPS server."""
 DRAIN_MARGIN_S = 0.1
 """What a dead rank's kernels take to end beyond their wait for peers."""
 KV_CACHE_BYTES = 1 << 30
 """At most so much for the KV cache of a rank unless the command line says how many pages."""
+_KV_ITEM = {"cpu": 4, "cuda": 2}
+"""Bytes of an element of it: float32 and bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class ServePlan:
     @property
     def drain_s(self) -> float:
         """How long a dead rank's kernels may run: at worst they wait for one peer after the other."""
-        return (self.config.ranks - 1) * self.kernel_wait_ms / 1000 + DRAIN_MARGIN_S
+        return (self.config.ranks - 1) * self.kernel_wait_ms / 1000 * SLOW_CLOCK + DRAIN_MARGIN_S
 
     @property
     def shape(self) -> ExchangeShape:
@@ -97,7 +103,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         folder=folder,
         model=model,
         text=text,
-        limits=engine_limits(config, model),
+        limits=engine_limits(config, model, device),
         placement=launch_placement(
             config.ranks,
             model.num_hidden_layers,
@@ -112,14 +118,15 @@ def make_plan(config: ServeConfig) -> ServePlan:
     )
 
 
-def engine_limits(config: ServeConfig, model: ModelConfig) -> EngineLimits:
+def engine_limits(config: ServeConfig, model: ModelConfig, device: str) -> EngineLimits:
     max_model_len = config.max_model_len or model.max_position_embeddings
     if max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
         )
     one_sequence = -(-max_model_len // PAGE_SIZE)
-    page_bytes = PAGE_SIZE * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 2 * 4
+    token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    page_bytes = PAGE_SIZE * token * _KV_ITEM[device]
     affordable = max(one_sequence, KV_CACHE_BYTES // page_bytes)
     num_pages = config.num_pages or min(config.max_num_seqs * one_sequence, affordable)
     if num_pages < one_sequence:

@@ -59,7 +59,7 @@ def uses_wgmma_alone(result: Any) -> bool:
 
 def test_gate() -> None:
     types = {"logits": "*bf16", "physical_of": "*i64", "num_tokens": "*i32", "physical": "*i64"}
-    types |= {"weights": "*fp32", "load": "*i32", "stride": "i32"}
+    types |= {"weights": "*fp32", "stride": "i32"}
     constants = {
         "E": 37,
         "K": 5,
@@ -67,7 +67,6 @@ def test_gate() -> None:
         "BLOCK_K": 8,
         "RENORMALISE": True,
         "LIMITED": True,
-        "COUNTED": True,
     }
     compiled(gate._gate_kernel, types, constants, 1)
 

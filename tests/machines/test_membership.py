@@ -465,6 +465,54 @@ def test_a_joiner_that_does_not_connect_is_fenced_a_member_is_not() -> None:
     assert machine.view.members == {Member(0, 1), Member(1, 1)}
 
 
+def time_out(machine: MembershipMachine, *promising: int) -> list[Member]:
+    """Whom an attempt has fenced in which only these ranks promise."""
+    attempt = machine.attempt
+    assert attempt
+    for rank in promising:
+        feed(machine, ev.Promised(machine.slots[rank].member, attempt.number, 5))
+    effects = feed(machine, Tick(attempt.deadline_ms))
+    assert effects[0] == ev.Publish(Abort(attempt.number))
+    return [effect.member for effect in effects if isinstance(effect, ev.Fence)]
+
+
+def test_a_member_that_lets_attempts_in_a_row_time_out_is_fenced() -> None:
+    machine = serving(3)
+    kill(machine, 2)
+    come_up(machine, 2)
+    fenced = [time_out(machine, 1, 2) for _ in range(CONFIG.missed_attempts_limit)]
+    assert fenced == [[], [], [Member(0, 1)]]
+    assert machine.slots[0].fenced == "did not promise in time, 3 attempts in a row"
+    kill(machine, 0)
+    promise(machine)
+    come_up(machine, 0)
+    promise(machine)
+    assert machine.view.members == {Member(0, 2), Member(1, 1), Member(2, 2)}
+    assert time_out_to_park(machine, 1, 2) == [], "the next incarnation starts afresh"
+
+
+def time_out_to_park(machine: MembershipMachine, *promising: int) -> list[Member]:
+    feed(machine, ev.WorkEnded(), Tick(machine.now_ms + CONFIG.park_after_ms))
+    return time_out(machine, *promising)
+
+
+def test_a_promise_makes_up_for_the_attempts_before() -> None:
+    machine = serving(3)
+    fenced = [time_out_to_park(machine, *promising) for promising in ((1, 2), (1, 2), (0, 2), (1, 2), (1, 2))]
+    assert fenced == [[]] * 5
+    assert time_out_to_park(machine, 1, 2) == [Member(0, 1)]
+
+
+def test_a_joiner_that_nobody_can_connect_to_does_not_have_the_members_fenced() -> None:
+    machine = serving(3)
+    for incarnation in range(2, 2 + CONFIG.missed_attempts_limit):
+        kill(machine, 2)
+        if machine.slots[2].relaunch_at_ms is not None:
+            feed(machine, Tick(machine.slots[2].relaunch_at_ms))
+        come_up(machine, 2)
+        assert time_out(machine) == [Member(2, incarnation)]
+
+
 def test_a_promise_of_another_attempt_does_not_count() -> None:
     machine = serving(2)
     kill(machine, 1)

@@ -57,6 +57,8 @@ class Slot:
     reason: str = ""
     failures: int = 0
     """Incarnations in a row that died before they were stable."""
+    missed_attempts: int = 0
+    """Attempts in a row that it let time out as a member: it became one by a promise."""
     since_ms: int | None = None
     """When it came into its present state; None before the group was started."""
     gone: bool = False
@@ -207,6 +209,7 @@ class MembershipMachine:
         # A promise of another attempt is stale: counting it would let two members run one step under two views.
         if attempt is None or event.attempt != attempt.number or event.member not in attempt.awaited:
             return
+        self.slots[event.member.rank].missed_attempts = 0
         self.attempt = replace(
             attempt,
             awaited=attempt.awaited - {event.member},
@@ -347,10 +350,26 @@ class MembershipMachine:
         self.idle_since_ms = self.now_ms
 
     def _time_out(self, attempt: Attempt) -> None:
-        """A joiner that did not connect is fenced. A member that did not promise is the progress watch's to judge."""
+        """A joiner that did not connect is fenced at once, a member that did not promise when it is too often.
+
+        A member may be late, and whether it hangs is the progress watch's to judge. But one that cannot connect does
+        not hang, and would keep the joiners out for ever.
+
+        HAZARD: to connect takes both sides. While a joiner is awaited too, it may be what all the members wait for:
+        counted against them, one bad joiner would have them all fenced.
+        """
         self._abort()
-        for member in sorted(attempt.awaited & attempt.joiners):
+        joiners = attempt.awaited & attempt.joiners
+        for member in sorted(joiners):
             self._fence(self.slots[member.rank], "did not connect in time")
+        if not joiners:
+            for member in sorted(attempt.awaited):
+                self._miss(self.slots[member.rank])
+
+    def _miss(self, slot: Slot) -> None:
+        slot.missed_attempts += 1
+        if slot.missed_attempts >= self.config.missed_attempts_limit:
+            self._fence(slot, f"did not promise in time, {slot.missed_attempts} attempts in a row")
 
     def _commit(self, attempt: Attempt) -> None:
         self.attempt = None

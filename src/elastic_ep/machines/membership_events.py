@@ -25,6 +25,8 @@ class MembershipConfig:
     """Deadlines in milliseconds."""
 
     attempt_deadline_ms: int = 1_000
+    missed_attempts_limit: int = 3
+    """A member that let so many attempts in a row time out is fenced."""
     park_after_ms: int = 300
     stable_after_ms: int = 5_000
     relaunch_limit: int = 10

@@ -15,7 +15,7 @@ from elastic_ep.exchange.store import Store
 from elastic_ep.messages import Member
 from elastic_ep.model.config import ModelConfig, load_model_config
 from elastic_ep.model.cuda.linear import TILE_ROWS
-from elastic_ep.model.cuda.memory import NotEnoughMemory, check_memory, needs_of
+from elastic_ep.model.cuda.memory import Budget, needs_of
 from elastic_ep.model.cuda.runner import CudaRunner
 from elastic_ep.model.weights import load_weights
 from elastic_ep.placement import Placement
@@ -29,7 +29,7 @@ def build_cuda_engine(
 ) -> tuple[CudaRunner, MooncakeExchange]:
     """The ranks leave each other their buffers' addresses in `store`; `opened` is called before the first kernel.
 
-    Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user.
+    Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user; the runner's warm-up the latter too.
     """
     model = load_model_config(Path(config.model))
     placement, limits = config.placement, config.limits
@@ -38,15 +38,12 @@ def build_cuda_engine(
     device = torch.device("cuda", config.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))
-    needs = needs_of(model, limits, placement, shape, size)
-    free = torch.cuda.mem_get_info(device)[0]  # makes the device's context, if nothing has made it
+    budget = Budget(needs_of(model, limits, placement, shape, size), limits, placement, device)
+    torch.cuda.mem_get_info(device)  # makes the device's context, if nothing has made it
     opened()
-    check_memory(needs, free, limits, placement)
-    try:
-        return _build(config, store, model, shape, device)
-    except torch.OutOfMemoryError as error:  # another process took it meanwhile
-        check_memory(needs, torch.cuda.mem_get_info(device)[0], limits, placement)
-        raise NotEnoughMemory(f"not enough GPU memory: {error}") from error
+    budget.check()
+    with budget.kept():
+        return _build(config, store, model, shape, budget)
 
 
 def exchange_shape(model: ModelConfig, limits: EngineLimits, placement: Placement) -> ExchangeShape:
@@ -61,7 +58,7 @@ def exchange_shape(model: ModelConfig, limits: EngineLimits, placement: Placemen
 
 
 def _build(
-    config: RankConfig, store: Store, model: ModelConfig, shape: ExchangeShape, device: torch.device
+    config: RankConfig, store: Store, model: ModelConfig, shape: ExchangeShape, budget: Budget
 ) -> tuple[CudaRunner, MooncakeExchange]:
     # Step words are a file that all ranks map, so all of them are on one host.
     directory = Path(config.directory) / "mooncake"
@@ -76,8 +73,8 @@ def _build(
         config.rank,
         load_format=config.load_format,
         seed=config.seed,
-        device=device,
+        device=budget.device,
         dtype=DTYPE,
     )
-    runner = CudaRunner(model, config.limits, weights, config.placement, config.rank, exchange)
+    runner = CudaRunner(model, config.limits, weights, config.placement, config.rank, exchange, budget=budget)
     return runner, exchange

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from elastic_ep.config import CannotRun, EngineLimits
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.model.checkpoint import expected_tensors
 from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.cuda import draws
+from elastic_ep.model.cuda.graphs import GRAPH_ROWS
+from elastic_ep.model.cuda.linear import TILE_ROWS
 from elastic_ep.placement import Placement
 
 _ITEM = 2
 """Bytes of a bfloat16."""
+_WIDE_ITEM = 4
+"""Bytes of a float32."""
 _WORKING_BYTES = 256 << 20
 """For libraries, graphs and everything small."""
 
@@ -39,11 +48,24 @@ class Needs:
     def total(self) -> int:
         return self.weights + self.kv + self.exchange + self.working
 
+    def __str__(self) -> str:
+        return (
+            f"{_gib(self.total)} (weights {_gib(self.weights)}, KV cache {_gib(self.kv)}, exchange "
+            f"{_gib(self.exchange)}, work {_gib(self.working)})"
+        )
+
 
 def needs_of(
     model: ModelConfig, limits: EngineLimits, placement: Placement, shape: ExchangeShape, exchange_bytes: int
 ) -> Needs:
-    """`exchange_bytes` is the size of the exchange's own buffer."""
+    """`exchange_bytes` is the size of the exchange's own buffer.
+
+    What is at work in a layer is as large in every step, for the exchange may deliver every peer's tokens to every
+    slot: what dispatch returns, what lies between the experts' two products, and what they return, all at once. It is
+    there twice: the graphs have a memory pool of their own, and between two captures a step runs eagerly. Then the
+    logits, of an eager step and of every graph, which keeps its own, and what drawing tokens from them takes. All else
+    is taken to fit into `_WORKING_BYTES`.
+    """
     dense = sum(math.prod(size) for name, size in expected_tensors(model) if ".experts." not in name)
     if model.tie_word_embeddings:
         dense += model.vocab_size * model.hidden_size  # the transposed copy
@@ -56,19 +78,60 @@ def needs_of(
         kv_page=token * limits.page_size * _ITEM,
         kv_pages=limits.num_pages + 1,
         exchange=exchange_bytes,
-        working=rows * (model.hidden_size + model.moe_intermediate_size) * _ITEM + _WORKING_BYTES,
+        working=2 * rows * (2 * model.hidden_size + model.moe_intermediate_size) * _ITEM
+        + _rows_of_logits(limits) * model.vocab_size * _WIDE_ITEM
+        + draws.WORKING_BYTES
+        + _WORKING_BYTES,
     )
 
 
+def _rows_of_logits(limits: EngineLimits) -> int:
+    sequences, tokens = (
+        -(-most // TILE_ROWS) * TILE_ROWS for most in (limits.max_num_seqs, limits.max_num_batched_tokens)
+    )
+    decodes = range(TILE_ROWS, min(sequences, GRAPH_ROWS) + 1, TILE_ROWS)
+    others = min(tokens, GRAPH_ROWS) // TILE_ROWS
+    eager = 2 * sequences  # the tiles, and all of them in one
+    return eager + sum(decodes) + others * sequences
+
+
 def check_memory(needs: Needs, free: int, limits: EngineLimits, placement: Placement) -> None:
-    """Raises NotEnoughMemory if `free` bytes are too few."""
+    """Raises NotEnoughMemory if `free` bytes are too few, those included that the rank has already."""
     missing = needs.total - free
     if missing > 0:
         raise NotEnoughMemory(
-            f"not enough GPU memory: a rank needs {_gib(needs.total)} (weights {_gib(needs.weights)}, KV cache "
-            f"{_gib(needs.kv)}, exchange {_gib(needs.exchange)}, work {_gib(needs.working)}), {_gib(free)} are free, "
-            f"{_gib(missing)} are missing; {_remedy(needs, missing, limits, placement)}"
+            f"not enough GPU memory: a rank needs {needs}, there are {_gib(free)} for it, {_gib(missing)} are missing; "
+            f"{_remedy(needs, missing, limits, placement)}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a rank needs on its device, and what could be lowered."""
+
+    needs: Needs
+    limits: EngineLimits
+    placement: Placement
+    device: torch.device
+
+    def check(self) -> None:
+        """Before anything is allocated. Raises NotEnoughMemory."""
+        check_memory(self.needs, torch.cuda.mem_get_info(self.device)[0], self.limits, self.placement)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Once the exchange has its buffer: if the device runs out of memory within, it is NotEnoughMemory."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            free = torch.cuda.mem_get_info(self.device)[0]
+            ours = torch.cuda.memory_reserved(self.device) + self.needs.exchange
+            # Another process may have taken it meanwhile.
+            check_memory(self.needs, free + ours, self.limits, self.placement)
+            raise NotEnoughMemory(
+                f"not enough GPU memory: a rank needs more than {self.needs}; lower --num-gpu-blocks-override (now "
+                f"{self.limits.num_pages}) or --max-num-batched-tokens; {str(error).splitlines()[0]}"
+            ) from error
 
 
 def _remedy(needs: Needs, missing: int, limits: EngineLimits, placement: Placement) -> str:

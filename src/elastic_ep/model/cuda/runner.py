@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 
 import torch
 
@@ -12,20 +13,17 @@ from elastic_ep.exchange.base import DeviceExchange
 from elastic_ep.messages import SamplingParams
 from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.cuda.draws import Drawn, Draws
-from elastic_ep.model.cuda.graphs import StepGraphs
+from elastic_ep.model.cuda.graphs import GRAPH_ROWS, StepGraphs
 from elastic_ep.model.cuda.inputs import StepInputs, StepShape
 from elastic_ep.model.cuda.linear import TILE_ROWS
 from elastic_ep.model.cuda.load import DeviceLoad
+from elastic_ep.model.cuda.memory import Budget
 from elastic_ep.model.cuda.transformer import CudaQwen3Moe
 from elastic_ep.model.sampler import Sampled, is_plain_greedy
 from elastic_ep.model.scheduler import Chunk, Sequence
 from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.model.weights import Weights
 from elastic_ep.placement import Placement
-
-GRAPH_ROWS = 256
-"""Steps of more rows are computed eagerly: there the device is busy long enough to hide the launches."""
-
 
 _EXAMPLES = [
     Sequence(0, [0, 0], 1, params, 0, 0)
@@ -42,7 +40,7 @@ class CudaRunner(StepRunner):
 
     `tile` rows are computed at least. Without `graphs` every step is eager, as on a processor through Triton's
     interpreter. A poisoned step leaves nothing that must be cleaned: what it wrote to the KV cache is overwritten
-    before it is read, and what is not read is not multiplied either.
+    before it is read, and what is not read is not multiplied either. `budget` explains a lack of memory.
     """
 
     launches_ahead = True
@@ -58,12 +56,14 @@ class CudaRunner(StepRunner):
         *,
         tile: int = TILE_ROWS,
         graphs: bool = True,
+        budget: Budget | None = None,
     ) -> None:
         device = weights.embed.device
         self._inputs = StepInputs(limits, tile, device)
         self._model = CudaQwen3Moe(weights, limits, self._inputs, exchange, placement.num_ranks, tile, device)
         self._device_exchange = exchange
         self._graphs = StepGraphs(self._body) if graphs else None
+        self._budget = budget
         self._tile = tile
         self._device = device
         pinned = device.type == "cuda"
@@ -83,23 +83,37 @@ class CudaRunner(StepRunner):
         return covered
 
     def copy_expert(self, layer: int, physical: int, logical: int) -> int:
-        with torch.cuda.stream(self._copies):
+        """On a stream of its own.
+
+        HAZARD: this is the slots' thread, whose current device is 0. What `torch.cuda.stream` puts back at its end is
+        that device's stream, which makes a context there, on another rank's GPU.
+        """
+        if self._copies is None:
+            return super().copy_expert(layer, physical, logical)
+        with torch.cuda.device(self._copies.device), torch.cuda.stream(self._copies):
             return super().copy_expert(layer, physical, logical)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile and capture every shape, all peers being inactive: the first step in the group must not be slow."""
-        for shape in self._shapes():
-            self._exchange.begin_step(-1)
-            self._inputs.fill((), shape)
-            logits, tokens = self._body(shape)
-            self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
-            Draws(_EXAMPLES[: len(logits)], self._device).run(logits[: len(_EXAMPLES)]).to_host()
-            self._device_exchange.read_masks()
-            self._exchange.end_step()
-            if self._graphs is not None and shape.rows <= GRAPH_ROWS:
-                self._graphs.capture(shape)
-        self.load.take()
+        """Compile and capture every shape, all peers being inactive: the first step in the group must not be slow.
+
+        Nothing of a step is allocated before, so here it shows whether there is room for it. Raises NotEnoughMemory.
+        """
+        with self._budget.kept() if self._budget is not None else nullcontext():
+            for number, shape in enumerate(self._shapes()):
+                self._warm_up(shape, draw=number == 0)
+
+    def _warm_up(self, shape: StepShape, *, draw: bool) -> None:
+        self._exchange.begin_step(-1)
+        self._inputs.fill((), shape)
+        logits, tokens = self._body(shape)
+        self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+        if draw:
+            Draws(_EXAMPLES[: len(logits)], self._device).run(logits).to_host()
+        self._device_exchange.read_masks()
+        self._exchange.end_step()
+        if self._graphs is not None and shape.rows <= GRAPH_ROWS:
+            self._graphs.capture(shape)
 
     def _shapes(self) -> Iterator[StepShape]:
         for decode, most in ((True, self._inputs.max_sequences), (False, self._inputs.max_rows)):

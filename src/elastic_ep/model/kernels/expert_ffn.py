@@ -30,7 +30,6 @@ def _find_tile(
     tile: tl.tensor,
     counts: tl.tensor,
     end: tl.tensor,
-    COLUMN_TILES: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> tl.tensor:
     """Slot, first row, number of rows left, column tile; rows of a slot and a column tile are neighbours.
@@ -108,7 +107,7 @@ def _experts_kernel(
     if OVERLAP and DOWN:
         wait_for_previous()
     for tile in range(tl.program_id(0), tl.sum(size, axis=0), tl.num_programs(0)):
-        slot, first, left, column = _find_tile(tile, counts, end, COLUMN_TILES, ROWS)
+        slot, first, left, column = _find_tile(tile, counts, end, ROWS)
         column *= N
         if FEW == ROWS:  # one body then: two would have shared memory each
             _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN, TMA)

@@ -1,4 +1,4 @@
-"""The gate in one pass: softmax, top-k, renormalise, logical to physical expert, and how often each was asked for.
+"""The gate in one pass: softmax, top-k, renormalise, logical to physical expert.
 
 One program, of one warp, a row: all of its reductions stay within the warp. The idea of fusing the chain is that of
 vLLM's and TensorRT-LLM's top-k-softmax kernels; the table of physical experts is EPLB's (DeepSeek).
@@ -23,7 +23,6 @@ def _gate_kernel(
     num_tokens: tl.tensor,
     physical: tl.tensor,
     weights: tl.tensor,
-    load: tl.tensor,
     stride: tl.tensor,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -31,7 +30,6 @@ def _gate_kernel(
     BLOCK_K: tl.constexpr,
     RENORMALISE: tl.constexpr,
     LIMITED: tl.constexpr,
-    COUNTED: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, BLOCK_E)
@@ -58,8 +56,6 @@ def _gate_kernel(
         real = used & (row + 0 * lanes < tl.load(num_tokens))
     tl.store(physical + row * K + lanes, tl.where(real, copy, -1), mask=used)
     tl.store(weights + row * K + lanes, tl.where(real, weight, 0.0), mask=used)
-    if COUNTED:
-        tl.atomic_add(load + chosen, 1, mask=real, sem="relaxed")
 
 
 def gate(
@@ -69,13 +65,12 @@ def gate(
     *,
     renormalise: bool,
     num_tokens: torch.Tensor | None = None,
-    load: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Physical experts [T, K] int64 and their weights [T, K] float32, best first; of equals the lower logical one.
 
     `logits` [T, E], rows of any stride. `physical_of` [E] int64: the copy of each logical expert to send to, -1 for
     none: it comes out as -1 with its weight. `num_tokens` [1], int32 or int64: the rows from there on are padding and
-    get -1 and 0. `load` [E] int32 grows by one for every (real token, k), whether or not the expert has a copy.
+    get -1 and 0.
 
     Raises ValueError for more than `MAX_EXPERTS` experts or a `top_k` beyond `MAX_TOP_K` or the experts.
     """
@@ -91,7 +86,6 @@ def gate(
             physical_of if num_tokens is None else num_tokens,
             physical,
             weights,
-            physical_of if load is None else load,
             logits.stride(0),
             E=experts,
             K=top_k,
@@ -99,7 +93,6 @@ def gate(
             BLOCK_K=power_of_2(top_k),
             RENORMALISE=renormalise,
             LIMITED=num_tokens is not None,
-            COUNTED=load is not None,
             num_warps=1,
             enable_fp_fusion=False,
         )

@@ -16,7 +16,6 @@ def gate(
     *,
     renormalise: bool,
     num_tokens: torch.Tensor | None = None,
-    load: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `gate.gate`; the weights come in the dtype of `logits`."""
     real = len(logits) if num_tokens is None else int(num_tokens.item())
@@ -27,8 +26,6 @@ def gate(
     physical = physical_of[logical]
     physical[real:] = -1
     weights[real:] = 0
-    if load is not None:
-        load += torch.bincount(logical[:real].flatten(), minlength=len(load)).to(load.dtype)
     return physical, weights
 
 
