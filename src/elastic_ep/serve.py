@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,38 +22,21 @@ import anyio
 from elastic_ep.api.app import Server as HttpServer
 from elastic_ep.api.app import create_app
 from elastic_ep.api.app import serve as serve_http
-from elastic_ep.api.backend import (
-    EngineStatus,
-    ExpertsStatus,
-    FaultToleranceStatus,
-    Rebalancing,
-    Verification,
-)
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
-from elastic_ep.config import ConfigError, RankConfig, ServeConfig
+from elastic_ep.config import ConfigError, ServeConfig
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.device_guard import DeviceGuard
-from elastic_ep.control.experts import experts_status, verify
-from elastic_ep.control.launcher import (
-    DeathNoticed,
-    ForkServerFailed,
-    Launched,
-    Launcher,
-    LauncherEvent,
-    LauncherOptions,
-    LaunchFailed,
-    ProcessGone,
-    ServerLost,
-    ServerReady,
-)
+from elastic_ep.control.launcher import ForkServerFailed, Launcher, LauncherOptions
 from elastic_ep.control.mps import mps_daemon
+from elastic_ep.control.processes import RankProcesses
 from elastic_ep.control.rebalance import Rebalancer
-from elastic_ep.control.router import Notice, RoutedStream, Router
+from elastic_ep.control.router import Notice, Router
 from elastic_ep.control.scheduling import make_prompt
 from elastic_ep.control.wire import ControllerWire
 from elastic_ep.display import LaunchDisplay
 from elastic_ep.exchange.windows import Windows, WindowsError
+from elastic_ep.group_backend import GroupBackend
 from elastic_ep.log import EventLog
 from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines import routing_events as routing
@@ -63,7 +46,6 @@ from elastic_ep.machines.progress import ProgressConfig, ProgressMachine
 from elastic_ep.machines.registry import arguments
 from elastic_ep.machines.repair import RepairMachine
 from elastic_ep.machines.routing_events import RoutingConfig
-from elastic_ep.messages import Member, RankState, SamplingParams
 from elastic_ep.serve_plan import ServePlan, make_plan
 
 SWITCH_INTERVAL_S = 0.0005
@@ -95,7 +77,7 @@ def serve(config: ServeConfig) -> int:
 
 
 class RunProcess:
-    """Owns all parts; `submit`, `status` and `serving_ranks` are what the API asks for."""
+    """Owns all parts."""
 
     def __init__(self, plan: ServePlan) -> None:
         self._plan = plan
@@ -103,8 +85,6 @@ class RunProcess:
         self._metrics = Metrics()
         self._stop_signals = 0
         self._fork_error: str | None = None
-        self._guard: DeviceGuard | None = None
-        """For ranks that share a GPU's faults."""
 
     async def run(self) -> int:
         self._stop = anyio.Event()
@@ -129,20 +109,23 @@ class RunProcess:
                 entry=RANK_ENTRY, preload=_PRELOAD[self._plan.device], directory=directory,
                 windows_fd=windows_fd, max_ranks=self._config.ranks, environment=environment,
             )  # fmt: skip
+            guard = None
             if self._config.mps:
-                self._guard = stack.enter_context(DeviceGuard(self._plan.drain_s, self._log.note))
-            self._launcher = await stack.enter_async_context(Launcher(options, self._on_launcher_event))
+                guard = stack.enter_context(DeviceGuard(self._plan.drain_s, self._log.note))
+            processes = RankProcesses(self._plan, directory, guard, self._log.note)
+            self._launcher = await stack.enter_async_context(Launcher(options, processes.on_event))
             self._router = self._make_router(wire)
-            self._controller = self._make_controller(wire, directory)
-            self._rebalancer = self._make_rebalancer()
+            self._controller = self._make_controller(wire, processes)
+            processes.launcher, processes.controller = self._launcher, self._controller
+            rebalancer = self._make_rebalancer()
             self._log.begin(self._first_line())
-            http = await self._listen()
+            http = await self._listen(GroupBackend(self._controller, self._router, rebalancer, self._metrics))
             stack.push_async_callback(http.close)
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(self._controller.beat)
             if self._config.fault_tolerance:
                 tasks.start_soon(self._controller.watch_progress)
-            tasks.start_soon(self._rebalancer.run)
+            tasks.start_soon(rebalancer.run)
             tasks.start_soon(self._start_ranks)
             status = await self._serve_until_stopped(http.url)
             tasks.cancel_scope.cancel()
@@ -230,9 +213,8 @@ class RunProcess:
         config = RoutingConfig(max_num_seqs=self._config.max_num_seqs, max_queued=self._config.max_queued)
         return Router(config, send=wire.send, record=self._log.record, notify=self._on_notice)
 
-    def _make_controller(self, wire: ControllerWire, directory: Path) -> Controller:
+    def _make_controller(self, wire: ControllerWire, processes: RankProcesses) -> Controller:
         deadline_ms = round(self._config.hang_deadline_s * 1000)
-        self._directory_path = directory
         return Controller(
             machine=MembershipMachine(
                 self._config.ranks,
@@ -241,7 +223,7 @@ class RunProcess:
             ),
             progress=ProgressMachine(ProgressConfig(deadline_ms=deadline_ms)),
             repair=RepairMachine(self._plan.placement),
-            processes=self,
+            processes=processes,
             wire=wire,
             router=self._router,
             log=self._log,
@@ -269,7 +251,7 @@ class RunProcess:
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         return {"version": version(), "started": started, "config": shown, "machines": machines}
 
-    async def _listen(self) -> HttpServer:
+    async def _listen(self, backend: GroupBackend) -> HttpServer:
         settings = ApiSettings(
             model_name=self._plan.name,
             max_model_len=self._plan.limits.max_model_len,
@@ -278,7 +260,7 @@ class RunProcess:
             defaults=SamplingDefaults.from_folder(self._plan.folder),
             api_keys=self._config.api_key,
         )
-        app = create_app(self, settings, self._plan.text, self._metrics)
+        app = create_app(backend, settings, self._plan.text, self._metrics)
         try:
             return await serve_http(app, self._config.host, self._config.port)
         except OSError as error:
@@ -296,62 +278,6 @@ class RunProcess:
         else:
             self._controller.feed(ev.Start())
 
-    # What the controller needs (Processes)
-
-    def launch(self, member: Member) -> None:
-        config = RankConfig(
-            rank=member.rank,
-            incarnation=member.incarnation,
-            num_ranks=self._config.ranks,
-            directory=str(self._directory_path),
-            model=str(self._plan.folder.resolve()),
-            load_format=self._config.load_format,
-            device=self._plan.device,
-            seed=self._config.seed,
-            limits=self._plan.limits,
-            heartbeat_ms=self._plan.heartbeat_ms,
-            kernel_wait_ms=self._plan.kernel_wait_ms,
-            placement=self._controller.repair.placement,
-            peers=self._controller.repairs.peer_weights(),
-        )
-        self._launcher.launch(member, config.to_json())
-
-    def fence(self, member: Member) -> None:
-        self._launcher.kill(member)
-
-    def watch(self, member: Member) -> None:
-        if self._config.fault_tolerance:
-            self._launcher.watch(member)
-
-    def hold(self, member: Member) -> None:
-        pid = self._controller.facts[member].pid if member in self._controller.facts else None
-        if self._guard is not None and pid is not None:
-            self._guard.hold(member, pid)
-
-    def when_free(self, rank: int, then: Callable[[], None]) -> None:
-        if self._guard is None:
-            then()
-        else:
-            self._guard.when_free(rank, then)
-
-    def _on_launcher_event(self, event: LauncherEvent) -> None:
-        controller = self._controller
-        match event:
-            case Launched(member, pid):
-                controller.on_launched(member, pid)
-            case DeathNoticed(member, cause, at_ns):
-                controller.on_death(member, cause, at_ns)
-            case ProcessGone(member, status, _):
-                if self._guard is not None:
-                    self._guard.gone(member)
-                controller.on_gone(member, status)
-            case LaunchFailed(member, reason):
-                controller.on_gone(member, f"launch failed: {reason}")
-            case ServerReady(pid, threads):
-                self._log.note("fork_server_ready", pid=pid, threads=threads)
-            case ServerLost(pid, status):
-                self._log.note("fork_server_lost", pid=pid, status=status)
-
     def _on_notice(self, notice: Notice) -> None:
         match notice:
             case routing.WorkBegan() | routing.WorkEnded():
@@ -362,54 +288,6 @@ class RunProcess:
                 self._controller.feed(ev.Suspected(member, f"protocol error: {reason}"))
             case routing.Replayed():
                 self._metrics.request_replayed()
-
-    # What the API asks for (Backend)
-
-    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
-        return self._router.submit(prompt, params, seed, choice)
-
-    def serving_ranks(self) -> int:
-        return self._router.serving_ranks()
-
-    def experts(self) -> ExpertsStatus:
-        controller = self._controller
-        ranks = [seat.rank for seat in controller.machine.view.seats]
-        return experts_status(controller.repair.placement, ranks, controller.repairs.proofs)
-
-    async def verify(self) -> Verification:
-        controller = self._controller
-        members = controller.machine.view.members
-        return await verify(controller.repair.placement, members, controller.repairs.proofs)
-
-    async def rebalance(self) -> Rebalancing:
-        return await self._rebalancer.rebalance()
-
-    def status(self) -> FaultToleranceStatus:
-        self._metrics.requests(self._router.running, self._router.waiting)
-        machine = self._controller.machine
-        return FaultToleranceStatus(
-            state=machine.state,
-            epoch=machine.view.epoch,
-            step=self._controller.step,
-            tolerates=machine.tolerates,
-            engines=tuple(self._engine_status(rank) for rank in range(self._config.ranks)),
-        )
-
-    def _engine_status(self, rank: int) -> EngineStatus:
-        slot = self._controller.machine.slots[rank]
-        facts = self._controller.facts.get(slot.member)
-        dead = slot.state in (RankState.FAILED, RankState.STOPPED)
-        healthy = slot.state in (RankState.SERVING, RankState.DRAINING) and not slot.fenced
-        return EngineStatus(
-            id=rank,
-            status="dead" if dead else "healthy" if healthy else "unhealthy",
-            state=slot.state,
-            incarnation=slot.member.incarnation,
-            pid=facts.pid if facts else None,
-            running=facts.running if facts else 0,
-            waiting=facts.waiting if facts else 0,
-            reason="" if healthy else slot.reason,
-        )
 
 
 def version() -> str:
