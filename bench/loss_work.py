@@ -1,0 +1,94 @@
+"""What survivors of a loss wait for on the host: choosing other copies, and knowing whether every expert has one.
+
+Both are done the plain way, by walking through all layers and slots, and the way that the ranks and the controller do it,
+on the same placements in the same run.
+
+    python -m bench.loss_work [--out bench/results/loss_work.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.common import write_result
+from elastic_ep.model.routing_table import NO_COPY, Copies
+from elastic_ep.placement import EMPTY, Coverage, Placement, launch_placement
+
+SHAPES = ((8, 4, 16), (4, 24, 128), (8, 48, 128), (16, 61, 256))
+"""Ranks, layers, experts; every expert twice."""
+
+
+def choose_plainly(placement: Placement, active: set[int], rank: int) -> list[list[int]]:
+    rows, width = [], placement.slots_per_rank
+    for row in placement.slots:
+        copies: list[list[int]] = [[] for _ in range(placement.num_experts)]
+        for physical, logical in enumerate(row):
+            if logical != EMPTY and physical // width in active:
+                copies[logical].append(physical)
+        chosen = []
+        for logical, living in enumerate(copies):
+            own = [physical for physical in living if physical // width == rank]
+            at = (rank + logical) % len(living) if living else 0
+            chosen.append(own[0] if own else living[at] if living else NO_COPY)
+        rows.append(chosen)
+    return rows
+
+
+def covered_plainly(placement: Placement, ranks: set[int]) -> bool:
+    return all(
+        {expert for rank in ranks for expert in placement.on_rank(layer, rank)}.issuperset(
+            range(placement.num_experts)
+        )
+        for layer in range(len(placement.slots))
+    )
+
+
+def timed(run: Callable[[], object], repeats: int) -> float:
+    """Median, ms."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - began) * 1000)
+    return round(median(times), 4)
+
+
+def measure(ranks: int, layers: int, experts: int, repeats: int) -> dict[str, Any]:
+    placement = launch_placement(ranks, layers, experts, experts)
+    copies, coverage = Copies(placement), Coverage.of(placement)
+    living = set(range(1, ranks))
+    if copies.choose(living, 1).tolist() != choose_plainly(placement, living, 1):
+        raise RuntimeError("the two ways choose other copies")
+    if coverage.by(living) != covered_plainly(placement, living):
+        raise RuntimeError("the two ways differ in what is covered")
+    return {
+        "ranks": ranks,
+        "layers": layers,
+        "experts": experts,
+        "choose_plainly_ms": timed(lambda: choose_plainly(placement, living, 1), repeats),
+        "choose_ms": timed(lambda: copies.choose(living, 1), repeats),
+        "covered_plainly_ms": timed(lambda: covered_plainly(placement, living), repeats),
+        "covered_ms": timed(lambda: coverage.by(living), repeats),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=51)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/loss_work.json"))
+    options = parser.parse_args()
+    rows = [measure(*shape, options.repeats) for shape in SHAPES]
+    for row in rows:
+        print(row)
+    write_result(options.out, {"repeats": options.repeats, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
