@@ -1,7 +1,8 @@
 """How fast the control plane is at the pace of a GPU: kills of ranks whose device is a clock (see paced_engine.py).
 
 The server, its processes, the kills and the clients are real, only the model is not. What is seen is what control loops,
-sockets and the run process add to a loss and to a gain; the shape's layers and experts count, as placements do.
+sockets and the run process add to a loss and to a gain; the shape's layers and experts count, as placements do. What a
+client feels of a kill is the longest gap within its stream.
 
     python -m bench.control_path [--shape 30b] [--step-ms 12] [--kills 16] [--out bench/results/control_path.json]
 """
@@ -14,16 +15,28 @@ import os
 import shutil
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench import failover
-from bench.common import server, shaped_model, write_result
+from bench.common import server, shaped_model, summary, write_result
 from bench.failover_analysis import analyse
 from bench.gpu_serve import SHAPE_30B, beyond_a_step
 from bench.paced_engine import STEP_MS
 from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
+
+
+def client_gaps_ms(streams: list[list[float]], struck: list[dict[str, Any]]) -> list[float]:
+    """Of each stream in mid-answer at a kill: the longest time between two pieces of its text, up to the next kill."""
+    kills = [kill["sent"][0]["at_ns"] / 1e9 for kill in struck]
+    return [
+        1000 * max(b - a for a, b in pairwise(stamps) if b >= kill and a < until)
+        for kill, until in pairwise([*kills, float("inf")])
+        for stamps in streams
+        if stamps and stamps[0] < kill <= stamps[-1]
+    ]
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -50,6 +63,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "step_ms": options.step_ms,
         "streams": options.streams,
         **failover.compare(load, reference),
+        "client_gap_ms": summary(client_gaps_ms(load.streams, struck)),
         **figures,
         "stall_beyond_a_step_ms": beyond_a_step(figures, "stall_ms"),
         "rejoin_beyond_a_step_ms": beyond_a_step(figures, "rejoin_ms"),

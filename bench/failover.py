@@ -57,8 +57,13 @@ class Load:
     texts: dict[tuple[int, str], set[str]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     finished: int = 0
-    stamps: list[float] = field(default_factory=list)
+    streams: list[list[float]] = field(default_factory=list)
+    """When each piece of a stream's text came, CLOCK_MONOTONIC seconds."""
     stopping: bool = False
+
+    @property
+    def stamps(self) -> list[float]:
+        return sorted(itertools.chain.from_iterable(self.streams))
 
     async def run(self, session: aiohttp.ClientSession, rounds: int | None) -> None:
         """`rounds` times all questions, or until `stopping`."""
@@ -73,12 +78,14 @@ class Load:
             if self.stopping:
                 return
             fields = {"temperature": 0.0} if mode == "greedy" else {"temperature": 1.0, "seed": index}
+            stamps: list[float] = []
+            self.streams.append(stamps)
             try:
                 text = await chat(
                     session,
                     self.server.url,
                     self.questions[index],
-                    stamps=self.stamps,
+                    stamps=stamps,
                     max_tokens=160,
                     **fields,
                 )

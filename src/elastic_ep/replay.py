@@ -141,6 +141,7 @@ def _tell(timeline: Timeline, line: dict[str, Any]) -> None:
             timeline.count("steps reported")
             timeline.count("tokens", len(line["heard"][2]))
         timeline.count("requests replayed", sum(effect[0] == "Replayed" for effect in line["effects"]))
+        timeline.count("requests moved", sum(effect[0] == "Moved" for effect in line["effects"]))
     elif note == "disturbance":
         what = "stall" if line["kind"] == "loss" else "pause"
         timeline.say(

@@ -288,6 +288,8 @@ class RunProcess:
                 self._controller.feed(ev.Suspected(member, f"protocol error: {reason}"))
             case routing.Replayed():
                 self._metrics.request_replayed()
+            case routing.Moved():
+                self._metrics.request_moved()
 
 
 def version() -> str:

@@ -80,6 +80,7 @@ def test_metrics_of_the_control_plane() -> None:
     metrics.failover_stall(0.0015)
     metrics.rejoin_pause(0.003)
     metrics.request_replayed(4)
+    metrics.request_moved(3)
     metrics.step_poisoned()
     metrics.messages_dropped(2)
     metrics.messages_dropped(6)
@@ -95,6 +96,7 @@ def test_metrics_of_the_control_plane() -> None:
         'elastic_ep:failover_stall_seconds_bucket{le="0.002"} 1.0',
         "elastic_ep:rejoin_pause_seconds_count 1.0",
         "elastic_ep:requests_replayed_total 4.0",
+        "elastic_ep:requests_moved_total 3.0",
         "elastic_ep:poisoned_steps_total 1.0",
         "elastic_ep:dropped_messages_total 6.0",
     ):

@@ -108,6 +108,18 @@ async def test_a_stream_survives_its_rank() -> None:
     assert ev.Replayed(0, A) in rig.notices
 
 
+async def test_a_stream_that_waits_in_a_rank_moves() -> None:
+    rig = Rig()
+    rig.router.handle(ev.RankUp(A))
+    streams = [rig.submit() for _ in range(3)]
+    rig.router.handle(ev.RankUp(B))
+    assert rig.sent[-2:] == [(A, Cancel(2)), (B, Assign(2, (1, 2), (), SamplingParams(8), 3, 0))]
+    assert rig.notices[-1] == ev.Moved(2, A)
+    rig.commit(A, Token(2, 0, 666))
+    rig.commit(B, Token(2, 0, 10, "stop"))
+    assert await collect(streams[2]) == [(10,)]
+
+
 async def test_cancel_reaches_the_rank_once_and_ends_the_stream() -> None:
     rig = Rig()
     rig.router.handle(ev.RankUp(A))

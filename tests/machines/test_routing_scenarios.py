@@ -67,6 +67,8 @@ def show(effect: ev.Effect) -> str:
             return f"refuse {request_id} {reason} retry_after_s={retry_after_s}"
         case ev.Replayed(request_id, member):
             return f"replayed {request_id} from {_name(member)}"
+        case ev.Moved(request_id, member):
+            return f"moved {request_id} from {_name(member)}"
         case ev.Fault(member, reason):
             return f"fault {_name(member)} {reason}"
         case ev.WorkBegan() | ev.WorkEnded() | ev.Drained():

@@ -83,6 +83,7 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Requests that a rank works on.")
         self._waiting = self._gauge("num_requests_waiting", "Requests that wait for a rank.")
         self._replayed = self._counter("requests_replayed", "Requests taken over from a lost rank.")
+        self._moved = self._counter("requests_moved", "Requests moved from a rank's queue to a free seat.")
 
     def _make_group_metrics(self) -> None:
         self._rank_state = self._gauge("rank_state", "1 for the state that a rank is in.", "rank", "state")
@@ -135,6 +136,9 @@ class Metrics:
 
     def request_replayed(self, count: int = 1) -> None:
         self._replayed.inc(count)
+
+    def request_moved(self, count: int = 1) -> None:
+        self._moved.inc(count)
 
     def rank_state(self, rank: int, state: RankState) -> None:
         for other in RankState:

@@ -17,7 +17,7 @@ from elastic_ep.machines.routing import RoutingMachine
 from elastic_ep.machines.routing_events import Effect, Event, RoutingConfig
 from elastic_ep.messages import Assign, Cancel, Member, SamplingParams, Token
 
-Notice = ev.WorkBegan | ev.WorkEnded | ev.Drained | ev.Fault | ev.Replayed
+Notice = ev.WorkBegan | ev.WorkEnded | ev.Drained | ev.Fault | ev.Replayed | ev.Moved
 """Effects that concern the rest of the run process."""
 
 

@@ -8,7 +8,10 @@ from elastic_ep.machines.tables import Row, Table
 
 
 class RequestState(StrEnum):
-    """Where a request is: in the router's queue (Queued, Replaying), at one rank (Running), or done."""
+    """Where a request is: in the router's queue (Queued, Replaying), at one rank (Running), or done.
+
+    A request that moves from one rank to another stays Running.
+    """
 
     QUEUED = "Queued"
     RUNNING = "Running"

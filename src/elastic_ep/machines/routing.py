@@ -3,6 +3,9 @@
 The router knows the prompt and every delivered token of every live request, so the loss of a rank costs a
 request nothing but time: it goes to another rank as a longer prompt and continues at the next index. Tokens
 are believed only from the request's present owner and only at the next index, hence exactly once, in order.
+
+In the same way a request that waits in a rank moves to one that has a free seat: what a lost rank had overfills
+the survivors, and the rank that comes back would stand idle beside them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from elastic_ep.machines import routing_events as ev
@@ -32,11 +36,13 @@ class Request:
     """Length of `emitted` when its owner got it."""
     fruitless: int = 0
     """Owners lost in a row without one token."""
+    moved_from: frozenset[Member] = frozenset()
+    """Words of these about it may still be on their way, even when one of them owns it again."""
 
 
 @dataclass(slots=True)
 class Rank:
-    """A member that is up, and what was assigned to it, by request id."""
+    """A member that is up, and what was assigned to it, by request id and in order of assignment."""
 
     member: Member
     requests: dict[int, Request] = field(default_factory=dict)
@@ -61,6 +67,7 @@ class RoutingMachine:
         self.ranks: dict[Member, Rank] = {}
         self.stopping = False
         self.replays = 0
+        self.moves = 0
         self.stale_tokens = 0
         """From a member that does not own the request, or not any more."""
         self.duplicate_tokens = 0
@@ -119,13 +126,13 @@ class RoutingMachine:
             return
         request = Request(asked, TableMachine(REQUEST))
         self.requests[asked.request_id] = self.waiting[asked.request_id] = request
-        self._assign_waiting()
+        self._distribute()
 
     def _on_cancel(self, event: ev.CancelRequested) -> None:
         request = self.requests.get(event.request_id)
         if request is not None:
             self._withdraw(request, "cancel")
-            self._assign_waiting()
+            self._distribute()
 
     def _on_rank_up(self, event: ev.RankUp) -> None:
         rank, incarnation = event.member
@@ -135,7 +142,7 @@ class RoutingMachine:
         self._newest[rank] = incarnation
         self._remove(older)
         self.ranks[event.member] = Rank(event.member)
-        self._assign_waiting()
+        self._distribute()
 
     def _on_rank_draining(self, event: ev.RankDraining) -> None:
         rank = self.ranks.get(event.member)
@@ -146,7 +153,7 @@ class RoutingMachine:
         rank, incarnation = event.member
         self._newest[rank] = max(incarnation, self._newest.get(rank, 0))
         self._remove(event.member)
-        self._assign_waiting()
+        self._distribute()
 
     def _on_tokens(self, event: ev.TokensCommitted) -> None:
         """The only handler that runs all the time: no table, no search, a few dictionary look-ups a token."""
@@ -166,6 +173,11 @@ class RoutingMachine:
             emitted = request.emitted
             if token.index != len(emitted):
                 if token.index > len(emitted):
+                    if event.member in request.moved_from and len(emitted) == request.emitted_before:
+                        # HAZARD: the rank had the request before. These are words of that time, and those that came
+                        # before them were stale. Its first token of now is no gap.
+                        self.stale_tokens += 1
+                        continue
                     fault = f"request {request_id}: token {token.index} came before {len(emitted)}"
                     break
                 self.duplicate_tokens += 1
@@ -188,7 +200,7 @@ class RoutingMachine:
             rank.accepting, rank.faulty = False, True
             self._effects.append(ev.Fault(event.member, fault))
         if ended:
-            self._assign_waiting()
+            self._distribute()
 
     def _on_stop(self, event: ev.StopRequested) -> None:
         self.stopping = True
@@ -236,21 +248,78 @@ class RoutingMachine:
                 self.replays += 1
                 self._effects.append(ev.Replayed(request_id, member))
 
-    def _assign_waiting(self) -> None:
+    def _distribute(self) -> None:
+        """Give out what waits: streams that were cut off and have no rank, those that wait in a rank, new requests."""
+        self._assign(RequestState.REPLAYING, self.config.replay_limit)
+        self._move_waiting()
+        self._assign(RequestState.QUEUED, self.config.assign_limit)
+
+    def _assign(self, state: RequestState, limit: int) -> None:
+        """Those at the front of the queue, as long as they are in `state` and a rank takes them."""
         while self.waiting:
             request_id, request = next(iter(self.waiting.items()))
-            replaying = request.life.state is RequestState.REPLAYING
-            rank = self._least_loaded(self.config.replay_limit if replaying else self.config.assign_limit)
+            rank = self._least_loaded(limit) if request.life.state is state else None
             if rank is None:
                 return
             del self.waiting[request_id]
             request.life.fire("assign")
-            request.owner = rank.member
-            request.emitted_before = len(request.emitted)
-            rank.requests[request_id] = request
-            self._assignments += 1
-            rank.last_assigned = self._assignments
-            self._effects.append(ev.Send(rank.member, _assign(request)))
+            self._give(request, rank)
+
+    def _move_waiting(self) -> None:
+        """What waits in a rank goes to ranks with free seats: streams in mid-answer first, from the most loaded first.
+
+        Who gives has more requests than seats, who gets has fewer; so nothing moves to and fro. A draining rank gives
+        like any other, and is done the sooner.
+        """
+        seats = self.config.max_num_seqs
+        overfull = [rank for rank in self.ranks.values() if len(rank.requests) > seats]
+        if not overfull or self._least_loaded(seats) is None:
+            return
+        queues = {rank.member: self._movable(rank) for rank in overfull}
+        while (receiver := self._least_loaded(seats)) is not None:
+            giver = max(
+                (rank for rank in overfull if queues[rank.member]),
+                key=lambda rank: (bool(queues[rank.member][-1].emitted), len(rank.requests)),
+                default=None,
+            )
+            if giver is None:
+                return
+            self._move(queues[giver.member].pop(), giver, receiver)
+
+    def _movable(self, rank: Rank) -> list[Request]:
+        """The requests that wait in the rank; those to be moved first are last.
+
+        Ranks admit first come, first served, so those that came last wait, as many as there are more than seats. That
+        may be off by what is on its way; who runs already may be moved all the same, and is computed once more.
+
+        One that lost several ranks in a row stays: a rank that dies whenever it is back would take it again and again,
+        until it has lost so many that it fails.
+        """
+        excess = max(0, len(rank.requests) - self.config.max_num_seqs)
+        waiting = islice(reversed(rank.requests.values()), excess)
+        movable = [request for request in waiting if request.fruitless <= self.config.max_fruitless_moves]
+        movable.sort(key=lambda request: bool(request.emitted))
+        return movable
+
+    def _move(self, request: Request, giver: Rank, receiver: Rank) -> None:
+        """The giver is not lost: it does not count as fruitless, but its tokens end a row of fruitless owners."""
+        request_id = request.asked.request_id
+        if len(request.emitted) > request.emitted_before:
+            request.fruitless = 0
+        request.moved_from |= {giver.member}
+        del giver.requests[request_id]
+        self.moves += 1
+        self._effects.append(ev.Moved(request_id, giver.member))
+        self._effects.append(ev.Send(giver.member, Cancel(request_id)))
+        self._give(request, receiver)
+
+    def _give(self, request: Request, rank: Rank) -> None:
+        request.owner = rank.member
+        request.emitted_before = len(request.emitted)
+        rank.requests[request.asked.request_id] = request
+        self._assignments += 1
+        rank.last_assigned = self._assignments
+        self._effects.append(ev.Send(rank.member, _assignment(request)))
 
     def _least_loaded(self, limit: int) -> Rank | None:
         """Fewest requests, then longest not chosen, then lowest number."""
@@ -277,6 +346,7 @@ class RoutingMachine:
             assert request.asked.request_id == request_id <= self._highest_id
             assert len(request.emitted) < request.asked.params.max_tokens, f"request {request_id} is done"
         self._check_queue()
+        self._check_seats()
 
     def _check_queue(self) -> None:
         for request_id, request in self.waiting.items():
@@ -293,8 +363,14 @@ class RoutingMachine:
             limit = self.config.replay_limit if replaying else self.config.assign_limit
             assert self._least_loaded(limit) is None, "a request waits beside a free rank"
 
+    def _check_seats(self) -> None:
+        """While an accepting rank has fewer requests than seats, nothing waits in another, but what must stay there."""
+        free = self._least_loaded(self.config.max_num_seqs)
+        for member, rank in self.ranks.items():
+            assert free is None or not self._movable(rank), f"requests wait in {member} beside {free.member}"
 
-def _assign(request: Request) -> Assign:
+
+def _assignment(request: Request) -> Assign:
     asked = request.asked
     return Assign(
         asked.request_id, asked.prompt, tuple(request.emitted), asked.params, asked.seed, asked.choice

@@ -13,7 +13,7 @@ from elastic_ep.machines.membership_events import StopRequested, WorkBegan, Work
 from elastic_ep.messages import Assign, Cancel, Member, SamplingParams, Token
 
 __all__ = [
-    "CancelRequested", "DeadlinePassed", "Deliver", "Drained", "Effect", "Event", "Fault", "Finish",
+    "CancelRequested", "DeadlinePassed", "Deliver", "Drained", "Effect", "Event", "Fault", "Finish", "Moved",
     "NewRequest", "RankDown", "RankDraining", "RankUp", "Refuse", "Replayed", "RoutingConfig", "Send",
     "StopRequested", "Submitted", "TokensCommitted", "WorkBegan", "WorkEnded",
 ]  # fmt: skip
@@ -24,11 +24,11 @@ class RoutingConfig:
     """`max_num_seqs` is what a rank runs at once; `max_queued` how many requests may wait in the router.
 
     A rank is assigned `overcommit` times as many, so that it has the next one at hand when one finishes.
-    Requests of a lost rank may fill a survivor to `replay_overcommit` times: their clients see a stall, but a
-    last survivor must not hoard what returning ranks could run.
+    Requests of a lost rank may fill a survivor to `replay_overcommit` times: their clients see a stall until a
+    seat is free there, or anywhere, as what waits in a rank moves.
 
     A request fails when more than `max_fruitless_replays` ranks in a row died with it before it got one token:
-    it may well be what kills them.
+    it may well be what kills them. After half as many it does not move any more.
     """
 
     max_num_seqs: int
@@ -45,6 +45,10 @@ class RoutingConfig:
     @property
     def replay_limit(self) -> int:
         return math.ceil(self.max_num_seqs * self.replay_overcommit)
+
+    @property
+    def max_fruitless_moves(self) -> int:
+        return self.max_fruitless_replays // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,14 @@ class Replayed:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """The request waited in this rank and continues in one that has a free seat."""
+
+    request_id: int
+    from_member: Member
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """The member broke the protocol. It gets nothing more and is not believed any more: fence it."""
 
@@ -189,4 +201,4 @@ class Drained:
     """A stop was requested and no request is left. Said once."""
 
 
-Effect = Send | Deliver | Finish | Refuse | Replayed | Fault | WorkBegan | WorkEnded | Drained
+Effect = Send | Deliver | Finish | Refuse | Replayed | Moved | Fault | WorkBegan | WorkEnded | Drained
