@@ -81,3 +81,26 @@ def test_extreme_numbers_are_harmless(temperature: float, penalty: float) -> Non
     batch = [sequence(params, [1, 2], [3], 0, 0)]
     logits = torch.randn(1, VOCAB) * 50
     assert_alike(draw(logits, batch), sample(logits, batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_gpu_draws_what_the_processor_draws(rows: int) -> None:
+    """Of a vocabulary that is worked on some rows at a time."""
+    kinds = [
+        {"temperature": 0.7},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "logprobs": 3},
+        {"temperature": 1.0, "min_p": 0.01, "presence_penalty": 0.5, "repetition_penalty": 1.1},
+        {"logprobs": 5},
+        {},
+    ]
+    batch = [
+        sequence(SamplingParams(9, **kinds[row % len(kinds)]), [row], [row, 7], row, 0)  # type: ignore[arg-type]  # of any field
+        for row in range(rows)
+    ]
+    logits = torch.randn(rows, 151936, generator=torch.Generator().manual_seed(rows)) * 3
+    device = torch.device("cuda")
+    drawn = Draws(batch, device).run(logits.to(device)).to_host()
+    torch.cuda.synchronize()
+    assert_alike(drawn.sampled(batch), sample(logits, batch))
