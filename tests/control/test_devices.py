@@ -20,7 +20,10 @@ def machine(
     driver: str = "580.159.04",
     installed: dict[str, str] = INSTALLED,
     verbs: bool = True,
+    nvcc: str = "nvcc",
+    environment: dict[str, str] | None = None,
 ) -> Machine:
+    """`nvcc` is the name by which a program is found."""
     (root / "dev").mkdir()
     if gpu:
         (root / "dev" / "nvidia0").touch()
@@ -28,7 +31,7 @@ def machine(
     (root / "proc/driver/nvidia/version").write_text(
         f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {driver}  Release Build\nGCC version: gcc 12.3.0\n"
     )
-    return Machine(root, installed.get, lambda library: verbs)
+    return Machine(root, installed.get, lambda library: verbs, environment or {}, {nvcc: "/found"}.get)
 
 
 def test_a_whole_machine_is_taken(tmp_path: Path) -> None:
@@ -49,6 +52,8 @@ def test_a_whole_machine_is_taken(tmp_path: Path) -> None:
         ({"installed": {"torch": "2.11.0"}}, f"not installed: pip install {CUDA_WHEEL}"),
         ({"installed": {"torch": "2.11.0", CPU_WHEEL: "0.3.13"}}, f"{CPU_WHEEL}.*uninstall.*{CUDA_WHEEL}"),
         ({"verbs": False}, "libibverbs1"),
+        ({"nvcc": ""}, "nvcc is missing.*CUDA_HOME or PATH"),
+        ({"environment": {"NVCC": "/gone/nvcc", "CUDA_HOME": "/cuda"}}, "nvcc is missing"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, lacking: dict[str, object], said: str) -> None:
@@ -57,6 +62,23 @@ def test_what_is_missing_is_named(tmp_path: Path, lacking: dict[str, object], sa
         choose_device("cuda", HIDDEN, lacks)
     assert "\n" not in str(refused.value)
     assert choose_device("auto", HIDDEN, lacks) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("environment", "nvcc"),
+    [
+        ({}, "nvcc"),
+        ({"CUDA_HOME": "/cuda"}, "nvcc"),
+        ({"CUDA_HOME": "/cuda", "CUDA_PATH": "/gone"}, "/cuda/bin/nvcc"),
+        ({"CUDA_PATH": "/cuda"}, "/cuda/bin/nvcc"),
+        ({"NVCC": "/my/nvcc"}, "/my/nvcc"),
+        ({"MOONCAKE_EP_JIT_NVCC": "my-nvcc", "NVCC": "/gone", "CUDA_HOME": "/gone"}, "my-nvcc"),
+    ],
+)
+def test_nvcc_is_looked_for_where_mooncake_does(
+    tmp_path: Path, environment: dict[str, str], nvcc: str
+) -> None:
+    assert choose_device("cuda", HIDDEN, machine(tmp_path, environment=environment, nvcc=nvcc)) == "cuda"
 
 
 def test_a_hidden_size_that_the_exchange_cannot_carry(tmp_path: Path) -> None:

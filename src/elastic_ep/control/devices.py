@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from elastic_ep.config import ConfigError
@@ -42,6 +44,8 @@ class Machine:
     root: Path = Path("/")
     version_of: Callable[[str], str | None] = _distribution
     loads: Callable[[str], bool] = _loads
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    find_program: Callable[[str], str | None] = shutil.which
 
     def why_not_cuda(self) -> str | None:
         """One line that says what is missing and what to do, or None."""
@@ -59,7 +63,17 @@ class Machine:
             return f"Mooncake is not installed: pip install {CUDA_WHEEL}"
         if not self.loads("libibverbs.so.1"):
             return "the library libibverbs is missing: apt install libibverbs1 ibverbs-providers"
+        if not self._has_nvcc():
+            return "nvcc is missing, with which Mooncake compiles its kernels: install CUDA 13, set CUDA_HOME or PATH"
         return None
+
+    def _has_nvcc(self) -> bool:
+        """Looks where Mooncake 0.3.14 does: it ships no dispatch and no combine, only their sources."""
+        said = self.environment.get
+        named = said("MOONCAKE_EP_JIT_NVCC") or said("NVCC")
+        home = said("CUDA_HOME") or said("CUDA_PATH")
+        candidates = [named] if named else [f"{home}/bin/nvcc", "nvcc"] if home else ["nvcc"]
+        return any(map(self.find_program, candidates))
 
     def _driver(self) -> int | None:
         try:

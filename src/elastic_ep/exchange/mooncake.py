@@ -134,7 +134,7 @@ class MooncakeExchange:
         self._store.incarnations[member.rank] = member.incarnation
         self._connected: dict[int, int] = {}
         self._wanted: dict[int, int] = {}
-        """By rank, the incarnation that somebody connects to, or has."""
+        """By rank, the newest incarnation that somebody connects to, or has."""
         self._taken_in = True
         """Whether a boundary has passed since the last peer was connected."""
         self._connecting = threading.Lock()
@@ -213,10 +213,8 @@ class MooncakeExchange:
     def mask(self, member: Member) -> None:
         """Does not wait for the device."""
         with self._masking:
-            if self._wanted.get(member.rank, -1) <= member.incarnation:
-                self._wanted[member.rank] = member.incarnation + 1  # a wait for this one ends
             was = self._peers.live[member.rank]
-            self._peers.mask(member)
+            self._peers.mask(member)  # a wait for it in `connect` ends by this
             if was and not self._peers.live[member.rank]:
                 with torch.cuda.device(self._device), torch.cuda.stream(self._side):
                     self._buffer.update_mask_buffer(member.rank, True)
@@ -285,7 +283,8 @@ class MooncakeExchange:
         return frozenset(lost | self.suspects | (self._targets - live))
 
     def _is_wanted(self, member: Member) -> bool:
-        return self._wanted.get(member.rank, member.incarnation) <= member.incarnation
+        newest = self._wanted.get(member.rank, member.incarnation)
+        return newest <= member.incarnation and not self._peers.is_masked(member)
 
     def close(self) -> None:
         if self._buffer is not None:

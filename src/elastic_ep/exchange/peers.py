@@ -13,7 +13,7 @@ _NEVER = -1
 
 
 class Peers:
-    """Active and masked incarnations. `mask` may come from any thread, all else from the forward thread.
+    """Active and masked incarnations. `mask` and `is_masked` on any thread, all else on the forward thread.
 
     Who takes part from now on is kept in three forms; any of them may turn False at any moment. `live` is indexed
     by rank, `live_array` too, and `reachable` by physical expert; its last element, which the index -1 selects,
@@ -50,6 +50,9 @@ class Peers:
             if self.live[rank] and self._active[rank] <= incarnation:
                 self._lost.add(rank)
                 self._set_live(rank, False)
+
+    def is_masked(self, member: Member) -> bool:
+        return member.incarnation <= self._masked[member.rank]
 
     def begin_step(self) -> None:
         """Whoever is masked by now takes no part in the step and cannot poison it, unless it is `miss`ed."""
