@@ -14,7 +14,7 @@ from enum import Enum
 from html import escape
 from pathlib import Path
 
-from elastic_ep.machines.membership import GROUP
+from elastic_ep.machines.group import GROUP
 from elastic_ep.machines.rank_lifecycle import RANK
 from elastic_ep.machines.request import REQUEST
 from elastic_ep.machines.tables import Table

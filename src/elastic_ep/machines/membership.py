@@ -13,9 +13,10 @@ from typing import Any
 
 from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines.contract import Tick
+from elastic_ep.machines.group import GROUP, TRIGGER_TO, Attempt, Slot
 from elastic_ep.machines.membership_events import Effect, Event, GroupState, MembershipConfig
 from elastic_ep.machines.rank_lifecycle import RANK, REPORTED_TRIGGERS
-from elastic_ep.machines.tables import Row, Table, TableMachine
+from elastic_ep.machines.tables import TableMachine
 from elastic_ep.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
 from elastic_ep.placement import Coverage, Placement
 
@@ -23,62 +24,6 @@ STEP_GAP_AFTER_TOTAL_LOSS = 100_000
 """Steps that a member may have begun unseen since the last `StepSeen`; far more than could have run."""
 
 _STARTING = (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
-_RUNNING = (
-    GroupState.SERVING,
-    GroupState.DEGRADED,
-    GroupState.ADMITTING,
-    GroupState.PAUSED,
-    GroupState.HOLDING,
-)
-
-GROUP = Table(
-    name="group",
-    initial=GroupState.FORMING,
-    rows=(
-        Row("admit", (GroupState.FORMING, *_RUNNING), GroupState.ADMITTING),
-        Row("all_seats_filled", _RUNNING, GroupState.SERVING),
-        Row("seat_empty", _RUNNING, GroupState.DEGRADED),
-        Row("park", _RUNNING, GroupState.PAUSED),
-        Row("expert_uncovered", _RUNNING, GroupState.HOLDING),
-        Row("nobody_left", _RUNNING, GroupState.FORMING),
-        Row("stop", (GroupState.FORMING, *_RUNNING), GroupState.STOPPING),
-    ),
-    final=frozenset({GroupState.STOPPING}),
-)
-_TRIGGER = {row.dest: row.trigger for row in GROUP.rows}
-
-
-@dataclass
-class Slot:
-    """What the controller knows of one rank."""
-
-    member: Member
-    lifecycle: TableMachine
-    reason: str = ""
-    failures: int = 0
-    """Incarnations in a row that died before they were stable."""
-    missed_attempts: int = 0
-    """Attempts in a row that it let time out as a member: it became one by a promise."""
-    since_ms: int | None = None
-    """When it came into its present state; None before the group was started."""
-    gone: bool = False
-    fenced: str = ""
-    relaunch_at_ms: int | None = None
-    gave_up: bool = False
-
-    @property
-    def state(self) -> RankState:
-        return RankState(self.lifecycle.state)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    number: int
-    joiners: frozenset[Member]
-    """Empty: the attempt is to park."""
-    awaited: frozenset[Member]
-    first_step: int
-    deadline_ms: int
 
 
 @dataclass
@@ -456,7 +401,7 @@ class MembershipMachine:
         """Name the state that the data amounts to; the table says whether that move is legal."""
         target = self._target()
         if target is not self.state:
-            self.group.fire(_TRIGGER[target])
+            self.group.fire(TRIGGER_TO[target])
             self._effects.append(ev.GroupMoved(target))
 
     def _target(self) -> GroupState:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -20,35 +20,9 @@ from elastic_ep.machines import routing_events as ev
 from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.request import REQUEST, RequestState
 from elastic_ep.machines.routing_events import Effect, Event, RoutingConfig
+from elastic_ep.machines.routing_records import Rank, Request
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.messages import Assign, Cancel, Member, Token
-
-
-@dataclass(slots=True)
-class Request:
-    """A live request. `emitted` holds the tokens that the client has had."""
-
-    asked: ev.NewRequest
-    life: TableMachine
-    owner: Member | None = None
-    emitted: list[int] = field(default_factory=list)
-    emitted_before: int = 0
-    """Length of `emitted` when its owner got it."""
-    fruitless: int = 0
-    """Owners lost in a row without one token."""
-    moved_from: frozenset[Member] = frozenset()
-    """Words of these about it may still be on their way, even when one of them owns it again."""
-
-
-@dataclass(slots=True)
-class Rank:
-    """A member that is up, and what was assigned to it, by request id and in order of assignment."""
-
-    member: Member
-    requests: dict[int, Request] = field(default_factory=dict)
-    accepting: bool = True
-    faulty: bool = False
-    last_assigned: int = 0
 
 
 @dataclass
