@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,17 @@ def summary(values: Sequence[float]) -> dict[str, float | int]:
         for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
     }
     return {"count": len(values), **rounded, "max": round(max(values, default=float("nan")), 4)}
+
+
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Of so many calls, after one that does not count."""
+    run()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - began) * 1000)
+    return round(percentile(times, 0.5), 4)
 
 
 @dataclass

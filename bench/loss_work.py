@@ -9,13 +9,10 @@ on the same placements in the same run.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from bench.common import write_result
+from bench.common import median_ms, write_result
 from elastic_ep.model.routing_table import NO_COPY, Copies
 from elastic_ep.placement import EMPTY, Coverage, Placement, launch_placement
 
@@ -48,16 +45,6 @@ def covered_plainly(placement: Placement, ranks: set[int]) -> bool:
     )
 
 
-def timed(run: Callable[[], object], repeats: int) -> float:
-    """Median, ms."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - began) * 1000)
-    return round(median(times), 4)
-
-
 def measure(ranks: int, layers: int, experts: int, repeats: int) -> dict[str, Any]:
     placement = launch_placement(ranks, layers, experts, experts)
     copies, coverage = Copies(placement), Coverage.of(placement)
@@ -70,10 +57,10 @@ def measure(ranks: int, layers: int, experts: int, repeats: int) -> dict[str, An
         "ranks": ranks,
         "layers": layers,
         "experts": experts,
-        "choose_plainly_ms": timed(lambda: choose_plainly(placement, living, 1), repeats),
-        "choose_ms": timed(lambda: copies.choose(living, 1), repeats),
-        "covered_plainly_ms": timed(lambda: covered_plainly(placement, living), repeats),
-        "covered_ms": timed(lambda: coverage.by(living), repeats),
+        "choose_plainly_ms": median_ms(lambda: choose_plainly(placement, living, 1), repeats),
+        "choose_ms": median_ms(lambda: copies.choose(living, 1), repeats),
+        "covered_plainly_ms": median_ms(lambda: covered_plainly(placement, living), repeats),
+        "covered_ms": median_ms(lambda: coverage.by(living), repeats),
     }
 
 

@@ -8,15 +8,12 @@ A draw on the device counts from its launch to its end; on the processor the log
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from bench.common import write_result
+from bench.common import median_ms, write_result
 from elastic_ep.messages import SamplingParams
 from elastic_ep.model.cuda.draws import Draws
 from elastic_ep.model.sampler import sample
@@ -28,17 +25,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "logprobs": {"logprobs": 5},
     "penalties": {"temperature": 0.7, "presence_penalty": 0.5},
 }
-
-
-def timed(run: Callable[[], object], repeats: int) -> float:
-    """Median, ms."""
-    run()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - began) * 1000)
-    return round(median(times), 3)
 
 
 def main() -> None:
@@ -74,8 +60,8 @@ def main() -> None:
             row = {
                 "sequences": count,
                 "kind": name,
-                "processor_ms": timed(on_processor, options.repeats),
-                "device_ms": timed(on_device, options.repeats),
+                "processor_ms": median_ms(on_processor, options.repeats),
+                "device_ms": median_ms(on_device, options.repeats),
                 "same_tokens": on_device() == on_processor(),
             }
             rows.append(row)
