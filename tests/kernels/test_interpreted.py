@@ -1,27 +1,32 @@
-"""Runs the other files of this folder through Triton's interpreter, in a process of their own (see conftest.py)."""
+"""Runs the other files of this folder through Triton's interpreter, in processes of their own (see conftest.py)."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from interpreted import DEADLINE_S, Interpreted
+
 from .conftest import ELSEWHERE, GPU_ONLY, INTERPRETED
 
 HERE = Path(__file__).parent
-FILES = sorted({file.name for file in HERE.glob("test_*.py")} - ELSEWHERE - GPU_ONLY)
+LONGEST = "test_paged_attention.py"
+FILES = sorted(
+    {file.name for file in HERE.glob("test_*.py")} - ELSEWHERE - GPU_ONLY, key=lambda name: name != LONGEST
+)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Interpreted]:
+    runs = Interpreted([(str(HERE / name),) for name in FILES])
+    yield runs
+    runs.close()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+@pytest.mark.timeout(DEADLINE_S + 10)
 @pytest.mark.parametrize("name", FILES)
-def test_interpreted(name: str) -> None:
-    # One thread: products this small lose more to waking the others than they win.
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)]
-    done = subprocess.run(
-        command, env=env, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=110, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_interpreted(interpreted: Interpreted, name: str) -> None:
+    interpreted.check((str(HERE / name),))
