@@ -49,10 +49,9 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     ]
     questions = [problem.question for problem in held_out(options.questions)]
     cases = [failover.Case((number % options.ranks,)) for number in range(options.kills)]
-    failover.STREAMS = options.streams
     with server(arguments, scratch / "runs", module="bench.paced_server") as target:
         reference = asyncio.run(failover.reference_run(target, questions))
-        load, struck = asyncio.run(failover.disturbed_run(target, questions, cases))
+        load, struck = asyncio.run(failover.disturbed_run(target, questions, cases, options.streams))
         time.sleep(0.3)  # the log is flushed at most so often
         figures, _ = analyse(target.events, struck)
         if options.keep is not None:
@@ -80,7 +79,7 @@ def main() -> None:
     add("--layers", type=int, default=24, help="of the 30B shape")
     add("--step-ms", type=float, default=12.0)
     add("--kills", type=int, default=16)
-    add("--streams", type=int, default=64)
+    add("--streams", type=int, default=failover.STREAMS)
     add("--questions", type=int, default=8)
     add("--keep", type=Path, help="a file for the run's event log")
     add("--out", type=Path, default=Path("bench/results/control_path.json"))

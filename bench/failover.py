@@ -59,6 +59,7 @@ class Load:
     finished: int = 0
     streams: list[list[float]] = field(default_factory=list)
     """When each piece of a stream's text came, CLOCK_MONOTONIC seconds."""
+    at_once: int = STREAMS
     stopping: bool = False
 
     @property
@@ -71,7 +72,7 @@ class Load:
             ((index, mode) for index in range(len(self.questions)) for mode in ("greedy", "sampled"))
             for _ in (range(rounds) if rounds else itertools.count())
         )
-        await asyncio.gather(*(self._worker(session, jobs) for _ in range(STREAMS)))
+        await asyncio.gather(*(self._worker(session, jobs) for _ in range(self.at_once)))
 
     async def _worker(self, session: aiohttp.ClientSession, jobs: Any) -> None:
         for index, mode in jobs:
@@ -151,9 +152,9 @@ async def strike_joiner(
 
 
 async def disturbed_run(
-    target: Server, questions: list[str], cases: list[Case]
+    target: Server, questions: list[str], cases: list[Case], at_once: int = STREAMS
 ) -> tuple[Load, list[dict[str, Any]]]:
-    load = Load(target, questions)
+    load = Load(target, questions, at_once=at_once)
     struck = []
     async with http() as session:
         running = asyncio.create_task(load.run(session, None))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from elastic_ep import run, serve
+from elastic_ep.run import parse
+from elastic_ep.serve import serve
 
 if __name__ == "__main__":
-    serve.RANK_ENTRY = "bench.paced_engine:main"
-    serve._PRELOAD["cpu"] = ("torch", "elastic_ep.control.rank", "bench.paced_engine")
-    sys.exit(run.main())
+    sys.exit(serve(parse(), "bench.paced_engine:main"))

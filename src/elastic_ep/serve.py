@@ -66,9 +66,12 @@ _PRELOAD = {
 FAILED = 1
 
 
-def serve(config: ServeConfig) -> int:
-    """Serve until told to stop; the exit status. Raises `ConfigError` before anything is started."""
-    process = RunProcess(make_plan(config))
+def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
+    """Serve until told to stop; the exit status. Raises `ConfigError` before anything is started.
+
+    `rank_entry` is what each rank runs, "module:function".
+    """
+    process = RunProcess(make_plan(config), rank_entry)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()
     gc.freeze()  # what is there by now stays: the collector need not look through it again and again
@@ -79,8 +82,9 @@ def serve(config: ServeConfig) -> int:
 class RunProcess:
     """Owns all parts."""
 
-    def __init__(self, plan: ServePlan) -> None:
+    def __init__(self, plan: ServePlan, rank_entry: str = RANK_ENTRY) -> None:
         self._plan = plan
+        self._rank_entry = rank_entry
         self._config = plan.config
         self._metrics = Metrics()
         self._stop_signals = 0
@@ -106,7 +110,7 @@ class RunProcess:
             # Before the launcher, so that it ends after all ranks.
             environment = stack.enter_context(mps_daemon()) if self._config.mps else {}
             options = LauncherOptions(
-                entry=RANK_ENTRY, preload=_PRELOAD[self._plan.device], directory=directory,
+                entry=self._rank_entry, preload=_PRELOAD[self._plan.device], directory=directory,
                 windows_fd=windows_fd, max_ranks=self._config.ranks, environment=environment,
             )  # fmt: skip
             guard = None

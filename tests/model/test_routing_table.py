@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bench.loss_work import choose_plainly
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_ep.model.config import ModelConfig
-from elastic_ep.model.routing_table import NO_COPY, Copies, RoutingTable
+from elastic_ep.model.routing_table import Copies, RoutingTable
 from elastic_ep.placement import EMPTY, Change, Placement, launch_placement
-
-
-def plainly(placement: Placement, layer: int, active: set[int], rank: int) -> list[int]:
-    chosen = []
-    for expert in range(placement.num_experts):
-        copies = [
-            physical
-            for physical, logical in enumerate(placement.slots[layer])
-            if logical == expert and placement.rank_of(physical) in active
-        ]
-        own = [physical for physical in copies if placement.rank_of(physical) == rank]
-        at = (rank + expert) % len(copies) if copies else 0
-        chosen.append(own[0] if own else copies[at] if copies else NO_COPY)
-    return chosen
 
 
 @st.composite
@@ -44,7 +31,7 @@ def test_copies_are_chosen_by_the_rule(placement: Placement, data: st.DataObject
     ranks = st.integers(0, placement.num_ranks - 1)
     active, rank = data.draw(st.sets(ranks)), data.draw(ranks)
     chosen = Copies(placement).choose(active, rank)
-    assert chosen.tolist() == [plainly(placement, layer, active, rank) for layer in range(len(chosen))]
+    assert chosen.tolist() == choose_plainly(placement, active, rank)
 
 
 @pytest.fixture

@@ -211,7 +211,7 @@ class MooncakeExchange:
             torch.cuda.current_stream(self._device).wait_stream(self._side)
 
     def mask(self, member: Member) -> None:
-        """Does not wait for the device."""
+        """Does not wait for the device, but in the step in which a peer was connected (see the HAZARD above)."""
         with self._masking:
             was = self._peers.live[member.rank]
             self._peers.mask(member)  # a wait for it in `connect` ends by this

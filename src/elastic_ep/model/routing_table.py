@@ -25,15 +25,15 @@ class RoutingTable:
         self.physical = torch.zeros(
             config.num_hidden_layers, config.num_experts, dtype=torch.int64, device=device
         )
-        self._placement: Placement | None = None
+        self._copies: Copies | None = None
 
     def update(self, placement: Placement, active_ranks: Collection[int], rank: int) -> bool:
         """Choose among the copies on `active_ranks`. False, and no change, if some expert has none.
 
         Survivors of a loss wait for this at their boundary: what depends on the placement alone is kept.
         """
-        if placement is not self._placement:
-            self._placement, self._copies = placement, Copies(placement)
+        if self._copies is None or self._copies.placement is not placement:
+            self._copies = Copies(placement)
         chosen = self._copies.choose(active_ranks, rank)
         if (chosen == NO_COPY).any():
             return False
@@ -45,12 +45,11 @@ class Copies:
     """All copies of a placement, ordered by layer, logical expert and physical expert."""
 
     def __init__(self, placement: Placement) -> None:
+        self.placement = placement
         slots: _Ints = np.array(placement.slots, dtype=np.int64)
         layer, physical = np.nonzero(slots != EMPTY)
         expert = layer * placement.num_experts + slots[layer, physical]
         order = np.argsort(expert, kind="stable")
-        self._shape = len(slots), placement.num_experts
-        self._num_ranks = placement.num_ranks
         self._expert: _Ints = expert[order]
         """Of each copy, counted through all layers."""
         self._physical: _Ints = physical[order]
@@ -62,11 +61,11 @@ class Copies:
         (rank + expert) picks among several, so that the ranks spread their load over the copies. `NO_COPY` where there
         is none.
         """
-        active = np.zeros(self._num_ranks, np.bool_)
+        active = np.zeros(self.placement.num_ranks, np.bool_)
         active[list(active_ranks)] = True
         living = active[self._rank]
         expert, physical = self._expert[living], self._physical[living]
-        layers, experts = self._shape
+        layers, experts = len(self.placement.slots), self.placement.num_experts
         count = np.bincount(expert, minlength=layers * experts)
         first = count.cumsum() - count
         pick = first + (rank + np.arange(layers * experts) % experts) % np.maximum(count, 1)
