@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 from bench.common import Server, chat, http, server, status, until_full
 
+from elastic_ep.control.mps import PROGRAM
 from elastic_ep.problems import held_out
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -19,11 +23,33 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 QUESTIONS = [problem.question for problem in held_out(8)]
 ARGUMENTS = ["--ranks", "4", "--device", "cuda", "--num-gpu-blocks-override", "512"]
 
+MPS = pytest.param(
+    ["--mps"], id="mps", marks=pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="no MPS")
+)
 
-@pytest.fixture(scope="module")
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with server(ARGUMENTS, tmp_path_factory.mktemp("runs")) as running:
+
+@pytest.fixture(scope="module", params=[pytest.param([], id="time slices"), MPS])
+def serving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with server([*ARGUMENTS, *request.param], tmp_path_factory.mktemp("runs")) as running:
         yield running
+
+
+def daemons() -> set[psutil.Process]:
+    """MPS's control daemons and servers, whoever started them."""
+    return {process for process in psutil.process_iter() if process.name().startswith("nvidia-cuda-mps")}
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="no MPS")
+def test_the_private_daemon_ends_with_the_run(end: signal.Signals, tmp_path: Path) -> None:
+    before = daemons()
+    with server([*ARGUMENTS, "--mps"], tmp_path) as running:
+        started = list(daemons() - before)
+        assert started
+        running.process.send_signal(end)
+        running.process.wait(60)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
 
 
 async def answers(url: str, victim: int | None = None) -> list[str]:
