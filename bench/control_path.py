@@ -64,8 +64,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         **failover.compare(load, reference),
         "client_gap_ms": summary(client_gaps_ms(load.streams, struck)),
         **figures,
-        "stall_beyond_a_step_ms": beyond_a_step(figures, "stall_ms"),
-        "rejoin_beyond_a_step_ms": beyond_a_step(figures, "rejoin_ms"),
+        "stall_beyond_a_step_ms": beyond_a_step(figures, figures["stall_ms"]),
+        "rejoin_beyond_a_step_ms": beyond_a_step(figures, figures["rejoin_ms"]),
     }
 
 

@@ -46,6 +46,8 @@ class Case:
     ranks: tuple[int, ...]
     stop: bool = False
     joiner_state: str | None = None
+    instead: int | None = None
+    """The rank that is killed then in place of the replacement."""
 
 
 @dataclass
@@ -124,29 +126,33 @@ async def strike(session: aiohttp.ClientSession, url: str, case: Case) -> dict[s
         os.kill(before[rank]["pid"], signal.SIGSTOP if case.stop else signal.SIGKILL)
     joiner = None
     if case.joiner_state:
-        joiner = await strike_joiner(session, url, before[case.ranks[0]], case.joiner_state)
+        joiner = await strike_joiner(session, url, before[case.ranks[0]], case.joiner_state, case.instead)
     return {
         "ranks": case.ranks,
         "stop": case.stop,
         "joiner_state": case.joiner_state,
+        "instead": case.instead,
         "sent": sent,
         "joiner": joiner,
     }
 
 
 async def strike_joiner(
-    session: aiohttp.ClientSession, url: str, old: dict[str, Any], state: str
+    session: aiohttp.ClientSession, url: str, old: dict[str, Any], state: str, instead: int | None
 ) -> dict[str, Any]:
-    """Kill the replacement when it is seen in `state` (or the first time it is seen past it)."""
+    """Kill the replacement, or rank `instead`, when it is seen in `state` (or the first time it is seen past it)."""
     order = [*JOINER_STATES, "Serving"]
     limit = time.monotonic() + 30
     while time.monotonic() < limit:
-        engine = (await status(session, url))["engines"][old["id"]]
+        engines = (await status(session, url))["engines"]
+        engine = engines[old["id"]]
         newer = engine["incarnation"] > old["incarnation"] and engine["state"] in order
         if newer and engine["pid"] and order.index(engine["state"]) >= order.index(state):
+            victim = engine if instead is None else engines[instead]
             at_ns = time.monotonic_ns()
-            os.kill(engine["pid"], signal.SIGKILL)
-            return {"seen_state": engine["state"], "incarnation": engine["incarnation"], "at_ns": at_ns}
+            os.kill(victim["pid"], signal.SIGKILL)
+            told = {name: victim[name] for name in ("id", "incarnation")}
+            return {"seen_state": engine["state"], **told, "at_ns": at_ns}
         await asyncio.sleep(0)
     raise TimeoutError(f"no replacement of rank {old['id']} within 30 s")
 
@@ -161,9 +167,10 @@ async def disturbed_run(
         await asyncio.sleep(3.0)
         for number, case in enumerate(cases):
             struck.append(await strike(session, target.url, case))
-            await until_full(
-                session, target.url, beyond={s["rank"]: s["incarnation"] for s in struck[-1]["sent"]}
-            )
+            beyond = {s["rank"]: s["incarnation"] for s in struck[-1]["sent"]}
+            if case.instead is not None:
+                beyond[case.instead] = struck[-1]["joiner"]["incarnation"]
+            await until_full(session, target.url, beyond=beyond)
             print(
                 f"\r{number + 1}/{len(cases)} kills, {load.finished} streams finished, {len(load.errors)} errors ",
                 end="",

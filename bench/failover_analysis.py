@@ -40,6 +40,7 @@ def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any],
     stall_ms: list[float] = []
     stall_hang: list[float] = []
     full: list[float | None] = []
+    starts: list[dict[str, float]] = []
     for kill, following in zip(struck, [*struck[1:], None], strict=True):
         first_ns = kill["sent"][0]["at_ns"]
         until_ns = first_ns + _AROUND_NS
@@ -59,7 +60,9 @@ def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any],
             if not kill["stop"]:
                 stall_ms.append(gap / 1e6)
         if not kill["stop"] and not kill["joiner_state"]:
-            full.extend(_back_after(curves, sent) for sent in kill["sent"])
+            back = [_states_after(curves, sent) for sent in kill["sent"]]
+            full.extend(states.get("Serving") for states in back)
+            starts.extend(back)
     rejoin, rejoin_ms = _rejoins(curves)
     phases = [
         _phases(curves, kill["sent"][0]) for kill in struck if not kill["stop"] and len(kill["sent"]) == 1
@@ -77,6 +80,10 @@ def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any],
         },
         "stall_steps_hang": summary(stall_hang),
         "full_strength_s": summary([value for value in full if value is not None]),
+        "replacement_reaches_s": {
+            state: summary([states[state] for states in starts if state in states])["p50"]
+            for state in ("Launching", "InitCUDA", "InitDist", "Joining", "Serving")
+        },
         "rejoin_steps": summary(rejoin),
         "rejoin_ms": summary(rejoin_ms),
     }, curves
@@ -150,11 +157,13 @@ def _median_gap(ends: list[int], at_ns: int) -> float | None:
     return median(gaps) if len(gaps) >= 5 else None
 
 
-def _back_after(curves: Curves, sent: dict[str, Any]) -> float | None:
+def _states_after(curves: Curves, sent: dict[str, Any]) -> dict[str, float]:
+    """When a later incarnation was first in each state, seconds after the signal."""
+    found: dict[str, float] = {}
     for t_ns, rank, incarnation, state in curves.states:
-        if rank == sent["rank"] and incarnation > sent["incarnation"] and state == "Serving":
-            return float(t_ns - sent["at_ns"]) / 1e9
-    return None
+        if rank == sent["rank"] and incarnation > sent["incarnation"]:
+            found.setdefault(state, (t_ns - sent["at_ns"]) / 1e9)
+    return found
 
 
 def _rejoins(curves: Curves) -> tuple[list[float], list[float]]:

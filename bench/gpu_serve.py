@@ -4,7 +4,11 @@
     python -m bench.gpu_serve --mps --config-only --layers 24 --out bench/results/gpu_serve_30b.json
 
 `--config-only` serves random weights of Qwen3-30B-A3B's layer shape, with the bundled tokenizer. The texts of a
-disturbed stream are compared with those of an undisturbed run, as in bench.failover, which this borrows from.
+disturbed stream are compared with those of an undisturbed run, as in bench.failover, which this borrows from. After the
+single kills, whose figures are kept apart, come `HARDER` ones.
+
+"kill_to_commit" is from a SIGKILL to when the last survivor has committed the step that it runs in place of the poisoned
+one; "stall" is the longest time between two commits of a survivor, so what passed before the kill counts too.
 """
 
 from __future__ import annotations
@@ -36,6 +40,17 @@ SHAPE_30B = {
     "head_dim": 128,
 }
 
+HARDER = (
+    failover.Case((1, 2)),
+    failover.Case((3,), stop=True),
+    *(
+        failover.Case((number % 4,), joiner_state=state)
+        for number, state in enumerate(failover.JOINER_STATES)
+    ),
+    *(failover.Case((rank,), joiner_state="Joining", instead=(rank + 1) % 4) for rank in (1, 2)),
+)
+"""For four ranks: a pair, one that hangs, joiners in each state, and another rank while a joiner is being connected."""
+
 
 def server_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
     model, load_format = options.model, options.load_format
@@ -52,10 +67,10 @@ def server_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
     ]
 
 
-def beyond_a_step(figures: dict[str, Any], name: str) -> dict[str, float]:
+def beyond_a_step(figures: dict[str, Any], times: dict[str, float]) -> dict[str, float]:
     """The percentiles less one median step, ms."""
     step = figures["median_step_ms"] or 0.0
-    return {share: round(value - step, 3) for share, value in figures[name].items() if share != "count"}
+    return {share: round(value - step, 3) for share, value in times.items() if share != "count"}
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -67,6 +82,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         load, struck = asyncio.run(failover.disturbed_run(target, questions, cases))
         time.sleep(0.3)  # the log is flushed at most so often
         figures, curves = analyse(target.events, struck)
+        harder = {}
+        if options.harder:
+            rest, struck_harder = asyncio.run(failover.disturbed_run(target, questions, list(HARDER)))
+            harder = {"harder": {**failover.compare(rest, reference), "kills": struck_harder}}
         draw(curves, load.stamps, struck, options.out.with_suffix(".png"))
         start_s = target.ready_s
         if options.keep is not None:
@@ -80,8 +99,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "reference_errors": reference.errors[:5],
         **failover.compare(load, reference),
         **figures,
-        "stall_beyond_a_step_ms": beyond_a_step(figures, "stall_ms"),
-        "rejoin_beyond_a_step_ms": beyond_a_step(figures, "rejoin_ms"),
+        "kill_to_commit_beyond_a_step_ms": beyond_a_step(figures, figures["phases_ms"]["committed"]),
+        "stall_beyond_a_step_ms": beyond_a_step(figures, figures["stall_ms"]),
+        "rejoin_beyond_a_step_ms": beyond_a_step(figures, figures["rejoin_ms"]),
+        **harder,
         "kills": struck,
     }
 
@@ -93,6 +114,7 @@ def main() -> None:
     add = parser.add_argument
     add("--ranks", type=int, default=4)
     add("--kills", type=int, default=24)
+    add("--harder", action="store_true", help="then kill pairs, joiners, and others while a joiner connects")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the script itself")
     add("--mps", action="store_true")
     add("--model", type=Path, default=BUNDLED_MODEL)

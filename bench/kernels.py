@@ -2,8 +2,9 @@
 
 The limits are measured first: a copy of 2 GiB (bytes read and written) and a bfloat16 product of 8192 x 8192 matrices.
 Every time is that of one call inside a CUDA graph of many, hence without launch overhead on either side; the medians
-are of `--rounds` replays, the sides taking turns. "bytes" counts what must be read once from memory: weights of the
-experts that have rows, or keys and values. tune_kernels.py tries other tiles.
+are of `--rounds` replays, the sides taking turns. transformers' own experts are among them where all experts are on one
+rank. "bytes" counts what must be read once from memory: weights of the experts that have rows, or keys and values.
+tune_kernels.py tries other tiles.
 
     python -m bench.kernels --out bench/results/kernels.json
 """
@@ -106,6 +107,7 @@ class _Layer:
         self.gate_up = torch.randn(slots, HIDDEN, 2 * INNER, dtype=BF16) / HIDDEN**0.5
         self.down = torch.randn(slots, INNER, HIDDEN, dtype=BF16) / INNER**0.5
         chosen = torch.rand(tokens, EXPERTS).topk(TOP_K).indices
+        self.chosen = chosen
         self.counts = torch.bincount(chosen.flatten(), minlength=EXPERTS)[:slots].to(torch.int32)
         self.rows = self.counts.tolist()
         capacity = max(16, -(-max(self.rows) // 16) * 16)
@@ -133,6 +135,23 @@ class _Layer:
             return torch._grouped_mm(functional.silu(gated) * up, down, offs=ends)
 
         return call
+
+    def transformers(self, implementation: str) -> Call:
+        """transformers' experts, which also sort the tokens and mix the results; all experts must be here."""
+        from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+        theirs: Any = modeling_qwen3_moe
+        config = theirs.Qwen3MoeConfig(
+            hidden_size=HIDDEN, moe_intermediate_size=INNER, num_experts=EXPERTS, num_experts_per_tok=TOP_K
+        )
+        config._experts_implementation = implementation
+        experts = theirs.Qwen3MoeExperts(config).to(BF16)
+        with torch.no_grad():
+            experts.gate_up_proj.copy_(self.gate_up.transpose(1, 2))
+            experts.down_proj.copy_(self.down.transpose(1, 2))
+        x = torch.randn(len(self.chosen), HIDDEN, dtype=BF16)
+        mixing = torch.rand(len(self.chosen), TOP_K, dtype=BF16).softmax(dim=-1)
+        return lambda: experts(x, self.chosen, mixing)
 
     def loop(self) -> torch.Tensor:
         """One expert after the other, the counts known to the host."""
@@ -170,6 +189,10 @@ class _Bench:
             "grouped_mm_transposed": layer.grouped(transposed=True),
             "loop": layer.loop,
         }
+        if slots == EXPERTS:
+            sides["transformers_grouped_mm"] = layer.transformers("grouped_mm")
+        if slots == EXPERTS and tokens == 1:  # it copies the weights of every pair of token and expert
+            sides["transformers_batched_mm"] = layer.transformers("batched_mm")
         self._measure(f"expert_ffn slots={slots} tokens={tokens}", sides, layer.bytes, layer.flops)
 
     def decode(self, sequences: int, context: int, width: int) -> None:

@@ -24,10 +24,7 @@ class Decode:
 
     def __str__(self) -> str:
         p = self.plan
-        text = (
-            f"split={self.cut.split} block={self.cut.block} warps={p.warps} stages={p.stages} merge={p.merge}"
-        )
-        return text + " ahead" * p.ahead
+        return f"split={self.cut.split} block={self.cut.block} warps={p.warps} stages={p.stages}"
 
 
 Config = Decode | Plan
@@ -49,38 +46,19 @@ def _short(tiles: Tiles) -> str:
 def risk(config: Config) -> int:
     """What has never run comes last: an error of the device ends the run, and what was measured is then kept."""
     if isinstance(config, Decode):
-        return 3 if config.plan.merge == "overlapped" else 0
+        return 0
     return 2 * config.overlap + (config.gate_up.tma or config.down.tma)
 
 
 def decode() -> list[Decode]:
     """Small splits: more and shorter programs, whose last wave costs less. 64 keys of 128 are 32 KiB with their values,
-    so three programs of two buffers or two of three fit; `ahead` is what makes the third buffer one in flight.
+    so three programs of two buffers or two of three fit. 128 keys: half the waits a key, but fewer programs.
     """
-    plans = [
-        DecodePlan(stages=3, merge="last"),
-        DecodePlan(stages=3, ahead=True, merge="last"),
-        DecodePlan(stages=2, merge="last"),
-        DecodePlan(stages=3),
-        DecodePlan(stages=3, ahead=True),
-        DecodePlan(stages=2, ahead=True, merge="last"),
-        DecodePlan(stages=4, ahead=True, merge="last"),
-        DecodePlan(stages=1, merge="last"),
-        DecodePlan(stages=3, merge="overlapped"),
-        DecodePlan(stages=3, ahead=True, merge="overlapped"),
-    ]
-    cuts = [Cut(256, 64), Cut(512, 64), Cut(1024, 64), Cut(128, 64)]
     found = [Decode(CUT[torch.bfloat16], DecodePlan())]
-    found += [Decode(cut, plan) for plan in plans for cut in cuts]
-    for cut in (
-        Cut(256, 128),
-        Cut(512, 128),
-    ):  # half the waits and reductions a key, but one program at a time
-        for warps in (4, 8):
-            found += [
-                Decode(cut, DecodePlan(warps, 2, False, "last")),
-                Decode(cut, DecodePlan(warps, 3, True, "last")),
-            ]
+    for stages in (3, 2, 4):
+        found += [Decode(Cut(split, 64), DecodePlan(stages=stages)) for split in (256, 512, 1024, 128)]
+    for split in (256, 512):
+        found += [Decode(Cut(split, 128), DecodePlan(warps, stages)) for warps in (4, 8) for stages in (2, 3)]
     return list(dict.fromkeys(found))
 
 

@@ -151,6 +151,9 @@ class _Tuner:
             if (case.name, describe(config)) in known or (_as_compiled(config), case.slots) in self._bad:
                 continue
             self.rows.append(self._row(case, config))
+            if "device_lost" in self.rows[-1]:
+                print(f"  the device is lost to this process: {describe(config)}")
+                self._deadline = 0.0
         self._write()
 
     def _row(self, case: Case, config: Config) -> Row:
@@ -164,13 +167,23 @@ class _Tuner:
             error, same = case.errors(config)
             us = self.time(case, config)
         except Exception as failure:  # of whatever kind: the next candidate may be sound
-            return row | {"sound": False, "failure": f"{type(failure).__name__}: {str(failure)[:200]}"}
+            row |= {"sound": False, "failure": f"{type(failure).__name__}: {str(failure)[:200]}"}
+            return row | self._device_lost()
         sound = same and error <= self.most_error and math.isfinite(us)
         row |= {"us": round(us, 2), "error": error, "same_bits": same, "sound": sound, "object": config}
         row["copy_share"] = round(case.moved / us / 1e6 / self._limits["copy_tb_s"], 3)
         if case.flops:
             row["bf16_share"] = round(case.flops / us / 1e6 / self._limits["bf16_tflops"], 3)
         return row
+
+    def _device_lost(self) -> dict[str, bool]:
+        """Some errors stay: nothing that comes after them is measured."""
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return {"device_lost": True}
+        return {}
 
     def time(self, case: Case, config: Config) -> float:
         return times({"it": lambda: case.run(config)}, self._options.rounds, repeat=16)["it"]

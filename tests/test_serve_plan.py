@@ -21,7 +21,7 @@ CONFIG = ServeConfig(ranks=4, model=str(BUNDLED_MODEL), device="cpu", hang_deadl
     ("config", "heartbeat_ms", "kernel_wait_ms"),
     [
         (CONFIG, 400, 1000),
-        (replace(CONFIG, mps=True), 400, 500),
+        (replace(CONFIG, mps=True), 400, 400),
         (replace(CONFIG, fault_tolerance=False), 0, 20_000),
     ],
 )

@@ -19,7 +19,7 @@ HEARTBEATS_PER_DEADLINE = 5
 """Five in a deadline: one may be late without a verdict."""
 KERNEL_WAITS_PER_DEADLINE = 2
 """A rank that is masked by its peers' kernels is fenced, so this is a deadline for hangs too."""
-SHARED_KERNEL_WAITS_PER_DEADLINE = 4
+SHARED_KERNEL_WAITS_PER_DEADLINE = 5
 """With MPS, where a rank that comes back waits for its predecessor's kernels, and these for each of their peers."""
 KERNEL_WAIT_MS = 20_000
 """Without fault tolerance."""

@@ -124,8 +124,7 @@ def test_expert_ffn_through_the_copy_engine(down: bool) -> None:
     ("cut", "plan"),
     [
         (None, DecodePlan()),
-        (Cut(split=256, block=64), DecodePlan(ahead=True, merge="last")),
-        (Cut(split=256, block=128), DecodePlan(stages=2, merge="overlapped")),
+        (Cut(split=256, block=128), DecodePlan(stages=2)),
     ],
 )
 def test_decode_attention(dtype: torch.dtype, cut: Cut | None, plan: DecodePlan) -> None:
@@ -134,16 +133,11 @@ def test_decode_attention(dtype: torch.dtype, cut: Cut | None, plan: DecodePlan)
     types |= dict.fromkeys(("tables", "lengths", "ended"), "*i32")
     parts = dict.fromkeys(("parts", "tops", "totals"), "*fp32")
     numbers = {"scale": "fp32", "table_stride": "i32", "splits": "i32"}
-    overlapped = plan.merge == "overlapped"
     shape = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": 16, "PAGE": 16}
-    choices = {"SPLIT": cut.split, "BLOCK": cut.block, "AHEAD": plan.ahead}
-    choices |= {"OVERLAPPED": overlapped, "LAST_MERGES": plan.merge == "last"}
+    choices = {"SPLIT": cut.split, "BLOCK": cut.block}
     kernel = decode_attention._decode_kernel
     result = compiled(kernel, types | parts | numbers, shape | choices, plan.warps, plan.stages)
     assert uses_wgmma_alone(result) or dtype == torch.float32
-    types = parts | {"lengths": "*i32", "out": _NAMES[dtype], "splits": "i32"}
-    constants = {"HQ": 32, "D": 80, "BLOCK_D": 128, "SPLIT": cut.split, "OVERLAPPED": overlapped}
-    compiled(decode_attention._merge_kernel, types, constants, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

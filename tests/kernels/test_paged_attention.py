@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elastic_ep.model.kernels import reference
-from elastic_ep.model.kernels.decode_attention import DecodePlan, decode_attention
+from elastic_ep.model.kernels.decode_attention import COUNTERS, DecodePlan, decode_attention
 from elastic_ep.model.kernels.paged_attention import CUT, Cut
 from elastic_ep.model.kernels.prefill_attention import prefill_attention
 
@@ -82,11 +82,18 @@ def test_decode(device: torch.device, dtype: torch.dtype, shape: tuple[int, int,
     check("attention", out, cache.exact(q, (1,) * len(lengths)))
 
 
+def test_more_sequences_than_there_are_counters_are_refused(device: torch.device) -> None:
+    q = torch.zeros(COUNTERS + 1, 1, 16, device=device)
+    cache = torch.zeros(1, 1, 16, 16, device=device)
+    tables = torch.zeros(len(q), 1, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="more than"):
+        decode_attention(q, cache, cache, tables, tables[:, 0])
+
+
 PLANS = [
     DecodePlan(),
-    DecodePlan(ahead=True),
-    DecodePlan(stages=5, ahead=True, merge="overlapped"),
-    DecodePlan(warps=8, stages=2, merge="last"),
+    DecodePlan(stages=5),
+    DecodePlan(warps=8, stages=2),
 ]
 
 

@@ -1,21 +1,20 @@
 """Decode: one query a sequence, its context split over many programs, whose results are merged first to last.
 
-The split is flash-decoding's; its size is fixed, so that a sequence's bits do not depend on the batch. The merge is a
-second kernel's or, as in stream-K's products, that of the program that happens to end last: it adds up the same
-numbers in the same order, so the bits do not tell who did it.
+The split is flash-decoding's; its size is fixed, so that a sequence's bits do not depend on the batch. As in stream-K's
+products, the program that happens to end last merges: it adds up the same numbers in the same order, so the bits do not
+tell who did it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 
-from elastic_ep.model.kernels.launch import early, jit, let_next_start, power_of_2, wait_for_previous
+from elastic_ep.model.kernels.launch import jit, power_of_2
 from elastic_ep.model.kernels.paged_attention import CUT, Cut, attend_split, exponent_scale, merge
 
 
@@ -25,15 +24,7 @@ class DecodePlan:
 
     warps: int = 4
     stages: int = 3
-    """Of the loop over blocks; page numbers and keys are loads of two levels unless `ahead`."""
-    ahead: bool = False
-    """Read page numbers a block before their keys."""
-    merge: Literal["after", "overlapped", "last"] = "after"
-    """By a second kernel, which may be launched before the first has ended, or by the last program of each row."""
-
-
-PLAN = {torch.bfloat16: DecodePlan(), torch.float32: DecodePlan()}
-"""By dtype."""
+    """Of the loop over blocks."""
 
 
 @jit
@@ -59,15 +50,10 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-    LAST_MERGES: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)  # slowest: the programs that find nothing to do come last
-    if OVERLAPPED:
-        let_next_start()
     length = tl.load(lengths + row).to(tl.int32)
     first = split * SPLIT
     lane = tl.arange(0, BLOCK_D)
@@ -90,23 +76,20 @@ def _decode_kernel(
             R,
             PAGE,
             BLOCK,
-            AHEAD,
         )
         at = query * splits + split
         tl.store(parts + at[:, None] * BLOCK_D + lane[None, :], tl.trans(acc), mask=(group < G)[:, None])
         tl.store(tops + at, top, mask=group < G)
         tl.store(totals + at, total, mask=group < G)
-        if LAST_MERGES:
-            count = tl.cdiv(length, SPLIT)
-            tl.debug_barrier()  # the stores of all threads come before the one that counts them
-            if tl.atomic_add(ended + row * HK + head, 1) == count - 1:
-                _merge_group(parts, tops, totals, out, query, splits, count, G, D, BLOCK_D, R)
-                tl.store(ended + row * HK + head, 0)
-    if LAST_MERGES:
-        padding = (length == 0) & (split == 0)
-        if padding:
-            nothing = tl.zeros([R, BLOCK_D], q.dtype.element_ty)
-            tl.store(out + query[:, None] * D + lane[None, :], nothing, mask=mask)
+        count = tl.cdiv(length, SPLIT)
+        tl.debug_barrier()  # the stores of all threads come before the one that counts them
+        if tl.atomic_add(ended + row * HK + head, 1) == count - 1:
+            _merge_group(parts, tops, totals, out, query, splits, count, G, D, BLOCK_D, R)
+            tl.store(ended + row * HK + head, 0)
+    padding = (length == 0) & (split == 0)
+    if padding:
+        nothing = tl.zeros([R, BLOCK_D], q.dtype.element_ty)
+        tl.store(out + query[:, None] * D + lane[None, :], nothing, mask=mask)
 
 
 @jit
@@ -140,47 +123,13 @@ def _merge_group(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=real & (lane < D)[None, :])
 
 
-@jit
-def _merge_kernel(
-    parts: tl.tensor,
-    tops: tl.tensor,
-    totals: tl.tensor,
-    lengths: tl.tensor,
-    out: tl.tensor,
-    splits: tl.tensor,
-    HQ: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-) -> None:
-    row = tl.program_id(1).to(tl.int64)
-    at = row * HQ + tl.program_id(0)
-    lane = tl.arange(0, BLOCK_D)
-    length = tl.load(lengths + row).to(tl.int32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    # One value, as wide as acc: loads then pipeline alike.
-    top = tl.full([BLOCK_D], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    if OVERLAPPED:
-        wait_for_previous()
-    for split in tl.range(0, tl.cdiv(length, SPLIT), num_stages=4):
-        part = at * splits + split
-        new_acc = tl.load(parts + part * BLOCK_D + lane)
-        new_top = tl.load(tops + part + 0 * lane)
-        new_total = tl.load(totals + part + 0 * lane)
-        acc, top, total = merge(acc, top, total, new_acc, new_top, new_total)
-    result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
-    tl.store(out + at * D + lane, result.to(out.dtype.element_ty), mask=lane < D)
-
-
-_COUNTERS = 1 << 16
+COUNTERS = 1 << 16
 
 
 @cache
 def _ended(device: torch.device) -> torch.Tensor:
-    """[_COUNTERS] int32 of zeros, and zeros again after each call: calls of one device must follow one another."""
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    """[COUNTERS] int32 of zeros, and zeros again after each call: calls of one device must follow one another."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def decode_attention(
@@ -198,7 +147,7 @@ def decode_attention(
     `q` [B, Hq, D], contiguous. `keys` and `values` [pages, Hk, page size, D], contiguous: the keys that one program
     reads for its head then lie page by page in one piece. Hk divides Hq. `block_tables` [B, most pages] int32, rows
     of any stride: page numbers, needed up to the context alone. `context_lens` [B] int32 or int64, the token itself
-    included; 0 is padding and gives zeros.
+    included; 0 is padding and gives zeros. Raises ValueError for more than `COUNTERS` pairs of sequence and key head.
 
     The launch grows with `most pages`: a table cut to what the longest context may need saves empty programs.
     """
@@ -207,14 +156,14 @@ def decode_attention(
     out = torch.empty_like(q)
     if not sequences:
         return out
-    cut, plan = cut or CUT[q.dtype], plan or PLAN[q.dtype]
+    if sequences * kv_heads > COUNTERS:
+        raise ValueError(f"{sequences} sequences of {kv_heads} key heads are more than {COUNTERS}")
+    cut, plan = cut or CUT[q.dtype], plan or DecodePlan()
     group, block_d = heads // kv_heads, max(power_of_2(dim), 16)
     splits = triton.cdiv(block_tables.shape[1] * page, cut.split)
     parts = q.new_empty(sequences, heads, splits, block_d, dtype=torch.float32)
     tops = q.new_empty(sequences, heads, splits, dtype=torch.float32)
     totals = torch.empty_like(tops)
-    last_merges = plan.merge == "last" and sequences * kv_heads <= _COUNTERS
-    overlapped = plan.merge == "overlapped"
     _decode_kernel[(kv_heads, sequences, splits)](
         q,
         keys,
@@ -225,7 +174,7 @@ def decode_attention(
         tops,
         totals,
         out,
-        _ended(q.device) if last_merges else out,
+        _ended(q.device),
         exponent_scale(dim),
         block_tables.stride(0),
         splits,
@@ -237,28 +186,8 @@ def decode_attention(
         PAGE=page,
         SPLIT=cut.split,
         BLOCK=cut.block,
-        AHEAD=plan.ahead,
-        OVERLAPPED=overlapped,
-        LAST_MERGES=last_merges,
         num_warps=plan.warps,
         num_stages=plan.stages,
         enable_fp_fusion=False,
     )
-    if not last_merges:
-        _merge_kernel[(heads, sequences)](
-            parts,
-            tops,
-            totals,
-            context_lens,
-            out,
-            splits,
-            HQ=heads,
-            D=dim,
-            BLOCK_D=block_d,
-            SPLIT=cut.split,
-            OVERLAPPED=overlapped,
-            num_warps=1,
-            enable_fp_fusion=False,
-            **early(overlapped),
-        )
     return out

@@ -2,7 +2,7 @@
 
 A context is cut into splits, a split into blocks of keys, as `CUT` says, whatever the batch. A split is an
 online softmax over its blocks (FlashAttention-2); the splits' results are merged one after the other, first to last.
-Decode does the splits in parallel and merges them in a second kernel (flash-decoding); prefill does them in a row and
+Decode does the splits in parallel and merges them when all are done (flash-decoding); prefill does them in a row and
 merges as it goes. Both go through the same two functions, `attend_split` and `merge`, and what a query may not see
 adds exact zeros. So a token's result depends on its query and its context alone: not on its batch, nor on whether it
 was computed in a prompt of any cutting or one by one, which is what a request that moves to another rank relies on.
@@ -65,33 +65,29 @@ def attend_split(
     R: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
 ) -> tl.tensor:
     """Keys first..end for q [BLOCK_D, R], row r up to key `last_seen`[r]: sum [BLOCK_D, R], maximum [R], total [R].
 
     `keys` and `values` point to the head's place in page 0. The sum is not yet divided by the total; a row that sees
-    none of the keys has sum 0, maximum -inf, total 0. `AHEAD`: page numbers are read a block before their keys, which
-    the compiler then takes for loads without a load before them: it keeps more of them in flight.
+    none of the keys has sum 0, maximum -inf, total 0.
     """
     lane = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D, R], tl.float32)
     weight = tl.zeros([BLOCK, R], tl.float32)
     top = tl.full([R], -float("inf"), tl.float32)
-    if AHEAD:
-        page = _pages(table, first, end, PAGE, BLOCK)
+    # Page numbers are read a block before their keys, which the compiler then takes for loads without a load before
+    # them: it keeps more of them in flight.
+    page = _pages(table, first, end, PAGE, BLOCK)
     for start in range(first, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
         exists = key < end
-        if not AHEAD:
-            page = _pages(table, start, end, PAGE, BLOCK)
         at = (page.to(tl.int64) * page_stride + key % PAGE * D)[:, None] + lane[None, :]
         real = exists[:, None]
         if D != BLOCK_D:
             real = real & (lane < D)[None, :]
         k = tl.load(keys + at, mask=real, other=0.0)
         v = tl.load(values + at, mask=real, other=0.0)
-        if AHEAD:
-            page = _pages(table, start + BLOCK, end, PAGE, BLOCK)
+        page = _pages(table, start + BLOCK, end, PAGE, BLOCK)
         score = dot(k, q, tl.zeros([BLOCK, R], tl.float32)) * scale
         score = tl.where(exists[:, None] & (key[:, None] <= last_seen[None, :]), score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, axis=0))

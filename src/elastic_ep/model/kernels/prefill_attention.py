@@ -86,7 +86,6 @@ def _prefill_kernel(
                 R,
                 PAGE,
                 BLOCK,
-                False,
             )
             acc, top, total = merge(acc, top, total, new_acc, new_top[None, :], new_total[None, :])
         result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
