@@ -15,28 +15,16 @@ import os
 import shutil
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench import failover
 from bench.common import server, shaped_model, summary, write_result
-from bench.failover_analysis import analyse
+from bench.failover_analysis import analyse, client_gaps_ms
 from bench.gpu_serve import SHAPE_30B, beyond_a_step
 from bench.paced_engine import STEP_MS
 from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
-
-
-def client_gaps_ms(streams: list[list[float]], struck: list[dict[str, Any]]) -> list[float]:
-    """Of each stream in mid-answer at a kill: the longest time between two pieces of its text, up to the next kill."""
-    kills = [kill["sent"][0]["at_ns"] / 1e9 for kill in struck]
-    return [
-        1000 * max(b - a for a, b in pairwise(stamps) if b >= kill and a < until)
-        for kill, until in pairwise([*kills, float("inf")])
-        for stamps in streams
-        if stamps and stamps[0] < kill <= stamps[-1]
-    ]
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:

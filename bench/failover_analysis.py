@@ -89,6 +89,17 @@ def analyse(events: Path, struck: list[dict[str, Any]]) -> tuple[dict[str, Any],
     }, curves
 
 
+def client_gaps_ms(streams: list[list[float]], struck: list[dict[str, Any]]) -> list[float]:
+    """Of each stream in mid-answer at a kill: the longest time between two pieces of its text, up to the next kill."""
+    kills = [kill["sent"][0]["at_ns"] / 1e9 for kill in struck]
+    return [
+        1000 * max(b - a for a, b in pairwise(stamps) if b >= kill and a < until)
+        for kill, until in pairwise([*kills, float("inf")])
+        for stamps in streams
+        if stamps and stamps[0] < kill <= stamps[-1]
+    ]
+
+
 def read(events: Path) -> Curves:
     curves = Curves()
     for line in _lines(events):

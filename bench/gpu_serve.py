@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import failover
-from bench.common import server, shaped_model, write_result
-from bench.failover_analysis import analyse
+from bench.common import server, shaped_model, summary, write_result
+from bench.failover_analysis import analyse, client_gaps_ms
 from bench.failover_plot import draw
 from bench.gpu import gpu
 from elastic_ep.problems import held_out
@@ -99,6 +99,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "reference_errors": reference.errors[:5],
         **failover.compare(load, reference),
         **figures,
+        "client_gap_ms": summary(client_gaps_ms(load.streams, struck)),
         "kill_to_commit_beyond_a_step_ms": beyond_a_step(figures, figures["phases_ms"]["committed"]),
         "stall_beyond_a_step_ms": beyond_a_step(figures, figures["stall_ms"]),
         "rejoin_beyond_a_step_ms": beyond_a_step(figures, figures["rejoin_ms"]),
