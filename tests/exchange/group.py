@@ -2,53 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from elastic_ep.exchange.base import NO_EXPERT, Exchange, ExchangeShape, Received
-from elastic_ep.exchange.loopback import LoopbackHub
-from elastic_ep.exchange.shm import ShmExchange
-from elastic_ep.exchange.windows import Windows
 from elastic_ep.messages import Member
+
+from .hubs import Hub
 
 DEADLINE_S = 30.0
 T = TypeVar("T")
-
-
-class Hub(Protocol):
-    def end(self, member: Member) -> Exchange: ...
-
-    def close(self) -> None: ...
-
-
-class Loopback(LoopbackHub):
-    def close(self) -> None:
-        pass
-
-
-class Shm:
-    """Windows with an end for each thread: to the windows a thread is as good as a process."""
-
-    def __init__(self, shape: ExchangeShape) -> None:
-        self.fd = Windows.create(shape)
-        self._shape = shape
-
-    def end(self, member: Member) -> Exchange:
-        return ShmExchange(self.fd, self._shape, member)
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-HUBS: dict[str, Callable[[ExchangeShape], Hub]] = {"loopback": Loopback, "shm": Shm}
 
 
 @dataclass(frozen=True)
@@ -80,13 +50,20 @@ def apply_expert(logical: int, x: torch.Tensor) -> torch.Tensor:
     return x * (1.0 + 0.37 * logical) + 0.11 * logical
 
 
-def reference(batch: Batch, missing: frozenset[int] = frozenset()) -> torch.Tensor:
-    """Token by token, without any exchange. The logical experts in `missing` contribute nothing."""
-    total = torch.zeros_like(batch.x)
+def reference(
+    batch: Batch, missing: frozenset[int] = frozenset(), wire: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Token by token, without any exchange. The logical experts in `missing` contribute nothing.
+
+    Inputs and results of experts are rounded to `wire`, but not the sum.
+    """
+    x = batch.x.to(wire).float()
+    total = torch.zeros_like(x)
     for token in range(len(batch.x)):
         for k, logical in enumerate(batch.experts[token].tolist()):
             if logical != NO_EXPERT and logical not in missing:
-                total[token] += batch.weights[token, k] * apply_expert(logical, batch.x[token])
+                y = apply_expert(logical, x[token]).to(wire).float()
+                total[token] += batch.weights[token, k] * y
     return total
 
 
@@ -178,30 +155,44 @@ class Group:
         self._hub = hub
         self.ranks: dict[int, Rank] = {}
         self._all: list[Rank] = []
-        for member in members:
-            self.add(member)
-        for rank in self.ranks.values():
-            for other in self.ranks.values():
-                rank.exchange.connect(other.member)
-                rank.exchange.activate(other.member)
+        try:
+            with ThreadPoolExecutor() as threads:
+                for rank in threads.map(self._new, members):
+                    self._know(rank)
+            for rank in self.ranks.values():
+                for other in self.ranks.values():
+                    rank.exchange.connect(other.member)
+                    rank.exchange.activate(other.member)
+        except BaseException:
+            hub.close()
+            raise
 
     def __enter__(self) -> Group:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for rank in self._all:
-            for other in self._all:
-                rank.exchange.mask(other.member)
-        for rank in self._all:
-            rank.stop()
-        self._hub.close()
+        try:
+            for rank in self._all:
+                for other in self._all:
+                    if other.member.rank != rank.member.rank:  # Mooncake refuses to mask its own rank
+                        rank.exchange.mask(other.member)
+            with ThreadPoolExecutor() as threads:
+                list(threads.map(Rank.stop, self._all))
+        finally:
+            self._hub.close()
 
     def add(self, member: Member) -> Rank:
         """A new end, which nobody knows yet and which knows nobody."""
-        rank = Rank(member, self._hub.end(member))
-        self.ranks[member.rank] = rank
-        self._all.append(rank)
+        rank = self._new(member)
+        self._know(rank)
         return rank
+
+    def _new(self, member: Member) -> Rank:
+        return Rank(member, self._hub.end(member))
+
+    def _know(self, rank: Rank) -> None:
+        self.ranks[rank.member.rank] = rank
+        self._all.append(rank)
 
     def step(
         self, step: int, layers: Mapping[int, list[Batch]], routing: Routing

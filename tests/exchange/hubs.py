@@ -1,0 +1,143 @@
+"""The kinds of exchange that the contract is for. A hub is what the ends of one group have in common."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from hypothesis import Phase
+
+from elastic_ep.control.mps import PROGRAM, mps_daemon
+from elastic_ep.exchange.base import Exchange, ExchangeShape
+from elastic_ep.exchange.loopback import LoopbackHub
+from elastic_ep.exchange.shm import ShmExchange
+from elastic_ep.exchange.windows import Windows
+from elastic_ep.messages import Member
+
+from .on_device import WIRE, open_mooncake, warm_up_mooncake
+from .remote import Pool, RemoteExchange
+
+
+class Hub(Protocol):
+    def end(self, member: Member) -> Exchange: ...
+
+    def close(self) -> None: ...
+
+
+class Loopback(LoopbackHub):
+    def close(self) -> None:
+        pass
+
+
+class Shm:
+    """Windows with an end for each thread: to the windows a thread is as good as a process."""
+
+    def __init__(self, shape: ExchangeShape) -> None:
+        self.fd = Windows.create(shape)
+        self._shape = shape
+
+    def end(self, member: Member) -> Exchange:
+        return ShmExchange(self.fd, self._shape, member)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Processes:
+    """An end for each process of `pool`, all over what lies at `place`."""
+
+    def __init__(self, pool: Pool, shape: ExchangeShape, place: str) -> None:
+        self._pool = pool
+        self._shape = shape
+        self._place = place
+        self._ends: dict[Member, RemoteExchange] = {}
+
+    def end(self, member: Member) -> RemoteExchange:
+        return RemoteExchange(self._pool, self._shape, member, self._place, self._ends)
+
+    def close(self) -> None:
+        for end in self._ends.values():
+            end.abandon()
+
+
+def open_shm(shape: ExchangeShape, member: Member, place: str) -> Exchange:
+    fd = os.open(place, os.O_RDWR)
+    try:
+        return ShmExchange(fd, shape, member)
+    finally:
+        os.close(fd)
+
+
+class ShmProcesses(Processes):
+    """Needs no GPU: it shows that ends in other processes are as good as ends in this one."""
+
+    pool = Pool(open_shm)
+
+    def __init__(self, shape: ExchangeShape) -> None:
+        self._fd = Windows.create(shape)
+        super().__init__(self.pool, shape, f"/proc/{os.getpid()}/fd/{self._fd}")
+
+    def close(self) -> None:
+        super().close()
+        os.close(self._fd)
+
+
+@contextmanager
+def mps_if_installed() -> Iterator[Mapping[str, str]]:
+    """Without it ranks on one GPU take turns, and every operation costs time slices."""
+    if shutil.which(PROGRAM) is None:
+        yield {}
+        return
+    with mps_daemon() as environment:
+        yield environment
+
+
+class Mooncake(Processes):
+    """In processes of their own, as CUDA shares memory between processes alone."""
+
+    pool = Pool(open_mooncake, warm_up_mooncake, mps_if_installed)
+
+    def __init__(self, shape: ExchangeShape) -> None:
+        self._directory = tempfile.mkdtemp(prefix="elastic_ep-contract-")
+        super().__init__(self.pool, shape, self._directory)
+
+    def close(self) -> None:
+        super().close()
+        shutil.rmtree(self._directory)
+
+
+def end_processes() -> None:
+    for hub in (ShmProcesses, Mooncake):
+        hub.pool.close()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A hub, and what may be expected of its exchange beyond the contract, or not."""
+
+    hub: Callable[[ExchangeShape], Hub]
+    wire: torch.dtype = torch.float32
+    """What rows are rounded to on their way to the experts and back, and results on their way out."""
+    on_device: bool = False
+    """Inputs are not checked, a slot's rows have no order, and nobody knows what an operation in progress waits for."""
+    most_examples: int = 1000
+    """Of hypothesis, for each property."""
+    phases: Collection[Phase] = tuple(Phase)
+
+
+LOOPBACK = Kind(Loopback)
+SHM = Kind(Shm)
+SHM_PROCESSES = Kind(ShmProcesses)
+MOONCAKE = Kind(
+    Mooncake,
+    wire=WIRE,
+    on_device=True,
+    most_examples=8,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink takes hundreds of examples
+)

@@ -1,0 +1,103 @@
+"""A process that holds one end of an exchange for the test process, which calls it through three pipes, its lanes.
+
+Each lane has a thread here, so what must work in the middle of an operation does: a mask ends the wait of `FORWARD`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+from elastic_ep.exchange.base import Exchange, ExchangeShape, Received
+from elastic_ep.messages import Member
+
+FORWARD, CONNECT, CONTROL = LANES = ("forward", "connect", "control")
+
+Opener = Callable[[ExchangeShape, Member, str], Exchange]
+"""Builds an end over what lies at a place in the file system. On the forward thread; given by name, so of a module."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    error: Exception
+    trace: str
+
+
+class Host:
+    """The end that this process has at present."""
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self._exchange: Exchange | None = None
+
+    def do(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """Open an end, or a method or a property of the one that is open. Tensors travel as arrays: torch would
+        send their memory's descriptor."""
+        if name == "open":
+            self._exchange = self._opener(*arguments)
+            return None
+        member = getattr(self._exchange, name)
+        value = member(*map(_tensor, arguments)) if callable(member) else member
+        if isinstance(value, Received):
+            return value.packed.numpy(), value.counts.numpy()
+        return value.numpy() if isinstance(value, torch.Tensor) else value
+
+    def serve(self, pipe: Connection) -> None:
+        """Until the other side closes it."""
+        while True:
+            try:
+                name, arguments = pipe.recv()
+            except EOFError:
+                return
+            try:
+                answer = self.do(name, arguments)
+            except Exception as error:
+                answer = Failure(_portable(error), traceback.format_exc())
+            pipe.send(answer)
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def rank_main(
+    lanes: Mapping[str, Connection],
+    opener: Opener,
+    warm_up: Callable[[], None],
+    environment: Mapping[str, str],
+) -> None:
+    """Says on `FORWARD` when it is ready, or why not. Ends with `CONTROL`, whatever the other threads do."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    host = Host(opener)
+
+    def forward() -> None:
+        try:
+            warm_up()
+        except Exception as error:
+            lanes[FORWARD].send(Failure(_portable(error), traceback.format_exc()))
+            return
+        lanes[FORWARD].send(None)
+        host.serve(lanes[FORWARD])
+
+    threading.Thread(target=forward, daemon=True).start()
+    threading.Thread(target=host.serve, args=(lanes[CONNECT],), daemon=True).start()
+    host.serve(lanes[CONTROL])
+    os._exit(0)

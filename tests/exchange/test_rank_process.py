@@ -1,0 +1,115 @@
+"""Ends in processes of their own are as good as ends in this one: what the contract on a GPU stands on, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+
+import pytest
+import torch
+from bench.solo_exchange import SoloDeviceExchange
+
+from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.messages import Member
+
+from . import test_contract as contract
+from .group import Routing, random_batch, reference, run_step
+from .hubs import MOONCAKE, SHM_PROCESSES, Kind, ShmProcesses, end_processes
+from .on_device import HostEnd
+from .remote import ProcessGone
+
+SHAPE = ExchangeShape(num_ranks=2, max_tokens=4, hidden=3, top_k=2, slots_per_rank=1, operations_per_step=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_stays() -> Iterator[None]:
+    yield
+    end_processes()
+
+
+@pytest.fixture
+def hub() -> Iterator[ShmProcesses]:
+    hub = ShmProcesses(SHAPE)
+    yield hub
+    hub.close()
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        contract.test_only_this_steps_tokens_of_live_ranks_arrive,
+        pytest.param(
+            partial(contract.test_a_mask_ends_the_wait_and_poisons_the_step, performed=1), id="mask"
+        ),
+        contract.test_a_mask_after_the_last_operation_still_poisons_the_step,
+        contract.test_a_masked_incarnation_stays_masked_and_the_next_one_takes_part,
+    ],
+)
+def test_a_part_of_the_contract(test: Callable[[Kind], None]) -> None:
+    test(SHM_PROCESSES)
+
+
+def test_an_error_is_raised_here_with_its_traceback(hub: ShmProcesses) -> None:
+    end = hub.end(Member(0, 1))
+    end.begin_step(0)
+    with pytest.raises(ValueError, match="out of range") as caught:
+        end.dispatch(torch.zeros(1, 3), torch.tensor([[0, 7]]))
+    (note,) = caught.value.__notes__
+    assert "'dispatch'" in note
+    assert "exchange/pull.py" in note
+    end.close()
+    end.close()
+
+
+def test_a_process_is_used_again_unless_it_died(hub: ShmProcesses) -> None:
+    dead = hub.end(Member(0, 1))
+    pid = dead.process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ProcessGone, match=r"died \(-9\) under 'begin_step'"):
+        dead.begin_step(0)
+    dead.close()
+    second = hub.end(Member(0, 2))
+    assert second.process.pid != pid
+    second.close()
+    assert hub.end(Member(0, 3)).process is second.process
+
+
+def test_an_end_that_was_not_closed_takes_its_process_with_it(hub: ShmProcesses) -> None:
+    before = ShmProcesses(SHAPE)
+    end = before.end(Member(0, 1))
+    before.close()
+    assert hub.end(Member(0, 1)).process is not end.process
+    with pytest.raises(ProcessGone):
+        end.begin_step(0)
+
+
+class Recording(SoloDeviceExchange):
+    """What `HostEnd` gives to a device."""
+
+    def __init__(self) -> None:
+        super().__init__(2, torch.device("cpu"))
+        self.sent: list[torch.Tensor] = []
+        self.routes: list[frozenset[int]] = []
+
+    def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor):  # type: ignore[no-untyped-def]
+        self.sent.append(x)
+        return super().dispatch(x, physical_experts)
+
+    def route_to(self, ranks: Collection[int]) -> None:
+        self.routes.append(frozenset(ranks))
+
+
+def test_tensors_are_padded_and_rounded_for_the_device() -> None:
+    shape = ExchangeShape(1, 6, 3, 1, 2, 4)
+    layers = [random_batch(shape, 6, seed, nowhere=0.3) for seed in range(2)]
+    device = Recording()
+    result = run_step(
+        HostEnd(device, shape, torch.device("cpu")), 0, 0, layers, Routing.plain(shape), lambda: None
+    )
+    assert [(x.shape, x.dtype) for x in device.sent] == [((6, 128), torch.bfloat16)] * 2
+    assert device.routes == [{0}]
+    contract.assert_exact(MOONCAKE, result.outputs, layers, frozenset())
+    assert not torch.equal(result.outputs[0], reference(layers[0]))
