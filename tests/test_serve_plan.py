@@ -12,7 +12,7 @@ from elastic_ep.config import ConfigError, ServeConfig
 from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.run import BUNDLED_MODEL
 from elastic_ep.serve import RunProcess
-from elastic_ep.serve_plan import KV_CACHE_BYTES, engine_limits, make_plan
+from elastic_ep.serve_plan import KV_CACHE_BYTES, engine_limits, first_placement, make_plan
 
 CONFIG = ServeConfig(ranks=4, model=str(BUNDLED_MODEL), device="cpu", hang_deadline_s=2.0)
 
@@ -30,6 +30,24 @@ def test_deadlines(config: ServeConfig, heartbeat_ms: int, kernel_wait_ms: int) 
     assert (plan.heartbeat_ms, plan.kernel_wait_ms) == (heartbeat_ms, kernel_wait_ms)
     # A dead rank's kernels may wait for each of three peers, at two thirds of the clock that they count by.
     assert plan.drain_s > 3 * kernel_wait_ms / 1000 / (2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "redundant", "eplb", "device", "slots"),
+    [
+        (3, 1, False, "cpu", 43),
+        (3, 1, False, "cuda", 44),
+        (3, 4, False, "cuda", 44),
+        (3, 4, True, "cuda", 46),
+        (4, 4, False, "cuda", 33),
+    ],
+)
+def test_a_gpu_gets_no_odd_number_of_physical_experts(
+    ranks: int, redundant: int, eplb: bool, device: str, slots: int
+) -> None:
+    model = replace(make_plan(CONFIG).model, num_experts=128)
+    config = replace(CONFIG, ranks=ranks, enable_eplb=eplb)
+    assert first_placement(config, model, redundant, device).slots_per_rank == slots
 
 
 @pytest.mark.parametrize(("device", "item"), [("cpu", 4), ("cuda", 2)])

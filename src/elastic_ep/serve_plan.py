@@ -7,7 +7,7 @@ from pathlib import Path
 
 from elastic_ep.api.settings import SamplingDefaults
 from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, ServeConfig
-from elastic_ep.control.devices import choose_device
+from elastic_ep.control.devices import EXPERTS_MULTIPLE, choose_device
 from elastic_ep.control.mps import find_program
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.model.checkpoint import validate_checkpoint
@@ -104,17 +104,22 @@ def make_plan(config: ServeConfig) -> ServePlan:
         model=model,
         text=text,
         limits=engine_limits(config, model, device),
-        placement=launch_placement(
-            config.ranks,
-            model.num_hidden_layers,
-            model.num_experts,
-            redundant,
-            num_spare=int(config.enable_eplb),
-        ),
+        placement=first_placement(config, model, redundant, device),
         redundant=redundant,
         device=device,
         name=config.served_model_name
         or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
+    )
+
+
+def first_placement(config: ServeConfig, model: ModelConfig, redundant: int, device: str) -> Placement:
+    """With a spare slot on every rank for rebalancing, and with one if the device's exchange takes no odd number."""
+    spare = int(config.enable_eplb)
+    slots = -(-(model.num_experts + redundant) // config.ranks) + spare
+    if device == "cuda" and config.ranks * slots % EXPERTS_MULTIPLE:
+        spare += 1
+    return launch_placement(
+        config.ranks, model.num_hidden_layers, model.num_experts, redundant, num_spare=spare
     )
 
 

@@ -132,6 +132,7 @@ def test_a_boundary_routes_around_the_dead_before_the_view_does() -> None:
 def test_whoever_died_before_the_view_that_seats_it_is_not_activated() -> None:
     mailbox, parts = Mailbox(lambda: None), Parts()
     forward = seated(mailbox, parts)
+    assert not mailbox.is_dead(Member(1, 0))
     mailbox.peer_died(Member(1, 3))
     mailbox.peer_died(Member(1, 2))  # news of an older one, late
     mailbox.adopt(View(2, (Seat(0, 1, 0), Seat(1, 3, 0), Seat(2, 7, 0))))

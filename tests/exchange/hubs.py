@@ -16,6 +16,7 @@ from hypothesis import Phase
 from elastic_ep.control.mps import PROGRAM, mps_daemon
 from elastic_ep.exchange.base import Exchange, ExchangeShape
 from elastic_ep.exchange.loopback import LoopbackHub
+from elastic_ep.exchange.mooncake import EXPERTS_MULTIPLE
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.messages import Member
@@ -126,6 +127,8 @@ class Kind:
     """What rows are rounded to on their way to the experts and back, and results on their way out."""
     on_device: bool = False
     """Inputs are not checked, a slot's rows have no order, and nobody knows what an operation in progress waits for."""
+    experts_multiple: int = 1
+    """Of physical experts of a group."""
     most_examples: int = 1000
     """Of hypothesis, for each property."""
     phases: Collection[Phase] = tuple(Phase)
@@ -138,6 +141,7 @@ MOONCAKE = Kind(
     Mooncake,
     wire=WIRE,
     on_device=True,
+    experts_multiple=EXPERTS_MULTIPLE,
     most_examples=8,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink takes hundreds of examples
 )

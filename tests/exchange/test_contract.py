@@ -111,20 +111,25 @@ NOTHING: frozenset[int] = frozenset()
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> ExchangeShape:
+def shapes(draw: st.DrawFn, kind: Kind) -> ExchangeShape:
+    ranks, slots = draw(
+        st.tuples(st.integers(1, 5), st.integers(1, 3)).filter(
+            lambda both: both[0] * both[1] % kind.experts_multiple == 0
+        )
+    )
     return ExchangeShape(
-        num_ranks=draw(st.integers(1, 5)),
+        num_ranks=ranks,
         max_tokens=draw(st.integers(1, 40)),
         hidden=draw(st.sampled_from([1, 3, 8])),
         top_k=draw(st.integers(1, 4)),
-        slots_per_rank=draw(st.integers(1, 3)),
+        slots_per_rank=slots,
         operations_per_step=2 * draw(st.integers(1, 3)),
     )
 
 
 @examples(25)
 def test_equals_the_dense_reference_whatever_the_counts(kind: Kind, data: st.DataObject) -> None:
-    shape = data.draw(shapes())
+    shape = data.draw(shapes(kind))
     routing = Routing(tuple(data.draw(st.permutations(Routing.plain(shape).physical))))
     first = data.draw(st.integers(0, 2**40))
     counts = st.lists(st.integers(0, shape.max_tokens), min_size=shape.num_ranks, max_size=shape.num_ranks)
@@ -175,7 +180,7 @@ def test_packed_rows_are_ordered_and_the_rest_is_zero(kind: Kind) -> None:
 
 def test_only_this_steps_tokens_of_live_ranks_arrive(kind: Kind) -> None:
     """Not what the same rank sent before, nor what a dead rank or an earlier incarnation left behind."""
-    shape = ExchangeShape(3, 4, 1, 1, 1, 2)
+    shape = ExchangeShape(3, 4, 1, 1, 2, 2)
     with group(kind, shape) as ranks:
 
         def arrived(step: int, tokens: dict[int, int]) -> int:

@@ -23,6 +23,11 @@ def test_without_a_device_the_refusal_says_so() -> None:
         load_buffer_class()
 
 
+def test_an_odd_number_of_experts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="even number"):
+        MooncakeExchange(ExchangeShape(3, 4, 128, 2, 3, 2), Member(0, 0), FileStore(tmp_path))
+
+
 def test_a_hidden_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     shape = ExchangeShape(2, 4, 100, 2, 2, 2)
     with pytest.raises(ValueError, match="multiple of 128"):

@@ -20,6 +20,8 @@ OLDEST_DRIVER = 580
 """The first with CUDA 13."""
 HIDDEN_MULTIPLE = 128
 """Mooncake EP's; exchange/mooncake.py refuses others too."""
+EXPERTS_MULTIPLE = 2
+"""Mooncake EP's, of all physical experts of a group; likewise."""
 
 
 def _distribution(name: str) -> str | None:

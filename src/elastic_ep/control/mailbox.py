@@ -73,7 +73,7 @@ class Mailbox:
 
     def peer_died(self, member: Member) -> None:
         """The next boundary routes around it, also if the view that lacks it comes later."""
-        self._dead[member.rank] = max(member.incarnation, self._dead.get(member.rank, 0))
+        self._dead[member.rank] = max(member.incarnation, self._dead.get(member.rank, -1))
         self.join_ready = True
 
     def promise(self) -> int:
@@ -110,7 +110,7 @@ class Mailbox:
         return True
 
     def is_dead(self, member: Member) -> bool:
-        return member.incarnation <= self._dead.get(member.rank, 0)
+        return member.incarnation <= self._dead.get(member.rank, -1)
 
     def wait(self, timeout_s: float) -> None:
         self._wake.wait(timeout_s)

@@ -43,6 +43,8 @@ from elastic_ep.messages import Member
 _WHEEL = "mooncake-transfer-engine-cuda13"
 _CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
 HIDDEN_MULTIPLE = 128
+EXPERTS_MULTIPLE = 2
+"""Of physical experts. HAZARD: with an odd number of them the kernels of 0.3.14 end with a misaligned address."""
 _WIRE_MULTIPLE = 256
 """What combine's kernel takes; smaller hidden sizes are padded with zeros on the way."""
 
@@ -119,6 +121,11 @@ class MooncakeExchange:
     ) -> None:
         if shape.hidden % HIDDEN_MULTIPLE:
             raise ValueError(f"hidden is {shape.hidden}, but Mooncake needs a multiple of {HIDDEN_MULTIPLE}")
+        if shape.num_ranks * shape.slots_per_rank % EXPERTS_MULTIPLE:
+            raise ValueError(
+                f"{shape.num_ranks} ranks with {shape.slots_per_rank} physical experts each are an odd number of "
+                "experts, but Mooncake needs an even number"
+            )
         buffer_class = load_buffer_class()
         self.shape = shape
         self.member = member
