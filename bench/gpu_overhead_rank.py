@@ -63,6 +63,9 @@ class BareExchange:
     def route_to(self, ranks: Collection[int]) -> None:
         pass
 
+    def meet(self) -> None:
+        pass
+
     def read_masks(self) -> None:
         self._done.record()
 

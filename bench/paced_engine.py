@@ -78,8 +78,11 @@ class PacedExchange:
     def begin_step(self, step: int) -> None:
         self._peers.begin_step()
         self._masked.clear()
-        self._step, self._ends_s = step, time.perf_counter() + self._step_s
+        self._step = step
         self._words.say(step)
+
+    def launch(self) -> None:
+        self._ends_s = time.perf_counter() + self._step_s
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         raise NotImplementedError
@@ -129,7 +132,7 @@ class PacedRunner(StepRunner):
         pass
 
     def _launch(self, chunks: list[Chunk]) -> None:
-        pass
+        self._paced.launch()
 
     def _discard(self) -> None:
         pass

@@ -29,6 +29,9 @@ class SoloDeviceExchange:
     def route_to(self, ranks: Collection[int]) -> None:
         pass
 
+    def meet(self) -> None:
+        pass
+
     def read_masks(self) -> None:
         pass
 

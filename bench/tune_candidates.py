@@ -64,6 +64,10 @@ def decode() -> list[Decode]:
 
 _FEW = [  # rows, few, columns (of gate_up; down has twice as many), depth, warps, stages, per_processor
     (64, 16, 64, 64, 4, 4, 2),
+    (64, 16, 64, 64, 4, 4, 1),
+    (32, 16, 64, 64, 4, 4, 2),
+    (32, 16, 64, 64, 4, 4, 1),
+    (32, 16, 64, 64, 4, 3, 3),
     (16, 16, 64, 64, 4, 4, 3),  # without room for 64 rows more of the weights are in flight
     (16, 16, 64, 64, 4, 6, 2),
     (64, 16, 64, 64, 4, 3, 3),

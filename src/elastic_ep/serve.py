@@ -60,7 +60,12 @@ EXAMPLE_QUESTION = (
 RANK_ENTRY = "elastic_ep.control.rank:main"
 _PRELOAD = {
     "cpu": ("torch", "elastic_ep.control.rank"),
-    "cuda": ("torch", "elastic_ep.control.rank", "elastic_ep.model.cuda.build"),
+    "cuda": (
+        "torch",
+        "elastic_ep.control.rank",
+        "elastic_ep.model.cuda.build",
+        "elastic_ep.model.cuda.preload",
+    ),
 }
 """What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""
 FAILED = 1

@@ -60,6 +60,7 @@ class HostEnd:
     def begin_step(self, step: int) -> None:
         self._named.clear()
         self._inner.begin_step(step)
+        self._inner.meet()
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         chosen = physical_experts[physical_experts >= 0]

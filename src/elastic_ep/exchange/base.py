@@ -114,6 +114,13 @@ class DeviceExchange(Exchange, Protocol):
         """The ranks that tokens go to from the next step on: one of them that is not active poisons each step."""
         ...
 
+    def meet(self) -> None:
+        """Return when all who take part have begun this step. To be called once in it, before its first operation.
+
+        It is not part of `begin_step` so that the host may prepare the step meanwhile.
+        """
+        ...
+
     def read_masks(self) -> None:
         """Queue what `end_step` needs to know, so that one wait serves it and all that was queued before."""
         ...

@@ -98,12 +98,12 @@ class MooncakeExchange:
     `Received.packed` is [slots, num_ranks * max_tokens, hidden]; rows from `counts` on are undefined and the order of
     a slot's rows differs from run to run. `counts` is int32 and, like everything here, on the device.
 
-    Nothing between `begin_step` and `end_step` waits for the device, so a step may be captured in a CUDA graph
-    (`dispatch` and `combine` only). `read_masks` may be called before `end_step`, on the forward stream: then one wait
+    Nothing between `meet` and `end_step` waits for anything, so a step may be captured in a CUDA graph (`dispatch` and
+    `combine` only). `read_masks` may be called before `end_step`, on the forward stream: then one wait
     serves the masks and whatever else is copied to the host.
 
-    With `words` a step begins when all who take part have come to it (see step_words.py for why); without them that is
-    the caller's business, and nobody knows whom a step waits for.
+    With `words`, `meet` returns when all who take part have begun the step (see step_words.py for why); without them that
+    is the caller's business, and nobody knows whom a step waits for.
 
     `timeout_ms` is how long a kernel waits for a peer before it masks it by itself: the last resort, if the control
     loop hangs too. `suspects` names those.
@@ -227,7 +227,7 @@ class MooncakeExchange:
                     self._buffer.update_mask_buffer(member.rank, True)
 
     def begin_step(self, step: int) -> None:
-        """Waits until all who take part begin `step` too. The kernels number operations by themselves."""
+        """Tells the others. The kernels number operations by themselves."""
         self._peers.begin_step()
         self._reading = False
         if not self._taken_in:
@@ -235,7 +235,10 @@ class MooncakeExchange:
         if self._words is not None and len(self.live) > 1:
             self._words.say(step)
             self._step = step
-            self._words.wait_for(step, lambda: self.live)
+
+    def meet(self) -> None:
+        if self._words is not None and self._step is not None:
+            self._words.wait_for(self._step, lambda: self.live)
 
     def _take_in(self) -> None:
         """Repeat a mask as it is: that of a rank that takes no part, or none if all do, as they were activated since."""

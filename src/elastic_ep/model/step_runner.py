@@ -165,8 +165,8 @@ class StepRunner(ABC):
         rank's requests, with all their tokens to compute) waits for the step after, so that the clients of this one do
         not wait for it.
         """
-        chunks = (self._poisoned or self._scheduler.schedule()) if schedule else []
         self._exchange.begin_step(step)
+        chunks = (self._poisoned or self._scheduler.schedule()) if schedule else []
         self._launch(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         launched()

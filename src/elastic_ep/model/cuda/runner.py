@@ -129,6 +129,7 @@ class CudaRunner(StepRunner):
         draws = self._prepare_draws(chunks)
         shape = self._inputs.shape_of(chunks)
         self._inputs.fill(chunks, shape)
+        self._device_exchange.meet()
         logits, tokens = self._graphs.run(shape) if self._graphs is not None else self._body(shape)
         # Queued: the wait for the masks is the wait for what is sampled too.
         self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
