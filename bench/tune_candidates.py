@@ -33,21 +33,12 @@ Config = Decode | Plan
 def describe(config: Config) -> str:
     if isinstance(config, Decode):
         return str(config)
-    tiles = " | ".join(f"{name} {_short(getattr(config, name))}" for name in ("gate_up", "down"))
-    return tiles + " overlap" * config.overlap
+    return " | ".join(f"{name} {_short(getattr(config, name))}" for name in ("gate_up", "down"))
 
 
 def _short(tiles: Tiles) -> str:
     t = tiles
-    sizes = f"{t.rows}/{t.few}x{t.columns}x{t.depth} w{t.warps} s{t.stages} p{t.per_processor}"
-    return sizes + " tma" * t.tma
-
-
-def risk(config: Config) -> int:
-    """What has never run comes last: an error of the device ends the run, and what was measured is then kept."""
-    if isinstance(config, Decode):
-        return 0
-    return 2 * config.overlap + (config.gate_up.tma or config.down.tma)
+    return f"{t.rows}/{t.few}x{t.columns}x{t.depth} w{t.warps} s{t.stages} p{t.per_processor}"
 
 
 def decode() -> list[Decode]:
@@ -96,21 +87,19 @@ _MANY = [
 
 
 def experts(expected_rows: int) -> list[Plan]:
-    """Each product's tiles in turn, by the copy engine and by pointers, the other's as they are now."""
+    """Each product's tiles in turn, the other's as they are now."""
     base = plan_for(expected_rows, torch.bfloat16)
     found = [base]
-    for tma in (True, False):
-        for rows, few, columns, depth, warps, stages, programs in _FEW if expected_rows <= 64 else _MANY:
-            tiles = Tiles(rows, few, columns, depth, warps, stages, programs, tma)
-            if columns >= 64:
-                found.append(replace(base, gate_up=tiles))
-            found.append(replace(base, down=replace(tiles, columns=2 * columns)))
+    for rows, few, columns, depth, warps, stages, programs in _FEW if expected_rows <= 64 else _MANY:
+        tiles = Tiles(rows, few, columns, depth, warps, stages, programs)
+        if columns >= 64:
+            found.append(replace(base, gate_up=tiles))
+        found.append(replace(base, down=replace(tiles, columns=2 * columns)))
     return list(dict.fromkeys(found))
 
 
 def combined(ranked: list[Plan], base: Plan) -> list[Plan]:
-    """The two best of each product with each other, and then with their launches overlapped."""
+    """The two best of each product with each other."""
     gate_ups = list(dict.fromkeys(plan.gate_up for plan in ranked if plan.down == base.down))[:2]
     downs = list(dict.fromkeys(plan.down for plan in ranked if plan.gate_up == base.gate_up))[:2]
-    pairs = [Plan(gate_up, down) for gate_up in gate_ups for down in downs]
-    return [replace(plan, overlap=overlap) for overlap in (False, True) for plan in pairs]
+    return [Plan(gate_up, down) for gate_up in gate_ups for down in downs]

@@ -1,9 +1,8 @@
 """Which tiles, stages and variants of the GPU kernels are fastest here: one bounded run, a table, a ranking.
 
 Everything is compiled first, by as many processes as there are processors; then each candidate is checked beside the
-float64 reference and against the bits of the first one, and timed as kernels.py times. Candidates come best guess
-first, those that have never run on a device last; what `--seconds` leaves no time for is left out. At last the best
-tiles of the experts' two products are tried together, and with the second product's launch overlapped.
+float64 reference and against the bits of the first one, and timed as kernels.py times. Candidates come best guess first;
+what `--seconds` leaves no time for is left out. At last the best tiles of the experts' two products are tried together.
 
     python -m bench.tune_kernels --seconds 150 --out bench/results/tune_kernels.json
 
@@ -29,7 +28,7 @@ import triton
 
 from bench import tune_candidates
 from bench.gpu_timing import BF16, measure_limits, times
-from bench.tune_candidates import Config, Decode, describe, risk
+from bench.tune_candidates import Config, Decode, describe
 from bench.tune_cases import MOST_ERROR, Case, DecodeCase, compile_on_nothing, expert_cases
 from elastic_ep.model.kernels.expert_plan import Plan, plan_for
 
@@ -83,8 +82,7 @@ class _Tuner:
     def first_pass(self) -> None:
         candidates = self.candidates()
         slots = {group: (0,) if group == "decode" else self.slots for group in candidates}
-        early = [(c, n) for group, configs in candidates.items() for c in configs for n in slots[group]]
-        self.compile(sorted(early, key=lambda one: risk(one[0])))
+        self.compile((c, n) for group, configs in candidates.items() for c in configs for n in slots[group])
         torch.manual_seed(0)
         torch.set_default_device(self.device)
         cases = [case for case in self.cases() if case.group in candidates]
@@ -92,12 +90,10 @@ class _Tuner:
         self.finish_compiling(0.45)
         self._limits = self.limits()
         turns = [
-            (risk(config), place, case, config)
-            for case in cases
-            for place, config in enumerate(candidates[case.group])
+            (place, case, config) for case in cases for place, config in enumerate(candidates[case.group])
         ]
-        turns.sort(key=lambda one: one[:2])
-        self.measure((case, config) for _, _, case, config in turns)
+        turns.sort(key=lambda one: one[0])
+        self.measure((case, config) for _, case, config in turns)
 
     def candidates(self) -> dict[str, list[Config]]:
         found: dict[str, list[Config]] = {"decode": list(tune_candidates.decode())}

@@ -87,19 +87,10 @@ def test_norms() -> None:
     compiled(norm_rope._norm_rope_kernel, types, constants, 4)
 
 
-_TMA = Tiles(rows=128, few=64, columns=128, depth=64, warps=8, stages=3, per_processor=1, tma=True)
-
-
-def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool, overlap: bool = False) -> Any:
-    name = _NAMES[dtype]
-    operands = dict.fromkeys(("x", "x_few", "w"), name)
-    if tiles.tma:
-        shapes = {"x": (tiles.rows, tiles.depth), "x_few": (tiles.few, tiles.depth)}
-        shapes |= {"w": (tiles.depth, tiles.columns)}
-        operands = {key: f"tensordesc<{name[1:]}[{a}, {b}]>" for key, (a, b) in shapes.items()}
-    types = operands | {"y": name, "counts": "*i32", "capacity": "i32"}
+def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool) -> Any:
+    types = dict.fromkeys(("x", "w", "y"), _NAMES[dtype]) | {"counts": "*i32", "capacity": "i32"}
     constants = {"H": 2048, "INNER": 768, "SLOTS": 40, "BLOCK_S": 64, "ROWS": tiles.rows, "FEW": tiles.few}
-    constants |= {"N": tiles.columns, "K": tiles.depth, "DOWN": down, "TMA": tiles.tma, "OVERLAP": overlap}
+    constants |= {"N": tiles.columns, "K": tiles.depth, "DOWN": down}
     return compiled(expert_ffn._experts_kernel, types, constants, tiles.warps, tiles.stages)
 
 
@@ -109,14 +100,6 @@ def test_expert_ffn(dtype: torch.dtype, rows: int, down: bool) -> None:
     plan = plan_for(rows, dtype)
     result = compiled_experts(plan.down if down else plan.gate_up, dtype, down)
     assert uses_wgmma_alone(result) or dtype == torch.float32
-
-
-@pytest.mark.parametrize("down", [False, True])
-def test_expert_ffn_through_the_copy_engine(down: bool) -> None:
-    result = compiled_experts(_TMA, torch.bfloat16, down, overlap=True)
-    assert uses_wgmma_alone(result)
-    assert "cp.async.bulk.tensor" in result.asm["ptx"]
-    assert "griddepcontrol" in result.asm["ptx"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

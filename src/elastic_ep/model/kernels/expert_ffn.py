@@ -14,15 +14,13 @@ each onto the accumulator: every shape of tile gives a row the same bits. tests/
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from elastic_ep.model.kernels.expert_plan import Plan, Tiles, plan_for
-from elastic_ep.model.kernels.expert_tiles import down_tile, gate_up_tile, store_tile, tile_by_tma
-from elastic_ep.model.kernels.launch import early, jit, let_next_start, power_of_2, wait_for_previous
+from elastic_ep.model.kernels.expert_tiles import down_tile, gate_up_tile, store_tile
+from elastic_ep.model.kernels.launch import jit, power_of_2
 
 
 @jit
@@ -60,14 +58,11 @@ def _tile(
     N: tl.constexpr,
     K: tl.constexpr,
     DOWN: tl.constexpr,
-    TMA: tl.constexpr,
 ) -> None:
     IN: tl.constexpr = INNER if DOWN else H
     OUT: tl.constexpr = H if DOWN else INNER
     row = slot.to(tl.int64) * capacity + first
-    if TMA:
-        value = tile_by_tma(x, w, row.to(tl.int32), slot, column, IN, OUT, R, N, K, DOWN)
-    elif DOWN:
+    if DOWN:
         w_slot = w + slot.to(tl.int64) * (INNER * H)
         value = down_tile(x + row * IN, w_slot, left, column, H, INNER, R, N, K)
     else:
@@ -79,7 +74,6 @@ def _tile(
 @jit
 def _experts_kernel(
     x: tl.tensor,
-    x_few: tl.tensor,
     w: tl.tensor,
     y: tl.tensor,
     counts: tl.tensor,
@@ -93,28 +87,22 @@ def _experts_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     DOWN: tl.constexpr,
-    TMA: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ) -> None:
     OUT: tl.constexpr = H if DOWN else INNER
     COLUMN_TILES: tl.constexpr = (OUT + N - 1) // N
-    if OVERLAP and not DOWN:
-        let_next_start()
     slots = tl.arange(0, BLOCK_S)
     count = tl.load(counts + slots, mask=slots < SLOTS, other=0).to(tl.int32)
     size = (count + ROWS - 1) // ROWS * COLUMN_TILES
     end = tl.cumsum(size, axis=0)
-    if OVERLAP and DOWN:
-        wait_for_previous()
     for tile in range(tl.program_id(0), tl.sum(size, axis=0), tl.num_programs(0)):
         slot, first, left, column = _find_tile(tile, counts, end, ROWS)
         column *= N
         if FEW == ROWS:  # one body then: two would have shared memory each
-            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN, TMA)
+            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN)
         elif left <= FEW:
-            _tile(x_few, w, y, capacity, slot, first, left, column, H, INNER, FEW, N, K, DOWN, TMA)
+            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, FEW, N, K, DOWN)
         else:
-            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN, TMA)
+            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN)
 
 
 @cache
@@ -131,23 +119,14 @@ def _launch(
     counts: torch.Tensor,
     *,
     down: bool,
-    overlap: bool,
 ) -> None:
     """One of the two products: y [S, C, OUT] of x [S, C, IN]."""
     slots, capacity, width = x.shape
     most = slots * -(-capacity // tiles.rows) * -(-y.shape[-1] // tiles.columns)
     programs = min(_processors(x.device) * tiles.per_processor, most)
-    operands: tuple[Any, Any, Any] = x, x, weights
-    tma = tiles.tma and width % tiles.depth == 0 and weights.shape[-1] * weights.itemsize % 16 == 0
-    if tma:
-        rows, flat = x.flatten(0, 1), weights.flatten(0, 1)
-        operands = (
-            TensorDescriptor.from_tensor(rows, [tiles.rows, tiles.depth]),
-            TensorDescriptor.from_tensor(rows, [tiles.few, tiles.depth]),
-            TensorDescriptor.from_tensor(flat, [tiles.depth, tiles.columns]),
-        )
     _experts_kernel[(programs,)](
-        *operands,
+        x,
+        weights,
         y,
         counts,
         capacity,
@@ -160,12 +139,9 @@ def _launch(
         N=tiles.columns,
         K=tiles.depth,
         DOWN=down,
-        TMA=tma,
-        OVERLAP=overlap,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         enable_fp_fusion=False,
-        **early(overlap and down),
     )
 
 
@@ -192,6 +168,6 @@ def expert_ffn(
     plan = plan or plan_for(capacity if expected_rows is None else expected_rows, packed.dtype)
     between = packed.new_empty(slots, capacity, down.shape[1])
     y = torch.empty_like(packed)
-    _launch(plan.gate_up, packed, gate_up, between, counts, down=False, overlap=plan.overlap)
-    _launch(plan.down, between, down, y, counts, down=True, overlap=plan.overlap)
+    _launch(plan.gate_up, packed, gate_up, between, counts, down=False)
+    _launch(plan.down, between, down, y, counts, down=True)
     return y

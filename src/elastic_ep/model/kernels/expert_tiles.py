@@ -107,34 +107,3 @@ def down_tile(
         x_at += K
         w_at += K * H
     return total
-
-
-@jit
-def tile_by_tma(
-    x: tl.tensor,
-    w: tl.tensor,
-    row: tl.tensor,
-    slot: tl.tensor,
-    column: tl.tensor,
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    DOWN: tl.constexpr,
-) -> tl.tensor:
-    """Either product's tile [N, R] from descriptors of x [S C, IN] and w [S IN, OUT or twice that]; K divides IN.
-
-    `row` is the first one's among all slots'. What is read of rows or columns that are not the tile's spoils no other
-    row or column, and it is not stored.
-    """
-    one = tl.zeros([N, R], tl.float32)
-    two = tl.zeros([N, R], tl.float32)
-    for start in range(0, IN, K):
-        rows = tl.trans(x.load([row, start]))
-        one = dot(tl.trans(w.load([slot * IN + start, column])), rows, one)
-        if not DOWN:
-            two = dot(tl.trans(w.load([slot * IN + start, OUT + column])), rows, two)
-    if not DOWN:
-        one = _swiglu(one, two)
-    return one

@@ -27,25 +27,6 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @jit
-def let_next_start() -> None:
-    """The next kernel's programs may take the places that this one's leave (programmatic dependent launch)."""
-    if not INTERPRETED:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@jit
-def wait_for_previous() -> None:
-    """Until the kernel before has ended and its stores are seen; needed after `early`."""
-    if not INTERPRETED:
-        tl.extra.cuda.gdc_wait()
-
-
-def early(overlap: bool) -> dict[str, bool]:
-    """Launch options of a kernel that may start before the one before it has ended, if `overlap`."""
-    return {"launch_pdl": True} if overlap and not INTERPRETED.value else {}
-
-
-@jit
 def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
     """a @ b + acc, the products exact, the sum in float32. float32 operands stay float32: no TF32.
 
