@@ -1,4 +1,4 @@
-"""An MoE layer of four ranks on one GPU: ours beside Mooncake's bare exchange and torch's grouped product.
+"""An MoE layer of four ranks on one GPU, or of ranks with a GPU each (without --mps): ours beside Mooncake's bare exchange and torch's grouped product.
 
 "ours" is dispatch, experts and combine as the engine calls them, the gate left out. It is set against the sum of two
 parts that are measured alone (Mooncake's own dispatch and combine; `torch._grouped_mm` experts on rows packed without
@@ -43,7 +43,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         small: dict[str, Any] = {"layers": 2, "distinct": 2, "rounds": 3, "hidden": 128, "inner": 64}
         small |= {"device": "cpu", "ranks": 2, "experts": 8, "top_k": 2}
         return [Case(tokens, redundant, **small) for redundant in (0, 8) for tokens in (1, 4)]
-    shape = {"layers": options.layers, "rounds": options.rounds}
+    shape = {"layers": options.layers, "rounds": options.rounds, "ranks": options.ranks}
     wanted = [Case(tokens, 0, "cuda", **shape) for tokens in options.tokens]
     return wanted + [Case(tokens, 128, "cuda", **shape) for tokens in options.redundant_tokens]
 
@@ -105,14 +105,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tokens", type=int, nargs="*", default=[1, 4, 16, 64, 128], help="a rank, 32 slots each")
+    add("--tokens", type=int, nargs="*", default=[1, 4, 16, 64, 128], help="a rank")
     add(
         "--redundant-tokens",
         type=int,
         nargs="*",
         default=[16, 128],
-        help="the same with 64 slots, two copies",
+        help="the same with two copies of each expert",
     )
+    add("--ranks", type=int, default=4)
     add("--layers", type=int, default=24)
     add("--rounds", type=int, default=40)
     add("--seconds", type=int, default=60, help="a case, at most")

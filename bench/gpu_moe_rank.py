@@ -80,8 +80,8 @@ def measure(case: Case, rank: int, directory: Path) -> dict[str, Any]:
     """Every rank does the same here, operation for operation: the exchange counts them."""
     meet = Meeting(directory, case.ranks, rank)
     if case.device == "cuda":
-        torch.cuda.set_device(0)
-        torch.cuda.set_stream(torch.cuda.Stream(0))
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.cuda.set_stream(torch.cuda.Stream())
     plane = Plane(case, rank, directory)
     blank = torch.zeros(case.slots, dtype=torch.int32, device=plane.device)
     capacity = case.ranks * case.max_tokens
