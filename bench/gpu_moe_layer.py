@@ -1,4 +1,4 @@
-"""An MoE layer of four ranks on one GPU, or of ranks with a GPU each (without --mps): ours beside Mooncake's bare exchange and torch's grouped product.
+"""An MoE layer of several ranks: ours beside Mooncake's bare exchange and torch's grouped product.
 
 "ours" is dispatch, experts and combine as the engine calls them, the gate left out. It is set against the sum of two
 parts that are measured alone (Mooncake's own dispatch and combine; `torch._grouped_mm` experts on rows packed without

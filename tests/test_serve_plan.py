@@ -33,6 +33,24 @@ def test_deadlines(config: ServeConfig, heartbeat_ms: int, kernel_wait_ms: int) 
 
 
 @pytest.mark.parametrize(
+    ("sequences", "tokens", "device", "expected"),
+    [
+        (None, None, "cpu", (16, 64)),
+        (None, None, "cuda", (64, 256)),
+        (100, None, "cpu", (100, 100)),
+        (None, 8, "cuda", (8, 8)),
+        (4, 32, "cuda", (4, 32)),
+    ],
+)
+def test_the_size_of_a_step_that_nobody_gave_suits_what_was_given(
+    sequences: int | None, tokens: int | None, device: str, expected: tuple[int, int]
+) -> None:
+    config = replace(CONFIG, max_num_seqs=sequences, max_num_batched_tokens=tokens)
+    limits = engine_limits(config, make_plan(CONFIG).model, device)
+    assert (limits.max_num_seqs, limits.max_num_batched_tokens) == expected
+
+
+@pytest.mark.parametrize(
     ("ranks", "redundant", "eplb", "device", "slots"),
     [
         (3, 1, False, "cpu", 43),

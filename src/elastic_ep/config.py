@@ -76,8 +76,8 @@ class ServeConfig:
     served_model_name: str | None = None
     api_key: tuple[str, ...] = ()
     max_model_len: int | None = None
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 64
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     num_pages: int | None = None
     max_queued: int = 1024
     ep_num_redundant_experts: int | None = None
@@ -94,8 +94,6 @@ class ServeConfig:
     def __post_init__(self) -> None:
         _check_range("--ranks", self.ranks, 1, 64)
         _check_range("--port", self.port, 0, 65535)
-        _check_range("--max-num-seqs", self.max_num_seqs, 1, 4096)
-        _check_range("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 65536)
         _check_range("--max-queued", self.max_queued, 1, 1_000_000)
         _check_range("--relaunch-limit", self.relaunch_limit, 0, 1_000_000)
         _check_range("--eplb-rebalance-num-iterations", self.eplb_rebalance_num_iterations, 1, 1 << 31)
@@ -107,10 +105,15 @@ class ServeConfig:
             _check_range("--num-gpu-blocks-override", self.num_pages, 1, 1 << 24)
         if self.ep_num_redundant_experts is not None:
             _check_range("--ep-num-redundant-experts", self.ep_num_redundant_experts, 0, 1 << 16)
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if seqs is not None:
+            _check_range("--max-num-seqs", seqs, 1, 4096)
+        if tokens is not None:
+            _check_range("--max-num-batched-tokens", tokens, 1, 65536)
+        if seqs is not None and tokens is not None and tokens < seqs:
             raise ConfigError(
-                f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs "
-                f"{self.max_num_seqs}: raise the first or lower the second"
+                f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}: raise the first or lower "
+                "the second"
             )
 
 

@@ -30,8 +30,12 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
     add("--served-model-name", help="name in the API; the folder's name if not given")
     add("--api-key", action="append", default=[], help="clients must send it; may be given several times")
     add("--max-model-len", type=int, help="prompt plus generated tokens; the model's own if not given")
-    add("--max-num-seqs", type=int, default=16, help="sequences that a rank runs at once")
-    add("--max-num-batched-tokens", type=int, default=64, help="tokens that a rank computes in one step")
+    add("--max-num-seqs", type=int, help="sequences that a rank runs at once (16, on a GPU 64)")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        help="tokens that a rank computes in one step (64, on a GPU 256)",
+    )
     add("--num-gpu-blocks-override", dest="num_pages", type=int, help="KV cache pages (16 tokens) a rank")
     add("--max-queued", type=int, default=1024, help="requests that may wait; more get 429")
     add("--ep-num-redundant-experts", type=int, help="extra expert copies; as many as experts if not given")

@@ -219,7 +219,8 @@ class RunProcess:
             raise ConfigError(f"--log-dir {self._config.log_dir}: {error.strerror}") from error
 
     def _make_router(self, wire: ControllerWire) -> Router:
-        config = RoutingConfig(max_num_seqs=self._config.max_num_seqs, max_queued=self._config.max_queued)
+        seats = self._plan.limits.max_num_seqs
+        config = RoutingConfig(max_num_seqs=seats, max_queued=self._config.max_queued)
         return Router(config, send=wire.send, record=self._log.record, notify=self._on_notice)
 
     def _make_controller(self, wire: ControllerWire, processes: RankProcesses) -> Controller:

@@ -31,6 +31,11 @@ DRAIN_MARGIN_S = 0.1
 """What a dead rank's kernels take to end beyond their wait for peers."""
 KV_CACHE_BYTES = 1 << 30
 """At most so much for the KV cache of a rank unless the command line says how many pages."""
+_SEQUENCES = {"cpu": 16, "cuda": 64}
+"""That a rank runs at once, unless the command line says how many. On a GPU one costs a step what 64 cost: so survivors
+have seats for a lost rank's requests, too."""
+_TOKENS = {"cpu": 64, "cuda": 256}
+"""Of a step, likewise: those requests are computed anew in a quarter of the steps that 64 would need."""
 _KV_ITEM = {"cpu": 4, "cuda": 2}
 """Bytes of an element of it: float32 and bfloat16."""
 
@@ -133,12 +138,19 @@ def engine_limits(config: ServeConfig, model: ModelConfig, device: str) -> Engin
     token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     page_bytes = PAGE_SIZE * token * _KV_ITEM[device]
     affordable = max(one_sequence, KV_CACHE_BYTES // page_bytes)
-    num_pages = config.num_pages or min(config.max_num_seqs * one_sequence, affordable)
+    sequences, tokens = _step_size(config, device)
+    num_pages = config.num_pages or min(sequences * one_sequence, affordable)
     if num_pages < one_sequence:
         raise ConfigError(
             f"--num-gpu-blocks-override {num_pages} cannot hold one sequence of {max_model_len} tokens: give at least "
             f"{one_sequence} or lower --max-model-len"
         )
-    return EngineLimits(
-        max_model_len, config.max_num_seqs, config.max_num_batched_tokens, PAGE_SIZE, num_pages
-    )
+    return EngineLimits(max_model_len, sequences, tokens, PAGE_SIZE, num_pages)
+
+
+def _step_size(config: ServeConfig, device: str) -> tuple[int, int]:
+    """Sequences and tokens: what is not given suits what is."""
+    sequences, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    if sequences is None:
+        sequences = min(_SEQUENCES[device], tokens or _TOKENS[device])
+    return sequences, tokens or max(_TOKENS[device], sequences)
