@@ -17,7 +17,7 @@ READY := .venv/.ready-$(EXTRAS)
 BENCHES := death_notice exchange throughput accuracy failover overhead footprint repair \
 	repair_large rebalance transfer eplb host_gap control_path loss_work
 
-.PHONY: help setup run test test-gpu lint format charts bench bench-gpu lock clean
+.PHONY: help setup run test test-gpu lint style format charts bench bench-gpu lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,13 +31,15 @@ $(READY): pyproject.toml constraints.txt scripts/setup
 run: $(READY) ## serve the bundled model on 8 ranks; ARGS="..." adds flags
 	@exec $(BIN)/python -m elastic_ep.run --ranks 8 $(ARGS)
 
-lint: $(READY) ## style and types
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+lint: style ## style and types
 	$(BIN)/mypy
 
-test: lint ## style, types and the whole test suite; ARGS="..." goes to pytest
-	$(BIN)/pytest -m 'not gpu' $(ARGS)
+style: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+test: style ## style, types and the whole test suite; ARGS="..." goes to pytest
+	@scripts/test $(ARGS)
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -154,6 +154,7 @@ def test_the_template_file_and_the_configured_one_agree() -> None:
     assert TEXT.token_text(end) == config["eos_token"] == "<|end|>"
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_round_trips(text: str) -> None:
     try:
@@ -164,6 +165,7 @@ def test_any_text_round_trips(text: str) -> None:
         assert TEXT.decode(TEXT.encode(text)) == text
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=0))
 def test_every_digit_is_a_token(number: int) -> None:
     assert len(TEXT.encode(str(number))) == len(str(number))

@@ -47,20 +47,29 @@ async def answer_all(session: aiohttp.ClientSession, url: str, started: asyncio.
     return dict(enumerate(texts))
 
 
-async def with_fault(
-    url: str, fault: Callable[[aiohttp.ClientSession], Awaitable[None]]
-) -> tuple[Texts, Texts]:
-    """The texts without and with the fault, which strikes while all streams run."""
+@pytest.fixture(scope="module")
+def expected(serving: Server) -> Texts:
+    """The texts before anything has happened: later faults must not have changed them either."""
+
+    async def undisturbed() -> Texts:
+        async with http() as session:
+            await until_full(session, serving.url)
+            return await answer_all(session, serving.url)
+
+    return asyncio.run(undisturbed())
+
+
+async def with_fault(url: str, fault: Callable[[aiohttp.ClientSession], Awaitable[None]]) -> Texts:
+    """The texts when the fault strikes while all streams run."""
     async with http() as session:
         await until_full(session, url)
-        expected = await answer_all(session, url)
         started = asyncio.Event()
         streams = asyncio.create_task(answer_all(session, url, started))
         await asyncio.wait_for(started.wait(), 60)
         await fault(session)
         disturbed = await asyncio.wait_for(streams, 120)
         await until_full(session, url)
-        return expected, disturbed
+        return disturbed
 
 
 def send(
@@ -75,32 +84,30 @@ def send(
 
 
 @pytest.mark.parametrize("rank", [0, 5])
-def test_a_killed_rank_costs_no_token(serving: Server, rank: int) -> None:
-    expected, disturbed = asyncio.run(with_fault(serving.url, send(serving.url, [rank], signal.SIGKILL)))
+def test_a_killed_rank_costs_no_token(serving: Server, expected: Texts, rank: int) -> None:
+    disturbed = asyncio.run(with_fault(serving.url, send(serving.url, [rank], signal.SIGKILL)))
     assert disturbed == expected
 
 
-def test_a_stopped_rank_is_fenced_and_costs_no_token(serving: Server) -> None:
-    expected, disturbed = asyncio.run(with_fault(serving.url, send(serving.url, [2], signal.SIGSTOP)))
+def test_a_stopped_rank_is_fenced_and_costs_no_token(serving: Server, expected: Texts) -> None:
+    disturbed = asyncio.run(with_fault(serving.url, send(serving.url, [2], signal.SIGSTOP)))
     assert disturbed == expected
 
 
-def test_more_ranks_than_there_are_copies_hold_the_requests(serving: Server) -> None:
+def test_more_ranks_than_there_are_copies_hold_the_requests(serving: Server, expected: Texts) -> None:
     """Six of eight: some expert has no copy left, so requests wait until ranks are back."""
     ranks = [0, 1, 2, 3, 4, 5]
-    expected, disturbed = asyncio.run(with_fault(serving.url, send(serving.url, ranks, signal.SIGKILL)))
+    disturbed = asyncio.run(with_fault(serving.url, send(serving.url, ranks, signal.SIGKILL)))
     assert disturbed == expected
 
 
-def test_all_ranks_at_once(serving: Server) -> None:
-    expected, disturbed = asyncio.run(
-        with_fault(serving.url, send(serving.url, list(range(8)), signal.SIGKILL))
-    )
+def test_all_ranks_at_once(serving: Server, expected: Texts) -> None:
+    disturbed = asyncio.run(with_fault(serving.url, send(serving.url, list(range(8)), signal.SIGKILL)))
     assert disturbed == expected
 
 
 @pytest.mark.parametrize("state", ["Launching", "InitCUDA", "InitDist", "Joining"])
-def test_a_killed_joiner_harms_nobody(serving: Server, state: str) -> None:
+def test_a_killed_joiner_harms_nobody(serving: Server, expected: Texts, state: str) -> None:
     async def fault(session: aiohttp.ClientSession) -> None:
         before = (await status(session, serving.url))["engines"][3]
         os.kill(before["pid"], signal.SIGKILL)
@@ -113,7 +120,7 @@ def test_a_killed_joiner_harms_nobody(serving: Server, state: str) -> None:
                     os.kill(now["pid"], signal.SIGKILL)
                     return
 
-    expected, disturbed = asyncio.run(with_fault(serving.url, fault))
+    disturbed = asyncio.run(with_fault(serving.url, fault))
     assert disturbed == expected
 
 

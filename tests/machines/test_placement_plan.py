@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.machines.placement import PlanInput, plan, rank_loads
@@ -51,6 +51,7 @@ def held(placement: Placement, layer: int, rank: int) -> list[int]:
     return [expert for expert in placement.on_rank(layer, rank) if expert != EMPTY]
 
 
+@settings(deadline=None)
 @given(inputs())
 def test_every_expert_has_as_many_copies_as_slots_allow_and_no_two_on_a_rank(given: PlanInput) -> None:
     after = planned(given)
@@ -65,6 +66,7 @@ def test_every_expert_has_as_many_copies_as_slots_allow_and_no_two_on_a_rank(giv
             assert min(after.copies(layer, given.ranks)) >= floor
 
 
+@settings(deadline=None)
 @given(inputs())
 def test_the_dead_keep_what_they_have_and_what_stays_keeps_its_slot(given: PlanInput) -> None:
     before, after = given.placement, planned(given)
@@ -76,6 +78,7 @@ def test_the_dead_keep_what_they_have_and_what_stays_keeps_its_slot(given: PlanI
                 assert new[physical] == expert
 
 
+@settings(deadline=None)
 @given(inputs())
 def test_a_plan_is_content_with_what_it_has_made(given: PlanInput) -> None:
     after = planned(given)
@@ -83,6 +86,7 @@ def test_a_plan_is_content_with_what_it_has_made(given: PlanInput) -> None:
     assert again.imbalance <= plan(given).imbalance * 1.0001
 
 
+@settings(deadline=None)
 @given(inputs(), st.integers(0, 5))
 def test_moves_for_balance_are_bounded(given: PlanInput, most: int) -> None:
     needed, bounded = (plan(replace(given, max_moves=moves)).moves for moves in (0, most))

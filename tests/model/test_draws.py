@@ -43,6 +43,7 @@ def test_draws_are_those_of_the_processor(batch: list[Sequence], seed: int, ties
     assert_alike(draw(logits, batch), sample(logits, batch))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(tokens, st.none() | st.integers(0, 5)), min_size=1, max_size=5), st.integers(0, 99))
 def test_log_probabilities_are_those_of_the_processor(asked: list[tuple[int, int | None]], seed: int) -> None:
     logits = torch.randn(len(asked), VOCAB, generator=torch.Generator().manual_seed(seed)).round()

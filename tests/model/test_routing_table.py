@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bench.loss_work import choose_plainly
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.model.config import ModelConfig
@@ -26,6 +26,7 @@ def placements(draw: st.DrawFn) -> Placement:
     return Placement(0, ranks, width, experts, tuple(map(tuple, rows)))
 
 
+@settings(deadline=None)
 @given(placements(), st.data())
 def test_copies_are_chosen_by_the_rule(placement: Placement, data: st.DataObject) -> None:
     ranks = st.integers(0, placement.num_ranks - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
@@ -40,6 +40,7 @@ def check(scheduler: Scheduler, chunks: list[Chunk], limits: EngineLimits) -> No
     assert decoding <= {chunk.sequence.request_id for chunk in chunks}, "no prompt holds up a decode"
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_invariants_and_everyone_finishes(data: st.DataObject) -> None:
     max_seqs = data.draw(st.integers(1, 5))
