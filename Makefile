@@ -56,10 +56,15 @@ bench: $(READY) ## run every benchmark; results go to bench/results/
 	    echo "== $$bench"; $(BIN)/python -m bench.$$bench --out bench/results/$$bench.json; \
 	done
 
-bench-gpu: $(READY) ## the benchmarks that need a CUDA device, some of them MPS
-	for bench in kernels gpu_throughput gpu_failover "gpu_moe_layer --mps" "gpu_overhead --mps" "gpu_serve --mps"; do \
+bench-gpu: $(READY) ## the benchmarks that need a CUDA device, most of them MPS
+	$(BIN)/python -m bench.kernels --out bench/results/kernels.json
+	$(BIN)/python -m bench.sampler --out bench/results/gpu_sampler.json
+	for bench in gpu_throughput gpu_failover "gpu_moe_layer --mps" "gpu_overhead --mps"; do \
 	    echo "== $$bench"; $(BIN)/python -m bench.$$bench --out bench/results/$${bench%% *}.json; \
 	done
+	$(BIN)/python -m bench.gpu_serve --mps --harder --out bench/results/gpu_serving_mps.json
+	$(BIN)/python -m bench.gpu_serve --mps --config-only --kills 20 --questions 8 \
+	    --out bench/results/gpu_serving_30b_mps.json
 
 lock: $(READY) ## write constraints.txt from what .venv holds
 	scripts/lock > constraints.txt.new

@@ -100,11 +100,11 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 class End:
     """One rank's exchange; all that share `directory` meet."""
 
-    def __init__(self, directory: Path, member: Member) -> None:
+    def __init__(self, directory: Path, member: Member, words: Any = None) -> None:
         self._directory = directory
         self.member = member
         self.exchange = MooncakeExchange(
-            SHAPE, member, FileStore(directory), connect_timeout_ms=CONNECT_TIMEOUT_MS
+            SHAPE, member, FileStore(directory), words=words, connect_timeout_ms=CONNECT_TIMEOUT_MS
         )
         self.buffer: Buffer = self.exchange._buffer
 
@@ -244,3 +244,22 @@ def test_an_activation_has_taken_in_what_was_connected(end: End) -> None:
     end.calls()
     end.exchange.begin_step(1)
     assert end.calls() == []
+
+
+def test_a_step_is_begun_without_waiting_and_then_met_by_all_who_take_part(tmp_path: Path) -> None:
+    calls: list[tuple[Any, ...]] = []
+    words = SimpleNamespace(
+        say=lambda step: calls.append(("say", step)),
+        wait_for=lambda step, ranks: calls.append(("wait for", step, set(ranks()))),
+    )
+    end = End(tmp_path, ME, words)
+    end.exchange.begin_step(6)
+    end.exchange.meet()
+    assert calls == [], "alone"
+    end.connect(PEER)
+    end.exchange.activate(PEER)
+    end.exchange.begin_step(7)
+    assert calls == [("say", 7)]
+    end.exchange.mask(PEER)
+    end.exchange.meet()
+    assert calls[1:] == [("wait for", 7, {ME.rank})], "whoever is masked is not waited for"

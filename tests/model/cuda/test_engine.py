@@ -5,7 +5,9 @@ On a processor there are no graphs: what a graph captures, the step's body, is w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -166,3 +168,24 @@ def test_graphs_give_the_bits_of_eager_steps(device: torch.device) -> None:
                 logits.append(seen)
             assert logits[0].keys() == logits[1].keys()
             assert all(torch.equal(row, logits[1][key]) for key, row in logits[0].items())
+
+
+def test_hosts_meet_once_a_step_and_before_its_first_operation(device: torch.device) -> None:
+    runner, exchange = cuda_runner(device)
+    calls: list[str] = []
+
+    def told(name: str) -> Callable[..., Any]:
+        method = getattr(exchange, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return method(*arguments)
+
+        return call
+
+    for name in ("begin_step", "meet", "dispatch", "end_step"):
+        setattr(exchange, name, told(name))
+    runner.add(assign(1, SHORT, max_tokens=1))
+    runner.run_step(0, schedule=True)
+    assert calls[:3] == ["begin_step", "meet", "dispatch"]
+    assert calls.count("meet") == 1
