@@ -99,8 +99,8 @@ class MooncakeExchange:
     a slot's rows differs from run to run. `counts` is int32 and, like everything here, on the device.
 
     Nothing between `meet` and `end_step` waits for anything, so a step may be captured in a CUDA graph (`dispatch` and
-    `combine` only). `read_masks` may be called before `end_step`, on the forward stream: then one wait
-    serves the masks and whatever else is copied to the host.
+    `combine` only). `read_masks` may be called before `end_step`, on the forward stream: then one wait serves the masks
+    and whatever else is copied to the host.
 
     With `words`, `meet` returns when all who take part have begun the step (see step_words.py for why); without them that
     is the caller's business, and nobody knows whom a step waits for.

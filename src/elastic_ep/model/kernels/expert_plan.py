@@ -35,6 +35,8 @@ _FEW = Plan(
     gate_up=Tiles(rows=64, few=16, columns=64, depth=64, warps=4, stages=4, per_processor=1),
     down=Tiles(rows=64, few=16, columns=128, depth=64, warps=4, stages=4, per_processor=1),
 )
+"""Where weights are what takes time, one program a multiprocessor is as fast as two, and on a shared GPU it leaves room for
+the kernels that other ranks exchange with."""
 _MANY = Plan(
     gate_up=Tiles(rows=128, few=64, columns=64, depth=64, warps=4, stages=3, per_processor=2),
     down=Tiles(rows=128, few=64, columns=128, depth=64, warps=8, stages=3, per_processor=2),
@@ -43,10 +45,6 @@ _FLOAT32 = Plan(
     gate_up=Tiles(rows=32, few=16, columns=32, depth=32, warps=4, stages=2, per_processor=2),
     down=Tiles(rows=32, few=16, columns=64, depth=32, warps=4, stages=2, per_processor=2),
 )
-
-
-# One program a multiprocessor is as fast as two where weights are what takes time, and leaves room for the kernels of
-# the exchange: other ranks' on a shared GPU.
 
 
 def plan_for(expected_rows: int, dtype: torch.dtype) -> Plan:
