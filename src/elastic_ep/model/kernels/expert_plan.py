@@ -35,8 +35,8 @@ _FEW = Plan(
     gate_up=Tiles(rows=64, few=16, columns=64, depth=64, warps=4, stages=4, per_processor=1),
     down=Tiles(rows=64, few=16, columns=128, depth=64, warps=4, stages=4, per_processor=1),
 )
-"""Where weights are what takes time, one program a multiprocessor is as fast as two, and on a shared GPU it leaves room for
-the kernels that other ranks exchange with."""
+"""Where weights are what takes time, one program a multiprocessor is as fast as two, and on a shared GPU it leaves room
+for the kernels that other ranks exchange with."""
 _MANY = Plan(
     gate_up=Tiles(rows=128, few=64, columns=64, depth=64, warps=4, stages=3, per_processor=2),
     down=Tiles(rows=128, few=64, columns=128, depth=64, warps=8, stages=3, per_processor=2),
