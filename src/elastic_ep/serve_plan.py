@@ -7,9 +7,10 @@ from pathlib import Path
 
 from elastic_ep.api.settings import SamplingDefaults
 from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, ServeConfig
-from elastic_ep.control.devices import EXPERTS_MULTIPLE, choose_device
+from elastic_ep.control.devices import choose_device
 from elastic_ep.control.mps import find_program
 from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
 from elastic_ep.model.checkpoint import validate_checkpoint
 from elastic_ep.model.config import CheckpointError, ModelConfig, load_model_config
 from elastic_ep.placement import Placement, launch_placement

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from elastic_ep.config import ConfigError
-from elastic_ep.control.devices import CPU_WHEEL, CUDA_WHEEL, Machine, choose_device
+from elastic_ep.control.devices import Machine, choose_device
+from elastic_ep.exchange.mooncake_needs import CPU_WHEEL, CUDA_WHEEL
 
 HIDDEN = 256
 INSTALLED = {"torch": "2.11.0+cu130", CUDA_WHEEL: "0.3.14"}

@@ -16,7 +16,7 @@ from hypothesis import Phase
 from elastic_ep.control.mps import PROGRAM, mps_daemon
 from elastic_ep.exchange.base import Exchange, ExchangeShape
 from elastic_ep.exchange.loopback import LoopbackHub
-from elastic_ep.exchange.mooncake import EXPERTS_MULTIPLE
+from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.messages import Member

@@ -23,12 +23,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 QUESTIONS = [problem.question for problem in held_out(8)]
 ARGUMENTS = ["--ranks", "4", "--device", "cuda", "--num-gpu-blocks-override", "512"]
 
-MPS = pytest.param(
-    ["--mps"], id="mps", marks=pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="no MPS")
+needs_mps = pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="no MPS")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param([], id="time slices"), pytest.param(["--mps"], id="mps", marks=needs_mps)],
 )
-
-
-@pytest.fixture(scope="module", params=[pytest.param([], id="time slices"), MPS])
 def serving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with server([*ARGUMENTS, *request.param], tmp_path_factory.mktemp("runs")) as running:
         yield running
@@ -40,7 +41,7 @@ def daemons() -> set[psutil.Process]:
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="no MPS")
+@needs_mps
 def test_the_private_daemon_ends_with_the_run(end: signal.Signals, tmp_path: Path) -> None:
     before = daemons()
     with server([*ARGUMENTS, "--mps"], tmp_path) as running:

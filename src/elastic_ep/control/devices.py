@@ -13,15 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from elastic_ep.config import ConfigError
+from elastic_ep.exchange.mooncake_needs import CPU_WHEEL, CUDA_WHEEL, HIDDEN_MULTIPLE
 
-CUDA_WHEEL = "mooncake-transfer-engine-cuda13"
-CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
 OLDEST_DRIVER = 580
 """The first with CUDA 13."""
-HIDDEN_MULTIPLE = 128
-"""Mooncake EP's; exchange/mooncake.py refuses others too."""
-EXPERTS_MULTIPLE = 2
-"""Mooncake EP's, of all physical experts of a group; likewise."""
 
 
 def _distribution(name: str) -> str | None:

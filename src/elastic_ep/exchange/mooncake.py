@@ -35,16 +35,12 @@ import torch
 
 from elastic_ep.config import CannotRun
 from elastic_ep.exchange.base import ExchangeShape, Received
+from elastic_ep.exchange.mooncake_needs import CPU_WHEEL, CUDA_WHEEL, EXPERTS_MULTIPLE, HIDDEN_MULTIPLE
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_words import StepWords
 from elastic_ep.exchange.store import IncarnationStore, PeerGone, Store
 from elastic_ep.messages import Member
 
-_WHEEL = "mooncake-transfer-engine-cuda13"
-_CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
-HIDDEN_MULTIPLE = 128
-EXPERTS_MULTIPLE = 2
-"""Of physical experts. HAZARD: with an odd number of them the kernels of 0.3.14 end with a misaligned address."""
 _WIRE_MULTIPLE = 256
 """What combine's kernel takes; smaller hidden sizes are padded with zeros on the way."""
 
@@ -85,10 +81,10 @@ def _explain(error: ImportError) -> str:
 
     if "libibverbs" in str(error) or "libmlx5" in str(error):
         return f"Mooncake needs the libraries libibverbs1 and ibverbs-providers: {error}"
-    if installed(_CPU_WHEEL):
-        return f"{_CPU_WHEEL} is installed, which has no EP; uninstall it and install {_WHEEL}"
-    if not installed(_WHEEL):
-        return f"Mooncake is not installed: pip install {_WHEEL}"
+    if installed(CPU_WHEEL):
+        return f"{CPU_WHEEL} is installed, which has no EP; uninstall it and install {CUDA_WHEEL}"
+    if not installed(CUDA_WHEEL):
+        return f"Mooncake is not installed: pip install {CUDA_WHEEL}"
     return f"Mooncake does not load: {error}"
 
 

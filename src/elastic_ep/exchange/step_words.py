@@ -48,7 +48,10 @@ class StepWords:
         return int(_WORD.unpack_from(self._words, rank * _LINE)[0])
 
     def wait_for(self, step: int, ranks: Callable[[], Collection[int]]) -> None:
-        """Until all of `ranks()` have begun `step`. It is asked anew at each look: who is masked is not waited for."""
+        """Until all of `ranks()` have begun `step`. It is asked anew at each look: who is masked is not waited for.
+
+        The deadline is the controller's: a rank that hangs is fenced after `--hang-deadline`, and masked then.
+        """
         looks = 0
         while any(self.of(rank) < step for rank in ranks()):
             looks += 1
