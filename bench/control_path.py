@@ -21,14 +21,15 @@ from typing import Any
 from bench import failover
 from bench.common import server, shaped_model, summary, write_result
 from bench.failover_analysis import analyse, client_gaps_ms
-from bench.gpu_serve import SHAPE_30B, beyond_a_step
+from bench.gpu_serve import beyond_a_step
 from bench.paced_engine import STEP_MS
+from bench.shapes import layers_30b
 from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    shape = {**SHAPE_30B, "num_hidden_layers": options.layers} if options.shape == "30b" else {}
+    shape = layers_30b(options.layers) if options.shape == "30b" else {}
     model = shaped_model(scratch / "model", shape) if shape else BUNDLED_MODEL
     os.environ[STEP_MS] = str(options.step_ms)
     arguments = [

@@ -36,7 +36,7 @@ import anyio
 from bench.common import percentile, shaped_model
 from bench.gpu import Sections, quartiles
 from bench.gpu_overhead_rank import MODES, Blocks, run_rank
-from bench.gpu_serve import SHAPE_30B
+from bench.shapes import layers_30b
 from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.control.forward import LOAD_REPORT_STEPS
 from elastic_ep.control.mps import mps_daemon
@@ -217,8 +217,7 @@ def main() -> None:
             os.environ.update(stack.enter_context(mps_daemon()))
         models = [("bundled", BUNDLED_MODEL, 3 * options.rounds)]
         if options.device == "cuda" and options.layers:
-            shape = {**SHAPE_30B, "num_hidden_layers": options.layers}
-            model = shaped_model(scratch / "model", shape)
+            model = shaped_model(scratch / "model", layers_30b(options.layers))
             models.insert(0, (f"30B shape, {options.layers} layers", model, options.rounds))
         for name, model, rounds in models:
             sections.run(name, partial(run_group, model, rounds, options), options.seconds + 30)

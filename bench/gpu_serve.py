@@ -26,19 +26,9 @@ from bench.common import server, shaped_model, summary, write_result
 from bench.failover_analysis import analyse, client_gaps_ms
 from bench.failover_plot import draw
 from bench.gpu import gpu
+from bench.shapes import layers_30b
 from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
-
-SHAPE_30B = {
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-}
 
 HARDER = (
     failover.Case((1, 2)),
@@ -55,7 +45,7 @@ HARDER = (
 def server_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
     model, load_format = options.model, options.load_format
     if options.config_only:
-        shape = {**SHAPE_30B, "num_hidden_layers": options.layers}
+        shape = layers_30b(options.layers)
         if options.vocabulary is not None:
             shape["vocab_size"] = options.vocabulary
         model, load_format = shaped_model(scratch / "model", shape), "dummy"
@@ -128,6 +118,8 @@ def main() -> None:
     add("--keep", type=Path, help="a .tar.gz for the run's event log")
     add("--out", type=Path, default=Path("bench/results/gpu_serve.json"))
     options = parser.parse_args()
+    if options.harder and options.ranks != 4:
+        parser.error("--harder is for four ranks")
     with tempfile.TemporaryDirectory(prefix="gpu_serve-") as scratch:
         result = measure(options, Path(scratch))
     write_result(options.out, result)

@@ -33,29 +33,13 @@ import torch
 from bench import gpu_transformers
 from bench.gpu import Rows, Sections
 from bench.gpu_decode import BF16, Engine, full_rate, mooncake_works_alone, weight_bytes
+from bench.shapes import QWEN3_30B
 from elastic_ep.config import EngineLimits
 from elastic_ep.model.config import ModelConfig, load_model_config
 from elastic_ep.model.weights import Weights, dummy_source, load_weights
 from elastic_ep.placement import launch_placement
 from elastic_ep.run import BUNDLED_MODEL
 
-QWEN3_30B = ModelConfig(
-    vocab_size=151936,
-    hidden_size=2048,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-    max_position_embeddings=32768,
-    norm_topk_prob=True,
-    tie_word_embeddings=False,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    eos_token_ids=(),
-)
 TINY = replace(
     QWEN3_30B,
     vocab_size=256,

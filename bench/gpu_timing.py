@@ -11,10 +11,15 @@ from typing import Any
 
 import torch
 
+from bench.shapes import QWEN3_30B
+from elastic_ep.config import PAGE_SIZE
+
 Call = Callable[[], Any]
 
-HIDDEN, INNER, EXPERTS, TOP_K = 2048, 768, 128, 8
-HEADS, KV_HEADS, DIM, PAGE = 32, 4, 128, 16
+HIDDEN, INNER = QWEN3_30B.hidden_size, QWEN3_30B.moe_intermediate_size
+EXPERTS, TOP_K = QWEN3_30B.num_experts, QWEN3_30B.num_experts_per_tok
+HEADS, KV_HEADS, DIM = QWEN3_30B.num_attention_heads, QWEN3_30B.num_key_value_heads, QWEN3_30B.head_dim
+PAGE = PAGE_SIZE
 BF16 = torch.bfloat16
 
 

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ import torch
 from bench.common import percentile, write_result
 from bench.gpu import quartiles
 from bench.gpu_overhead import Conductor
+from bench.shapes import QWEN3_30B
 from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.control.forward import LOAD_REPORT_STEPS, ForwardThread
 from elastic_ep.control.mailbox import Mailbox
@@ -44,7 +45,6 @@ from elastic_ep.exchange.base import Exchange
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.messages import Assign, Member, SamplingParams
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.cuda.inputs import StepShape
 from elastic_ep.model.cuda.runner import CudaRunner
 from elastic_ep.model.step_runner import StepRunner
@@ -61,22 +61,17 @@ Block = dict[str, list[float]]
 Blocks = dict[str, dict[str, list[Block]]]
 """By batch and mode."""
 
-MODEL = ModelConfig(
+MODEL = replace(
+    QWEN3_30B,
     vocab_size=32000,
     hidden_size=128,
     num_hidden_layers=24,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=32,
-    num_experts=128,
-    num_experts_per_tok=8,
     moe_intermediate_size=16,
     max_position_embeddings=4096,
-    norm_topk_prob=True,
     tie_word_embeddings=True,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    eos_token_ids=(),
 )
 """As many layers and experts as in `bench.gpu_overhead`, for the reports of load; nothing is computed."""
 
