@@ -128,6 +128,7 @@ class TimedExchange(MooncakeExchange):
         self._targets = frozenset()
         self._words = None
         self._step = None
+        self._taken_in = True
         self._buffer = SimpleNamespace(query_mask_buffer=lambda masks: None)
         self._masks = self._masks_host = torch.zeros(1, dtype=torch.int32)
         self._masks_read: Any = timer
