@@ -58,15 +58,9 @@ EXAMPLE_QUESTION = (
     "How many apples does Tom have now?"
 )
 RANK_ENTRY = "elastic_ep.control.rank:main"
-_PRELOAD = {
-    "cpu": ("torch", "elastic_ep.control.rank"),
-    "cuda": (
-        "torch",
-        "elastic_ep.control.rank",
-        "elastic_ep.model.cuda.build",
-        "elastic_ep.model.cuda.preload",
-    ),
-}
+_OF_ALL = ("torch", "elastic_ep.control.rank")
+_OF_GPUS = ("elastic_ep.model.cuda.build", "elastic_ep.model.cuda.preload")
+_PRELOAD = {"cpu": _OF_ALL, "cuda": _OF_ALL + _OF_GPUS}
 """What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""
 FAILED = 1
 
