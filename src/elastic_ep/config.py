@@ -24,6 +24,14 @@ class EngineLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What every process of a run writes to stderr: from which level on, and how."""
+
+    level: str = "info"
+    format: str = "console"
+
+
+@dataclass(frozen=True, slots=True)
 class RankConfig:
     """All that one launch of a rank needs to know; travels through the fork server as JSON."""
 
@@ -45,6 +53,7 @@ class RankConfig:
     """As it is at this launch: the rank loads its row."""
     peers: PeerWeights | None = None
     """Who has weights to give; None before anybody has."""
+    log: LogConfig = LogConfig()
 
     def to_json(self) -> str:
         return encode(self).decode()
@@ -53,6 +62,10 @@ class RankConfig:
     def from_json(cls, text: str) -> RankConfig:
         """Raises MalformedMessage."""
         return decode(text.encode(), cls)
+
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("console", "json")
 
 
 class CannotRun(RuntimeError):
@@ -89,6 +102,8 @@ class ServeConfig:
     stop_deadline_s: float = 30.0
     fault_tolerance: bool = True
     log_dir: str = "runs"
+    log_level: str = "info"
+    log_format: str = "console"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -105,6 +120,8 @@ class ServeConfig:
             _check_range("--num-gpu-blocks-override", self.num_pages, 1, 1 << 24)
         if self.ep_num_redundant_experts is not None:
             _check_range("--ep-num-redundant-experts", self.ep_num_redundant_experts, 0, 1 << 16)
+        _check_choice("--log-level", self.log_level, LOG_LEVELS)
+        _check_choice("--log-format", self.log_format, LOG_FORMATS)
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if seqs is not None:
             _check_range("--max-num-seqs", seqs, 1, 4096)
@@ -115,6 +132,15 @@ class ServeConfig:
                 f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}: raise the first or lower "
                 "the second"
             )
+
+    @property
+    def log(self) -> LogConfig:
+        return LogConfig(self.log_level, self.log_format)
+
+
+def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{flag} {value} is not known: give one of {', '.join(choices)}")
 
 
 def _check_range(flag: str, value: float, low: float, high: float) -> None:

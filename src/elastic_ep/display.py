@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import structlog
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.table import Table
 from elastic_ep.machines.membership import MembershipMachine
 from elastic_ep.messages import RankState
 
+log = structlog.get_logger()
 _COLOURS = {
     RankState.LAUNCHING: "dim",
     RankState.INIT_CUDA: "yellow",
@@ -51,8 +53,8 @@ class LaunchDisplay:
         for rank, slot in self._machine.slots.items():
             if self._said.get(rank) is not slot.state:
                 self._said[rank] = slot.state
-                elapsed = time.monotonic() - self._started
-                print(f"[{elapsed:6.2f} s] rank {rank}: {slot.state} {slot.reason}".rstrip(), file=sys.stderr)
+                why = {"why": slot.reason} if slot.reason else {}
+                log.info("rank starts", rank=str(slot.member), state=slot.state.value, **why)
 
     def _table(self) -> Table:
         table = Table(title=f"group: {self._machine.state}   {time.monotonic() - self._started:.1f} s")

@@ -8,7 +8,6 @@ carries its number and a checksum chained over all lines before it: an edited, d
 from __future__ import annotations
 
 import json
-import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -132,4 +131,6 @@ class _BufferedLogger:
                 data = data[self._file.write(data) :]
         except OSError as error:
             self.closed = True
-            print(f"elastic_ep: warning: {self._path} ends here: {error.strerror}", file=sys.stderr)
+            structlog.get_logger().warning(
+                "the event log ends here", path=str(self._path), why=error.strerror
+            )

@@ -40,6 +40,9 @@ class Member(NamedTuple):
     rank: int
     incarnation: int
 
+    def __str__(self) -> str:
+        return f"{self.rank}.{self.incarnation}"
+
 
 class RankState(StrEnum):
     """The lifecycle of a rank; the words that operators see."""

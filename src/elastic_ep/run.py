@@ -6,7 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from elastic_ep.config import ConfigError, ServeConfig
+import structlog
+
+from elastic_ep import logs
+from elastic_ep.config import LOG_FORMATS, LOG_LEVELS, ConfigError, LogConfig, ServeConfig
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "model"
 USAGE_ERROR = 2
@@ -77,7 +80,9 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
         action="store_false",
         help="no death watch, no heartbeats, no hang detection, no event log: to measure what they cost",
     )
-    add("--log-dir", default="runs")
+    add("--log-dir", default="runs", help="where each run's event log goes")
+    add("--log-level", choices=LOG_LEVELS, default="info", help="of the lines on stderr, of all processes")
+    add("--log-format", choices=LOG_FORMATS, default="console", help="json: one object a line")
     add("--seed", type=int, default=0)
     options = vars(parser.parse_args(arguments))
     options["api_key"] = tuple(options["api_key"])
@@ -85,14 +90,16 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    logs.configure(LogConfig())
     try:
         config = parse(arguments)
+        logs.configure(config.log)
         # Imported late: --help and wrong flags answer at once.
         from elastic_ep.serve import serve
 
         return serve(config)
     except ConfigError as error:
-        print(f"elastic_ep: error: {error}", file=sys.stderr)
+        structlog.get_logger().error(str(error))
         return USAGE_ERROR
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import anyio
+import structlog
 
 from elastic_ep.api.app import Server as HttpServer
 from elastic_ep.api.app import create_app
@@ -63,6 +64,7 @@ _OF_GPUS = ("elastic_ep.model.cuda.build", "elastic_ep.model.cuda.preload")
 _PRELOAD = {"cpu": _OF_ALL, "cuda": _OF_ALL + _OF_GPUS}
 """What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""
 FAILED = 1
+log = structlog.get_logger()
 
 
 def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
@@ -111,6 +113,7 @@ class RunProcess:
             options = LauncherOptions(
                 entry=self._rank_entry, preload=_PRELOAD[self._plan.device], directory=directory,
                 windows_fd=windows_fd, max_ranks=self._config.ranks, environment=environment,
+                log=self._config.log,
             )  # fmt: skip
             guard = None
             if self._config.mps:
@@ -141,7 +144,7 @@ class RunProcess:
             await _first_of(self._controller.serving, self._stop, self._controller.stopped)
         self._controller.on_change = _nothing
         if self._fork_error:
-            print(f"elastic_ep: error: {self._fork_error}", file=sys.stderr)
+            log.error(self._fork_error)
             return FAILED
         if self._controller.serving.is_set() and not self._stop.is_set():
             self._announce(url)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+import structlog
+
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.messages import Member
+
+log = structlog.get_logger()
 
 
 class Connector:
@@ -59,7 +62,7 @@ class Connector:
                 exchange.connect(member)
             connected = True
         except Exception as error:  # whatever the store or the library raises: the attempt then fails
-            print(f"cannot connect: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            log.warning("cannot connect to joiners", why=f"{type(error).__name__}: {error}")
         with suppress(RuntimeError):  # the loop is closed: this process ends
             self._loop.call_soon_threadsafe(self._ended, number, connected)
 

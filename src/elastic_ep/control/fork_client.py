@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from elastic_ep.config import LogConfig
 from elastic_ep.control.fork_messages import PACKET_BYTES, Fork, ForkMessage, pack, status_text, unpack
 
 # A library that starts threads at import would make the fork server unfit to fork, and each rank computes with
@@ -34,6 +35,7 @@ class ServerSetup:
     output_fd: int | None
     """Where the fork server and the ranks write stdout and stderr; None: where this process does."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 class ForkClient:
@@ -123,6 +125,8 @@ def _start(setup: ServerSetup, control_fd: int) -> subprocess.Popen[bytes]:
         "--entry", setup.entry,
         "--preload", ",".join(setup.preload),
         "--directory", str(setup.directory),
+        "--log-level", setup.log.level,
+        "--log-format", setup.log.format,
     ]  # fmt: skip
     return subprocess.Popen(
         command,

@@ -17,12 +17,15 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import structlog
+
+from elastic_ep import logs
+from elastic_ep.config import LogConfig
 from elastic_ep.control import life_line
 from elastic_ep.control.death_watch import hold_until_death
 from elastic_ep.control.fork_messages import (
@@ -44,6 +47,7 @@ from elastic_ep.messages import Member
 
 _PR_SET_NAME = 15
 _REAP_S = 2.0
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class ServerOptions:
     """"module:function", called as function(config_json, windows_fd, life_fd) -> exit status."""
     preload: tuple[str, ...]
     directory: Path
+    log: LogConfig
     nice: int
     """Added to the ranks' niceness, so that the run process preempts them."""
 
@@ -164,7 +169,7 @@ class ForkServer:
         except SystemExit as leaving:
             status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         except BaseException:
-            traceback.print_exc()
+            log.exception("the rank ends by an exception", rank=f"{message.rank}.{message.incarnation}")
         finally:
             try:
                 sys.stdout.flush()
@@ -195,7 +200,10 @@ def _parse(arguments: list[str]) -> ServerOptions:
     parser.add_argument("--entry", required=True)
     parser.add_argument("--preload", default="", help="modules, separated by commas")
     parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--log-level", required=True)
+    parser.add_argument("--log-format", required=True)
     values = vars(parser.parse_args(arguments))
+    values["log"] = LogConfig(values.pop("log_level"), values.pop("log_format"))
     values["preload"] = tuple(filter(None, values["preload"].split(",")))
     return ServerOptions(**values)
 
@@ -212,10 +220,11 @@ def preload(modules: tuple[str, ...]) -> None:
 
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
+    logs.configure(options.log, "fork server")
     try:
         check_private(options.directory)
     except NotPrivate as error:
-        print(f"fork server: {error}", file=sys.stderr)
+        log.error(str(error))
         return 2
     make_ordinary()  # whatever the launcher's thread has asked for
     # An import takes seconds, and nothing is sent to us before we say that we are ready.

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
+
+import structlog
 
 from elastic_ep.config import CannotRun, RankConfig
 from elastic_ep.control.mailbox import Mailbox
@@ -27,6 +28,7 @@ from elastic_ep.model.step_runner import StepResult, StepRunner
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import ExpertLoads, PlacementSeen
 
+log = structlog.get_logger()
 _WAIT_S = 1.0
 """How long a boundary waits before it looks again; a wake-up comes earlier."""
 
@@ -86,7 +88,7 @@ class ForwardThread:
         except CannotRun as error:
             self._mailbox.post((RankState.FAILED, str(error)))
         except BaseException as error:
-            traceback.print_exc()
+            log.exception("the forward thread ends by an exception", step=self.step)
             self._mailbox.post((RankState.FAILED, f"{type(error).__name__}: {error}"))
 
     def _run(self) -> None:

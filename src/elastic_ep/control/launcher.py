@@ -20,6 +20,7 @@ from types import TracebackType
 
 import anyio
 
+from elastic_ep.config import LogConfig
 from elastic_ep.control import life_line
 from elastic_ep.control.death_watch import DeathWatch
 from elastic_ep.control.fork_client import ForkClient, ServerSetup
@@ -81,6 +82,8 @@ class LauncherOptions:
     nice: int = 5
     output_fd: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    log: LogConfig = field(default_factory=LogConfig)
+    """The fork server's; what a rank logs is in its configuration."""
     ready_s: float = 120.0
     """The fork server must be ready within this time."""
     reply_s: float = 10.0
@@ -145,6 +148,7 @@ class Launcher:
             nice=self._options.nice,
             output_fd=self._options.output_fd,
             environment=self._options.environment,
+            log=self._options.log,
         )
         return self
 

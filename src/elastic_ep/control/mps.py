@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import structlog
+
 from elastic_ep.config import ConfigError
 from elastic_ep.control.private_directory import Janitor, remove
 
@@ -92,6 +94,6 @@ def _stop(program: str, environment: Mapping[str, str]) -> None:
             timeout=_STOP_S,
         )
     except subprocess.TimeoutExpired:
-        print(
-            f"elastic_ep: the MPS daemon does not stop; its pipes were in {environment['CUDA_MPS_PIPE_DIRECTORY']}"
+        structlog.get_logger().warning(
+            "the MPS daemon does not stop", pipes=environment["CUDA_MPS_PIPE_DIRECTORY"], waited_s=_STOP_S
         )

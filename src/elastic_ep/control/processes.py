@@ -54,6 +54,7 @@ class RankProcesses:
             kernel_wait_ms=plan.kernel_wait_ms,
             placement=repairs.placement,
             peers=repairs.peer_weights(),
+            log=plan.config.log,
         )
         self.launcher.launch(member, config.to_json())
 

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
+import structlog
 
+from elastic_ep import logs
 from elastic_ep.config import RankConfig
 from elastic_ep.control.connector import Connector
 from elastic_ep.control.control_store import ControlStore
@@ -70,11 +72,13 @@ stderr, before it is fenced."""
 _PARKED_HEARTBEAT_FACTOR = 4
 EXPELLED_STATUS = 3
 ORPHANED_STATUS = 4
+log = structlog.get_logger()
 
 
 def main(config_json: str, windows_fd: int, life_fd: int) -> int:
     """Run this rank until it is told to stop; the exit status. `life_fd` ends when the run process does."""
     config = RankConfig.from_json(config_json)
+    logs.configure(config.log, f"rank {config.rank}.{config.incarnation}")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()  # a mask must not wait behind the other ranks' forward threads
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -192,7 +196,7 @@ class RankProcess:
                 case AdoptPlacement(placement):
                     self._mailbox.adopt_placement(placement)
                 case Expelled():
-                    print(f"rank {self._me.rank}: expelled from the group", file=sys.stderr, flush=True)
+                    log.error("expelled from the group")
                     os._exit(EXPELLED_STATUS)
         self._say_ready()
 
