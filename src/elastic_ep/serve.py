@@ -20,6 +20,7 @@ from pathlib import Path
 import anyio
 import structlog
 
+from elastic_ep import titles
 from elastic_ep.api.app import Server as HttpServer
 from elastic_ep.api.app import create_app
 from elastic_ep.api.app import serve as serve_http
@@ -73,6 +74,7 @@ def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
     `rank_entry` is what each rank runs, "module:function".
     """
     process = RunProcess(make_plan(config), rank_entry)
+    titles.show("run", "eep-run")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()
     gc.freeze()  # what is there by now stays: the collector need not look through it again and again
@@ -126,6 +128,7 @@ class RunProcess:
             rebalancer = self._make_rebalancer()
             self._log.begin(self._first_line())
             http = await self._listen(GroupBackend(self._controller, self._router, rebalancer, self._metrics))
+            titles.show(f"run {self._plan.name} at {http.url}", "eep-run")
             stack.push_async_callback(http.close)
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(self._controller.beat)

@@ -117,3 +117,8 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> floa
         assert time.monotonic() - began < seconds, f"not within {seconds} s: {what}"
         time.sleep(0.005)
     return time.monotonic() - began
+
+
+def title(pid: int) -> str:
+    """What `ps` shows of the process."""
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0 ")

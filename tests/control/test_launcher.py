@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
-from harness import DEADLINE_S, Run, alive, running, state, wait_until
+from harness import DEADLINE_S, Run, alive, running, state, title, wait_until
 
 from elastic_ep.control.launcher import (
     DeathNoticed,
@@ -55,6 +55,8 @@ def test_what_a_rank_is_born_with(directory: Path) -> None:
         assert facts["session"] == os.getsid(0)  # it is scheduled among ours
         assert facts["nice"] == os.nice(0) + 5
         assert facts["name"] == "eep-rank-3.1"
+        assert title(facts["pid"]) == "elastic_ep: rank 3.1 Launching"
+        assert title(facts["parent"]) == f"elastic_ep: fork server {directory}"
         assert facts["threads"] == 2  # the other one holds the death mutex
         assert facts["sockets"] == 0
         assert facts["life"]

@@ -30,6 +30,7 @@ from elastic_ep.machines.repair import RepairMachine
 from elastic_ep.messages import (
     Beat,
     Commit,
+    Drain,
     FromRank,
     Heartbeat,
     Hello,
@@ -262,6 +263,7 @@ class Controller:
             case ev.RankMoved(member, state, reason):
                 self.metrics.rank_state(member.rank, state)
                 if state is RankState.DRAINING:
+                    self.wire.send(member, Drain())
                     self.router.handle(routing.RankDraining(member))
             case ev.GroupMoved(state):
                 if state in (ev.GroupState.SERVING, ev.GroupState.DEGRADED, ev.GroupState.PAUSED):

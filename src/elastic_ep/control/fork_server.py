@@ -8,7 +8,6 @@ ranks and removes the run's private directory.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import importlib
 import os
@@ -24,7 +23,7 @@ from typing import NoReturn
 
 import structlog
 
-from elastic_ep import logs
+from elastic_ep import logs, titles
 from elastic_ep.config import LogConfig
 from elastic_ep.control import life_line
 from elastic_ep.control.death_watch import hold_until_death
@@ -43,9 +42,8 @@ from elastic_ep.control.fork_messages import (
 from elastic_ep.control.private_directory import NotPrivate, check_private, remove
 from elastic_ep.control.robust_mutex import RobustMutexes
 from elastic_ep.control.scheduling import make_ordinary
-from elastic_ep.messages import Member
+from elastic_ep.messages import Member, RankState
 
-_PR_SET_NAME = 15
 _REAP_S = 2.0
 log = structlog.get_logger()
 
@@ -184,8 +182,7 @@ def _run_rank(message: Fork, config_json: str, life_fd: int, options: ServerOpti
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    name = f"eep-rank-{message.rank}.{message.incarnation}"
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
+    titles.show_rank(Member(message.rank, message.incarnation), RankState.LAUNCHING)
     hold_until_death(RobustMutexes(options.mutex_fd, options.mutex_slots), message.slot)
     os.nice(options.nice)  # of this thread and those that it starts
     module, _, function = options.entry.partition(":")
@@ -221,6 +218,7 @@ def preload(modules: tuple[str, ...]) -> None:
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     logs.configure(options.log, "fork server")
+    titles.show(f"fork server {options.directory}", "eep-fork-server")
     try:
         check_private(options.directory)
     except NotPrivate as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 import anyio
 import structlog
 
-from elastic_ep import logs
+from elastic_ep import logs, titles
 from elastic_ep.config import RankConfig
 from elastic_ep.control.connector import Connector
 from elastic_ep.control.control_store import ControlStore
@@ -108,6 +108,7 @@ class RankProcess:
         self._masked: set[Member] = set()
         self._ready_to_join = False
         self._status: int | None = None
+        self._shown = RankState.LAUNCHING
 
     async def run(self) -> int:
         self._loop = asyncio.get_running_loop()
@@ -172,7 +173,7 @@ class RankProcess:
             case StoreValue():
                 self._store.received(message)
             case Drain():
-                pass  # the router gives nothing new; what runs, runs on
+                self._show(RankState.DRAINING)  # the router gives nothing new; what runs, runs on
             case Shutdown():
                 self._shut_down()
 
@@ -193,6 +194,8 @@ class RankProcess:
                     self._mask(member)
                 case Adopt(view):
                     self._mailbox.adopt(view)
+                    if self._me in view.members and self._shown is not RankState.DRAINING:
+                        self._show(RankState.SERVING)
                 case AdoptPlacement(placement):
                     self._mailbox.adopt_placement(placement)
                 case Expelled():
@@ -281,7 +284,14 @@ class RankProcess:
             self._ready_to_join = False
             self._report(RankState.JOINING)
 
+    def _show(self, state: RankState) -> None:
+        """In the process's title."""
+        if state is not self._shown:
+            self._shown = state
+            titles.show_rank(self._me, state)
+
     def _report(self, state: RankState, reason: str = "") -> None:
+        self._show(state)
         self._wire.send(RankReport(*self._me, state, reason))
 
     async def _send_heartbeats(self) -> None:
