@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import operator
 import types
@@ -64,6 +65,52 @@ def decode(data: bytes, expected: type[_T] | Any) -> _T:
 def from_plain(plain: Any, expected: type[_T] | Any) -> _T:
     """The inverse of `to_plain`, checked against `expected`. Raises `MalformedMessage`."""
     return typing.cast(_T, _reader(expected)(plain))
+
+
+def check(value: Any, expected: Any) -> None:
+    """Raise `MalformedMessage`, which names the field, unless `value` would come through `decode` as `expected`.
+
+    Far quicker than to try, as long tuples of scalars are not walked through in Python.
+    """
+    arms = typing.get_args(expected)
+    if typing.get_origin(expected) in (typing.Union, types.UnionType):
+        if not any(_passes(value, arm) for arm in arms):
+            raise _mismatch(value, expected)
+    elif typing.get_origin(expected) is tuple:
+        if type(value) is not tuple:
+            raise _mismatch(value, expected)
+        if arms[0] not in _PLAIN:
+            for entry in value:
+                check(entry, arms[0])
+        elif not set(map(type, value)) <= {arms[0]}:
+            raise _mismatch(next(entry for entry in value if type(entry) is not arms[0]), arms[0])
+    elif is_dataclass(expected) or hasattr(expected, "_fields"):
+        if type(value) is not expected:
+            raise _mismatch(value, expected)
+        for name, hint in _hints(expected).items():
+            try:
+                check(getattr(value, name), hint)
+            except MalformedMessage as error:
+                raise MalformedMessage(f"{name}: {error}") from None
+    elif type(value) is not expected and not (expected is float and type(value) is int):
+        raise _mismatch(value, expected)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _passes(value: Any, expected: Any) -> bool:
+    try:
+        check(value, expected)
+    except MalformedMessage:
+        return False
+    return True
+
+
+def _mismatch(value: Any, expected: Any) -> MalformedMessage:
+    return MalformedMessage(f"expected {getattr(expected, '__name__', expected)}, got {str(value)[:80]}")
 
 
 _PLAIN = {int, str, float, bool, type(None)}

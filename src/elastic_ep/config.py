@@ -93,6 +93,7 @@ class ServeConfig:
     max_num_batched_tokens: int | None = None
     num_pages: int | None = None
     max_queued: int = 1024
+    request_timeout_s: float = 600.0
     ep_num_redundant_experts: int | None = None
     enable_eplb: bool = False
     eplb_rebalance_num_iterations: int = 1000
@@ -110,6 +111,7 @@ class ServeConfig:
         _check_range("--ranks", self.ranks, 1, 64)
         _check_range("--port", self.port, 0, 65535)
         _check_range("--max-queued", self.max_queued, 1, 1_000_000)
+        _check_range("--request-timeout", self.request_timeout_s, 0.1, 1_000_000)
         _check_range("--relaunch-limit", self.relaunch_limit, 0, 1_000_000)
         _check_range("--eplb-rebalance-num-iterations", self.eplb_rebalance_num_iterations, 1, 1 << 31)
         _check_range("--hang-deadline", self.hang_deadline_s, 0.2, 3600)

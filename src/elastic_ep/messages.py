@@ -8,7 +8,7 @@ Which message travels where (DESIGN: three planes):
 
 * PUB, controller to all, numbered: `Prepare`, `Commit`, `Abort`, `View`, `PlacementChanged`, `Beat`, wrapped in
   `Numbered`.
-* ROUTER/DEALER, rank to controller: `Hello`, `RankReport`, `Promise`, `Heartbeat`, `StepReport`,
+* ROUTER/DEALER, rank to controller: `Hello`, `RankReport`, `Promise`, `Heartbeat`, `StepReport`, `RequestFailed`,
   `SnapshotRequest`, of `slot_messages.py` `PlacementSeen`, `StateReady`, `SlotCopied`, `SlotSums`, `ExpertLoads`, and
   of `store_messages.py` `StoreSet`, `StoreGet`, `StoreDelete`.
 * ROUTER/DEALER, controller to rank: `Snapshot`, `Assign`, `Cancel`, `Drain`, `Shutdown`, `CopySlot`,
@@ -145,12 +145,16 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """The rank's lifecycle moved to `state`. `reason` explains `Failed`."""
+    """The rank's lifecycle moved to `state`. `reason` explains `Failed`.
+
+    `suspects` of `Failed` are the requests that it was computing and that may be to blame; none: it is the rank's fault.
+    """
 
     rank: int
     incarnation: int
     state: RankState
     reason: str = ""
+    suspects: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +211,8 @@ class Assign:
 
     `emitted` is what earlier owners already produced. Sampling noise at a position is a function of
     (`seed`, `choice`, position) alone, so any rank continues the same stream.
+
+    `alone`: so many tokens are to be computed in steps of nothing else, as the request may have cost a rank.
     """
 
     request_id: int
@@ -215,6 +221,7 @@ class Assign:
     params: SamplingParams
     seed: int
     choice: int
+    alone: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +282,35 @@ class StepReport:
     cpu_ms: int
     masked: tuple[int, ...] = ()
     mask_ns: int = 0
+    held: tuple[int, ...] | None = None
+    """The requests that wait in this rank from now on; None: the same as before."""
+
+
+class FailureCode(StrEnum):
+    """Why a request ended before its time; the word that clients see."""
+
+    REFUSED = "request_refused"
+    """It cannot be run as it is."""
+    FAILED = "request_failed"
+    """To compute it raised an error."""
+    TIMEOUT = "timeout"
+    UNAVAILABLE = "unavailable"
+    """Nothing will serve it."""
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """This rank has let go of the request, and no other would do better. Tokens that it has reported stand.
+
+    `code` is `REFUSED` or `FAILED`.
+    """
+
+    rank: int
+    incarnation: int
+    request_id: int
+    code: FailureCode
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +337,7 @@ FromRank = (
     | Promise
     | Heartbeat
     | StepReport
+    | RequestFailed
     | SnapshotRequest
     | PlacementSeen
     | StateReady

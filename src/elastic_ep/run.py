@@ -41,6 +41,13 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
     )
     add("--num-gpu-blocks-override", dest="num_pages", type=int, help="KV cache pages (16 tokens) a rank")
     add("--max-queued", type=int, default=1024, help="requests that may wait; more get 429")
+    add(
+        "--request-timeout",
+        dest="request_timeout_s",
+        type=float,
+        default=600.0,
+        help="seconds after which a request that is not complete fails",
+    )
     add("--ep-num-redundant-experts", type=int, help="extra expert copies; as many as experts if not given")
     add(
         "--enable-eplb",

@@ -108,7 +108,11 @@ class RunProcess:
 
     async def _run_group(self, directory: Path, windows_fd: int) -> int:
         async with AsyncExitStack() as stack:
-            wire = ControllerWire(directory, lambda message: self._controller.on_message(message))
+            wire = ControllerWire(
+                directory,
+                lambda message: self._controller.on_message(message),
+                lambda member, why: self._controller.on_protocol_error(member, why),
+            )
             stack.callback(wire.close)
             # Before the launcher, so that it ends after all ranks.
             environment = stack.enter_context(mps_daemon()) if self._config.mps else {}
@@ -220,7 +224,11 @@ class RunProcess:
 
     def _make_router(self, wire: ControllerWire) -> Router:
         seats = self._plan.limits.max_num_seqs
-        config = RoutingConfig(max_num_seqs=seats, max_queued=self._config.max_queued)
+        config = RoutingConfig(
+            max_num_seqs=seats,
+            max_queued=self._config.max_queued,
+            request_timeout_ms=round(self._config.request_timeout_s * 1000),
+        )
         return Router(config, send=wire.send, record=self._log.record, notify=self._on_notice)
 
     def _make_controller(self, wire: ControllerWire, processes: RankProcesses) -> Controller:

@@ -15,6 +15,7 @@ from elastic_ep.api.backend import (
     CorruptSlot,
     EngineStatus,
     ExpertsStatus,
+    Failure,
     FaultToleranceStatus,
     LayerStatus,
     Rebalancing,
@@ -102,6 +103,7 @@ class FakeStream:
         self.taken = 0
         self.idle = asyncio.Event()
         self.cancelled = asyncio.Event()
+        self.failure: Failure | None = None
 
     def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]:
         return self

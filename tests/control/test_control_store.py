@@ -27,6 +27,10 @@ VALUE = bytes(range(256)) * 16
 A, B = Member(0, 1), Member(1, 1)
 
 
+def _no_error(*what: object) -> None:
+    raise AssertionError(what)
+
+
 class Plane:
     """The run process' end, and ranks that join it."""
 
@@ -35,7 +39,7 @@ class Plane:
         self._loop = asyncio.get_running_loop()
         self._wires: list[RankWire] = []
         self._changed = asyncio.Event()
-        self._controller = ControllerWire(directory, self._on_message)
+        self._controller = ControllerWire(directory, self._on_message, _no_error)
         self.table = StoreTable(self._controller.send, lambda kind, /, **facts: None)
 
     def _on_message(self, message: FromRank) -> None:
@@ -48,7 +52,7 @@ class Plane:
             assert isinstance(message, StoreValue)
             store.received(message)
 
-        wire = RankWire(self._directory, member, lambda numbered: None, on_direct)
+        wire = RankWire(self._directory, member, lambda numbered: None, on_direct, _no_error)
         self._wires.append(wire)
         store = ControlStore(member, lambda message: self._post(wire, message))
         return store

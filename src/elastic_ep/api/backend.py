@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from elastic_ep.messages import SamplingParams, Token
+from elastic_ep.messages import FailureCode, SamplingParams, Token
 
 
 # Not frozen dataclasses: contextlib and asyncio assign __traceback__ and __context__ on exceptions.
@@ -20,6 +20,26 @@ class Busy(Exception):
 
 class Stopping(Exception):
     """The server takes no new requests because it is shutting down: 503."""
+
+
+class Refused(Exception):
+    """This request cannot be run, whoever tries: 400."""
+
+
+class Unavailable(Exception):
+    """Nothing will serve unless an operator acts: 503, try again after `retry_after_s` seconds."""
+
+    def __init__(self, reason: str, retry_after_s: int) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an admitted request ended before its time."""
+
+    code: FailureCode
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +130,11 @@ class Rebalancing:
 
 
 class Stream(Protocol):
-    """The tokens of one request, in batches of what is ready. Ends after the token whose `finish` is set."""
+    """The tokens of one request, in batches of what is ready. Ends after the token whose `finish` is set, or without
+    one when `failure` is."""
+
+    @property
+    def failure(self) -> Failure | None: ...
 
     def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]: ...
 
@@ -124,7 +148,7 @@ class Backend(Protocol):
     def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> Stream:
         """Queue one request. Noise is a function of (`seed`, `choice`, position); 0 <= seed < 2**63.
 
-        Raises `Busy` and `Stopping`.
+        Raises `Busy`, `Refused`, `Unavailable` and `Stopping`.
         """
         ...
 

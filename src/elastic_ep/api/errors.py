@@ -9,7 +9,8 @@ from typing import Any
 
 from aiohttp import web
 
-from elastic_ep.api.backend import Busy, Stopping
+from elastic_ep.api.backend import Busy, Failure, Refused, Stopping, Unavailable
+from elastic_ep.messages import FailureCode
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 log = logging.getLogger(__name__)
@@ -61,6 +62,10 @@ def translate(error: Exception) -> ApiError | None:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(error.retry_after_s)},
             )
+        case Refused():
+            return failed(Failure(FailureCode.REFUSED, str(error)))
+        case Unavailable():
+            return unavailable(str(error), error.retry_after_s)
         case Stopping():
             return stopping()
         case web.HTTPException():
@@ -99,12 +104,31 @@ def prompt_too_long(longest: int, tokens: str, param: str) -> ApiError:
     )
 
 
-def aborted() -> ApiError:
+UNAVAILABLE_RETRY_S = 30
+_FAILURES = {
+    FailureCode.REFUSED: (400, "invalid_request_error"),
+    FailureCode.FAILED: (500, "internal_error"),
+    FailureCode.TIMEOUT: (504, "timeout_error"),
+    FailureCode.ABORTED: (503, "service_unavailable_error"),
+}
+
+
+def failed(failure: Failure) -> ApiError:
+    """What a client hears of a request that was admitted and ended before its time."""
+    if failure.code is FailureCode.UNAVAILABLE:
+        return unavailable(failure.detail, UNAVAILABLE_RETRY_S)
+    status, kind = _FAILURES[failure.code]
+    message = f"The server ended this request before it was complete: {failure.detail}."
+    return ApiError(message, status=status, kind=kind, code=failure.code.value)
+
+
+def unavailable(reason: str, retry_after_s: int) -> ApiError:
     return ApiError(
-        "The server ended this request before it was complete.",
+        f"The server cannot serve now, and will not by itself: {reason}.",
         status=503,
         kind="service_unavailable_error",
-        code="aborted",
+        code=FailureCode.UNAVAILABLE.value,
+        headers={"Retry-After": str(retry_after_s)},
     )
 
 

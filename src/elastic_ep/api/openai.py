@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from elastic_ep.api.backend import Backend, Stream
-from elastic_ep.api.errors import aborted, translate, unexpected, unknown_model
+from elastic_ep.api.backend import Backend, Failure, Stream
+from elastic_ep.api.errors import failed, translate, unexpected, unknown_model
 from elastic_ep.api.fields import parse_object
 from elastic_ep.api.generate import ChoiceReader, Clock, submit
 from elastic_ep.api.metrics import Metrics
@@ -29,6 +29,7 @@ from elastic_ep.api.shapes import (
     usage_chunk,
     whole,
 )
+from elastic_ep.messages import FailureCode
 from elastic_ep.text import Text
 
 _T = TypeVar("_T")
@@ -197,7 +198,7 @@ class OpenAiHandlers:
         run.stream.cancel()
         self._metrics.finished(finish or "abort")
         if finish is None or finish == "abort":
-            raise aborted()
+            raise failed(run.stream.failure or Failure(FailureCode.ABORTED, "the reason is unknown"))
         return finish
 
 

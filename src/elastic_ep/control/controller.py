@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import anyio
+import structlog
 
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.control.observe import Disturbance, PaceObserver
@@ -39,6 +40,7 @@ from elastic_ep.messages import (
     Promise,
     RankReport,
     RankState,
+    RequestFailed,
     Snapshot,
     SnapshotRequest,
     StepReport,
@@ -46,6 +48,7 @@ from elastic_ep.messages import (
 )
 from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet
 
+log = structlog.get_logger()
 BEAT_S = 0.25
 PARKED_FACTOR = 3
 _STARTING = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
@@ -158,11 +161,28 @@ class Controller:
             case Hello():
                 self._known(member).pid = message.pid
                 self.processes.watch(member)
+            case RequestFailed():
+                failed = (member, message.request_id, message.code, message.reason)
+                log.warning(
+                    "a request failed", rank=str(member), request=message.request_id, why=message.reason
+                )
+                self.router.handle(routing.Failed(*failed))
             case StoreSet() | StoreGet() | StoreDelete():
                 self.store.heard(member, message)
             case _:
                 self.repairs.heard(member, message)
                 self._set_timer()
+
+    def on_protocol_error(self, member: Member | None, why: str) -> None:
+        """What came is no message, or could not be sent. `member` is to blame, if it is known: it is fenced.
+
+        What it had is computed elsewhere, so nothing is lost with the message.
+        """
+        log.error("protocol error", rank=None if member is None else str(member), why=why)
+        self.log.note("protocol_error", member=member, why=why)
+        slot = self.machine.slots.get(member.rank) if member else None
+        if member is not None and slot is not None and slot.member == member:
+            self.feed(ev.Suspected(member, f"protocol error: {why}"))
 
     def on_launched(self, member: Member, pid: int) -> None:
         self._known(member).pid = pid
@@ -295,6 +315,8 @@ class Controller:
 
     def _on_rank_report(self, member: Member, report: RankReport) -> None:
         reported = ev.Reported(member, report.state, report.reason)
+        if report.suspects:
+            self.router.handle(routing.Blamed(member, report.suspects))
         if report.state in _STARTING:
             self.processes.hold(member)
         if report.state is not RankState.JOINING:

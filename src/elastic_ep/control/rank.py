@@ -46,6 +46,7 @@ from elastic_ep.messages import (
     Assign,
     Cancel,
     Drain,
+    FailureCode,
     Heartbeat,
     Hello,
     Member,
@@ -53,6 +54,7 @@ from elastic_ep.messages import (
     Promise,
     RankReport,
     RankState,
+    RequestFailed,
     Shutdown,
     Snapshot,
     SnapshotRequest,
@@ -115,7 +117,9 @@ class RankProcess:
         self._finished = anyio.Event()
         self._connector = Connector(self._exchange, self._loop, slow=self._config.device != "cpu")
         self._loop.add_reader(self._life_fd, self._orphaned)
-        self._wire = RankWire(Path(self._config.directory), self._me, self._on_numbered, self._on_direct)
+        self._wire = RankWire(
+            Path(self._config.directory), self._me, self._on_numbered, self._on_direct, self._refuse
+        )
         notices = NoticeReader(Path(self._config.directory), self._me, self._on_peer_death)
         self._wire.send(Hello(*self._me, os.getpid()))
         self._report(RankState.INIT_CUDA)
@@ -176,6 +180,9 @@ class RankProcess:
                 self._show(RankState.DRAINING)  # the router gives nothing new; what runs, runs on
             case Shutdown():
                 self._shut_down()
+
+    def _refuse(self, request_id: int, reason: str) -> None:
+        self._wire.send(RequestFailed(*self._me, request_id, FailureCode.REFUSED, reason))
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

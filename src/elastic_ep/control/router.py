@@ -6,12 +6,15 @@ task and no timer per request.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import anyio
 
-from elastic_ep.api.backend import Busy, Stopping
+from elastic_ep.api.backend import Busy, Failure, Refused, Stopping, Unavailable
+from elastic_ep.codec import MalformedMessage, check
 from elastic_ep.machines import routing_events as ev
 from elastic_ep.machines.routing import RoutingMachine
 from elastic_ep.machines.routing_events import Effect, Event, RoutingConfig
@@ -24,10 +27,11 @@ Notice = ev.WorkBegan | ev.WorkEnded | ev.Drained | ev.Fault | ev.Replayed | ev.
 class RoutedStream:
     """The tokens of one request, in batches of what is ready; for one consumer.
 
-    It ends after the token whose `finish` is set; without one if the request was cancelled or has failed.
+    It ends after the token whose `finish` is set; without one if the request was cancelled or has failed, which
+    `failure` then explains.
     """
 
-    __slots__ = ("_cancel", "_ended", "_ready", "_refusal", "_wake", "request_id")
+    __slots__ = ("_cancel", "_ended", "_ready", "_refusal", "_wake", "failure", "request_id")
 
     def __init__(self, request_id: int, cancel: Callable[[int], None]) -> None:
         self.request_id = request_id
@@ -36,6 +40,7 @@ class RoutedStream:
         self._wake: anyio.Event | None = None
         self._ended = False
         self._refusal: ev.Refuse | None = None
+        self.failure: Failure | None = None
 
     def __aiter__(self) -> RoutedStream:
         return self
@@ -62,8 +67,9 @@ class RoutedStream:
         if self._wake is not None:
             self._wake.set()
 
-    def _end(self) -> None:
+    def _end(self, failure: Failure | None = None) -> None:
         self._ended = True
+        self.failure = failure
         if self._wake is not None:
             self._wake.set()
 
@@ -93,21 +99,27 @@ class Router:
         self._next_id = 0
         self._events: deque[Event] = deque()
         self._handling = False
+        self._timer: asyncio.TimerHandle | None = None
 
     # For clients
 
     def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
-        """Queue one request. Raises `Busy` and `Stopping`. Not to be called from within `handle`."""
+        """Queue one request. Raises `Busy`, `Refused`, `Unavailable` and `Stopping`. Not to be called from `handle`."""
         if self._handling:
             raise RuntimeError("submit was called from within handle")
+        request = ev.NewRequest(self._next_id, prompt, params, seed, choice)
+        try:
+            check(request, ev.NewRequest)  # a rank would refuse it too, but much later
+        except MalformedMessage as error:
+            raise Refused(str(error)) from error
         stream = RoutedStream(self._next_id, self._on_cancel)
         self._next_id += 1
         self._streams[stream.request_id] = stream
-        self.handle(ev.Submitted(ev.NewRequest(stream.request_id, prompt, params, seed, choice)))
-        refusal = stream._refusal
-        if refusal is None:
+        self.handle(ev.Submitted(request, _now_ms()))
+        if stream._refusal is None:
+            self._set_timer()
             return stream
-        raise Stopping if refusal.reason == "stopping" else Busy(refusal.retry_after_s)
+        raise _refused(stream._refusal)
 
     def serving_ranks(self) -> int:
         """How many ranks take new requests."""
@@ -137,6 +149,18 @@ class Router:
         finally:
             self._handling = False
 
+    def _set_timer(self) -> None:
+        """One is enough: it is set anew when it has rung, so the tokens that come in need not look at it."""
+        due_ms = self.machine.next_deadline_ms()
+        if self._timer is None and due_ms is not None:
+            delay_s = max(0, due_ms - _now_ms()) / 1000
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.handle(ev.Tick(_now_ms()))
+        self._set_timer()
+
     def _on_cancel(self, request_id: int) -> None:
         self._streams.pop(request_id, None)
         self.handle(ev.CancelRequested(request_id))
@@ -152,9 +176,9 @@ class Router:
                         stream._deliver(tokens)
                 case ev.Send(member, message):
                     self._send(member, message)
-                case ev.Finish(request_id):
+                case ev.Finish(request_id, _, code, detail):
                     if stream := self._streams.pop(request_id, None):
-                        stream._end()
+                        stream._end(Failure(code, detail) if code else None)
                 case ev.Refuse(request_id):
                     self._streams.pop(request_id)._refusal = effect
                 case _:
@@ -162,3 +186,16 @@ class Router:
         self._record("routing", event, effects)
         for notice in notices:
             self._notify(notice)
+
+
+def _now_ms() -> int:
+    return int(time.monotonic() * 1000)
+
+
+def _refused(refusal: ev.Refuse) -> Exception:
+    match refusal.reason:
+        case "stopping":
+            return Stopping()
+        case "unavailable":
+            return Unavailable(refusal.detail, refusal.retry_after_s)
+    return Busy(refusal.retry_after_s)

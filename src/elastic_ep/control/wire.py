@@ -8,9 +8,11 @@ of an arrival, so every send on a socket that also receives is followed by a dra
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
 import zmq
 
 from elastic_ep.codec import MalformedMessage, decode, encode
@@ -23,7 +25,9 @@ from elastic_ep.messages import (
     ToRank,
 )
 
+log = structlog.get_logger()
 _QUEUE_LIMIT = 100_000
+"""Messages to a rank that it has not read: far more than one that reads at all ever leaves."""
 MAX_MESSAGE_BYTES = 64 << 20
 
 
@@ -54,6 +58,9 @@ class _Drain:
                 return
             self._on_parts(parts)
 
+    def later(self, call: Callable[..., None], *arguments: object) -> None:
+        self._loop.call_soon(call, *arguments)
+
     def after_send(self) -> None:
         self._loop.call_soon(self.run)
 
@@ -62,17 +69,29 @@ class _Drain:
 
 
 class ControllerWire:
-    """The controller's end. `on_message` gets each valid message; all others are counted in `dropped`."""
+    """The controller's end. `on_message` gets each valid message.
 
-    def __init__(self, directory: Path, on_message: Callable[[FromRank], None]) -> None:
+    `on_error` hears of everything else, counted in `dropped`: what is no message, and of a rank that does not read its
+    own. It gets the rank to blame, if that is known.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        on_message: Callable[[FromRank], None],
+        on_error: Callable[[Member | None, str], None],
+    ) -> None:
         self.number = 0
         self.dropped = 0
         self._on_message = on_message
+        self._on_error = on_error
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pub = _socket(self._context, zmq.PUB)
         self._router = _socket(self._context, zmq.ROUTER)
         # A relaunched rank has a new identity; taking over an identity is for a reconnect of the same process.
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # HAZARD: else a message for which there is no room in a rank's queue is dropped, and nobody is told.
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._pub.bind(f"ipc://{directory}/pub")
         self._router.bind(f"ipc://{directory}/rank")
         self._drain = _Drain(self._router, self._on_parts)
@@ -83,11 +102,17 @@ class ControllerWire:
         self._pub.send(encode(Numbered(self.number, body)), zmq.NOBLOCK)
 
     def send(self, member: Member, message: ToRank) -> None:
-        """To one rank. A rank that is gone is no error: the message is dropped."""
+        """To one rank. One that is gone is no error: the message is dropped, as its death says all.
+
+        One that does not read is one: `on_error` hears of it soon, but not before this returns.
+        """
         try:
             self._router.send_multipart([_identity(member), encode(message)], zmq.NOBLOCK)
         except zmq.Again:
-            self.dropped += 1
+            self._drain.later(self._refuse, member, f"{_QUEUE_LIMIT} messages to it are not read")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
         self._drain.after_send()
 
     def close(self) -> None:
@@ -101,14 +126,21 @@ class ControllerWire:
             message: FromRank = decode(parts[1], FromRank)
             if _identity(Member(message.rank, message.incarnation)) != parts[0]:
                 raise MalformedMessage("identity does not match")
-        except MalformedMessage:
-            self.dropped += 1
+        except MalformedMessage as error:
+            self._refuse(_member(parts[0]), str(error))
             return
         self._on_message(message)
 
+    def _refuse(self, member: Member | None, why: str) -> None:
+        self.dropped += 1
+        self._on_error(member, why)
+
 
 class RankWire:
-    """A rank's end."""
+    """A rank's end. `on_refused` hears of requests that came in a message which is none: number and reason.
+
+    Other messages that are none are only counted in `dropped`: whatever they ask for is asked for again.
+    """
 
     def __init__(
         self,
@@ -116,24 +148,25 @@ class RankWire:
         member: Member,
         on_published: Callable[[Numbered], None],
         on_direct: Callable[[ToRank], None],
+        on_refused: Callable[[int, str], None],
     ) -> None:
         self.dropped = 0
         self._on_published = on_published
         self._on_direct = on_direct
+        self._on_refused = on_refused
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._sub = _socket(self._context, zmq.SUB)
         self._sub.subscribe(b"")
         self._dealer = _socket(self._context, zmq.DEALER)
+        # Without a limit: what a rank reports is never dropped, however late the controller reads it.
+        self._dealer.setsockopt(zmq.SNDHWM, 0)
         self._dealer.setsockopt(zmq.IDENTITY, _identity(member))
         self._sub.connect(f"ipc://{directory}/pub")
         self._dealer.connect(f"ipc://{directory}/rank")
         self._drains = [_Drain(self._sub, self._on_pub_parts), _Drain(self._dealer, self._on_direct_parts)]
 
     def send(self, message: FromRank) -> None:
-        try:
-            self._dealer.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            self.dropped += 1
+        self._dealer.send(encode(message), zmq.NOBLOCK)
         self._drains[1].after_send()
 
     def close(self) -> None:
@@ -152,11 +185,34 @@ class RankWire:
     def _on_direct_parts(self, parts: list[bytes]) -> None:
         try:
             message: ToRank = decode(parts[-1], ToRank)
-        except MalformedMessage:
+        except MalformedMessage as error:
             self.dropped += 1
+            request_id = _assigned(parts[-1])
+            log.error("not a message", request=request_id, why=str(error))
+            if request_id is not None:
+                self._on_refused(request_id, str(error))
             return
         self._on_direct(message)
 
 
 def _identity(member: Member) -> bytes:
     return b"%d.%d" % member
+
+
+def _member(identity: bytes) -> Member | None:
+    """The inverse of `_identity`."""
+    rank, _, incarnation = identity.partition(b".")
+    if not (rank.isdigit() and incarnation.isdigit()):
+        return None
+    return Member(int(rank), int(incarnation))
+
+
+def _assigned(data: bytes) -> int | None:
+    """The request that a malformed message assigns, if that much can be read."""
+    try:
+        plain = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(plain, list) and plain[:1] == ["Assign"] and len(plain) > 1 and type(plain[1]) is int:
+        return int(plain[1])
+    return None

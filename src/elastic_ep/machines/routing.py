@@ -22,7 +22,7 @@ from elastic_ep.machines.request import REQUEST, RequestState
 from elastic_ep.machines.routing_events import Effect, Event, RoutingConfig
 from elastic_ep.machines.routing_records import Rank, Request
 from elastic_ep.machines.tables import TableMachine
-from elastic_ep.messages import Assign, Cancel, Member, Token
+from elastic_ep.messages import Cancel, FailureCode, Member, Token
 
 
 @dataclass
@@ -40,6 +40,9 @@ class RoutingMachine:
         self.waiting: OrderedDict[int, Request] = OrderedDict()
         self.ranks: dict[Member, Rank] = {}
         self.stopping = False
+        self.unavailable: str | None = None
+        """Why nothing will serve."""
+        self.now_ms = 0
         self.replays = 0
         self.moves = 0
         self.stale_tokens = 0
@@ -57,6 +60,10 @@ class RoutingMachine:
             ev.RankDraining: self._on_rank_draining,
             ev.RankDown: self._on_rank_down,
             ev.TokensCommitted: self._on_tokens,
+            ev.Failed: self._on_failed,
+            ev.Blamed: self._on_blamed,
+            ev.NothingWillServe: self._on_nothing_will_serve,
+            ev.Tick: self._on_tick,
             ev.StopRequested: self._on_stop,
             ev.DeadlinePassed: self._on_deadline,
         }
@@ -64,6 +71,11 @@ class RoutingMachine:
     @property
     def running(self) -> int:
         return len(self.requests) - len(self.waiting)
+
+    def next_deadline_ms(self) -> int | None:
+        """When a `Tick` may next have an effect. All have as long, so the oldest is due first."""
+        oldest = next(iter(self.requests.values()), None)
+        return oldest.due_ms if oldest else None
 
     def state(self, request_id: int) -> RequestState | None:
         """None: never heard of, refused, or ended."""
@@ -94,13 +106,41 @@ class RoutingMachine:
         if asked.request_id <= self._highest_id or asked.params.max_tokens < 1:
             raise UnexpectedEvent(f"request {asked.request_id}: a used id, or no tokens wanted")
         self._highest_id = asked.request_id
-        if self.stopping or len(self.waiting) >= self.config.max_queued:
-            reason = "stopping" if self.stopping else "busy"
-            self._effects.append(ev.Refuse(asked.request_id, reason, self.config.retry_after_s))
+        self._pass_time(event.now_ms)
+        refusal = self._refusal(asked.request_id)
+        if refusal is not None:
+            self._effects.append(refusal)
             return
         request = Request(asked, TableMachine(REQUEST))
+        if self.config.request_timeout_ms:
+            request.due_ms = self.now_ms + self.config.request_timeout_ms
         self.requests[asked.request_id] = self.waiting[asked.request_id] = request
         self._distribute()
+
+    def _refusal(self, request_id: int) -> ev.Refuse | None:
+        config = self.config
+        if self.stopping:
+            return ev.Refuse(request_id, "stopping", config.retry_after_s)
+        if self.unavailable is not None:
+            return ev.Refuse(request_id, "unavailable", config.unavailable_retry_after_s, self.unavailable)
+        if len(self.waiting) >= config.max_queued:
+            return ev.Refuse(request_id, "busy", config.retry_after_s)
+        return None
+
+    def _on_tick(self, event: ev.Tick) -> None:
+        if self._pass_time(event.now_ms):
+            self._distribute()
+
+    def _pass_time(self, now_ms: int) -> bool:
+        """Whether requests have failed, as their time is over."""
+        self.now_ms = max(self.now_ms, now_ms)
+        over = False
+        while (due_ms := self.next_deadline_ms()) is not None and due_ms <= self.now_ms:
+            seconds = self.config.request_timeout_ms / 1000
+            detail = f"the request was not complete {seconds:g} s after it came in (--request-timeout)"
+            self._fail(next(iter(self.requests.values())), FailureCode.TIMEOUT, detail)
+            over = True
+        return over
 
     def _on_cancel(self, event: ev.CancelRequested) -> None:
         request = self.requests.get(event.request_id)
@@ -176,14 +216,32 @@ class RoutingMachine:
         if ended:
             self._distribute()
 
+    def _on_failed(self, event: ev.Failed) -> None:
+        rank = self.ranks.get(event.member)
+        request = rank.requests.get(event.request_id) if rank and not rank.faulty else None
+        if request is None:  # ended, or moved, and another has it now
+            return
+        self._end(request, "fail")
+        self._effects.append(ev.Finish(event.request_id, "abort", event.code, event.reason))
+        self._distribute()
+
+    def _on_blamed(self, event: ev.Blamed) -> None:
+        rank = self.ranks.get(event.member)
+        if rank is not None:
+            rank.blamed = tuple(number for number in event.request_ids if number in rank.requests)
+
+    def _on_nothing_will_serve(self, event: ev.NothingWillServe) -> None:
+        self.unavailable = event.reason
+        for request in list(self.requests.values()):
+            self._fail(request, FailureCode.UNAVAILABLE, event.reason)
+
     def _on_stop(self, event: ev.StopRequested) -> None:
         self.stopping = True
 
     def _on_deadline(self, event: ev.DeadlinePassed) -> None:
         self.stopping = True
         for request in list(self.requests.values()):
-            self._withdraw(request, "fail")
-            self._effects.append(ev.Finish(request.asked.request_id, "abort"))
+            self._fail(request, FailureCode.ABORTED, "the server stopped before the request was complete")
 
     # Parts
 
@@ -202,6 +260,10 @@ class RoutingMachine:
         if request.owner is not None:
             self._effects.append(ev.Send(request.owner, Cancel(request.asked.request_id)))
 
+    def _fail(self, request: Request, code: FailureCode, detail: str) -> None:
+        self._withdraw(request, "fail")
+        self._effects.append(ev.Finish(request.asked.request_id, "abort", code, detail))
+
     def _remove(self, member: Member) -> None:
         """The member is no more; what it had goes to the front of the queue, in the order it came in."""
         rank = self.ranks.pop(member, None)
@@ -214,13 +276,24 @@ class RoutingMachine:
             self.waiting[request_id] = request
             self.waiting.move_to_end(request_id, last=False)
             request.life.fire("rank_lost")
+        for request_id in rank.blamed:
+            if request_id in rank.requests:
+                rank.requests[request_id].blames += 1
         for request_id, request in sorted(rank.requests.items()):
-            if request.fruitless > self.config.max_fruitless_replays:
-                self._end(request, "fail")
-                self._effects.append(ev.Finish(request_id, "abort"))
+            cost = self._cost(request, rank)
+            if cost:
+                self._fail(request, FailureCode.FAILED, cost)
             else:
                 self.replays += 1
                 self._effects.append(ev.Replayed(request_id, member))
+
+    def _cost(self, request: Request, lost: Rank) -> str:
+        """Why the request may not go to yet another rank, if so."""
+        if request.blames > 1 and lost.blamed == (request.asked.request_id,):
+            return f"{request.blames} ranks have failed while they computed this request"
+        if request.fruitless > self.config.max_fruitless_replays:
+            return f"{request.fruitless} ranks in a row were lost with this request before it got a token"
+        return ""
 
     def _distribute(self) -> None:
         """Give out what waits: streams that were cut off and have no rank, those that wait in a rank, new requests."""
@@ -293,7 +366,7 @@ class RoutingMachine:
         rank.requests[request.asked.request_id] = request
         self._assignments += 1
         rank.last_assigned = self._assignments
-        self._effects.append(ev.Send(rank.member, _assignment(request)))
+        self._effects.append(ev.Send(rank.member, request.assignment()))
 
     def _least_loaded(self, limit: int) -> Rank | None:
         """Fewest requests, then longest not chosen, then lowest number."""
@@ -319,6 +392,9 @@ class RoutingMachine:
         for request_id, request in self.requests.items():
             assert request.asked.request_id == request_id <= self._highest_id
             assert len(request.emitted) < request.asked.params.max_tokens, f"request {request_id} is done"
+            assert request.due_ms is None or request.due_ms > self.now_ms, f"request {request_id} is overdue"
+        assert list(self.requests) == sorted(self.requests), "the oldest is not the first"
+        assert self.unavailable is None or not self.requests, "requests wait for nothing"
         self._check_queue()
         self._check_seats()
 
@@ -342,10 +418,3 @@ class RoutingMachine:
         free = self._least_loaded(self.config.max_num_seqs)
         for member, rank in self.ranks.items():
             assert free is None or not self._movable(rank), f"requests wait in {member} beside {free.member}"
-
-
-def _assignment(request: Request) -> Assign:
-    asked = request.asked
-    return Assign(
-        asked.request_id, asked.prompt, tuple(request.emitted), asked.params, asked.seed, asked.choice
-    )

@@ -9,14 +9,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.membership_events import StopRequested, WorkBegan, WorkEnded
-from elastic_ep.messages import Assign, Cancel, Member, SamplingParams, Token
+from elastic_ep.messages import Assign, Cancel, FailureCode, Member, SamplingParams, Token
 
 __all__ = [
-    "CancelRequested", "DeadlinePassed", "Deliver", "Drained", "Effect", "Event", "Fault", "Finish", "Moved",
-    "NewRequest", "RankDown", "RankDraining", "RankUp", "Refuse", "Replayed", "RoutingConfig", "Send",
-    "StopRequested", "Submitted", "TokensCommitted", "WorkBegan", "WorkEnded",
+    "Blamed", "CancelRequested", "DeadlinePassed", "Deliver", "Drained", "Effect", "Event", "Failed", "Fault",
+    "Finish", "Moved", "NewRequest", "NothingWillServe", "RankDown", "RankDraining", "RankUp",
+    "Refuse", "Replayed", "RoutingConfig", "Send", "StopRequested", "Submitted", "Tick", "TokensCommitted",
+    "WorkBegan", "WorkEnded",
 ]  # fmt: skip
+
+ALONE_AT_FIRST = 1
+ALONE_GROWTH = 16
+"""A request that may have cost a rank computes so many tokens by itself, and each time so many times more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,10 @@ class RoutingConfig:
     seat is free there, or anywhere, as what waits in a rank moves.
 
     A request fails when more than `max_fruitless_replays` ranks in a row died with it before it got one token:
-    it may well be what kills them. After half as many it does not move any more.
+    it may well be what kills them. After half as many it does not move any more. It also fails when a rank has died of
+    it for certain, after another that may have: see `Blamed`.
+
+    A request that is not done `request_timeout_ms` after it was submitted fails. 0: it may take for ever.
     """
 
     max_num_seqs: int
@@ -37,6 +46,8 @@ class RoutingConfig:
     replay_overcommit: float = 2.5
     max_fruitless_replays: int = 8
     retry_after_s: int = 1
+    unavailable_retry_after_s: int = 30
+    request_timeout_ms: int = 0
 
     @property
     def assign_limit(self) -> int:
@@ -67,7 +78,10 @@ class NewRequest:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
+    """`now_ms` as in a `Tick`."""
+
     request: NewRequest
+    now_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +128,35 @@ class TokensCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class Failed:
+    """The member has let go of the request for good: it ends with this reason."""
+
+    member: Member
+    request_id: int
+    code: FailureCode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """The member is about to die, and says that it was computing these requests.
+
+    They go on elsewhere, at first in steps of their own: so the next to die names the one that it died of. One that
+    is the only suspect, and has been one before, has cost two ranks and fails.
+    """
+
+    member: Member
+    request_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NothingWillServe:
+    """No rank will ever compute anything again: all requests fail now, and nothing is admitted any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeadlinePassed:
     """The time for a graceful stop is over: what still lives fails."""
 
@@ -125,6 +168,10 @@ Event = (
     | RankDraining
     | RankDown
     | TokensCommitted
+    | Failed
+    | Blamed
+    | NothingWillServe
+    | Tick
     | StopRequested
     | DeadlinePassed
 )
@@ -157,19 +204,24 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """To the client: that was all. `reason` as in `Token.finish`; "abort" when the request failed."""
+    """To the client: that was all. `reason` as in `Token.finish`; "abort" when it failed, for which `code` and `detail`
+    say why."""
 
     request_id: int
     reason: str
+    code: FailureCode | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Not admitted: "busy" (come again after `retry_after_s` seconds) or "stopping"."""
+    """Not admitted: "busy" (come again after `retry_after_s` seconds), "unavailable", for which `detail` says why, or
+    "stopping"."""
 
     request_id: int
     reason: str
     retry_after_s: int
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

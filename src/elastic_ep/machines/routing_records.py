@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from elastic_ep.machines import routing_events as ev
 from elastic_ep.machines.tables import TableMachine
-from elastic_ep.messages import Member
+from elastic_ep.messages import Assign, Member
 
 
 @dataclass(slots=True)
@@ -21,8 +21,23 @@ class Request:
     """Length of `emitted` when its owner got it."""
     fruitless: int = 0
     """Owners lost in a row without one token."""
+    due_ms: int | None = None
+    blames: int = 0
+    """How often it was a suspect when a rank died."""
     moved_from: frozenset[Member] = frozenset()
     """Words of these about it may still be on their way, even when one of them owns it again."""
+
+    @property
+    def alone(self) -> int:
+        """As in `Assign`."""
+        return ev.ALONE_AT_FIRST * ev.ALONE_GROWTH ** (self.blames - 1) if self.blames else 0
+
+    def assignment(self) -> Assign:
+        asked = self.asked
+        prompt, emitted = asked.prompt, tuple(self.emitted)
+        return Assign(
+            asked.request_id, prompt, emitted, asked.params, asked.seed, asked.choice, alone=self.alone
+        )
 
 
 @dataclass(slots=True)
@@ -34,3 +49,4 @@ class Rank:
     accepting: bool = True
     faulty: bool = False
     last_assigned: int = 0
+    blamed: tuple[int, ...] = ()
