@@ -82,6 +82,7 @@ def test_torch_in_the_control_plane_is_the_ranks_alone() -> None:
         assert "torch" not in tops or str(file.relative_to(SOURCE)) in RANK_ONLY, file
 
 
-def test_the_run_process_never_imports_torch() -> None:
-    code = "import sys, elastic_ep.run, elastic_ep.serve; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("entries", ["elastic_ep.run, elastic_ep.serve", "elastic_ep.api.text_process"])
+def test_the_run_process_and_the_text_process_never_import_torch(entries: str) -> None:
+    code = f"import sys, {entries}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

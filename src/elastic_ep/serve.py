@@ -21,8 +21,8 @@ import anyio
 import structlog
 
 from elastic_ep import titles
+from elastic_ep.api.app import READING, create_app
 from elastic_ep.api.app import Server as HttpServer
-from elastic_ep.api.app import create_app
 from elastic_ep.api.app import serve as serve_http
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
@@ -140,6 +140,7 @@ class RunProcess:
                 tasks.start_soon(self._controller.watch_progress)
             tasks.start_soon(rebalancer.run)
             tasks.start_soon(self._start_ranks)
+            tasks.start_soon(self._warm)
             status = await self._serve_until_stopped(http.url)
             tasks.cancel_scope.cancel()
             return status
@@ -278,7 +279,8 @@ class RunProcess:
             defaults=SamplingDefaults.from_folder(self._plan.folder),
             api_keys=self._config.api_key,
         )
-        app = create_app(backend, settings, self._plan.text, self._metrics)
+        app = create_app(backend, settings, self._plan.text, self._metrics, self._plan.load_text)
+        self._reading = app[READING]
         try:
             return await serve_http(app, self._config.host, self._config.port)
         except OSError as error:
@@ -295,6 +297,11 @@ class RunProcess:
             self._stop.set()
         else:
             self._controller.feed(ev.Start())
+
+    async def _warm(self) -> None:
+        """When the ranks have started, which is what everybody waits for."""
+        await self._controller.serving.wait()
+        await self._reading.worker.warm()
 
     def _on_notice(self, notice: Notice) -> None:
         match notice:

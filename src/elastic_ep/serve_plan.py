@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from elastic_ep.api.settings import SamplingDefaults
@@ -48,6 +50,8 @@ class ServePlan:
     config: ServeConfig
     folder: Path
     model: ModelConfig
+    load_text: Callable[[], Text]
+    """Picklable: the process that reads large bodies loads its own."""
     text: Text
     limits: EngineLimits
     placement: Placement
@@ -93,7 +97,8 @@ def make_plan(config: ServeConfig) -> ServePlan:
         model = load_model_config(folder)
         if config.load_format == "auto":
             validate_checkpoint(folder, model)
-        text = Text.load(folder)
+        load_text = partial(Text.load, folder)
+        text = load_text()
         SamplingDefaults.from_folder(folder)
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(f"--model {config.model}: {error}") from error
@@ -108,6 +113,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         config=config,
         folder=folder,
         model=model,
+        load_text=load_text,
         text=text,
         limits=engine_limits(config, model, device),
         placement=first_placement(config, model, redundant, device),

@@ -7,9 +7,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from elastic_ep.api.app import Server, create_app, serve
+from elastic_ep.api.app import READING, Server, create_app, serve
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings
+from elastic_ep.api.text_worker import TextWorker
 
 from .fakes import MODEL, FakeBackend, sample_text
 
@@ -23,6 +24,7 @@ class Running:
     metrics: Metrics
     http: aiohttp.ClientSession
     server: Server
+    worker: TextWorker
 
     async def post(self, path: str, body: Any) -> tuple[int, Any]:
         async with self.http.post(self.url + path, json=body) as response:
@@ -50,11 +52,11 @@ async def start(anyio_backend: str) -> AsyncIterator[Start]:
     async def begin(backend: FakeBackend | None = None, **changes: Any) -> Running:
         backend = backend or FakeBackend()
         metrics = Metrics()
-        app = create_app(backend, settings(**changes), sample_text(), metrics)
+        app = create_app(backend, settings(**changes), sample_text(), metrics, sample_text)
         server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
         http = aiohttp.ClientSession()
         closing.append((server, http))
-        return Running(server.url, backend, metrics, http, server)
+        return Running(server.url, backend, metrics, http, server, app[READING].worker)
 
     yield begin
     for server, http in closing:

@@ -39,7 +39,8 @@ def url() -> Iterator[str]:
     thread.start()
 
     server = asyncio.run_coroutine_threadsafe(
-        serve(create_app(FakeBackend(), settings(), sample_text(), Metrics()), "127.0.0.1", 0), loop
+        serve(create_app(FakeBackend(), settings(), sample_text(), Metrics(), sample_text), "127.0.0.1", 0),
+        loop,
     ).result(10)
     yield server.url
     asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from elastic_ep.api.backend import Backend
-from elastic_ep.api.bodies import detokenize_fields, tokenize_fields
-from elastic_ep.api.fields import parse_object, read_fields
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.openapi import description
-from elastic_ep.api.requests import JobReader
+from elastic_ep.api.reading import Reading
 from elastic_ep.api.settings import ApiSettings
-from elastic_ep.text import Text
 
 
 class AdminHandlers:
-    def __init__(self, backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics) -> None:
+    def __init__(self, backend: Backend, settings: ApiSettings, metrics: Metrics, reading: Reading) -> None:
         self._backend = backend
         self._settings = settings
-        self._text = text
         self._metrics = metrics
-        self._jobs = JobReader(settings, text)
+        self._reading = reading
         self._description = description(settings)
 
     def routes(self) -> list[web.RouteDef]:
@@ -76,12 +71,11 @@ class AdminHandlers:
         return web.json_response(asdict(await self._backend.rebalance()))
 
     async def tokenize(self, request: web.Request) -> web.StreamResponse:
-        values = read_fields(parse_object(await request.read()), tokenize_fields())
-        special = values["add_special_tokens"]
-        tokens = await self._jobs.encode(values["prompt"], "prompt", add_special_tokens=special)
-        body: dict[str, Any] = {"tokens": tokens, "count": len(tokens)}
-        return web.json_response({**body, "max_model_len": self._settings.max_model_len})
+        return _json(await self._reading.answer("tokenize", await request.read()))
 
     async def detokenize(self, request: web.Request) -> web.StreamResponse:
-        values = read_fields(parse_object(await request.read()), detokenize_fields(self._settings))
-        return web.json_response({"prompt": self._text.decode(values["tokens"])})
+        return _json(await self._reading.answer("detokenize", await request.read()))
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")

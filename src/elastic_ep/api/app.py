@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +14,34 @@ from elastic_ep.api.backend import Backend
 from elastic_ep.api.errors import ApiError, Handler, error_middleware
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.openai import OpenAiHandlers
+from elastic_ep.api.reading import BodyReader, Reading
 from elastic_ep.api.settings import ApiSettings
+from elastic_ep.api.text_worker import TextWorker, WorkerSetup
 from elastic_ep.text import Text
 
 _OPEN_PATHS = frozenset({"/live", "/health", "/metrics"})
 
 
-def create_app(backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics) -> web.Application:
+READING = web.AppKey("reading", Reading)
+
+
+def create_app(
+    backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics, load_text: Callable[[], Text]
+) -> web.Application:
     """The application. Serve it with `serve`, or a runner with `handler_cancellation=True`: without it
-    aiohttp lets handlers run on after their client has gone."""
+    aiohttp lets handlers run on after their client has gone.
+
+    `load_text`, which must be picklable, makes the like of `text` in the process that reads large bodies. That one is
+    started by the first large body, or by `app[READING].worker.warm()`.
+    """
     middlewares = [error_middleware(metrics.http_error)]
     if settings.api_keys:
         middlewares.append(_key_middleware(settings.api_keys))
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
-    app.add_routes(OpenAiHandlers(backend, settings, text, metrics).routes())
-    app.add_routes(AdminHandlers(backend, settings, text, metrics).routes())
+    reading = app[READING] = Reading(BodyReader(settings, text), TextWorker(WorkerSetup(settings, load_text)))
+    app.on_cleanup.append(_close_worker)
+    app.add_routes(OpenAiHandlers(backend, settings, text, metrics, reading).routes())
+    app.add_routes(AdminHandlers(backend, settings, metrics, reading).routes())
     return app
 
 
@@ -61,6 +75,10 @@ async def serve(app: web.Application, host: str, port: int, *, grace_s: float = 
     bound: int = runner.addresses[0][1]
     shown = f"[{host}]" if ":" in host else host
     return Server(f"http://{shown}:{bound}", bound, runner)
+
+
+async def _close_worker(app: web.Application) -> None:
+    await app[READING].worker.close()
 
 
 def _key_middleware(keys: tuple[str, ...]) -> Any:

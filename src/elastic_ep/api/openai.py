@@ -13,10 +13,10 @@ from aiohttp import web
 
 from elastic_ep.api.backend import Backend, Failure, Stream
 from elastic_ep.api.errors import failed, translate, unexpected, unknown_model
-from elastic_ep.api.fields import parse_object
 from elastic_ep.api.generate import ChoiceReader, Clock, submit
 from elastic_ep.api.metrics import Metrics
-from elastic_ep.api.requests import Job, JobReader
+from elastic_ep.api.reading import Reading
+from elastic_ep.api.requests import Job
 from elastic_ep.api.settings import ApiSettings
 from elastic_ep.api.shapes import (
     Answer,
@@ -53,12 +53,14 @@ class _Run:
 
 
 class OpenAiHandlers:
-    def __init__(self, backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics) -> None:
+    def __init__(
+        self, backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics, reading: Reading
+    ) -> None:
         self._backend = backend
         self._settings = settings
         self._text = text
         self._metrics = metrics
-        self._jobs = JobReader(settings, text)
+        self._reading = reading
         self._completion = CompletionShape(text)
         self._chat = ChatShape(text)
         self._created = int(time.time())
@@ -82,12 +84,12 @@ class OpenAiHandlers:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         started = time.monotonic()
-        job = await self._jobs.completion(parse_object(await request.read()))
+        job = await self._reading.job("completion", await request.read())
         return await self._serve(request, job, self._completion, started)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         started = time.monotonic()
-        job = await self._jobs.chat(parse_object(await request.read()))
+        job = await self._reading.job("chat", await request.read())
         return await self._serve(request, job, self._chat, started)
 
     def _model(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,6 @@ from elastic_ep.text import ChatTemplateError, Text
 
 # Below this the division by the temperature leaves one candidate anyway, or overflows: greedy, as in vLLM.
 _GREEDY_BELOW = 1e-5
-# Longer texts are tokenised on a thread, so that they do not hold up the streams of others.
-_INLINE_CHARACTERS = 4096
 _COMPLETION_MAX_TOKENS = 16
 
 
@@ -44,7 +41,7 @@ class Job:
 
 
 class JobReader:
-    """Makes jobs from bodies. Every method raises `ApiError`."""
+    """Makes jobs from bodies. Every method raises `ApiError`, and takes as long as the body is: see `reading.py`."""
 
     def __init__(self, settings: ApiSettings, text: Text) -> None:
         self._settings = settings
@@ -54,7 +51,7 @@ class JobReader:
         # Every token covers some bytes of the text; what normalisation shrinks away is covered by the 4.
         self._max_prompt_bytes = 4 * text.max_token_bytes * settings.max_model_len
 
-    async def completion(self, body: dict[str, Any]) -> Job:
+    def completion(self, body: dict[str, Any]) -> Job:
         values = read_fields(body, self._completion_fields)
         self._check_model(values["model"])
         logprobs = values["logprobs"]
@@ -68,16 +65,14 @@ class JobReader:
         self._check_choices(len(prompts), values["n"])
         parts = []
         for prompt in prompts:
-            # Many short prompts must not hold up the streams of others either.
-            await asyncio.sleep(0)
-            ids = tuple(await self.encode(prompt, "prompt") if isinstance(prompt, str) else prompt)
+            ids = tuple(self.encode(prompt, "prompt") if isinstance(prompt, str) else prompt)
             limit = self._max_tokens(ids, values["max_tokens"], "prompt", default=_COMPLETION_MAX_TOKENS)
             shown = prompt if isinstance(prompt, str) else self._text.decode(prompt) if values["echo"] else ""
             echo = shown if values["echo"] else ""
             parts.append(Part(ids, _sampling(values, limit, logprobs), _seed(values["seed"]), echo))
         return _job(values, tuple(parts), logprobs)
 
-    async def chat(self, body: dict[str, Any]) -> Job:
+    def chat(self, body: dict[str, Any]) -> Job:
         values = read_fields(body, self._chat_fields)
         self._check_model(values["model"])
         if values["top_logprobs"] is not None and not values["logprobs"]:
@@ -85,22 +80,20 @@ class JobReader:
         logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else None
         self._check_choices(1, values["n"])
         prompt = self._render(values)
-        ids = tuple(await self.encode(prompt, "messages", add_special_tokens=False))
+        ids = tuple(self.encode(prompt, "messages", add_special_tokens=False))
         asked = values["max_completion_tokens"]
         asked = values["max_tokens"] if asked is None else asked
         limit = self._max_tokens(ids, asked, "messages", default=self._settings.max_model_len)
         part = Part(ids, _sampling(values, limit, logprobs), _seed(values["seed"]))
         return _job(values, (part,), logprobs)
 
-    async def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text that may be far too long: that is seen without tokenising it."""
         if len(text) > self._max_prompt_bytes:
             at_least = len(text) // self._text.max_token_bytes
             raise prompt_too_long(self._settings.max_model_len, f"at least {at_least}", param)
         try:
-            if len(text) <= _INLINE_CHARACTERS:
-                return self._text.encode(text, add_special_tokens=add_special_tokens)
-            return await asyncio.to_thread(self._text.encode, text, add_special_tokens=add_special_tokens)
+            return self._text.encode(text, add_special_tokens=add_special_tokens)
         # The tokenizers library raises bare Exception, for example for a character it has no token for.
         except Exception as error:
             raise bad_value(param, f"cannot be tokenised: {error}") from error
