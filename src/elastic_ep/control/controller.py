@@ -114,7 +114,12 @@ class Controller:
         self.pace = PaceObserver(self._disturbed)
         self.store = StoreTable(self.wire.send, self.log.note)
         self.repairs = Repairs(
-            self.repair, self.wire, self.log, self.metrics, lambda *placed: self.feed(ev.Placed(*placed))
+            self.repair,
+            self.wire,
+            self.log,
+            self.metrics,
+            on_placed=lambda *placed: self.feed(ev.Placed(*placed)),
+            on_deadline=self._set_timer,
         )
 
     # In
@@ -138,11 +143,20 @@ class Controller:
         self.on_change()
 
     def on_message(self, message: FromRank) -> None:
-        """A valid message from a rank; news of an old incarnation is dropped by the machines."""
+        """A valid message from a rank; news of an old incarnation is dropped by the machines.
+
+        A rank that breaks the protocol is faulty, and no reason for the controller to fall over.
+        """
         member = Member(message.rank, message.incarnation)
         if self.machine.slots.get(member.rank) is None:
             self.wire.dropped += 1
             return
+        try:
+            self._heard(member, message)
+        except UnexpectedEvent as error:
+            self._broke_protocol(member, error)
+
+    def _heard(self, member: Member, message: FromRank) -> None:
         match message:
             case StepReport():
                 self._on_step_report(member, message)
@@ -171,7 +185,6 @@ class Controller:
                 self.store.heard(member, message)
             case _:
                 self.repairs.heard(member, message)
-                self._set_timer()
 
     def on_protocol_error(self, member: Member | None, why: str) -> None:
         """What came is no message, or could not be sent. `member` is to blame, if it is known: it is fenced.
@@ -320,13 +333,17 @@ class Controller:
         if report.state in _STARTING:
             self.processes.hold(member)
         if report.state is not RankState.JOINING:
-            self._guarded(reported, member)
+            self.feed(reported)
             return
 
         def joining() -> None:
             slot = self.machine.slots[member.rank]
-            if slot.member == member and slot.state is not RankState.FAILED:  # else it died meanwhile
-                self._guarded(reported, member)
+            if slot.member != member or slot.state is RankState.FAILED:
+                return  # it died meanwhile
+            try:
+                self.feed(reported)
+            except UnexpectedEvent as error:
+                self._broke_protocol(member, error)
 
         self.processes.when_free(member.rank, joining)
 
@@ -364,12 +381,8 @@ class Controller:
         self.wire.publish(Beat())
         self.wire.send(member, Snapshot(self.wire.number, self.machine.view, prepare, self.repair.placement))
 
-    def _guarded(self, event: ev.Event, member: Member) -> None:
-        """A rank that breaks the protocol is faulty, and no reason for the controller to fall over."""
-        try:
-            self.feed(event)
-        except UnexpectedEvent as error:
-            self.feed(ev.Suspected(member, f"protocol error: {error}"))
+    def _broke_protocol(self, member: Member, error: UnexpectedEvent) -> None:
+        self.feed(ev.Suspected(member, f"protocol error: {error}"))
 
     def _known(self, member: Member) -> RankFacts:
         return self.facts.setdefault(member, RankFacts())
@@ -387,7 +400,6 @@ class Controller:
     def _on_timer(self) -> None:
         self.feed(Tick(int(time.monotonic() * 1000)))
         self.repairs.feed(Tick(int(time.monotonic() * 1000)))
-        self._set_timer()
 
 
 def _heartbeat(report: Heartbeat | StepReport) -> Heartbeat:

@@ -38,6 +38,7 @@ class Rebalancer:
         self._one_at_a_time = anyio.Lock()
         self._ended = anyio.Event()
         self._outcome = PlanEnded(0, 0)
+        self._plans = 0
         repairs.on_plan_ended = self._on_ended
 
     def step_seen(self, step: int) -> None:
@@ -72,9 +73,11 @@ class Rebalancer:
             return done
 
     async def _carry_out(self, members: tuple[Member, ...], found: Plan) -> PlanEnded:
+        """HAZARD: the plan before may be under way still, its asker gone; this one ends it, and hears of that end too."""
+        self._plans += 1
         self._ended = anyio.Event()
-        self._outcome = PlanEnded(0, found.moves)
-        self._repairs.feed(Planned(members, found.slots))
+        self._outcome = PlanEnded(0, found.moves, self._plans)
+        self._repairs.feed(Planned(members, found.slots, self._plans))
         with anyio.move_on_after(CARRY_OUT_DEADLINE_S):
             await self._ended.wait()
         return self._outcome
@@ -90,5 +93,6 @@ class Rebalancer:
         return self._spare if enough else 0
 
     def _on_ended(self, ended: PlanEnded) -> None:
-        self._outcome = ended
-        self._ended.set()
+        if ended.plan == self._plans:
+            self._outcome = ended
+            self._ended.set()

@@ -11,7 +11,7 @@ from elastic_ep.control.proofs import Proofs
 from elastic_ep.control.wire import ControllerWire
 from elastic_ep.log import EventLog
 from elastic_ep.machines import repair_events as ev
-from elastic_ep.machines.contract import Tick
+from elastic_ep.machines.contract import Tick, UnexpectedEvent
 from elastic_ep.machines.repair import RepairMachine
 from elastic_ep.messages import Member
 from elastic_ep.placement import Change, Placement
@@ -31,7 +31,10 @@ FromSlots = PlacementSeen | StateReady | SlotCopied | SlotSums | ExpertLoads
 
 
 class Repairs:
-    """`on_placed` is told of every placement that was published, `on_plan_ended` how a plan came out."""
+    """`on_placed` is told of every placement that was published, `on_plan_ended` how a plan came out.
+
+    `on_deadline` is called whenever the machine's next deadline may be another.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Repairs:
         log: EventLog,
         metrics: Metrics,
         on_placed: Callable[[int, tuple[Change, ...]], None],
+        on_deadline: Callable[[], None],
     ) -> None:
         self.machine = machine
         self.on_plan_ended: Callable[[ev.PlanEnded], None] = lambda _ended: None
@@ -55,12 +59,14 @@ class Repairs:
         self._pulls: set[int] = set()
         """Tickets of copies that were ordered from a peer."""
         self._on_placed = on_placed
+        self._on_deadline = on_deadline
 
     @property
     def placement(self) -> Placement:
         return self.machine.placement
 
     def heard(self, member: Member, message: FromSlots) -> None:
+        """Raises `UnexpectedEvent`, with nothing changed, for what no rank can have to say."""
         match message:
             case PlacementSeen():
                 self.feed(ev.Seen(member, message.version))
@@ -84,6 +90,9 @@ class Repairs:
                 self.feed(ev.Summed(member, message.sums))
                 self.proofs.heard(member, message)
             case ExpertLoads():
+                layers = len(self.placement.slots)
+                if [len(row) for row in message.loads] != [self.placement.num_experts] * layers:
+                    raise UnexpectedEvent("loads of other experts than there are")
                 self.loads.add(member.rank, message.loads)
 
     def peer_weights(self) -> PeerWeights | None:
@@ -120,6 +129,7 @@ class Repairs:
             self._log.record("repair", heard, effects)
             for effect in effects:
                 self._conclude(effect)
+        self._on_deadline()
 
     def _order(self, order: ev.Order) -> None:
         origin = order.origin

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic_ep.machines import repair_events as ev
-from elastic_ep.machines.contract import Tick
+from elastic_ep.machines.contract import Tick, UnexpectedEvent
 from elastic_ep.machines.moves import Layer
 from elastic_ep.machines.repair_events import Effect, Event, Origin, RepairConfig
 from elastic_ep.messages import Member, PlacementChanged
@@ -44,6 +44,7 @@ class Pursuit:
     """A plan that is being carried out: per layer and rank the experts to hold."""
 
     layers: tuple[dict[int, frozenset[int]], ...]
+    plan: int
     made: int = 0
 
 
@@ -147,6 +148,8 @@ class RepairMachine:
         self._stir_all()
 
     def _on_seen(self, event: ev.Seen) -> None:
+        if event.version > self.placement.version:
+            raise UnexpectedEvent(f"has seen version {event.version} of the placement, which does not exist")
         if event.member in self.members:
             self.seen[event.member] = max(self.seen[event.member], event.version)
             self._forget_emptied()
@@ -187,11 +190,15 @@ class RepairMachine:
 
     def _on_summed(self, event: ev.Summed) -> None:
         """The first sum of an expert is believed; a copy that differs from it later is taken out and made anew."""
+        width = self.placement.slots_per_rank
+        own = range(event.member.rank * width, (event.member.rank + 1) * width)
+        if any(s[0] not in range(len(self.placement.slots)) or s[1] not in own for s in event.sums):
+            raise UnexpectedEvent("sums of slots that it has not")
         if event.member not in self.members:
             return
         for layer, physical, checksum in event.sums:
             logical = self.placement.slots[layer][physical]
-            if self.placement.rank_of(physical) != event.member.rank or logical == EMPTY:
+            if logical == EMPTY:
                 continue
             if self.checksums.setdefault((layer, logical), checksum) != checksum:
                 self._effects.append(ev.Corrupt(layer, physical))
@@ -202,7 +209,7 @@ class RepairMachine:
         """A plan made for other members than there are now is of no use."""
         self._drop_plan()
         if frozenset(event.members) != self.members:
-            self._effects.append(ev.PlanEnded(0, 0))
+            self._effects.append(ev.PlanEnded(0, 0, event.plan))
             return
         width = self.placement.slots_per_rank
         ranks = sorted(member.rank for member in self.members)
@@ -210,7 +217,8 @@ class RepairMachine:
             tuple(
                 {rank: frozenset(row[rank * width : (rank + 1) * width]) - {EMPTY} for rank in ranks}
                 for row in event.slots
-            )
+            ),
+            event.plan,
         )
         self._stir_all()
 
@@ -319,12 +327,17 @@ class RepairMachine:
 
     def _drop_plan(self) -> None:
         if self.pursuit:
-            self._effects.append(ev.PlanEnded(self.pursuit.made, self._left(self.pursuit)))
+            left = self._left(self.pursuit)
+            self._effects.append(ev.PlanEnded(self.pursuit.made, left, self.pursuit.plan))
             self.pursuit = None
 
     def _end_plan_if_done(self) -> None:
-        """Over when nothing is under way: it is carried out, or the rest cannot be without losing tolerance."""
-        if self.pursuit and not (self.copies or self.emptied or self.retry_at_ms):
+        """Over when nothing is under way: it is carried out, or the rest cannot be without losing tolerance.
+
+        A copy that is overdue may never be reported, and is not waited for.
+        """
+        awaited = any(not copy.overdue for copy in self.copies.values())
+        if self.pursuit and not (awaited or self.emptied or self.retry_at_ms):
             self._drop_plan()
 
     def _left(self, pursuit: Pursuit) -> int:

@@ -66,10 +66,14 @@ class Summed:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What these members should hold: per layer and slot as in a placement; the order within a rank is free."""
+    """What these members should hold: per layer and slot as in a placement; the order within a rank is free.
+
+    `plan` is for the asker, to know its end by.
+    """
 
     members: tuple[Member, ...]
     slots: tuple[tuple[int, ...], ...]
+    plan: int = 0
 
 
 Event = MembersChanged | Seen | Reachable | Copied | Summed | Planned | Tick
@@ -129,6 +133,7 @@ class PlanEnded:
 
     made: int
     left: int
+    plan: int = 0
 
 
 Effect = Order | Replace | Corrupt | Recheck | PlanEnded
