@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
 import types
 import typing
@@ -14,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep import messages
-from elastic_ep.codec import MalformedMessage, decode, encode, to_plain
-from elastic_ep.messages import FromRank, Numbered, ToRank
+from elastic_ep.codec import PACKED_FROM, MalformedMessage, decode, encode, to_plain
+from elastic_ep.messages import Assign, FromRank, Member, Numbered, SamplingParams, ToRank
 from elastic_ep.store_messages import StoreSet
 
 
@@ -85,3 +87,49 @@ def test_bytes_that_are_not_base64_are_malformed(value: Any) -> None:
     plain[-1] = value
     with pytest.raises(MalformedMessage):
         decode(json.dumps(plain).encode(), FromRank)
+
+
+LONG = st.lists(st.integers(-(2**70), 2**70) | st.integers(0, 9), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LONG, st.integers(PACKED_FROM - 2, PACKED_FROM + 9))
+def test_many_integers_are_packed_and_come_back(some: list[int], length: int) -> None:
+    ids = tuple(itertools.islice(itertools.cycle(some), length))
+    message = Assign(1, ids, (), SamplingParams(1), 0, 0)
+    plain = to_plain(message)
+    fits = all(-(2**63) <= number < 2**63 for number in some)
+    assert isinstance(plain[2], str) == (length >= PACKED_FROM and fits)
+    assert decode(encode(message), ToRank) == message
+
+
+@pytest.mark.parametrize("item", ["x", None, 1.5, Member(0, 1), (1, 2)])
+def test_many_values_of_another_type_are_a_list(item: Any) -> None:
+    assert isinstance(to_plain((1,) * PACKED_FROM + (item,)), list)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text(max_size=12)
+    | st.sampled_from("Iqdb").flatmap(lambda code: st.binary().map(lambda b: packed(code, b)))
+)
+def test_what_is_not_packed_integers_is_malformed(text: str) -> None:
+    plain = [*to_plain(Assign(1, (), (), SamplingParams(1), 0, 0))]
+    plain[2] = text
+    try:
+        found = decode(json.dumps(plain).encode(), ToRank)
+    except MalformedMessage:
+        return
+    assert isinstance(found, Assign)
+    assert all(type(token) is int for token in found.prompt)
+
+
+def packed(code: str, data: bytes) -> str:
+    return code + base64.b64encode(data).decode()
+
+
+def test_packed_integers_are_no_values_of_another_type() -> None:
+    report = to_plain(messages.View(1, ()))
+    report[2] = packed("I", bytes(8))
+    with pytest.raises(MalformedMessage):
+        decode(json.dumps(["Numbered", 1, report]).encode(), Numbered)

@@ -5,6 +5,7 @@ This is the path every generated token takes through the run process, so it is k
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from time import monotonic
 
@@ -88,13 +89,18 @@ class Clock:
         self._last = now
 
 
-def submit(backend: Backend, job: Job) -> list[Stream]:
-    """A stream for each choice, in order of index; all or none. Raises `Busy` and `Stopping`."""
+async def submit(backend: Backend, job: Job) -> list[Stream]:
+    """A stream for each choice, in order of index; all or none. Raises `Busy` and `Stopping`.
+
+    Each costs the event loop what its prompt is long, so others have their turn between each two.
+    """
     streams: list[Stream] = []
     try:
         for part in job.parts:
             for choice in range(job.n):
-                streams.append(backend.submit(part.prompt, part.params, part.seed, choice))  # noqa: PERF401  # those before are needed
+                if streams:
+                    await asyncio.sleep(0)
+                streams.append(backend.submit(part.prompt, part.params, part.seed, choice))
     except BaseException:
         for stream in streams:
             stream.cancel()

@@ -104,7 +104,7 @@ class OpenAiHandlers:
     async def _serve(
         self, request: web.Request, job: Job, shape: Shape, started: float
     ) -> web.StreamResponse:
-        streams = submit(self._backend, job)
+        streams = await submit(self._backend, job)
         # Whatever ends this handler, the cancellation at a client's disconnect included, nobody generates
         # for it any longer.
         try:
