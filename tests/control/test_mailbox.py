@@ -12,6 +12,7 @@ import pytest
 
 from elastic_ep.control.mailbox import NEVER, PROMISE_MARGIN, Mailbox
 from elastic_ep.messages import Cancel, Seat, View
+from elastic_ep.placement import launch_placement
 
 SHARED = {"hold_at", "begun", "waiting_at", "view"}
 """The fields whose order of reading and writing carries the promise."""
@@ -55,6 +56,26 @@ def test_messages_and_wake_ups_pass() -> None:
     mailbox.wait(60.0)
     assert time.monotonic() - began < 30.0, "a stop wakes the waiting thread"
     assert not told
+
+
+WAKES: dict[str, Callable[[Mailbox], None]] = {
+    "a view": lambda mailbox: mailbox.adopt(view(None)),
+    "a placement": lambda mailbox: mailbox.adopt_placement(launch_placement(1, 1, 1, 0)),
+    "the end of a promise": lambda mailbox: mailbox.release(),
+    "a stop": lambda mailbox: mailbox.request_stop(),
+}
+
+
+@pytest.mark.parametrize("act", WAKES.values(), ids=WAKES.keys())
+def test_whoever_waits_at_a_boundary_is_woken_once(act: Callable[[Mailbox], None]) -> None:
+    mailbox = Mailbox(lambda: None)
+    waits: list[bool] = []
+    wait = mailbox._wake.wait
+    mailbox._wake.wait = lambda timeout=None: waits.append(wait(0.0)) or True  # type: ignore[func-returns-value,method-assign]
+    act(mailbox)
+    mailbox.wait(60.0)
+    mailbox.wait(60.0)
+    assert waits == [True, False]
 
 
 # Every interleaving with few interruptions

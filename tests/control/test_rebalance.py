@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
+import anyio.to_process
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_time import VirtualTimeLoop, run_virtually
 
 from elastic_ep.api.backend import Rebalancing
-from elastic_ep.control import rebalance as rebalance_module
 from elastic_ep.control.expert_loads import LoadWindow
 from elastic_ep.control.rebalance import CARRY_OUT_DEADLINE_S, Rebalancer
 from elastic_ep.machines.contract import Tick
@@ -107,7 +107,7 @@ async def ask_in_turn(
     async def planned(_call: object, **_options: object) -> Plan:
         return turned_by(repairs.placement, turns[len(repairs.planned)])
 
-    patch.setattr(rebalance_module.anyio.to_process, "run_sync", planned)
+    patch.setattr(anyio.to_process, "run_sync", planned)
     for asked, how in enumerate(askers, start=1):
         call = asyncio.create_task(asker.rebalance())
         while len(repairs.planned) < asked:
