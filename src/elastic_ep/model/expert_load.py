@@ -21,7 +21,7 @@ class ExpertLoad:
         self._placement = placement
 
     def cut(self) -> None:
-        """The next `take` need not wait for what is launched from now on. It must come before an `adopt`."""
+        """The next `take` need not wait for what is launched from now on."""
 
     def take(self) -> tuple[tuple[int, ...], ...]:
         """[layers][logical experts]: rows since the last call."""

@@ -23,11 +23,20 @@ class DeviceLoad(ExpertLoad):
         self._cut = False
 
     def cut(self) -> None:
+        self._settle_cut()
         self._host.copy_(self._counts, non_blocking=True)
         self._counts.zero_()
         if self._copied is not None:
             self._copied.record()
         self._cut = True
+
+    def adopt(self, placement: Placement) -> None:
+        self._settle_cut()  # what was counted since belongs to the placement before, too
+        super().adopt(placement)
+
+    def _settle_cut(self) -> None:
+        if self._cut:
+            self._settle()
 
     def _settle(self) -> None:
         if not self._cut:
