@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 
@@ -121,8 +121,13 @@ def shaped_model(folder: Path, shape: Mapping[str, int]) -> Path:
 
 
 @contextmanager
-def server(arguments: Sequence[str], log_dir: Path, module: str = "elastic_ep.run") -> Iterator[Server]:
-    """`python -m elastic_ep.run` (or what `module` makes of it) with these arguments on a free port, ended at exit."""
+def server(
+    arguments: Sequence[str], log_dir: Path, module: str = "elastic_ep.run", stderr: IO[str] | None = None
+) -> Iterator[Server]:
+    """`python -m elastic_ep.run` (or what `module` makes of it) with these arguments on a free port, ended at exit.
+
+    What it logs goes to `stderr`; if that is not given nowhere, or with BENCH_VERBOSE where ours goes.
+    """
     started = time.monotonic()
     process = subprocess.Popen(
         [
@@ -138,7 +143,7 @@ def server(arguments: Sequence[str], log_dir: Path, module: str = "elastic_ep.ru
             *arguments,
         ],
         stdout=subprocess.PIPE,
-        stderr=sys.stderr if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL,
+        stderr=stderr or (sys.stderr if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL),
         text=True,
         start_new_session=True,
     )

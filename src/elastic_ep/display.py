@@ -1,4 +1,4 @@
-"""What the terminal shows while ranks come up: one line a rank, its state live."""
+"""What a terminal shows while ranks come up: one line a rank, its state live. Log lines scroll by above it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 
-import structlog
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from elastic_ep.machines.membership import MembershipMachine
 from elastic_ep.messages import RankState
 
-log = structlog.get_logger()
 _COLOURS = {
     RankState.LAUNCHING: "dim",
     RankState.INIT_CUDA: "yellow",
@@ -28,13 +27,12 @@ _COLOURS = {
 
 
 class LaunchDisplay:
-    """A live table on a terminal; otherwise one line for every change."""
+    """A live table on a terminal; elsewhere nothing: the log says who serves."""
 
     def __init__(self, machine: MembershipMachine) -> None:
         self._machine = machine
         self._console = Console(file=sys.stderr)
         self._started = time.monotonic()
-        self._said: dict[int, RankState] = {}
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> Callable[[], None]:
@@ -49,18 +47,14 @@ class LaunchDisplay:
     def refresh(self) -> None:
         if self._console.is_terminal:
             self._live.update(self._table(), refresh=True)
-            return
-        for rank, slot in self._machine.slots.items():
-            if self._said.get(rank) is not slot.state:
-                self._said[rank] = slot.state
-                why = {"why": slot.reason} if slot.reason else {}
-                log.info("rank starts", rank=str(slot.member), state=slot.state.value, **why)
 
     def _table(self) -> Table:
-        table = Table(title=f"group: {self._machine.state}   {time.monotonic() - self._started:.1f} s")
+        table = Table(title=f"group: {self._machine.public_state}   {time.monotonic() - self._started:.1f} s")
         for heading in ("rank", "incarnation", "state", "reason"):
             table.add_column(heading)
         for rank, slot in self._machine.slots.items():
             colour = _COLOURS[slot.state]
-            table.add_row(str(rank), str(slot.member.incarnation), f"[{colour}]{slot.state}[/]", slot.reason)
+            table.add_row(
+                str(rank), str(slot.member.incarnation), f"[{colour}]{slot.state}[/]", escape(slot.reason)
+            )
         return table

@@ -21,12 +21,22 @@ class GroupBackend:
     """`api.backend.Backend`."""
 
     def __init__(
-        self, controller: Controller, router: Router, rebalancer: Rebalancer, metrics: Metrics
+        self,
+        controller: Controller,
+        router: Router,
+        rebalancer: Rebalancer,
+        metrics: Metrics,
+        num_pages: int,
     ) -> None:
+        """`num_pages` is the size of each rank's KV cache."""
         self._controller = controller
         self._router = router
         self._rebalancer = rebalancer
         self._metrics = metrics
+        self._num_pages = num_pages
+        metrics.refresh = self._refresh
+        for rank, slot in controller.machine.slots.items():
+            metrics.rank_state(rank, slot.state)
 
     def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
         return self._router.submit(prompt, params, seed, choice)
@@ -48,14 +58,14 @@ class GroupBackend:
         return await self._rebalancer.rebalance()
 
     def status(self) -> FaultToleranceStatus:
-        self._metrics.requests(self._router.running, self._router.waiting)
         machine = self._controller.machine
         return FaultToleranceStatus(
-            state=machine.state,
+            state=machine.public_state,
             epoch=machine.view.epoch,
             step=self._controller.step,
             tolerates=machine.tolerates,
             engines=tuple(self._engine_status(rank) for rank in sorted(machine.slots)),
+            idle=machine.idle,
         )
 
     def _engine_status(self, rank: int) -> EngineStatus:
@@ -72,4 +82,20 @@ class GroupBackend:
             running=facts.running if facts else 0,
             waiting=facts.waiting if facts else 0,
             reason="" if healthy else slot.reason,
+            last_loss=self._controller.ledger.last(rank),
+            kv_cache_usage=self._kv_cache_usage(rank),
         )
+
+    def _kv_cache_usage(self, rank: int) -> float:
+        facts = self._controller.facts.get(self._controller.machine.slots[rank].member)
+        return facts.kv_pages / self._num_pages if facts else 0.0
+
+    def _refresh(self) -> None:
+        """What is read where it is, and not told at every change."""
+        controller, metrics = self._controller, self._metrics
+        machine = controller.machine
+        metrics.requests(self._router.running, self._router.waiting)
+        metrics.messages_dropped(controller.wire.dropped)
+        metrics.group(machine.public_state, idle=machine.idle, tolerates=machine.tolerates)
+        usage = {rank: self._kv_cache_usage(rank) for rank in machine.slots}
+        metrics.kv_cache(usage, members=[seat.rank for seat in machine.view.seats])

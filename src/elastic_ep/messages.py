@@ -173,7 +173,7 @@ class Heartbeat:
 
     `step` is the step the forward thread is in, `operations` counts its exchange operations, `cpu_ms` the
     processor time of the forward thread, `waiting_for` the rank whose data it waits for, `parked` that it
-    waits at a boundary because it was told to.
+    waits at a boundary because it was told to, `kv_pages` how many pages of its KV cache are in use.
     """
 
     rank: int
@@ -183,6 +183,7 @@ class Heartbeat:
     cpu_ms: int
     waiting_for: int | None
     parked: bool
+    kv_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +285,7 @@ class StepReport:
     mask_ns: int = 0
     held: tuple[int, ...] | None = None
     """The requests that wait in this rank from now on; None: the same as before."""
+    kv_pages: int = 0
 
 
 class FailureCode(StrEnum):

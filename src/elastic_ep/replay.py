@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from elastic_ep.codec import MalformedMessage, from_plain, to_plain
+from elastic_ep.machines.membership_events import GroupState, RankMoved
 from elastic_ep.machines.registry import MACHINES
+from elastic_ep.messages import Member, RankState
 
 SAME, DIFFERS, UNREADABLE = 0, 1, 2
 
@@ -38,8 +40,10 @@ class Loss:
     rank: int
     incarnation: int
     reason: str
+    """The machine's; when the exit status is known, the cause."""
     epoch: int
     at_ns: int
+    requests: int = 0
     back_ns: int | None = None
     stalls: list[dict[str, Any]] = field(default_factory=list)
 
@@ -50,9 +54,9 @@ class Loss:
             gap_ms, steps = worst["gap_s"] * 1000, worst["steps"]
             cost = f"longest stall {gap_ms:.1f} ms ({steps:.1f} median steps, rank {worst['rank']})"
         back = "not back" if self.back_ns is None else f"back after {(self.back_ns - self.at_ns) / 1e9:.2f} s"
-        return (
-            f"loss of rank {self.rank}.{self.incarnation} ({self.reason}, view {self.epoch}): {cost}, {back}"
-        )
+        moved = f"{self.requests} requests went on elsewhere, " if self.requests else ""
+        name = f"loss of rank {self.rank}.{self.incarnation}"
+        return f"{name} ({self.reason}, view {self.epoch}): {moved}{cost}, {back}"
 
 
 @dataclass
@@ -68,7 +72,7 @@ class Timeline:
     members: frozenset[tuple[int, int]] = frozenset()
     """(rank, incarnation) of the newest view's seats."""
     parked: bool = False
-    stopping: bool = False
+    asked_to_stop: set[tuple[int, int]] = field(default_factory=set)
 
     def say(self, t_ns: int, text: str) -> None:
         self.lines.append(f"{(t_ns - self.began_ns) / 1e9:10.3f} s  {text}")
@@ -155,22 +159,29 @@ def _tell(timeline: Timeline, line: dict[str, Any]) -> None:
     elif note == "poisoned_step":
         timeline.count("poisoned steps")
     elif note == "death_notice":
-        timeline.say(
-            line["at_ns"], f"rank {line['rank']}.{line['incarnation']}: death noticed by {line['source']}"
-        )
+        asked = (line["rank"], line["incarnation"]) in timeline.asked_to_stop
+        what = "has ended, as asked" if asked else f"death noticed by {line['source']}"
+        timeline.say(line["at_ns"], f"rank {line['rank']}.{line['incarnation']}: {what}")
+    elif note == "loss":
+        for loss in timeline.losses:
+            if (loss.rank, loss.incarnation) == (line["rank"], line["incarnation"]):
+                loss.reason, loss.requests = f"{line['cause']}: {line['why']}", line["requests"]
+        timeline.say(t_ns, f"rank {line['rank']}.{line['incarnation']}: lost, {line['cause']}: {line['why']}")
 
 
 def _tell_effect(timeline: Timeline, t_ns: int, effect: list[Any], cause: str) -> None:
     match effect:
         case ["RankMoved", [rank, incarnation], state, reason]:
-            timeline.count("losses", state == "Failed")
+            timeline.count("losses", RankMoved(Member(rank, incarnation), RankState(state), reason).is_loss)
             timeline.say(t_ns, f"rank {rank}.{incarnation}: {state}{f' ({reason})' if reason else ''}")
         case ["GroupMoved", state]:
-            timeline.stopping = state == "Stopping"
-            timeline.say(t_ns, f"group: {state}")
+            timeline.say(t_ns, f"group: {'idle' if state == GroupState.PAUSED else state}")
+        case ["SendTo", [rank, incarnation], _]:
+            timeline.asked_to_stop.add((rank, incarnation))
+            timeline.say(t_ns, f"rank {rank}.{incarnation}: asked to stop")
         case ["Publish", ["View", *_] as view] | ["Publish", ["Commit", _, ["View", *_] as view]]:
             _tell_view(timeline, t_ns, view, cause)
-        case ["MemberDown", [rank, incarnation], reason] if not timeline.stopping:
+        case ["MemberDown", [rank, incarnation], reason] if (rank, incarnation) not in timeline.asked_to_stop:
             timeline.losses.append(Loss(rank, incarnation, reason, timeline.epoch, t_ns))
         case ["MemberUp", [rank, _]]:
             for loss in timeline.losses:

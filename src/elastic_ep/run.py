@@ -100,7 +100,6 @@ def main(arguments: list[str] | None = None) -> int:
     logs.configure(LogConfig())
     try:
         config = parse(arguments)
-        logs.configure(config.log)
         # Imported late: --help and wrong flags answer at once.
         from elastic_ep.serve import serve
 

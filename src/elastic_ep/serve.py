@@ -20,10 +20,11 @@ from pathlib import Path
 import anyio
 import structlog
 
-from elastic_ep import titles
+from elastic_ep import logs, titles
 from elastic_ep.api.app import READING, create_app
 from elastic_ep.api.app import Server as HttpServer
 from elastic_ep.api.app import serve as serve_http
+from elastic_ep.api.backend import LossCause
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
 from elastic_ep.config import ConfigError, ServeConfig
@@ -73,6 +74,7 @@ def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
 
     `rank_entry` is what each rank runs, "module:function".
     """
+    logs.configure(config.log)
     process = RunProcess(make_plan(config), rank_entry)
     titles.show("run", "eep-run")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -128,10 +130,13 @@ class RunProcess:
             self._launcher = await stack.enter_async_context(Launcher(options, processes.on_event))
             self._router = self._make_router(wire)
             self._controller = self._make_controller(wire, processes)
+            stack.callback(self._controller.ledger.close)
             processes.launcher, processes.controller = self._launcher, self._controller
             rebalancer = self._make_rebalancer()
             self._log.begin(self._first_line())
-            http = await self._listen(GroupBackend(self._controller, self._router, rebalancer, self._metrics))
+            pages = self._plan.limits.num_pages
+            backend = GroupBackend(self._controller, self._router, rebalancer, self._metrics, pages)
+            http = await self._listen(backend)
             titles.show(f"run {self._plan.name} at {http.url}", "eep-run")
             stack.push_async_callback(http.close)
             tasks = await stack.enter_async_context(anyio.create_task_group())
@@ -171,6 +176,7 @@ class RunProcess:
     async def _stop_gracefully(self) -> None:
         """Drain, then ask, then force; every phase has a deadline."""
         controller = self._controller
+        log.info("stopping: running requests finish first", deadline_s=self._config.stop_deadline_s)
         self._drained = anyio.Event()
         with anyio.move_on_after(self._config.stop_deadline_s):
             controller.feed(ev.StopRequested())
@@ -185,6 +191,7 @@ class RunProcess:
             controller.feed(ev.StopForced())
             with anyio.move_on_after(3.0):
                 await controller.stopped.wait()
+        log.info("stopped", forced=self._force.is_set() or not self._drained.is_set())
 
     def _on_signal(self) -> None:
         self._stop_signals += 1
@@ -310,7 +317,7 @@ class RunProcess:
             case routing.Drained():
                 self._drained.set()
             case routing.Fault(member, reason):
-                self._controller.feed(ev.Suspected(member, f"protocol error: {reason}"))
+                self._controller.suspect(member, LossCause.PROTOCOL, f"protocol error: {reason}")
             case routing.Replayed():
                 self._metrics.request_replayed()
             case routing.Moved():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_ep.api.backend import LossCause
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import SamplingDefaults
 from elastic_ep.messages import RankState
@@ -76,7 +77,7 @@ def test_metrics_of_the_control_plane() -> None:
     metrics.rank_state(3, RankState.JOINING)
     metrics.rank_state(3, RankState.SERVING)
     metrics.epoch(7)
-    metrics.rank_lost("killed")
+    metrics.rank_lost(LossCause.KILLED)
     metrics.failover_stall(0.0015)
     metrics.rejoin_pause(0.003)
     metrics.request_replayed(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from elastic_ep.messages import FailureCode, SamplingParams, Token
@@ -42,12 +43,51 @@ class Failure:
     detail: str
 
 
+class LossCause(StrEnum):
+    """Why a rank was lost: all that there are, so that each has its series in the metrics from the start."""
+
+    KILLED = "killed"
+    """By a signal from outside."""
+    CRASH = "crash"
+    """By a signal that a process gives itself: a segmentation fault, an abort."""
+    HANG = "hang"
+    EXCEPTION = "exception"
+    """It said itself what went wrong."""
+    EXIT = "exit"
+    TIMEOUT = "timeout"
+    """Fenced: it did not start, connect or promise in time."""
+    PROTOCOL = "protocol"
+    """Fenced: it said what it must not say."""
+    LAUNCH_FAILED = "launch_failed"
+    UNKNOWN = "unknown"
+    """Its fork server ended first, so nobody has its exit status."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastLoss:
+    """The last time that a rank was lost.
+
+    `at` is ISO 8601 in UTC, `state` the one that it was lost in, `requests` how many it had, `stall_s` the longest gap
+    between two steps of a survivor beyond a usual step (None: nobody had work), `back_after_s` None while it is away.
+    """
+
+    incarnation: int
+    at: str
+    state: str
+    cause: str
+    why: str
+    requests: int
+    stall_s: float | None
+    back_after_s: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
     """One rank in `GET /v1/fault_tolerance/status`.
 
     `status` is "healthy", "unhealthy" or "dead"; `state` the lifecycle's own word (`RankState`); `pid` None
-    when no process exists; `reason` says why a rank is not healthy.
+    when no process exists; `reason` says why a rank is not healthy; `last_loss` stays when the rank is back;
+    `kv_cache_usage` is the share of its KV cache that is in use, 0 to 1.
     """
 
     id: int
@@ -58,6 +98,8 @@ class EngineStatus:
     running: int
     waiting: int
     reason: str
+    last_loss: LastLoss | None = None
+    kv_cache_usage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +107,7 @@ class FaultToleranceStatus:
     """The body of `GET /v1/fault_tolerance/status`.
 
     `state` is the group's lifecycle word, `tolerates` how many more ranks can be lost, in the worst case,
-    with every expert still alive.
+    with every expert still alive. `idle`: there is nothing to do, so no steps are run; the next request starts them.
     """
 
     state: str
@@ -73,6 +115,7 @@ class FaultToleranceStatus:
     step: int
     tolerates: int
     engines: tuple[EngineStatus, ...]
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)

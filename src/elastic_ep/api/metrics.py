@@ -7,19 +7,24 @@ so two servers in one process do not meet.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from elastic_ep.api.backend import Rebalancing
+from elastic_ep.api.backend import LossCause, Rebalancing
+from elastic_ep.machines.membership_events import GroupState
 from elastic_ep.messages import RankState
 
 _PREFIX = "elastic_ep:"
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _PAUSE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+FINISH_REASONS = ("stop", "length", "abort")
+ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503)
+"""Of what the server answers itself."""
 
 
 class _FastHistogram(Collector):
@@ -65,8 +70,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.refresh: Callable[[], None] = lambda: None
+        """Called before every `render`, to set what is read and not counted."""
         self._make_request_metrics()
         self._make_group_metrics()
+        self._make_series()
 
     def _make_request_metrics(self) -> None:
         self._prompt_tokens = self._fast_counter("prompt_tokens", "Prompt tokens of accepted requests.")
@@ -102,6 +110,27 @@ class Metrics:
         )
         self._copies = self._counter("expert_copies", "Expert copies made.", "source")
         self._dropped_messages = self._fast_counter("dropped_messages", "Malformed or foreign messages.")
+
+        self._group_state = self._gauge("group_state", "1 for the state that the group is in.", "state")
+        self._group_idle = self._gauge("group_idle", "1 while there is nothing to do.")
+        self._tolerates = self._gauge("tolerates", "More ranks that can be lost with every expert alive.")
+        self._kv_usage = self._gauge(
+            "kv_cache_usage_perc", "Share of the serving ranks' KV cache in use; 1 is all."
+        )
+        self._rank_kv_usage = self._gauge(
+            "rank_kv_cache_usage_perc", "Share of a rank's KV cache in use.", "rank"
+        )
+
+    def _make_series(self) -> None:
+        """Those with labels exist from the start: to what appears with its first event, increase() is blind."""
+        for counter, values in (
+            (self._finished, FINISH_REASONS),
+            (self._http_errors, map(str, ERROR_STATUSES)),
+            (self._rank_losses, LossCause),
+            (self._copies, ("peer", "checkpoint")),
+        ):
+            for value in values:
+                counter.labels(value)
 
     # What the HTTP layer records.
 
@@ -144,11 +173,25 @@ class Metrics:
         for other in RankState:
             self._rank_state.labels(str(rank), other.value).set(1.0 if other is state else 0.0)
 
+    def group(self, state: GroupState, *, idle: bool, tolerates: int) -> None:
+        for other in GroupState:
+            if other is not GroupState.PAUSED:  # to operators that is idle
+                self._group_state.labels(other.value).set(1.0 if other is state else 0.0)
+        self._group_idle.set(idle)
+        self._tolerates.set(tolerates)
+
+    def kv_cache(self, usage: Mapping[int, float], members: Sequence[int]) -> None:
+        """`usage` of each rank, 0 to 1; `members` are those that serve."""
+        for rank, share in usage.items():
+            self._rank_kv_usage.labels(str(rank)).set(share)
+        shares = [usage[rank] for rank in members]
+        self._kv_usage.set(sum(shares) / len(shares) if shares else 0.0)
+
     def epoch(self, epoch: int) -> None:
         self._epoch.set(epoch)
 
-    def rank_lost(self, cause: str) -> None:
-        self._rank_losses.labels(cause).inc()
+    def rank_lost(self, cause: LossCause) -> None:
+        self._rank_losses.labels(cause.value).inc()
 
     def failover_stall(self, seconds: float) -> None:
         self._failover_stall.observe(seconds)
@@ -173,6 +216,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format."""
+        self.refresh()
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

@@ -15,7 +15,10 @@ from typing import Protocol
 import anyio
 import structlog
 
+from elastic_ep.api.backend import LossCause
 from elastic_ep.api.metrics import Metrics
+from elastic_ep.control.group_lines import GroupLines
+from elastic_ep.control.ledger import Ledger
 from elastic_ep.control.observe import Disturbance, PaceObserver
 from elastic_ep.control.repairs import Repairs
 from elastic_ep.control.router import Router
@@ -52,6 +55,7 @@ log = structlog.get_logger()
 BEAT_S = 0.25
 PARKED_FACTOR = 3
 _STARTING = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
+_ENDED = (RankState.FAILED, RankState.STOPPED)
 _TO_RANKS = (ev.Publish, ev.SendTo, ev.Fence, ev.Launch)
 
 
@@ -80,6 +84,8 @@ class RankFacts:
     running: int = 0
     waiting: int = 0
     step: int = 0
+    kv_pages: int = 0
+    """Of its KV cache, in use."""
 
 
 @dataclass
@@ -112,6 +118,8 @@ class Controller:
         self.stopped = anyio.Event()
         self.serving = anyio.Event()
         self.pace = PaceObserver(self._disturbed)
+        self.ledger = Ledger(self.metrics, self.log.note)
+        self.lines = GroupLines(self.machine)
         self.store = StoreTable(self.wire.send, self.log.note)
         self.repairs = Repairs(
             self.repair,
@@ -162,7 +170,8 @@ class Controller:
                 self._on_step_report(member, message)
             case Heartbeat():
                 self._signs_of_life[member] = message
-                self._known(member).step = message.step
+                facts = self._known(member)
+                facts.step, facts.kv_pages = message.step, message.kv_pages
                 slot = self.machine.slots[member.rank]
                 if slot.member == member and slot.state in _STARTING:
                     self.processes.hold(member)
@@ -195,7 +204,12 @@ class Controller:
         self.log.note("protocol_error", member=member, why=why)
         slot = self.machine.slots.get(member.rank) if member else None
         if member is not None and slot is not None and slot.member == member:
-            self.feed(ev.Suspected(member, f"protocol error: {why}"))
+            self.suspect(member, LossCause.PROTOCOL, f"protocol error: {why}")
+
+    def suspect(self, member: Member, cause: LossCause, why: str) -> None:
+        """The member is to be fenced."""
+        self._blame(member, cause, why)
+        self.feed(ev.Suspected(member, why))
 
     def on_launched(self, member: Member, pid: int) -> None:
         self._known(member).pid = pid
@@ -214,6 +228,7 @@ class Controller:
 
     def on_gone(self, member: Member, status: str) -> None:
         self.feed(ev.ProcessGone(member, status))
+        self.ledger.gone(member, status, self._relaunch_in_s(member.rank))
         self.facts.pop(member, None)
         self.repairs.gone(member)
         self.store.gone(member)
@@ -253,9 +268,7 @@ class Controller:
         suspects = self.progress.step(pulse)
         self.log.record("progress", pulse, suspects)
         for suspect in suspects:
-            self.feed(ev.Suspected(suspect.member, suspect.reason))
-        self.metrics.messages_dropped(self.wire.dropped)
-        self.metrics.requests(self.router.running, self.router.waiting)
+            self.suspect(suspect.member, LossCause.HANG, suspect.reason)
 
     # Out
 
@@ -290,15 +303,20 @@ class Controller:
                 self.router.handle(routing.RankUp(member))
                 self.repairs.proofs.ask([member])
             case ev.MemberDown(member, reason):
-                if self.machine.state is not ev.GroupState.STOPPING:
-                    self.metrics.rank_lost(reason.split(":")[0])
-                self.router.handle(routing.RankDown(member, reason))
-            case ev.RankMoved(member, state, reason):
+                self.ledger.taken_over(member, self.router.take_over(member, reason))
+            case ev.RankMoved(member, state):
                 self.metrics.rank_state(member.rank, state)
+                if effect.is_loss:
+                    self.ledger.lost(member)
+                else:
+                    self.ledger.moved(member, state)
                 if state is RankState.DRAINING:
                     self.wire.send(member, Drain())
                     self.router.handle(routing.RankDraining(member))
+            case ev.Fence(member, reason) if not self.machine.stopping:
+                self.ledger.fenced(member, reason)
             case ev.GroupMoved(state):
+                self.lines.moved(state)
                 if state in (ev.GroupState.SERVING, ev.GroupState.DEGRADED, ev.GroupState.PAUSED):
                     self.serving.set()
             case ev.AllStopped():
@@ -309,6 +327,9 @@ class Controller:
         if self._seated != view.members:
             self._seated = view.members
             self.pace.view_changed(view, kind)
+            if kind == "loss":
+                busy = self.router.running or self.router.waiting
+                self.ledger.left_view(view.epoch, {seat.rank for seat in view.seats} if busy else ())
             self.repairs.members_changed(view.members)
 
     def _disturbed(self, seen: Disturbance) -> None:
@@ -316,6 +337,7 @@ class Controller:
             self.metrics.failover_stall(seen.beyond_s)
         else:
             self.metrics.rejoin_pause(seen.beyond_s)
+        self.ledger.disturbed(seen)
         self.log.note(
             "disturbance",
             kind=seen.kind,
@@ -330,6 +352,8 @@ class Controller:
         reported = ev.Reported(member, report.state, report.reason)
         if report.suspects:
             self.router.handle(routing.Blamed(member, report.suspects))
+        if report.state is RankState.FAILED:
+            self._blame(member, LossCause.EXCEPTION, report.reason)
         if report.state in _STARTING:
             self.processes.hold(member)
         if report.state is not RankState.JOINING:
@@ -350,14 +374,14 @@ class Controller:
     def _on_step_report(self, member: Member, report: StepReport) -> None:
         facts = self._known(member)
         facts.running, facts.waiting, facts.step = report.running, report.waiting, report.step
+        facts.kv_pages = report.kv_pages
         self._signs_of_life[member] = report
         if report.masked:
             self.metrics.step_poisoned()
             times = {"ended_ns": report.ended_ns, "mask_ns": report.mask_ns}
             self.log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked, **times)
             self._suspect(report)
-        if self.log.recording:
-            self.pace.step_reported(report)
+        self.pace.step_reported(report)
         self.on_step(report.step)
         if report.tokens:
             committed = (member, report.tokens, report.step, report.started_ns, report.ended_ns)
@@ -373,7 +397,7 @@ class Controller:
             return
         for seat in view.seats:
             if seat.rank in report.masked and seat.first_step <= report.step:
-                self.feed(ev.Suspected(seat.member, f"rank {report.rank} waited for it in vain"))
+                self.suspect(seat.member, LossCause.HANG, f"rank {report.rank} waited for it in vain")
 
     def _answer_snapshot(self, member: Member) -> None:
         attempt = self.machine.attempt
@@ -382,7 +406,18 @@ class Controller:
         self.wire.send(member, Snapshot(self.wire.number, self.machine.view, prepare, self.repair.placement))
 
     def _broke_protocol(self, member: Member, error: UnexpectedEvent) -> None:
-        self.feed(ev.Suspected(member, f"protocol error: {error}"))
+        self.suspect(member, LossCause.PROTOCOL, f"protocol error: {error}")
+
+    def _blame(self, member: Member, cause: LossCause, why: str) -> None:
+        slot = self.machine.slots[member.rank]
+        if slot.member == member and slot.state not in _ENDED:
+            self.ledger.blame(member, cause, why)
+
+    def _relaunch_in_s(self, rank: int) -> float | None:
+        slot = self.machine.slots[rank]
+        if slot.gave_up or self.machine.stopping:
+            return None
+        return max(0.0, ((slot.relaunch_at_ms or 0) - self.machine.now_ms) / 1000)
 
     def _known(self, member: Member) -> RankFacts:
         return self.facts.setdefault(member, RankFacts())

@@ -173,6 +173,7 @@ class ForwardThread:
                 cpu_ms=time.thread_time_ns() // 1_000_000,
                 masked=tuple(sorted(result.masked)),
                 mask_ns=self._mailbox.mask_ns if result.masked else 0,
+                kv_pages=self.runner.kv_pages,
             )
             self._report = report, result
         self.step += 1

@@ -330,4 +330,5 @@ class RankProcess:
             cpu_ms=self._forward.cpu_ms(),
             waiting_for=exchange.waiting_for if exchange else None,
             parked=parked,
+            kv_pages=self._forward.runner.kv_pages if exchange else 0,
         )

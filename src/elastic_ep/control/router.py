@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import anyio
@@ -148,6 +148,14 @@ class Router:
                 self._take(self._events.popleft())
         finally:
             self._handling = False
+
+    def take_over(self, member: Member, reason: str) -> Counter[Member | None]:
+        """`RankDown`; who has the member's requests now, and how many of them. None: they wait, or have failed."""
+        rank = self.machine.ranks.get(member)
+        lost = tuple(rank.requests) if rank else ()
+        self.handle(ev.RankDown(member, reason))
+        requests = self.machine.requests
+        return Counter(requests[each].owner if each in requests else None for each in lost)
 
     def _set_timer(self) -> None:
         """One is enough: it is set anew when it has rung, so the tokens that come in need not look at it."""

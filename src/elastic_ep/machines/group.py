@@ -48,6 +48,7 @@ class Slot:
     """When it came into its present state; None before the group was started."""
     gone: bool = False
     fenced: str = ""
+    told_to_stop: bool = False
     relaunch_at_ms: int | None = None
     gave_up: bool = False
 

@@ -74,6 +74,16 @@ class MembershipMachine:
         return GroupState(self.group.state)
 
     @property
+    def idle(self) -> bool:
+        """The members are parked because there is nothing to do. They serve the next request at once."""
+        return self.state is GroupState.PAUSED
+
+    @property
+    def public_state(self) -> GroupState:
+        """For operators, to whom an idle group is as healthy as a busy one."""
+        return self._strength() if self.idle else self.state
+
+    @property
     def covered(self) -> bool:
         return self._coverage.by(seat.rank for seat in self.view.seats)
 
@@ -167,17 +177,17 @@ class MembershipMachine:
         slot = self._current(event.member)
         if slot is None or slot.state in RANK.final:
             return
-        self._lose(slot, slot.fenced or event.cause)
+        self._lose(slot, _end(slot, event.cause))
 
     def _on_gone(self, event: ev.ProcessGone) -> None:
         slot = self._current(event.member)
         if slot is None or slot.gone:
             return
         if slot.state not in RANK.final:
-            self._lose(slot, slot.fenced or f"died: {event.status}")
+            self._lose(slot, _end(slot, f"died: {event.status}"))
         slot.gone = True
         if not slot.fenced:
-            slot.reason = f"died: {event.status}"
+            slot.reason = _end(slot, f"died: {event.status}")
         if not self.stopping and slot.state is RankState.FAILED:
             self._plan_relaunch(slot)
 
@@ -213,14 +223,15 @@ class MembershipMachine:
         for slot in self.slots.values():
             if slot.state not in RANK.final:
                 if slot.state in (RankState.SERVING, RankState.DRAINING, RankState.JOINING):
+                    slot.told_to_stop = True
                     self._effects.append(ev.SendTo(slot.member, Shutdown()))
                 else:
-                    self._fence(slot, "stopping")
+                    self._fence(slot, ev.STOPPING)
 
     def _on_stop_forced(self, _event: ev.StopForced) -> None:
         for slot in self.slots.values():
             if not slot.gone:
-                self._effects.append(ev.Fence(slot.member, "stopping: deadline passed"))
+                self._fence(slot, f"{ev.STOPPING}: deadline passed")
 
     # Moves
 
@@ -415,4 +426,12 @@ class MembershipMachine:
             return GroupState.HOLDING
         if self.view.park_at is not None:
             return GroupState.PAUSED
+        return self._strength()
+
+    def _strength(self) -> GroupState:
         return GroupState.SERVING if len(self.view.seats) == self.num_ranks else GroupState.DEGRADED
+
+
+def _end(slot: Slot, otherwise: str) -> str:
+    """Why a process ended."""
+    return slot.fenced or (ev.AS_ASKED if slot.told_to_stop else otherwise)

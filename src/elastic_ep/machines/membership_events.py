@@ -9,6 +9,11 @@ from elastic_ep.machines.contract import Tick
 from elastic_ep.messages import Drain, Member, Published, RankState, Shutdown
 from elastic_ep.placement import Change
 
+AS_ASKED = "as asked"
+"""Why a rank that was told to stop has ended."""
+STOPPING = "stopping"
+"""Why one that cannot be told, or does not hear, was killed when the group stopped."""
+
 
 class GroupState(StrEnum):
     FORMING = "Forming"
@@ -194,6 +199,13 @@ class RankMoved:
     member: Member
     state: RankState
     reason: str
+
+    @property
+    def is_loss(self) -> bool:
+        """The incarnation has ended, and nobody had asked it to."""
+        if self.state is RankState.STOPPED:
+            return not self.reason.startswith((AS_ASKED, STOPPING))
+        return self.state is RankState.FAILED
 
 
 @dataclass(frozen=True, slots=True)

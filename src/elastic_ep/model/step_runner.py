@@ -101,6 +101,12 @@ class StepRunner(ABC):
         return len(self._scheduler.waiting)
 
     @property
+    def kv_pages(self) -> int:
+        """Pages of the KV cache in use. Any thread."""
+        pages = self._scheduler.pages
+        return pages.num_pages - pages.free
+
+    @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting or self._ended)
 
