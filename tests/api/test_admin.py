@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from elastic_ep.api.backend import LossCause
-from elastic_ep.api.metrics import Metrics
+from elastic_ep.api.metrics import ERROR_STATUSES, FINISH_REASONS, Metrics
 from elastic_ep.api.settings import SamplingDefaults
+from elastic_ep.machines.membership_events import GroupState
 from elastic_ep.messages import RankState
 
 from .conftest import Start
@@ -44,8 +45,11 @@ async def test_status_is_as_the_issue_says(start: Start) -> None:
                     "running": 2,
                     "waiting": 0,
                     "reason": "",
+                    "last_loss": None,
+                    "kv_cache_usage": 0.0,
                 }
             ],
+            "idle": False,
         }
 
 
@@ -102,6 +106,42 @@ def test_metrics_of_the_control_plane() -> None:
         "elastic_ep:dropped_messages_total 6.0",
     ):
         assert line in lines
+
+
+def test_series_with_labels_are_there_before_anything_has_happened() -> None:
+    """To a series that appears with its first event, increase() is blind."""
+    metrics = Metrics()
+    at_first = {line.rpartition(" ")[0] for line in metrics.render().decode().splitlines()}
+    for cause in LossCause:
+        metrics.rank_lost(cause)
+    for reason in FINISH_REASONS:
+        metrics.finished(reason)
+    for status in ERROR_STATUSES:
+        metrics.http_error(status)
+    for source in ("peer", "checkpoint"):
+        metrics.expert_copied(source)
+    assert {line.rpartition(" ")[0] for line in metrics.render().decode().splitlines()} == at_first
+    zeros = [line for line in Metrics().render().decode().splitlines() if "rank_losses_total{" in line]
+    assert len(zeros) == len(LossCause)
+    assert all(line.endswith(" 0.0") for line in zeros)
+
+
+def test_what_is_read_is_read_at_every_scrape() -> None:
+    metrics = Metrics()
+    tolerates = iter((2, 0))
+    metrics.refresh = lambda: metrics.group(GroupState.DEGRADED, idle=True, tolerates=next(tolerates))
+    metrics.kv_cache({0: 0.5, 1: 0.25, 2: 0.9}, members=[0, 1])
+    for expected in (2, 0):
+        lines = metrics.render().decode().splitlines()
+        for line in (
+            f"elastic_ep:tolerates {expected}.0",
+            "elastic_ep:group_idle 1.0",
+            'elastic_ep:group_state{state="Degraded"} 1.0',
+            'elastic_ep:group_state{state="Serving"} 0.0',
+            'elastic_ep:rank_kv_cache_usage_perc{rank="2"} 0.9',
+            "elastic_ep:kv_cache_usage_perc 0.375",
+        ):
+            assert line in lines
 
 
 def test_the_fast_histogram_counts_as_prometheus_does() -> None:

@@ -256,6 +256,8 @@ class RankProcess:
         self._mailbox.post((RankState.INIT_CUDA, ""))
 
     def _drain_outbox(self) -> None:
+        if self._finished.is_set():
+            return  # the slots' thread may still have something to say, but the wire is closed or about to be
         outbox = self._mailbox.outbox
         while outbox:
             item = outbox.popleft()
