@@ -69,13 +69,13 @@ class Engine:
     """The engine as a rank has it, with all experts; over Mooncake if `directory` is given."""
 
     def __init__(self, weights: Weights, limits: EngineLimits, directory: Path | None, **runner: Any) -> None:
-        config, device = weights.config, weights.embed.device
-        placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
-        self.exchange: DeviceExchange = SoloDeviceExchange(config.num_experts, device)
+        spec, device = weights.spec, weights.embed.device
+        placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
+        self.exchange: DeviceExchange = SoloDeviceExchange(spec.moe.experts, device)
         if directory is not None:
-            shape = exchange_shape(config, limits, placement)
+            shape = exchange_shape(spec, limits, placement)
             self.exchange = MooncakeExchange(shape, Member(0, 0), FileStore(directory))
-        self.runner = CudaRunner(config, limits, weights, placement, 0, self.exchange, **runner)
+        self.runner = CudaRunner(limits, weights, placement, 0, self.exchange, **runner)
         self.runner.warm_up()
         self._limits = limits
         self._step = 0
@@ -164,9 +164,8 @@ class Engine:
 
 def weight_bytes(weights: Weights, experts_hit: float) -> float:
     """What a decode step must read: all that is dense but the table that tokens are looked up in, and its experts."""
-    config = weights.config
     dense = sum(tensor.nbytes for name, tensor in weights.dense().items() if name != "embed")
-    expert = 3 * config.hidden_size * config.moe_intermediate_size * weights.embed.element_size()
+    expert = weights.spec.expert_elements * weights.embed.element_size()
     return dense + experts_hit * expert
 
 

@@ -41,7 +41,6 @@ from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.control.forward import LOAD_REPORT_STEPS
 from elastic_ep.control.mps import mps_daemon
 from elastic_ep.control.wire import ControllerWire
-from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.messages import (
     Beat,
@@ -57,7 +56,7 @@ from elastic_ep.messages import (
     SnapshotRequest,
     View,
 )
-from elastic_ep.model.config import load_model_config
+from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import launch_placement
 from elastic_ep.run import BUNDLED_MODEL
 
@@ -111,22 +110,15 @@ class Conductor:
 
 
 def run_group(model: Path, rounds: int, options: argparse.Namespace) -> dict[str, Any]:
-    config = load_model_config(model)
-    placement = launch_placement(options.ranks, config.num_hidden_layers, config.num_experts, 0)
+    spec = load_spec(model)
+    placement = launch_placement(options.ranks, spec.moe_layers, spec.moe.experts, 0)
     limits = EngineLimits(
         max_model_len=options.steps + 64, max_num_seqs=max(16, options.batch), num_pages=1024
     )
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="overhead-") as name:
         directory = Path(name)
-        shape = ExchangeShape(
-            num_ranks=options.ranks,
-            max_tokens=limits.max_num_batched_tokens,
-            hidden=config.hidden_size,
-            top_k=config.num_experts_per_tok,
-            slots_per_rank=placement.slots_per_rank,
-            operations_per_step=2 * config.num_hidden_layers,
-        )
+        shape = spec.exchange_shape(limits.max_num_batched_tokens, placement)
         windows_fd = Windows.create(shape) if options.device == "cpu" else -1
         life_fd, held_fd = os.pipe()
         ranks = []

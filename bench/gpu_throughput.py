@@ -35,8 +35,10 @@ from bench.gpu import Rows, Sections
 from bench.gpu_decode import BF16, Engine, full_rate, mooncake_works_alone, weight_bytes
 from bench.shapes import QWEN3_30B
 from elastic_ep.config import EngineLimits
-from elastic_ep.model.config import ModelConfig, load_model_config
 from elastic_ep.model.weights import Weights, dummy_source, load_weights
+from elastic_ep.models import qwen3_moe
+from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import launch_placement
 from elastic_ep.run import BUNDLED_MODEL
 
@@ -58,7 +60,7 @@ SEED = 0
 @dataclass(frozen=True, slots=True)
 class Plan:
     device: torch.device
-    config: ModelConfig
+    config: DecoderConfig
     batches: tuple[int, ...]
     prompt: int
     new: int
@@ -142,27 +144,27 @@ class Bench:
 
     def _bundled(self) -> list[dict[str, Any]]:
         """The model that comes with this project: small, so that what the host does is hardest to hide."""
-        plan, config = self._plan, load_model_config(BUNDLED_MODEL)
-        placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
-        weights = load_weights(BUNDLED_MODEL, config, placement, 0, device=plan.device, dtype=BF16)
+        plan, spec = self._plan, load_spec(BUNDLED_MODEL)
+        placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
+        weights = load_weights(BUNDLED_MODEL, spec, placement, 0, device=plan.device, dtype=BF16)
         engine = self._engine(weights, "bundled")
         rows = self._rows_of_batches("bundled")
         try:
             for batch in plan.batches:
-                rows.add(engine.steady(plan.prompts(batch, config.vocab_size), plan.steps))
+                rows.add(engine.steady(plan.prompts(batch, spec.vocab_size), plan.steps))
         finally:
             engine.close()
         return rows.measured
 
     def _ours(self) -> list[dict[str, Any]]:
-        plan, config = self._plan, self._plan.config
-        placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
-        weights = Weights(config, placement, 0, dummy_source(config, SEED, plan.device), plan.device, BF16)
+        plan, spec = self._plan, qwen3_moe.spec(self._plan.config)
+        placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
+        weights = Weights(spec, placement, 0, dummy_source(spec, SEED, plan.device), plan.device, BF16)
         engine = self._engine(weights, "ours")
         rows = self._rows_of_batches("ours")
         try:
             for batch in plan.batches:
-                prompts = plan.prompts(batch, config.vocab_size)
+                prompts = plan.prompts(batch, spec.vocab_size)
                 stamps, self._first[batch] = engine.decode(prompts, plan.new)
                 rate = self._rates[batch]["ours"] = full_rate(stamps)
                 row = engine.steady(prompts, plan.steps)
@@ -185,7 +187,9 @@ class Bench:
 
     def _transformers(self) -> list[dict[str, Any]]:
         plan, config = self._plan, self._plan.config
-        model = gpu_transformers.build(config, dummy_source(config, SEED, plan.device), plan.device)
+        model = gpu_transformers.build(
+            config, dummy_source(qwen3_moe.spec(config), SEED, plan.device), plan.device
+        )
         candidates = [(name, call, batch) for name, call, some in self._candidates(model) for batch in some]
         planned = [{"batch": batch, "how": name} for name, _, batch in candidates]
         rows = self._sections.rows("transformers", planned)

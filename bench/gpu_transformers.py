@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from elastic_ep.model.checkpoint import expert_tensors
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.weights import TensorSource
+from elastic_ep.models.decoder import DecoderConfig
 
 _PAGE = 256
 _BATCH_TOKENS = 1024
@@ -19,7 +18,7 @@ Stamped = tuple[list[list[float]], list[list[int]]]
 
 
 @torch.no_grad()
-def build(config: ModelConfig, source: TensorSource, device: torch.device) -> Any:
+def build(config: DecoderConfig, source: TensorSource, device: torch.device) -> Any:
     """In bfloat16, on `device` from the start."""
     import transformers
 
@@ -59,7 +58,8 @@ def _fill_experts(parameter: torch.Tensor, name: str, source: TensorSource) -> N
     """[E, 2 I, H] or [E, H, I]."""
     layer = int(name.split(".")[2])
     for expert in range(len(parameter)):
-        gate, up, down = expert_tensors(layer, expert)
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+        gate, up, down = (f"{prefix}{name}_proj.weight" for name in ("gate", "up", "down"))
         if name.endswith("gate_up_proj"):
             inner = parameter.shape[1] // 2
             parameter[expert, :inner].copy_(source(gate))

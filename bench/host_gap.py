@@ -49,6 +49,7 @@ from elastic_ep.model.cuda.inputs import StepShape
 from elastic_ep.model.cuda.runner import CudaRunner
 from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.model.weights import Weights, dummy_source
+from elastic_ep.models import qwen3_moe
 from elastic_ep.placement import launch_placement
 
 MODES = ("before", "after")
@@ -61,17 +62,19 @@ Block = dict[str, list[float]]
 Blocks = dict[str, dict[str, list[Block]]]
 """By batch and mode."""
 
-MODEL = replace(
-    QWEN3_30B,
-    vocab_size=32000,
-    hidden_size=128,
-    num_hidden_layers=24,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    moe_intermediate_size=16,
-    max_position_embeddings=4096,
-    tie_word_embeddings=True,
+MODEL = qwen3_moe.spec(
+    replace(
+        QWEN3_30B,
+        vocab_size=32000,
+        hidden_size=128,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=16,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
 )
 """As many layers and experts as in `bench.gpu_overhead`, for the reports of load; nothing is computed."""
 
@@ -124,7 +127,7 @@ class TimedExchange(MooncakeExchange):
     def __init__(self, operations: int, timer: Timer) -> None:
         self.shape: Any = SimpleNamespace(operations_per_step=operations)
         self.suspects = frozenset()
-        self._peers = Peers(Member(0, 0), 1, MODEL.num_experts)
+        self._peers = Peers(Member(0, 0), 1, MODEL.moe.experts)
         self._targets = frozenset()
         self._words = None
         self._step = None
@@ -150,11 +153,11 @@ class TimedGraphs:
 
 class TimedRunner(CudaRunner):
     def __init__(self, limits: EngineLimits, exchange: TimedExchange, timer: Timer) -> None:
-        placement = launch_placement(1, MODEL.num_hidden_layers, MODEL.num_experts, 0)
+        placement = launch_placement(1, MODEL.moe_layers, MODEL.moe.experts, 0)
         weights = Weights(MODEL, placement, 0, dummy_source(MODEL, 0), torch.device("cpu"), torch.bfloat16)
-        super().__init__(MODEL, limits, weights, placement, 0, exchange)
+        super().__init__(limits, weights, placement, 0, exchange)
         self._graphs: Any = TimedGraphs(timer)
-        self._model.load += 1  # or there would be no report of it
+        self._ops.load += 1  # or there would be no report of it
 
     def warm_up(self) -> None:
         pass
@@ -171,7 +174,7 @@ class BlockForward(ForwardThread):
 
     def _build_engine(self, config: RankConfig) -> tuple[StepRunner, Exchange]:
         torch.set_num_threads(1)
-        exchange = TimedExchange(2 * MODEL.num_hidden_layers, self._timer)
+        exchange = TimedExchange(2 * MODEL.moe_layers, self._timer)
         return TimedRunner(config.limits, exchange, self._timer), exchange
 
     def _run(self) -> None:
@@ -245,7 +248,7 @@ def measure(plan: Plan) -> Blocks:
             limits=plan.limits,
             heartbeat_ms=200,
             kernel_wait_ms=500,
-            placement=launch_placement(1, MODEL.num_hidden_layers, MODEL.num_experts, 0),
+            placement=launch_placement(1, MODEL.moe_layers, MODEL.moe.experts, 0),
         )
         life_fd, held_fd = os.pipe()
         rank = multiprocessing.get_context("fork").Process(target=run_rank, args=(config, life_fd, plan))

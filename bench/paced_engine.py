@@ -28,12 +28,12 @@ from elastic_ep.exchange.base import Received
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_words import StepWords
 from elastic_ep.messages import Member
-from elastic_ep.model.config import load_model_config
 from elastic_ep.model.expert_load import ExpertLoad
 from elastic_ep.model.routing_table import RoutingTable
 from elastic_ep.model.sampler import Sampled
 from elastic_ep.model.scheduler import Chunk, Sequence
 from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import EMPTY
 from elastic_ep.slot_messages import SlotSum
 
@@ -105,17 +105,18 @@ class PacedRunner(StepRunner):
     launches_ahead = True
 
     def __init__(self, config: RankConfig, step_s: float) -> None:
-        model = load_model_config(Path(config.model))
-        self._paced = PacedExchange(config, step_s, 2 * model.num_hidden_layers)
-        weights: Any = SimpleNamespace(embed=torch.empty(0, device="meta"))  # nothing that peers could read
+        spec = load_spec(Path(config.model))
+        self._paced = PacedExchange(config, step_s, 2 * spec.moe_layers)
+        weights: Any = SimpleNamespace(
+            spec=spec, embed=torch.empty(0, device="meta")
+        )  # nothing that peers could read
         super().__init__(
-            model,
             config.limits,
             weights,
             config.placement,
             config.rank,
             self._paced,
-            RoutingTable(model, torch.device("cpu")),
+            RoutingTable(spec.moe_layers, spec.moe.experts, torch.device("cpu")),
             ExpertLoad(config.placement, config.rank),
         )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from elastic_ep.model.config import ModelConfig
+from elastic_ep.models.decoder import DecoderConfig
 
-QWEN3_30B = ModelConfig(
+QWEN3_30B = DecoderConfig(
     vocab_size=151936,
     hidden_size=2048,
     num_hidden_layers=48,

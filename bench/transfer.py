@@ -28,10 +28,11 @@ from safetensors.torch import save_file
 
 from bench.common import ROOT, write_result
 from elastic_ep.codec import decode, encode
-from elastic_ep.model.checkpoint import expected_tensors
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.page_cache import cached_share, drop_from_cache
 from elastic_ep.model.weights import Weights, blank_weights, dummy_source, load_weights
+from elastic_ep.models import qwen3_moe
+from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.slot_messages import StateAddress
 from elastic_ep.state.layout import slot_region
@@ -47,8 +48,8 @@ EXPERT_SHAPES = {"0.2 MiB": (128, 136), "2 MiB": (512, 344), "16 MiB": (2048, 68
 Server = Callable[[], tuple[Weights, StateAddress]]
 
 
-def model(hidden: int, width: int, experts: int = 8, vocabulary: int = 256) -> ModelConfig:
-    return ModelConfig(
+def model(hidden: int, width: int, experts: int = 8, vocabulary: int = 256) -> ModelSpec:
+    config = DecoderConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=LAYERS,
@@ -65,6 +66,7 @@ def model(hidden: int, width: int, experts: int = 8, vocabulary: int = 256) -> M
         rope_theta=10000.0,
         eos_token_ids=(3,),
     )
+    return qwen3_moe.spec(config)
 
 
 # The peer
@@ -99,16 +101,16 @@ def serve(control: Connection, make: Callable[..., Weights], arguments: tuple[An
     control.poll(None)
 
 
-def random_weights(config: ModelConfig, slots: int) -> Weights:
+def random_weights(config: ModelSpec, slots: int) -> Weights:
     weights = blank_weights(config, slots, dummy_source(config, 0))
     for layer in weights.layers:
-        for tensor in (layer.gate_up, layer.down):
-            tensor.uniform_(-1, 1)
+        for part in config.moe.parts:
+            layer[part.name].uniform_(-1, 1)
     return weights
 
 
 def slots_of(weights: Weights) -> int:
-    return len(weights.layers[0].gate_up)
+    return len(weights.layers[0]["gate_up"])
 
 
 # Experts, against the bare engine
@@ -122,12 +124,12 @@ class Bare:
         assert self._engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
         self._session = address.session
         self._orders: list[tuple[list[int], list[int], list[int]]] = []
-        sizes = weights.layers[0].gate_up[0].nbytes, weights.layers[0].down[0].nbytes
+        sizes = {name: weights.layers[0][name][0].nbytes for name in ("gate_up", "down")}
         for index, layer in enumerate(weights.layers):
             for slot in range(slots_of(weights)):
                 parts = slot_region(address, index, slot, sizes)
-                local = [layer.gate_up[slot].data_ptr(), layer.down[slot].data_ptr()]
-                self._orders.append((local, [place for place, _ in parts], list(sizes)))
+                local = [layer[name][slot].data_ptr() for name in sizes]
+                self._orders.append((local, [place for place, _ in parts], list(sizes.values())))
 
     def blocking(self) -> None:
         for local, remote, sizes in self._orders:
@@ -209,17 +211,17 @@ def measure_size(hidden: int, width: int, *, total_bytes: int, rounds: int) -> d
 # A joiner
 
 
-def write_checkpoint(folder: Path, config: ModelConfig) -> int:
+def write_checkpoint(folder: Path, config: ModelSpec) -> int:
     """Random bfloat16 weights; their bytes."""
     tensors = {
-        name: torch.empty(shape, dtype=torch.bfloat16).uniform_(-1, 1)
-        for name, shape in expected_tensors(config)
+        piece.tensor: torch.empty(piece.shape, dtype=torch.bfloat16).uniform_(-1, 1)
+        for piece in config.pieces()
     }
     save_file(tensors, folder / "model.safetensors")
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def loaded(folder: Path, config: ModelConfig, placement: Placement) -> Weights:
+def loaded(folder: Path, config: ModelSpec, placement: Placement) -> Weights:
     """From the checkpoint, which is not kept open: pages that are mapped cannot be dropped."""
     weights = load_weights(folder, config, placement, 0)
     weights.source = dummy_source(config, 0)
@@ -229,7 +231,7 @@ def loaded(folder: Path, config: ModelConfig, placement: Placement) -> Weights:
 
 def measure_joiner(rounds: int) -> dict[str, Any]:
     config = model(1024, 512, experts=128, vocabulary=32000)
-    placement = launch_placement(8, LAYERS, config.num_experts, 32)
+    placement = launch_placement(8, LAYERS, config.moe.experts, 32)
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as name:
         folder = Path(name)
         checkpoint_bytes = write_checkpoint(folder, config)
@@ -242,7 +244,7 @@ def measure_joiner(rounds: int) -> dict[str, Any]:
                 began = time.perf_counter()
                 weights = joined(plane, config, placement, address, sums, dense)
                 seconds["peer"].append(time.perf_counter() - began)
-                assert torch.equal(weights.layers[-1].down, reference.layers[-1].down)
+                assert torch.equal(weights.layers[-1]["down"], reference.layers[-1]["down"])
                 assert torch.equal(weights.lm_head, reference.lm_head)
                 del weights
                 for how in ("disk_cold", "disk_warm"):  # the cold read warms the cache
@@ -253,7 +255,7 @@ def measure_joiner(rounds: int) -> dict[str, Any]:
                     loaded(folder, config, placement)
                     seconds[how].append(time.perf_counter() - began)
             rank_bytes = sum(t.nbytes for t in reference.dense().values()) + sum(
-                layer.gate_up.nbytes + layer.down.nbytes for layer in reference.layers
+                layer["gate_up"].nbytes + layer["down"].nbytes for layer in reference.layers
             )
     medians = {how: round(statistics.median(values), 3) for how, values in seconds.items()}
     print(f"joiner, {rank_bytes / 1e9:.2f} GB in memory: {medians} s")
@@ -268,7 +270,7 @@ def measure_joiner(rounds: int) -> dict[str, Any]:
 
 def joined(
     plane: TransferPlane,
-    config: ModelConfig,
+    config: ModelSpec,
     placement: Placement,
     address: StateAddress,
     sums: list[list[int]],

@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from bench.shapes import QWEN3_30B
 
 from elastic_ep.config import ConfigError, ServeConfig
 from elastic_ep.exchange.windows import Windows, WindowsError
+from elastic_ep.models import qwen3_moe
 from elastic_ep.run import BUNDLED_MODEL
 from elastic_ep.serve import RunProcess
 from elastic_ep.serve_plan import KV_CACHE_BYTES, engine_limits, first_placement, make_plan
@@ -63,15 +65,17 @@ def test_the_size_of_a_step_that_nobody_gave_suits_what_was_given(
 def test_a_gpu_gets_no_odd_number_of_physical_experts(
     ranks: int, redundant: int, eplb: bool, device: str, slots: int
 ) -> None:
-    model = replace(make_plan(CONFIG).model, num_experts=128)
+    model = qwen3_moe.spec(replace(QWEN3_30B, num_hidden_layers=1))
     config = replace(CONFIG, ranks=ranks, enable_eplb=eplb)
     assert first_placement(config, model, redundant, device).slots_per_rank == slots
 
 
 @pytest.mark.parametrize(("device", "item"), [("cpu", 4), ("cuda", 2)])
 def test_the_kv_cache_takes_so_many_bytes_on_every_device(device: str, item: int) -> None:
-    model = replace(make_plan(CONFIG).model, num_hidden_layers=48, num_key_value_heads=4, head_dim=128)
-    limits = engine_limits(replace(CONFIG, max_num_seqs=4096, max_num_batched_tokens=4096), model, device)
+    model = qwen3_moe.spec(QWEN3_30B)
+    limits = engine_limits(
+        replace(CONFIG, max_model_len=1024, max_num_seqs=4096, max_num_batched_tokens=4096), model, device
+    )
     page = 2 * 48 * 4 * 128 * limits.page_size * item
     assert KV_CACHE_BYTES - page < limits.num_pages * page <= KV_CACHE_BYTES
 

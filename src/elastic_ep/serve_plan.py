@@ -14,7 +14,9 @@ from elastic_ep.control.mps import find_program
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
 from elastic_ep.model.checkpoint import validate_checkpoint
-from elastic_ep.model.config import CheckpointError, ModelConfig, load_model_config
+from elastic_ep.models.config_json import CheckpointError
+from elastic_ep.models.registry import load_spec
+from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.text import Text
 
@@ -49,7 +51,7 @@ class ServePlan:
 
     config: ServeConfig
     folder: Path
-    model: ModelConfig
+    model: ModelSpec
     load_text: Callable[[], Text]
     """Picklable: the process that reads large bodies loads its own."""
     text: Text
@@ -80,21 +82,14 @@ class ServePlan:
 
     @property
     def shape(self) -> ExchangeShape:
-        return ExchangeShape(
-            num_ranks=self.config.ranks,
-            max_tokens=self.limits.max_num_batched_tokens,
-            hidden=self.model.hidden_size,
-            top_k=self.model.num_experts_per_tok,
-            slots_per_rank=self.placement.slots_per_rank,
-            operations_per_step=2 * self.model.num_hidden_layers,
-        )
+        return self.model.exchange_shape(self.limits.max_num_batched_tokens, self.placement)
 
 
 def make_plan(config: ServeConfig) -> ServePlan:
     """Check all that can be checked before a process is started. Raises `ConfigError`."""
     folder = Path(config.model)
     try:
-        model = load_model_config(folder)
+        model = load_spec(folder)
         if config.load_format == "auto":
             validate_checkpoint(folder, model)
         load_text = partial(Text.load, folder)
@@ -108,7 +103,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
             raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
         find_program()
     redundant = config.ep_num_redundant_experts
-    redundant = model.num_experts if redundant is None else redundant
+    redundant = model.moe.experts if redundant is None else redundant
     return ServePlan(
         config=config,
         folder=folder,
@@ -124,26 +119,23 @@ def make_plan(config: ServeConfig) -> ServePlan:
     )
 
 
-def first_placement(config: ServeConfig, model: ModelConfig, redundant: int, device: str) -> Placement:
+def first_placement(config: ServeConfig, model: ModelSpec, redundant: int, device: str) -> Placement:
     """With a spare slot on every rank for rebalancing, and with one if the device's exchange takes no odd number."""
     spare = int(config.enable_eplb)
-    slots = -(-(model.num_experts + redundant) // config.ranks) + spare
+    slots = -(-(model.moe.experts + redundant) // config.ranks) + spare
     if device == "cuda" and config.ranks * slots % EXPERTS_MULTIPLE:
         spare += 1
-    return launch_placement(
-        config.ranks, model.num_hidden_layers, model.num_experts, redundant, num_spare=spare
-    )
+    return launch_placement(config.ranks, model.moe_layers, model.moe.experts, redundant, num_spare=spare)
 
 
-def engine_limits(config: ServeConfig, model: ModelConfig, device: str) -> EngineLimits:
+def engine_limits(config: ServeConfig, model: ModelSpec, device: str) -> EngineLimits:
     max_model_len = config.max_model_len or model.max_position_embeddings
     if max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
         )
     one_sequence = -(-max_model_len // PAGE_SIZE)
-    token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
-    page_bytes = PAGE_SIZE * token * _KV_ITEM[device]
+    page_bytes = PAGE_SIZE * model.kv_elements * _KV_ITEM[device]
     affordable = max(one_sequence, KV_CACHE_BYTES // page_bytes)
     sequences, tokens = _step_size(config, device)
     num_pages = config.num_pages or min(sequences * one_sequence, affordable)

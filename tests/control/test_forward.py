@@ -16,18 +16,18 @@ from elastic_ep.control import forward as forward_module
 from elastic_ep.control.forward import ForwardThread
 from elastic_ep.control.mailbox import Mailbox, Outgoing
 from elastic_ep.messages import Assign, Member, RankState, SamplingParams, Seat, StepReport, View
-from elastic_ep.model.config import load_model_config
 from elastic_ep.model.expert_load import ExpertLoad
 from elastic_ep.model.routing_table import RoutingTable
 from elastic_ep.model.sampler import Sampled
 from elastic_ep.model.scheduler import Chunk, Sequence
 from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import launch_placement
 from elastic_ep.run import BUNDLED_MODEL
 from elastic_ep.slot_messages import ExpertLoads, PlacementSeen
 
-MODEL = load_model_config(Path(BUNDLED_MODEL))
-PLACEMENT = launch_placement(2, MODEL.num_hidden_layers, MODEL.num_experts, MODEL.num_experts)
+MODEL = load_spec(Path(BUNDLED_MODEL))
+PLACEMENT = launch_placement(2, MODEL.moe_layers, MODEL.moe.experts, MODEL.moe.experts)
 LIMITS = EngineLimits(max_model_len=64)
 CONFIG = RankConfig(
     rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="dummy", device="cpu", seed=0,
@@ -105,9 +105,10 @@ class FakeRunner(StepRunner):
     """Each token is the length of its sequence so far. Every step gives the first expert a row."""
 
     def __init__(self, story: Story, exchange: FakeExchange, *, ahead: bool) -> None:
-        routing = RoutingTable(MODEL, torch.device("cpu"))
+        routing = RoutingTable(MODEL.moe_layers, MODEL.moe.experts, torch.device("cpu"))
         load = FakeLoad(story)
-        super().__init__(MODEL, LIMITS, cast(Any, None), PLACEMENT, 0, cast(Any, exchange), routing, load)
+        weights: Any = SimpleNamespace(spec=MODEL)
+        super().__init__(LIMITS, weights, PLACEMENT, 0, cast(Any, exchange), routing, load)
         self.launches_ahead = ahead
         self._story = story
         self._launched = -1

@@ -7,13 +7,15 @@ import torch
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import TILE, Received
 from elastic_ep.messages import Assign, Member, SamplingParams, Token
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.runner import ModelRunner
 from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.model.weights import Weights, dummy_source
+from elastic_ep.models import qwen3_moe
+from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
 
-TINY = ModelConfig(
+TINY_CONFIG = DecoderConfig(
     vocab_size=211,
     hidden_size=64,
     num_hidden_layers=2,
@@ -30,6 +32,7 @@ TINY = ModelConfig(
     rope_theta=10000.0,
     eos_token_ids=(3,),
 )
+TINY = qwen3_moe.spec(TINY_CONFIG)
 
 
 class SoloExchange:
@@ -79,20 +82,20 @@ class SoloExchange:
 
 
 def solo_runner(
-    config: ModelConfig = TINY,
+    spec: ModelSpec = TINY,
     *,
     limits: EngineLimits | None = None,
     weights: Weights | None = None,
     exchange: SoloExchange | None = None,
 ) -> ModelRunner:
-    placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
+    placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
     limits = limits or EngineLimits(max_model_len=400, num_pages=200)
-    weights = weights or dummy_weights(config, placement)
-    return ModelRunner(config, limits, weights, placement, 0, exchange or SoloExchange(config.num_experts))
+    weights = weights or dummy_weights(spec, placement)
+    return ModelRunner(limits, weights, placement, 0, exchange or SoloExchange(spec.moe.experts))
 
 
-def dummy_weights(config: ModelConfig, placement: Placement, rank: int = 0, seed: int = 0) -> Weights:
-    return Weights(config, placement, rank, dummy_source(config, seed), torch.device("cpu"))
+def dummy_weights(spec: ModelSpec, placement: Placement, rank: int = 0, seed: int = 0) -> Weights:
+    return Weights(spec, placement, rank, dummy_source(spec, seed), torch.device("cpu"))
 
 
 def assign(

@@ -21,7 +21,7 @@ from elastic_ep.placement import launch_placement
 from .solo import TINY, dummy_weights
 
 LIMITS = EngineLimits(max_model_len=320, num_pages=2000)
-PLACEMENT = launch_placement(2, TINY.num_hidden_layers, TINY.num_experts, 2)
+PLACEMENT = launch_placement(2, TINY.moe_layers, TINY.moe.experts, 2)
 SHAPE = ExchangeShape(2, 64, TINY.hidden_size, 2, PLACEMENT.slots_per_rank, 4)
 NEEDS = needs_of(TINY, LIMITS, PLACEMENT, SHAPE, 1 << 30)
 
@@ -29,9 +29,8 @@ NEEDS = needs_of(TINY, LIMITS, PLACEMENT, SHAPE, 1 << 30)
 def test_the_weights_are_counted_as_they_will_be_allocated() -> None:
     weights = dummy_weights(TINY, PLACEMENT)
     tensors = [*weights.dense().values()]
-    tensors += [tensor for layer in weights.layers for tensor in (layer.gate_up, layer.down)]
-    repeated = sum(layer.qk_norm.numel() - 2 * TINY.head_dim for layer in weights.layers)
-    assert NEEDS.weights == 2 * (sum(tensor.numel() for tensor in tensors) - repeated)
+    tensors += [tensor for layer in weights.layers for tensor in (layer["gate_up"], layer["down"])]
+    assert NEEDS.weights == 2 * sum(tensor.numel() for tensor in tensors)
 
 
 def test_what_is_at_work_in_a_layer_is_counted_as_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,9 +45,7 @@ def test_what_is_at_work_in_a_layer_is_counted_as_it_is_allocated(monkeypatch: p
     monkeypatch.setattr(expert_ffn, "_launch", launch)
     rows = SHAPE.num_ranks * SHAPE.max_tokens
     packed = torch.empty(SHAPE.slots_per_rank, rows, SHAPE.hidden, dtype=torch.bfloat16)
-    down = torch.empty(
-        SHAPE.slots_per_rank, TINY.moe_intermediate_size, TINY.hidden_size, dtype=torch.bfloat16
-    )
+    down = torch.empty(SHAPE.slots_per_rank, TINY.moe.inner, TINY.hidden_size, dtype=torch.bfloat16)
     expert_ffn.expert_ffn(packed, cast(Any, None), cast(Any, None), down)
     assert len(at_work) == 3
     larger = needs_of(TINY, LIMITS, PLACEMENT, replace(SHAPE, max_tokens=2 * SHAPE.max_tokens), 1 << 30)

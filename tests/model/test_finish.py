@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.model.config import ModelConfig
+from elastic_ep.models.spec import ModelSpec
 
 from .solo import TINY, assign, drain, ids, solo_runner
 
@@ -16,10 +16,10 @@ LIMITS = EngineLimits(max_model_len=24, num_pages=8)
 
 
 def generated(
-    config: ModelConfig = TINY, emitted: list[int] | None = None, **params: object
+    spec: ModelSpec = TINY, emitted: list[int] | None = None, **params: object
 ) -> tuple[list[int], str | None]:
     """The tokens, and the finish of the last one."""
-    runner = solo_runner(config, limits=LIMITS)
+    runner = solo_runner(spec, limits=LIMITS)
     runner.add(assign(1, PROMPT, emitted, 0, temperature=1.0, **params))
     tokens = drain(runner)[1]
     first = len(emitted or ())
@@ -40,9 +40,9 @@ def test_at_its_own_length_or_the_longest() -> None:
 def test_at_a_stop_token_and_unless_told_otherwise_at_the_end_of_a_sequence(ignore_eos: bool) -> None:
     free, _ = generated(max_tokens=12)
     assert len(set(free)) == len(free)
-    config = replace(TINY, eos_token_ids=(210, free[5]))
+    spec = replace(TINY, eos_token_ids=(210, free[5]))
     stopped = (free[:6], "stop")
     assert generated(max_tokens=12, stop_token_ids=(free[5], 210)) == stopped
-    assert generated(config, max_tokens=6, ignore_eos=False) == stopped, "not the length"
+    assert generated(spec, max_tokens=6, ignore_eos=False) == stopped, "not the length"
     expected = (free, "length") if ignore_eos else stopped
-    assert generated(config, max_tokens=12, ignore_eos=ignore_eos) == expected
+    assert generated(spec, max_tokens=12, ignore_eos=ignore_eos) == expected

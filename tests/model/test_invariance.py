@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.model import runner as runner_module
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.layers import ROWS, Rope, linear
 from elastic_ep.model.sampler import Sampled, sample
 from elastic_ep.model.scheduler import Sequence
 from elastic_ep.model.weights import Weights
+from elastic_ep.models import mixtral, olmoe, qwen3_moe
 from elastic_ep.placement import launch_placement
 
-from .solo import TINY, SoloExchange, assign, drain, dummy_weights, ids, solo_runner
+from .solo import TINY, TINY_CONFIG, SoloExchange, assign, drain, dummy_weights, ids, solo_runner
 
 LARGER = replace(
-    TINY, vocab_size=1024, hidden_size=128, head_dim=32, num_experts=16, moe_intermediate_size=64
+    TINY_CONFIG, vocab_size=1024, hidden_size=128, head_dim=32, num_experts=16, moe_intermediate_size=64
 )
 ODD = replace(
-    TINY,
+    TINY_CONFIG,
     vocab_size=97,
     hidden_size=40,
     num_attention_heads=3,
@@ -38,7 +38,13 @@ ODD = replace(
     moe_intermediate_size=23,
     norm_topk_prob=False,
 )
-CONFIGS = {"tiny": TINY, "larger": LARGER, "odd": ODD}
+SPECS = {
+    "tiny": TINY,
+    "larger": qwen3_moe.spec(LARGER),
+    "odd": qwen3_moe.spec(ODD),
+    "mixtral": mixtral.spec(replace(TINY_CONFIG, head_dim=32)),
+    "olmoe": olmoe.spec(replace(LARGER, norm_topk_prob=False), clip_qkv=0.05),
+}
 TARGET = 0
 TARGET_PROMPT = [(7 * i * i + 3 * i + 5) % 90 for i in range(137)]
 NEW_TOKENS = 6
@@ -61,10 +67,10 @@ def recorded_logits() -> Iterator[_Logits]:
 
 
 def weights_of(name: str) -> Weights:
-    config = CONFIGS[name]
+    spec = SPECS[name]
     if name not in _weights:
-        placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
-        _weights[name] = dummy_weights(config, placement)
+        placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
+        _weights[name] = dummy_weights(spec, placement)
     return _weights[name]
 
 
@@ -75,9 +81,9 @@ _alone: dict[str, _Logits] = {}
 def alone(name: str) -> _Logits:
     """The target by itself, its prompt in one chunk."""
     if name not in _alone:
-        config: ModelConfig = CONFIGS[name]
+        spec = SPECS[name]
         limits = EngineLimits(max_model_len=400, max_num_batched_tokens=200, num_pages=200)
-        runner = solo_runner(config, limits=limits, weights=weights_of(name))
+        runner = solo_runner(spec, limits=limits, weights=weights_of(name))
         runner.add(assign(TARGET, TARGET_PROMPT, max_tokens=NEW_TOKENS))
         with recorded_logits() as seen:
             drain(runner)
@@ -93,7 +99,7 @@ def assert_same(seen: _Logits, expected: _Logits) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(
-    name=st.sampled_from(sorted(CONFIGS)),
+    name=st.sampled_from(sorted(SPECS)),
     budget=st.integers(17, 150),
     page_size=st.sampled_from([8, 16, 32]),
     before=st.lists(st.integers(1, 300), max_size=3),
@@ -113,7 +119,7 @@ def test_neighbours_chunking_and_replay_change_no_bit(
     expected = alone(name)
     emitted = [int(expected[TARGET, len(TARGET_PROMPT) + i].argmax()) for i in range(replayed)]
     limits = EngineLimits(400, 16, budget, page_size, num_pages=4000 // page_size)
-    runner = solo_runner(CONFIGS[name], limits=limits, weights=weights_of(name))
+    runner = solo_runner(SPECS[name], limits=limits, weights=weights_of(name))
     for number, length in enumerate(before):
         runner.add(assign(100 + number, [(number + i) % 89 for i in range(length)], max_tokens=9))
     for step in range(head_start):
@@ -127,12 +133,12 @@ def test_neighbours_chunking_and_replay_change_no_bit(
     assert_same(seen, expected)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(SPECS))
 def test_every_prefix_gives_the_same_logits_in_prefill_and_in_decode(name: str) -> None:
     """One chunk of n tokens against one token at a time, over two key blocks."""
     limits = EngineLimits(max_model_len=400, max_num_batched_tokens=200, num_pages=200)
     prompt = [*TARGET_PROMPT, *TARGET_PROMPT][:150]
-    runner = solo_runner(CONFIGS[name], limits=limits, weights=weights_of(name))
+    runner = solo_runner(SPECS[name], limits=limits, weights=weights_of(name))
     runner.add(assign(TARGET, prompt[:1], max_tokens=149))
     with (
         recorded_logits() as decoded,
@@ -194,7 +200,7 @@ def test_a_poisoned_step_leaves_no_trace(requests: list[tuple[int, float, float]
     """Every second step is poisoned, and what the experts returned was garbage."""
 
     def run(poisoned: bool) -> dict[int, list[int]]:
-        exchange = SoloExchange(TINY.num_experts)
+        exchange = SoloExchange(TINY.moe.experts)
         runner = solo_runner(exchange=exchange, weights=weights_of("tiny"))
         for number, (length, temperature, top_p) in enumerate(requests):
             prompt = [(number * 11 + i) % 200 for i in range(length)]
@@ -216,7 +222,7 @@ def test_a_poisoned_step_leaves_no_trace(requests: list[tuple[int, float, float]
 
 
 def test_pages_of_a_cancelled_poisoned_request_are_clean() -> None:
-    exchange = SoloExchange(TINY.num_experts)
+    exchange = SoloExchange(TINY.moe.experts)
     runner = solo_runner(
         exchange=exchange, weights=weights_of("tiny"), limits=EngineLimits(64, 2, 16, num_pages=4)
     )

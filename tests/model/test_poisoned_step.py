@@ -8,7 +8,7 @@ RUNNING, LATER = 1, 2
 
 
 def test_what_came_in_meanwhile_waits_for_the_step_after() -> None:
-    exchange = SoloExchange(TINY.num_experts)
+    exchange = SoloExchange(TINY.moe.experts)
     runner = solo_runner(exchange=exchange)
     runner.add(assign(RUNNING, [5, 6, 7]))
     first = runner.run_step(0, schedule=True)
@@ -22,7 +22,7 @@ def test_what_came_in_meanwhile_waits_for_the_step_after() -> None:
 
 
 def test_a_request_cancelled_meanwhile_is_not_run_again() -> None:
-    exchange = SoloExchange(TINY.num_experts)
+    exchange = SoloExchange(TINY.moe.experts)
     runner = solo_runner(exchange=exchange)
     runner.add(assign(RUNNING, [5, 6, 7]))
     runner.add(assign(LATER, [9, 8]))
@@ -35,7 +35,7 @@ def test_a_request_cancelled_meanwhile_is_not_run_again() -> None:
 
 
 def test_without_cover_the_batch_waits() -> None:
-    exchange = SoloExchange(TINY.num_experts)
+    exchange = SoloExchange(TINY.moe.experts)
     runner = solo_runner(exchange=exchange)
     runner.add(assign(RUNNING, [5, 6, 7]))
     exchange.poison = frozenset({3})

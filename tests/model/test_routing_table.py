@@ -8,7 +8,6 @@ from bench.loss_work import choose_plainly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.routing_table import Copies, RoutingTable
 from elastic_ep.placement import EMPTY, Change, Placement, launch_placement
 
@@ -37,12 +36,7 @@ def test_copies_are_chosen_by_the_rule(placement: Placement, data: st.DataObject
 
 @pytest.fixture
 def table() -> RoutingTable:
-    config = ModelConfig(
-        vocab_size=2, hidden_size=2, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1,
-        head_dim=2, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=2, max_position_embeddings=2,
-        norm_topk_prob=True, tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=1.0, eos_token_ids=(),
-    )  # fmt: skip
-    return RoutingTable(config, torch.device("cpu"))
+    return RoutingTable(2, 4, torch.device("cpu"))
 
 
 def test_a_lost_last_copy_leaves_the_table_as_it_was(table: RoutingTable) -> None:

@@ -14,14 +14,15 @@ from multiprocessing.connection import Connection
 import torch
 
 from elastic_ep.codec import decode, encode
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.weights import Weights, dummy_source
+from elastic_ep.models import qwen3_moe
+from elastic_ep.models.decoder import DecoderConfig
 from elastic_ep.placement import launch_placement
 from elastic_ep.slot_messages import Region, StateAddress
 from elastic_ep.state.peers import publish
 from elastic_ep.state.transfer import TransferPlane, apply_settings
 
-TINY = ModelConfig(
+_CONFIG = DecoderConfig(
     vocab_size=211,
     hidden_size=64,
     num_hidden_layers=2,
@@ -38,9 +39,10 @@ TINY = ModelConfig(
     rope_theta=10000.0,
     eos_token_ids=(3,),
 )
+TINY = qwen3_moe.spec(_CONFIG)
 LONG_S = 20.0
 BLOCK_BYTES = 128 << 20
-PLACEMENT = launch_placement(2, TINY.num_hidden_layers, TINY.num_experts, 0, num_spare=2)
+PLACEMENT = launch_placement(2, TINY.moe_layers, TINY.moe.experts, 0, num_spare=2)
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
@@ -115,5 +117,5 @@ def _serve(rank: int, control: Connection) -> None:
             block += 1
         else:
             layer, slot = order
-            weights.layers[layer].down[slot].view(torch.int32)[0, 0] ^= 1
+            weights.layers[layer]["down"][slot].view(torch.int32)[0, 0] ^= 1
         control.send("done")

@@ -16,10 +16,10 @@ from elastic_ep.state.transfer import PullFailed, TransferPlane
 from .source import PLACEMENT, TINY, Source, source, weights_of
 
 WIDTH = PLACEMENT.slots_per_rank
-JOINER = launch_placement(3, TINY.num_hidden_layers, TINY.num_experts, 4, num_spare=2)
+JOINER = launch_placement(3, TINY.moe_layers, TINY.moe.experts, 4, num_spare=2)
 """Ranks 0 and 1 hold what `PLACEMENT` says; rank 2 is to hold two experts of each of them."""
 ROW = (*PLACEMENT.slots[0], 0, 7, 3, 4, EMPTY, EMPTY)
-JOINER = replace(JOINER, slots_per_rank=WIDTH, slots=(ROW,) * TINY.num_hidden_layers)
+JOINER = replace(JOINER, slots_per_rank=WIDTH, slots=(ROW,) * TINY.moe_layers)
 
 
 def blank() -> Weights:
@@ -28,7 +28,7 @@ def blank() -> Weights:
 
 def expected() -> Weights:
     weights = blank()
-    for layer in range(TINY.num_hidden_layers):
+    for layer in range(TINY.moe_layers):
         for slot, logical in enumerate(JOINER.on_rank(layer, 2)):
             weights.load_expert(layer, slot, logical)
     return weights
@@ -36,7 +36,7 @@ def expected() -> Weights:
 
 def known(*peers: Source, forget: int | None = None) -> PeerWeights:
     """Checksums of all experts but `forget`."""
-    sums: list[list[int | None]] = [[None] * TINY.num_experts for _ in range(TINY.num_hidden_layers)]
+    sums: list[list[int | None]] = [[None] * TINY.moe.experts for _ in range(TINY.moe_layers)]
     for rank in range(2):
         theirs = weights_of(rank)
         for layer, row in enumerate(sums):
@@ -49,7 +49,7 @@ def known(*peers: Source, forget: int | None = None) -> PeerWeights:
 
 def check(weights: Weights) -> None:
     right = expected()
-    layers, slots = range(TINY.num_hidden_layers), range(WIDTH)
+    layers, slots = range(TINY.moe_layers), range(WIDTH)
     assert [weights.checksum(layer, slot) for layer in layers for slot in slots] == [
         right.checksum(layer, slot) for layer in layers for slot in slots
     ]
@@ -61,7 +61,7 @@ def test_everything_comes_from_peers(plane: TransferPlane) -> None:
         fill_from_peers(plane, mine, JOINER, 2, known(first, second))
     check(mine)
     assert mine.dense_checksum() == weights_of(0).dense_checksum()
-    assert mine.from_peers == 4 * TINY.num_hidden_layers
+    assert mine.from_peers == 4 * TINY.moe_layers
 
 
 def test_what_a_dead_peer_or_an_unknown_checksum_leaves_out_is_loaded(plane: TransferPlane) -> None:
@@ -72,7 +72,7 @@ def test_what_a_dead_peer_or_an_unknown_checksum_leaves_out_is_loaded(plane: Tra
         held = {logical for logical in PLACEMENT.on_rank(0, 0) if logical in (7, 3, 4)}
     check(mine)
     assert mine.dense_checksum() == weights_of(0).dense_checksum()
-    assert mine.from_peers == len(held) * TINY.num_hidden_layers
+    assert mine.from_peers == len(held) * TINY.moe_layers
 
 
 def test_wrong_bytes_are_not_taken(plane: TransferPlane) -> None:
@@ -84,7 +84,7 @@ def test_wrong_bytes_are_not_taken(plane: TransferPlane) -> None:
                     peer.corrupt(0, slot)
         fill_from_peers(plane, mine, JOINER, 2, known(first, second))
     check(mine)
-    assert mine.from_peers == 4 * (TINY.num_hidden_layers - 1)
+    assert mine.from_peers == 4 * (TINY.moe_layers - 1)
 
 
 def test_without_dense_weights_there_is_nothing(plane: TransferPlane) -> None:

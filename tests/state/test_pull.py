@@ -12,7 +12,6 @@ import torch
 from elastic_ep.model.weights import Weights, blank_weights, dummy_source
 from elastic_ep.placement import EMPTY
 from elastic_ep.slot_messages import StateAddress
-from elastic_ep.state.layout import EXPERT_PARTS
 from elastic_ep.state.peers import ExpertPull, pull_dense, pull_expert, pull_experts
 from elastic_ep.state.transfer import PullFailed, TransferPlane
 
@@ -27,7 +26,7 @@ def blank() -> Weights:
 
 
 def snapshot(weights: Weights) -> list[torch.Tensor]:
-    return [getattr(layer, part).clone() for layer in weights.layers for part in EXPERT_PARTS]
+    return [layer[part.name].clone() for layer in weights.layers for part in weights.spec.moe.parts]
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -39,10 +38,10 @@ def test_an_expert_arrives_in_its_slot_and_nowhere_else(plane: TransferPlane) ->
     with source() as peer:
         got = pull_expert(plane, mine, peer.address, 1, 1, 3, theirs.checksum(1, 1), LONG_S)
     assert got == theirs.checksum(1, 1) == mine.checksum(1, 3)
-    assert torch.equal(mine.layers[1].gate_up[3], theirs.layers[1].gate_up[1])
-    assert torch.equal(mine.layers[1].down[3], theirs.layers[1].down[1])
-    for part in EXPERT_PARTS:
-        getattr(mine.layers[1], part)[3].zero_()
+    assert torch.equal(mine.layers[1]["gate_up"][3], theirs.layers[1]["gate_up"][1])
+    assert torch.equal(mine.layers[1]["down"][3], theirs.layers[1]["down"][1])
+    for part in mine.slot(1, 3):
+        part.zero_()
     assert same(snapshot(mine), snapshot(blank()))
 
 
@@ -52,7 +51,7 @@ def test_a_joiner_gets_all_its_weights(plane: TransferPlane) -> None:
         assert pull_dense(plane, mine, peer.address, theirs.dense_checksum(), LONG_S) == mine.dense_checksum()
         pulls = [
             ExpertPull(peer.address, slot, layer, slot, theirs.checksum(layer, slot))
-            for layer in range(TINY.num_hidden_layers)
+            for layer in range(TINY.moe_layers)
             for slot in range(WIDTH)
         ]
         outcomes = list(pull_experts(plane, mine, pulls, LONG_S))
@@ -137,5 +136,5 @@ def test_many_pulls_at_once_from_several_sources(plane: TransferPlane) -> None:
             thread.join(LONG_S)
     assert not failures
     for index, target in enumerate(targets):
-        assert torch.equal(target.layers[0].gate_up, ranks[index % 2].layers[0].gate_up)
-        assert torch.equal(target.layers[0].down, ranks[index % 2].layers[0].down)
+        assert torch.equal(target.layers[0]["gate_up"], ranks[index % 2].layers[0]["gate_up"])
+        assert torch.equal(target.layers[0]["down"], ranks[index % 2].layers[0]["down"])

@@ -47,8 +47,9 @@ def test_it_is_silent(capfd: pytest.CaptureFixture[str], plane: TransferPlane) -
 
 
 def test_a_slot_lies_behind_those_before_it() -> None:
-    address = StateAddress("h:1", (Region("layers.2.gate_up", 1000, 400), Region("layers.2.down", 5000, 200)))
-    assert slot_region(address, 2, 3, (100, 50)) == [(1300, 100), (5150, 50)]
+    regions = Region("layers.2.experts.a", 1000, 400), Region("layers.2.experts.b", 5000, 200)
+    address = StateAddress("h:1", regions)
+    assert slot_region(address, 2, 3, {"a": 100, "b": 50}) == [(1300, 100), (5150, 50)]
     for layer, slot, sizes in ((2, 4, (100, 50)), (2, -1, (100, 50)), (1, 0, (100, 50)), (2, 0, (300, 50))):
         with pytest.raises(ValueError, match=r"no slot|names no memory"):
-            slot_region(address, layer, slot, sizes)
+            slot_region(address, layer, slot, dict(zip("ab", sizes, strict=True)))

@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 
 from elastic_ep.config import RankConfig
-from elastic_ep.exchange.base import Exchange, ExchangeShape
+from elastic_ep.exchange.base import Exchange
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.store import Store
 from elastic_ep.messages import Member
-from elastic_ep.model.config import ModelConfig, load_model_config
 from elastic_ep.model.page_cache import cached_share
 from elastic_ep.model.runner import ModelRunner
 from elastic_ep.model.step_runner import StepRunner
 from elastic_ep.model.weights import Weights, blank_weights, load_weights, weight_source
+from elastic_ep.models.registry import load_spec
+from elastic_ep.models.spec import ModelSpec
 from elastic_ep.state.joining import fill_from_peers
 from elastic_ep.state.transfer import PullFailed, TransferPlane
 
@@ -48,38 +49,31 @@ def build_engine(
 def _build_cpu_engine(
     config: RankConfig, windows_fd: int, open_plane: OpenPlane
 ) -> tuple[ModelRunner, Exchange]:
-    model = load_model_config(Path(config.model))
+    spec = load_spec(Path(config.model))
     placement = config.placement
-    shape = ExchangeShape(
-        num_ranks=config.num_ranks,
-        max_tokens=config.limits.max_num_batched_tokens,
-        hidden=model.hidden_size,
-        top_k=model.num_experts_per_tok,
-        slots_per_rank=placement.slots_per_rank,
-        operations_per_step=2 * model.num_hidden_layers,
-    )
+    shape = spec.exchange_shape(config.limits.max_num_batched_tokens, placement)
     exchange = ShmExchange(windows_fd, shape, Member(config.rank, config.incarnation))
-    weights = weights_from_peers(config, model, open_plane) or weights_from_checkpoint(config, model)
-    runner = ModelRunner(model, config.limits, weights, placement, config.rank, exchange)
+    weights = weights_from_peers(config, spec, open_plane) or weights_from_checkpoint(config, spec)
+    runner = ModelRunner(config.limits, weights, placement, config.rank, exchange)
     return runner, exchange
 
 
-def weights_from_checkpoint(config: RankConfig, model: ModelConfig) -> Weights:
+def weights_from_checkpoint(config: RankConfig, spec: ModelSpec) -> Weights:
     folder, load_format = Path(config.model), config.load_format
     return load_weights(
-        folder, model, config.placement, config.rank, load_format=load_format, seed=config.seed
+        folder, spec, config.placement, config.rank, load_format=load_format, seed=config.seed
     )
 
 
-def weights_from_peers(config: RankConfig, model: ModelConfig, open_plane: OpenPlane) -> Weights | None:
+def weights_from_peers(config: RankConfig, spec: ModelSpec, open_plane: OpenPlane) -> Weights | None:
     """None if there are no peers to ask, if the checkpoint is faster, or if they do not give what is needed."""
     if config.peers is None or _in_page_cache(config):
         return None
     plane = open_plane()
     if isinstance(plane, str):
         return None
-    source = weight_source(Path(config.model), model, config.load_format, config.seed)
-    weights = blank_weights(model, config.placement.slots_per_rank, source)
+    source = weight_source(Path(config.model), spec, config.load_format, config.seed)
+    weights = blank_weights(spec, config.placement.slots_per_rank, source)
     try:
         fill_from_peers(plane, weights, config.placement, config.rank, config.peers)
     except PullFailed:

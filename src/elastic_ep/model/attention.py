@@ -10,49 +10,18 @@ from __future__ import annotations
 import torch
 
 from elastic_ep.model.batch import KEY_BLOCK, QUERY_TILE, Batch, CacheLayout
-from elastic_ep.model.config import ModelConfig
-from elastic_ep.model.layers import RmsNorm, Rope, linear, widened
-from elastic_ep.model.weights import LayerWeights
+from elastic_ep.model.layers import widened
 
 
-class KVCache:
-    """`layers[i]` [rows, D], rows as `CacheLayout` orders them."""
-
-    def __init__(self, config: ModelConfig, layout: CacheLayout, device: torch.device) -> None:
-        self.layers = [
-            torch.zeros(layout.rows, config.head_dim, device=device) for _ in range(config.num_hidden_layers)
-        ]
-
-    def forget(self, batch: Batch) -> None:
-        """Zero what `batch` wrote. A poisoned step may have left NaN, and zero probability times NaN is NaN."""
-        for layer in self.layers:
-            layer.index_fill_(0, batch.write_rows, 0.0)
-
-
-def attention(
-    x: torch.Tensor,
-    weights: LayerWeights,
-    cache: torch.Tensor,
-    batch: Batch,
-    config: ModelConfig,
-    layout: CacheLayout,
-    norm: RmsNorm,
-    rope: tuple[Rope, torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """x [Tp, H], normed, to [Tp, H]. Writes the batch's keys and values to `cache`."""
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv = linear(x, weights.qkv).view(-1, heads + 2 * kv_heads, dim)
-    rotary, cos, sin = rope
-    qk = rotary.rotate(norm(qkv[:, : heads + kv_heads], weights.qk_norm), cos, sin)
-    kv = torch.cat((qk[:, heads:], qkv[:, heads + kv_heads :]), dim=1)
-    cache.index_copy_(0, batch.write_rows, kv.view(-1, dim))
-
+def attend(qk: torch.Tensor, cache: torch.Tensor, batch: Batch, layout: CacheLayout) -> torch.Tensor:
+    """[Tp, Hq D] of qk [Tp, Hq + Hk, D], whose keys are in `cache` already, rows as `CacheLayout` orders them."""
+    dim = qk.shape[-1]
     q = qk.view(-1, dim).index_select(0, batch.query_rows).view(-1, QUERY_TILE * layout.group, dim)
     pages = cache.view(-1, layout.page_size * dim).index_select(0, batch.context)
     keys, values = pages.view(2, -1, KEY_BLOCK, dim).unbind(0)
-    out = _attend(q, keys, widened(values), batch, batch.num_tiles * kv_heads)
+    out = _attend(q, keys, widened(values), batch, batch.num_tiles * layout.num_kv_heads)
     out = out[..., :dim].reshape(-1, dim).index_select(0, batch.output_rows)
-    return linear(out.view(-1, heads * dim), weights.out)
+    return out.view(-1, layout.num_heads * dim)
 
 
 def _attend(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_ep.model.config import CheckpointError, ModelConfig, read_json_object
+from elastic_ep.models.config_json import CheckpointError, read_json_object
+from elastic_ep.models.spec import ModelSpec, Piece
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _MAX_HEADER_BYTES = 100_000_000
@@ -34,67 +35,46 @@ class TensorEntry:
     nbytes: int
 
 
-def expert_tensors(layer: int, expert: int) -> tuple[str, str, str]:
-    """Names of an expert's gate, up and down projections."""
-    prefix = f"model.layers.{layer}.mlp.experts.{expert}."
-    return prefix + "gate_proj.weight", prefix + "up_proj.weight", prefix + "down_proj.weight"
+def validate_checkpoint(path: Path, spec: ModelSpec) -> dict[str, TensorEntry]:
+    """The needed tensors of the folder `path`, by the names in `spec`: present, of the right shape, none cut off.
 
-
-def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor that the engine reads, with its shape."""
-    hidden, inner = config.hidden_size, config.moe_intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        yield prefix + "input_layernorm.weight", (hidden,)
-        yield prefix + "self_attn.q_proj.weight", (queries, hidden)
-        yield prefix + "self_attn.k_proj.weight", (keys, hidden)
-        yield prefix + "self_attn.v_proj.weight", (keys, hidden)
-        yield prefix + "self_attn.o_proj.weight", (hidden, queries)
-        yield prefix + "self_attn.q_norm.weight", (config.head_dim,)
-        yield prefix + "self_attn.k_norm.weight", (config.head_dim,)
-        yield prefix + "post_attention_layernorm.weight", (hidden,)
-        yield prefix + "mlp.gate.weight", (config.num_experts, hidden)
-        for expert in range(config.num_experts):
-            gate, up, down = expert_tensors(layer, expert)
-            yield gate, (inner, hidden)
-            yield up, (inner, hidden)
-            yield down, (hidden, inner)
-    yield "model.norm.weight", (hidden,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, hidden)
-
-
-def validate_checkpoint(path: Path, config: ModelConfig) -> dict[str, TensorEntry]:
-    """The needed tensors of the folder `path`, by name: all present, of the right shape and dtype, none cut off.
-
-    Raises `CheckpointError`.
+    Experts may lie one by one or stacked. Raises `CheckpointError`.
     """
-    files = _shards(path)
     entries: dict[str, TensorEntry] = {}
-    for file in files:
+    for file in _shards(path):
         entries.update(read_header(file))
-    checked: dict[str, TensorEntry] = {}
-    for name, shape in expected_tensors(config):
-        entry = entries.get(name)
-        if entry is None:
-            raise CheckpointError(f"{path}: tensor {name} is missing")
-        if entry.dtype not in ITEM_BYTES:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name} has dtype {entry.dtype}; supported are {', '.join(ITEM_BYTES)}"
-            )
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}"
-            )
-        if entry.nbytes != math.prod(shape) * ITEM_BYTES[entry.dtype]:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name} has {entry.nbytes} bytes, which is not its shape's"
-            )
-        checked[name] = entry
-    return checked
+    return {piece.tensor: _checked(path, piece, entries) for piece in spec.pieces()}
+
+
+def _checked(path: Path, piece: Piece, entries: Mapping[str, TensorEntry]) -> TensorEntry:
+    stacked = piece.stacked
+    if piece.tensor in entries or stacked is None or stacked.tensor not in entries:
+        return _entry_of(path, piece.tensor, piece.shape, entries)
+    whole = _entry_of(path, stacked.tensor, stacked.shape, entries)
+    item = ITEM_BYTES[whole.dtype]
+    nbytes = math.prod(piece.shape) * item
+    return TensorEntry(whole.file, whole.dtype, piece.shape, whole.offset + stacked.offset * item, nbytes)
+
+
+def _entry_of(
+    path: Path, name: str, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]
+) -> TensorEntry:
+    entry = entries.get(name)
+    if entry is None:
+        raise CheckpointError(f"{path}: tensor {name} is missing")
+    if entry.dtype not in ITEM_BYTES:
+        raise CheckpointError(
+            f"{entry.file}: tensor {name} has dtype {entry.dtype}; supported are {', '.join(ITEM_BYTES)}"
+        )
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}"
+        )
+    if entry.nbytes != math.prod(shape) * ITEM_BYTES[entry.dtype]:
+        raise CheckpointError(
+            f"{entry.file}: tensor {name} has {entry.nbytes} bytes, which is not its shape's"
+        )
+    return entry
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

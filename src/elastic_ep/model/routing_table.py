@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.placement import EMPTY, Placement
 
 _Ints = npt.NDArray[np.int64]
@@ -21,10 +20,8 @@ class RoutingTable:
     Updated in place, so that whoever captured its address sees the new view.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.physical = torch.zeros(
-            config.num_hidden_layers, config.num_experts, dtype=torch.int64, device=device
-        )
+    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
+        self.physical = torch.zeros(layers, experts, dtype=torch.int64, device=device)
         self._copies: Copies | None = None
 
     def update(self, placement: Placement, active_ranks: Collection[int], rank: int) -> bool:

@@ -10,13 +10,14 @@ from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import TILE, Exchange, Received
 from elastic_ep.messages import SamplingParams
 from elastic_ep.model.batch import KEY_BLOCK, Batch, BatchMaker, CacheLayout
-from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.cpu_ops import CpuOps
 from elastic_ep.model.expert_load import ExpertLoad
 from elastic_ep.model.sampler import Sampled, sample
 from elastic_ep.model.scheduler import Chunk, Sequence
 from elastic_ep.model.step_runner import StepResult, StepRunner
-from elastic_ep.model.transformer import Qwen3Moe
+from elastic_ep.model.transformer import Transformer
 from elastic_ep.model.weights import Weights
+from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement
 
 __all__ = ["ModelRunner", "StepResult"]
@@ -27,7 +28,6 @@ class ModelRunner(StepRunner):
 
     def __init__(
         self,
-        config: ModelConfig,
         limits: EngineLimits,
         weights: Weights,
         placement: Placement,
@@ -38,13 +38,15 @@ class ModelRunner(StepRunner):
         if KEY_BLOCK % limits.page_size:
             raise ValueError(f"page size {limits.page_size} does not divide {KEY_BLOCK}")
         self._device = torch.device(device)
+        spec = weights.spec
         layout = CacheLayout(
-            config.num_attention_heads, config.num_key_value_heads, limits.page_size, limits.num_pages + 1
+            spec.attention.heads, spec.attention.kv_heads, limits.page_size, limits.num_pages + 1
         )
         self._batches = BatchMaker(layout, self._device)
         load = ExpertLoad(placement, rank)
-        self._model = Qwen3Moe(weights, layout, limits.max_model_len, self._device, load.by_slot)
-        super().__init__(config, limits, weights, placement, rank, exchange, self._model.routing, load)
+        self._ops = CpuOps(spec, layout, limits.max_model_len, self._device, load.by_slot)
+        self._model = Transformer(weights, self._ops)
+        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load)
         self._batch: Batch | None = None
         self._logits: torch.Tensor | None = None
 
@@ -57,7 +59,7 @@ class ModelRunner(StepRunner):
 
     def _discard(self) -> None:
         assert self._batch is not None
-        self._model.cache.forget(self._batch)
+        self._ops.forget(self._batch)
 
     def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
         assert self._logits is not None
@@ -66,24 +68,24 @@ class ModelRunner(StepRunner):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """One forward of one tile, and of none, without peers: the first real step must not be slow."""
-        alone = _Alone(self._model.config, self._placement.slots_per_rank, self._device)
+        alone = _Alone(self.weights.spec, self._placement.slots_per_rank, self._device)
         params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, logprobs=1)
         chunks = [Chunk(Sequence(0, [0, 0], 2, params, 0, 0, pages=[0]), start, 1) for start in range(2)]
         batch = self._batches.make(chunks)
         sample(self._model.forward(batch, alone), [chunks[1].sequence])
         self._model.forward_idle(alone)
-        self._model.cache.forget(batch)
+        self._ops.forget(batch)
         self.load.take()  # those rows were nobody's
 
 
 class _Alone:
     """A carrier without peers, for `warm_up`: experts get one tile of zeros, combine gives zeros."""
 
-    def __init__(self, config: ModelConfig, slots: int, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, slots: int, device: torch.device) -> None:
         self._received = Received(
-            torch.zeros(slots, TILE, config.hidden_size, device=device), torch.ones(slots, dtype=torch.int64)
+            torch.zeros(slots, TILE, spec.hidden_size, device=device), torch.ones(slots, dtype=torch.int64)
         )
-        self._hidden = config.hidden_size
+        self._hidden = spec.hidden_size
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         return self._received

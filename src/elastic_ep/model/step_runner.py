@@ -13,7 +13,6 @@ import torch
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.messages import Assign, Token
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.expert_load import ExpertLoad
 from elastic_ep.model.routing_table import RoutingTable
 from elastic_ep.model.sampler import Sampled
@@ -53,7 +52,6 @@ class StepRunner(ABC):
 
     def __init__(
         self,
-        config: ModelConfig,
         limits: EngineLimits,
         weights: Weights,
         placement: Placement,
@@ -63,7 +61,7 @@ class StepRunner(ABC):
         load: ExpertLoad,
     ) -> None:
         self._limits = limits
-        self._eos = frozenset(config.eos_token_ids)
+        self._eos = frozenset(weights.spec.eos_token_ids)
         self._placement = placement
         self._rank = rank
         self._exchange = exchange

@@ -8,100 +8,86 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from isal.isal_zlib import crc32
 
-from elastic_ep.model.checkpoint import TensorEntry, expected_tensors, expert_tensors, validate_checkpoint
-from elastic_ep.model.config import ModelConfig
+from elastic_ep.model.checkpoint import TensorEntry, validate_checkpoint
+from elastic_ep.models.spec import ModelSpec, Parameter, Piece
 from elastic_ep.placement import EMPTY, Placement
 
 TensorSource = Callable[[str], torch.Tensor]
 """From a checkpoint's tensor name to its float32 value, in the checkpoint's layout [out, in]."""
 
 _DUMMY_SCALE = 0.05
-_DENSE_OF_LAYER = ("input_norm", "qkv", "qk_norm", "out", "post_norm", "gate")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """H hidden, Hq query heads, Hk key-value heads, D head dim, E experts, S slots, I expert width."""
-
-    input_norm: torch.Tensor
-    """[H]"""
-    qkv: torch.Tensor
-    """[H, (Hq + 2 Hk) D]: queries, keys, values."""
-    qk_norm: torch.Tensor
-    """[Hq + Hk, D]: one row a head, so that queries and keys are normed in one go."""
-    out: torch.Tensor
-    """[Hq D, H]"""
-    post_norm: torch.Tensor
-    """[H]"""
-    gate: torch.Tensor
-    """[H, E]"""
-    gate_up: torch.Tensor
-    """[S, H, 2 I]"""
-    down: torch.Tensor
-    """[S, I, H]"""
+Parts = dict[str, torch.Tensor]
+"""By the names that the spec gives them."""
 
 
 class Weights:
-    """`embed` [V, H], `final_norm` [H], `lm_head` [H, V], `layers`."""
+    """`embed` [V, H], `final_norm` [H], `lm_head` [H, V]; `layers[i]` the dense parts of a layer and those of its
+    experts, these stacked by slot.
+    """
 
     def __init__(
         self,
-        config: ModelConfig,
+        spec: ModelSpec,
         placement: Placement,
         rank: int,
         source: TensorSource,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.config = config
+        self.spec = spec
         self._dtype = dtype
         self.source = source
         self._device = device
         self.from_peers = 0
         """Experts that did not come from `source`."""
-        self.embed = self._get("model.embed_tokens.weight")
-        self.final_norm = self._get("model.norm.weight")
-        self.lm_head = (
-            self.embed.t().contiguous() if config.tie_word_embeddings else self._matrix("lm_head.weight")
-        )
-        self.layers = [
-            self._layer(layer, placement.slots_per_rank) for layer in range(config.num_hidden_layers)
+        self._outside: Parts = {part.name: self._dense(part) for part in spec.dense}
+        self.embed, self.final_norm, self.lm_head = self._outside.values()
+        slots = placement.slots_per_rank
+        self.layers: list[Parts] = [
+            {part.name: self._dense(part) for part in layer.dense}
+            | {part.name: self._zeros(slots, *part.shape) for part in layer.ffn.parts}
+            for layer in spec.layers
         ]
-        for layer in range(config.num_hidden_layers):
+        for layer in range(spec.moe_layers):
             for slot, logical in enumerate(placement.on_rank(layer, rank)):
                 self.load_expert(layer, slot, logical)
 
+    def slot(self, layer: int, slot: int) -> list[torch.Tensor]:
+        """The parts of the expert in a slot, in the order in which checksums run over them."""
+        return [self.layers[layer][part.name][slot] for part in self.spec.layers[layer].ffn.parts]
+
     def load_expert(self, layer: int, slot: int, logical: int) -> None:
         """Overwrite `slot` with logical expert `logical`, or with zeros for `EMPTY`. No step may be using it."""
-        weights = self.layers[layer]
-        if logical == EMPTY:
-            weights.gate_up[slot].zero_()
-            weights.down[slot].zero_()
-            return
-        gate, up, down = (self.source(name) for name in expert_tensors(layer, logical))
-        inner = self.config.moe_intermediate_size
-        weights.gate_up[slot, :, :inner].copy_(gate.t())
-        weights.gate_up[slot, :, inner:].copy_(up.t())
-        weights.down[slot].copy_(down.t())
+        for part, target in zip(self.spec.layers[layer].ffn.parts, self.slot(layer, slot), strict=True):
+            if logical == EMPTY:
+                target.zero_()
+                continue
+            start = 0
+            for piece in part.of_expert(logical).pieces:
+                value = self.source(piece.tensor).t()
+                target[:, start : start + value.shape[1]].copy_(value)
+                start += value.shape[1]
 
     def checksum(self, layer: int, slot: int) -> int:
         """CRC-32 of the slot's bytes as they lie in memory: the same for every copy of an expert."""
-        weights = self.layers[layer]
-        return crc32(_bytes(weights.down[slot]), crc32(_bytes(weights.gate_up[slot])))
+        value = 0
+        for part in self.slot(layer, slot):
+            value = crc32(_bytes(part), value)
+        return value
 
-    def dense(self) -> dict[str, torch.Tensor]:
+    def dense(self) -> Parts:
         """Everything but the experts, by name: contiguous, and always in the same order."""
-        tensors = {"embed": self.embed, "final_norm": self.final_norm, "lm_head": self.lm_head}
-        for index, layer in enumerate(self.layers):
-            for name in _DENSE_OF_LAYER:
-                tensors[f"layers.{index}.{name}"] = getattr(layer, name)
+        tensors = dict(self._outside)
+        for index, (layer, parts) in enumerate(zip(self.spec.layers, self.layers, strict=True)):
+            tensors |= {f"layers.{index}.{part.name}": parts[part.name] for part in layer.dense}
         return tensors
 
     def dense_checksum(self) -> int:
@@ -111,31 +97,19 @@ class Weights:
             value = crc32(_bytes(tensor), value)
         return value
 
-    def _layer(self, layer: int, slots: int) -> LayerWeights:
-        config, prefix = self.config, f"model.layers.{layer}."
-        attention = prefix + "self_attn."
-        hidden, inner = config.hidden_size, config.moe_intermediate_size
-        projections = [self._matrix(f"{attention}{name}_proj.weight") for name in "qkv"]
-        norms = [
-            self._get(attention + "q_norm.weight").expand(config.num_attention_heads, -1),
-            self._get(attention + "k_norm.weight").expand(config.num_key_value_heads, -1),
-        ]
-        return LayerWeights(
-            input_norm=self._get(prefix + "input_layernorm.weight"),
-            qkv=torch.cat(projections, dim=1),
-            qk_norm=torch.cat(norms),
-            out=self._matrix(attention + "o_proj.weight"),
-            post_norm=self._get(prefix + "post_attention_layernorm.weight"),
-            gate=self._matrix(prefix + "mlp.gate.weight"),
-            gate_up=torch.zeros(slots, hidden, 2 * inner, dtype=self._dtype, device=self._device),
-            down=torch.zeros(slots, inner, hidden, dtype=self._dtype, device=self._device),
-        )
+    def _dense(self, part: Parameter) -> torch.Tensor:
+        pieces = [self._piece(piece, part) for piece in part.pieces]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        return whole.contiguous().view(part.shape)
 
-    def _get(self, name: str) -> torch.Tensor:
-        return self.source(name).to(self._dtype).to(self._device)
+    def _piece(self, piece: Piece, part: Parameter) -> torch.Tensor:
+        value = self.source(piece.tensor).to(self._dtype).to(self._device)
+        if value.dim() == 1:
+            return value.repeat(piece.repeat)
+        return value.t() if part.turned else value
 
-    def _matrix(self, name: str) -> torch.Tensor:
-        return self._get(name).t().contiguous()
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -143,26 +117,24 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def blank_weights(
-    config: ModelConfig,
+    spec: ModelSpec,
     num_slots: int,
     source: TensorSource,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Weights:
     """Weights of the right shapes, all zero, for peers to fill. Nothing is read; `load_expert` will use `source`."""
-    shapes = dict(expected_tensors(config))
+    shapes = _shapes(spec)
     row = (EMPTY,) * num_slots
-    placement = Placement(0, 1, num_slots, config.num_experts, (row,) * config.num_hidden_layers)
-    weights = Weights(
-        config, placement, 0, lambda name: torch.zeros(shapes[name]), torch.device(device), dtype
-    )
+    placement = Placement(0, 1, num_slots, spec.moe.experts, (row,) * spec.moe_layers)
+    weights = Weights(spec, placement, 0, lambda name: torch.zeros(shapes[name]), torch.device(device), dtype)
     weights.source = source
     return weights
 
 
 def load_weights(
     path: Path,
-    config: ModelConfig,
+    spec: ModelSpec,
     placement: Placement,
     rank: int,
     *,
@@ -175,18 +147,18 @@ def load_weights(
 
     Raises `CheckpointError` for a checkpoint that is not whole, ValueError for an unknown format.
     """
-    source = weight_source(path, config, load_format, seed, device)
-    return Weights(config, placement, rank, source, torch.device(device), dtype)
+    source = weight_source(path, spec, load_format, seed, device)
+    return Weights(spec, placement, rank, source, torch.device(device), dtype)
 
 
 def weight_source(
-    path: Path, config: ModelConfig, load_format: str, seed: int, device: torch.device | str = "cpu"
+    path: Path, spec: ModelSpec, load_format: str, seed: int, device: torch.device | str = "cpu"
 ) -> TensorSource:
     """Where the tensors come from. Raises as `load_weights`."""
     if load_format == "dummy":
-        return dummy_source(config, seed, device)
+        return dummy_source(spec, seed, device)
     if load_format == "auto":
-        return checkpoint_source(validate_checkpoint(path, config))
+        return checkpoint_source(validate_checkpoint(path, spec))
     raise ValueError(f"unknown load format {load_format!r}: auto or dummy")
 
 
@@ -208,12 +180,12 @@ def checkpoint_source(entries: dict[str, TensorEntry]) -> TensorSource:
     return read
 
 
-def dummy_source(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> TensorSource:
+def dummy_source(spec: ModelSpec, seed: int, device: torch.device | str = "cpu") -> TensorSource:
     """Random weights, a function of (`seed`, tensor name, kind of device): every rank and replica makes the same ones.
 
     Made on `device`: a processor would take minutes for the billions that a GPU makes in a second.
     """
-    shapes = dict(expected_tensors(config))
+    shapes = _shapes(spec)
 
     def make(name: str) -> torch.Tensor:
         shape = shapes[name]
@@ -224,3 +196,8 @@ def dummy_source(config: ModelConfig, seed: int, device: torch.device | str = "c
         return torch.randn(shape, generator=generator, device=device) * _DUMMY_SCALE
 
     return make
+
+
+def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Of every tensor that is read."""
+    return {piece.tensor: piece.shape for piece in spec.pieces()}

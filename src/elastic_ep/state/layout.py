@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from elastic_ep.slot_messages import Region, StateAddress
+from collections.abc import Mapping
 
-EXPERT_PARTS = ("gate_up", "down")
-"""The stacked tensors of a layer, slot after slot, in the order in which a slot's checksum runs over them."""
+from elastic_ep.slot_messages import Region, StateAddress
 
 
 def expert_region(layer: int, part: str) -> str:
-    """The name of a layer's stacked experts, all slots."""
-    return f"layers.{layer}.{part}"
+    """The name of a part of a layer's experts, stacked by slot."""
+    return f"{_experts(layer)}{part}"
+
+
+def _experts(layer: int) -> str:
+    return f"layers.{layer}.experts."
 
 
 def region(address: StateAddress, name: str) -> Region:
@@ -23,23 +26,23 @@ def region(address: StateAddress, name: str) -> Region:
 
 def of_layer(address: StateAddress, layer: int) -> StateAddress:
     """What of `address` is needed to read experts of one layer."""
-    names = {expert_region(layer, part) for part in EXPERT_PARTS}
-    return StateAddress(address.session, tuple(r for r in address.regions if r.name in names))
+    prefix = _experts(layer)
+    return StateAddress(address.session, tuple(r for r in address.regions if r.name.startswith(prefix)))
 
 
 def slot_region(
-    address: StateAddress, layer: int, slot: int, sizes: tuple[int, int]
+    address: StateAddress, layer: int, slot: int, sizes: Mapping[str, int]
 ) -> list[tuple[int, int]]:
-    """(address, bytes) of both parts of a slot, whose parts have `sizes` bytes.
+    """(address, bytes) of the parts of a slot, of which each has so many bytes as `sizes` says.
 
     Raises ValueError if the owner has no such slot, or experts of another size.
     """
-    parts = []
-    for part, nbytes in zip(EXPERT_PARTS, sizes, strict=True):
+    places = []
+    for part, nbytes in sizes.items():
         whole = region(address, expert_region(layer, part))
         if whole.nbytes % nbytes or not 0 <= slot < whole.nbytes // nbytes:
             raise ValueError(
                 f"{address.session} has no slot {slot} of {nbytes} bytes in {whole.nbytes} bytes of {whole.name}"
             )
-        parts.append((whole.address + slot * nbytes, nbytes))
-    return parts
+        places.append((whole.address + slot * nbytes, nbytes))
+    return places

@@ -13,7 +13,7 @@ from isal.isal_zlib import crc32
 
 from elastic_ep.model.weights import Weights
 from elastic_ep.slot_messages import Region, StateAddress
-from elastic_ep.state.layout import EXPERT_PARTS, expert_region, region, slot_region
+from elastic_ep.state.layout import expert_region, region, slot_region
 from elastic_ep.state.transfer import PullFailed, Read, TransferPlane, WrongBytes
 
 _DENSE_PIECE_BYTES = 8 << 20
@@ -47,9 +47,9 @@ class Pulled:
 def publish(plane: TransferPlane, weights: Weights) -> StateAddress:
     """Let peers read all of `weights`, which must stay where they are."""
     tensors = dict(weights.dense())
-    for index, layer in enumerate(weights.layers):
-        for part in EXPERT_PARTS:
-            tensors[expert_region(index, part)] = getattr(layer, part)
+    for index, layer in enumerate(weights.spec.layers):
+        for part in layer.ffn.parts:
+            tensors[expert_region(index, part.name)] = weights.layers[index][part.name]
     regions = tuple(Region(name, tensor.data_ptr(), tensor.nbytes) for name, tensor in tensors.items())
     plane.register(regions)
     return StateAddress(plane.session, regions)
@@ -86,7 +86,7 @@ def pull_experts(
     from when the one before is done with.
     """
     sizes = _sizes(weights)
-    ahead = min(_MOST_AHEAD, max(1, _AHEAD_BYTES // sum(sizes)))
+    ahead = min(_MOST_AHEAD, max(1, _AHEAD_BYTES // sum(sizes.values())))
 
     def begin(pull: ExpertPull) -> tuple[ExpertPull, Read | PullFailed]:
         try:
@@ -155,10 +155,10 @@ def pull_dense(
     return value
 
 
-def _sizes(weights: Weights) -> tuple[int, int]:
+def _sizes(weights: Weights) -> dict[str, int]:
     """Bytes of a slot's parts."""
-    layer = weights.layers[0]
-    return layer.gate_up[0].nbytes, layer.down[0].nbytes
+    names = [part.name for part in weights.spec.moe.parts]
+    return {name: part.nbytes for name, part in zip(names, weights.slot(0, 0), strict=True)}
 
 
 def _fill(weights: Weights, pull: ExpertPull, data: torch.Tensor) -> int:
@@ -170,8 +170,7 @@ def _fill(weights: Weights, pull: ExpertPull, data: torch.Tensor) -> int:
             value,
         )
     start = 0
-    for part in EXPERT_PARTS:
-        target = getattr(weights.layers[pull.layer], part)[pull.slot]
+    for target in weights.slot(pull.layer, pull.slot):
         target.copy_(data[start : start + target.nbytes].view(target.dtype).view(target.shape))
         start += target.nbytes
     return value

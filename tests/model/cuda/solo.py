@@ -10,12 +10,12 @@ import torch
 from bench.solo_exchange import SoloDeviceExchange
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.cuda import runner as runner_module
 from elastic_ep.model.cuda.draws import Drawn, Draws
 from elastic_ep.model.cuda.runner import CudaRunner
 from elastic_ep.model.scheduler import Sequence
 from elastic_ep.model.weights import Weights, dummy_source
+from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import launch_placement
 
 from ..solo import TINY
@@ -26,19 +26,19 @@ Logits = dict[tuple[int, int], torch.Tensor]
 
 def cuda_runner(
     device: torch.device,
-    config: ModelConfig = TINY,
+    spec: ModelSpec = TINY,
     limits: EngineLimits | None = None,
     dtype: torch.dtype = torch.float32,
     *,
     graphs: bool = False,
 ) -> tuple[CudaRunner, SoloDeviceExchange]:
-    placement = launch_placement(1, config.num_hidden_layers, config.num_experts, 0)
-    weights = Weights(config, placement, 0, dummy_source(config, 0), device, dtype)
-    exchange = SoloDeviceExchange(config.num_experts, device)
+    placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
+    weights = Weights(spec, placement, 0, dummy_source(spec, 0), device, dtype)
+    exchange = SoloDeviceExchange(spec.moe.experts, device)
     limits = limits or EngineLimits(
         max_model_len=100, max_num_seqs=4, max_num_batched_tokens=24, num_pages=40
     )
-    runner = CudaRunner(config, limits, weights, placement, 0, exchange, tile=4, graphs=graphs)
+    runner = CudaRunner(limits, weights, placement, 0, exchange, tile=4, graphs=graphs)
     return runner, exchange
 
 

@@ -36,10 +36,10 @@ NEW = 4
 
 def on_processor(*, round_to: torch.dtype) -> tuple[Logits, dict[int, list[Token]]]:
     """The same requests through the engine of model/runner.py, in float32, with weights rounded to a dtype."""
-    placement = launch_placement(1, TINY.num_hidden_layers, TINY.num_experts, 0)
+    placement = launch_placement(1, TINY.moe_layers, TINY.moe.experts, 0)
     source = dummy_source(TINY, 0)
     weights = Weights(TINY, placement, 0, lambda name: source(name).to(round_to).float(), torch.device("cpu"))
-    runner = ModelRunner(TINY, LIMITS, weights, placement, 0, SoloExchange(TINY.num_experts))
+    runner = ModelRunner(LIMITS, weights, placement, 0, SoloExchange(TINY.moe.experts))
     runner.add(assign(1, PROMPT, max_tokens=NEW))
     runner.add(assign(2, SHORT, max_tokens=NEW))
     with test_invariance.recorded_logits() as seen:
@@ -130,7 +130,7 @@ def test_every_step_performs_the_same_operations(device: torch.device) -> None:
         before = exchange.operations
         runner.run_step(step, schedule=step != 0)
         counts.append(exchange.operations - before)
-    assert counts == [2 * TINY.num_hidden_layers] * 4
+    assert counts == [2 * TINY.moe_layers] * 4
 
 
 def test_warm_up_leaves_no_trace(device: torch.device) -> None:
@@ -146,9 +146,7 @@ def test_rows_that_the_experts_had_are_counted(device: torch.device) -> None:
     runner, _ = cuda_runner(device)
     runner.add(assign(1, PROMPT, max_tokens=1))
     drain(runner)
-    assert [sum(row) for row in runner.load.take()] == [
-        len(PROMPT) * TINY.num_experts_per_tok
-    ] * TINY.num_hidden_layers
+    assert [sum(row) for row in runner.load.take()] == [len(PROMPT) * TINY.moe.top_k] * TINY.moe_layers
     assert not any(map(any, runner.load.take()))
 
 

@@ -13,11 +13,12 @@ from elastic_ep.exchange.mooncake import MooncakeExchange, buffer_bytes
 from elastic_ep.exchange.step_words import StepWords
 from elastic_ep.exchange.store import Store
 from elastic_ep.messages import Member
-from elastic_ep.model.config import ModelConfig, load_model_config
 from elastic_ep.model.cuda.linear import TILE_ROWS
 from elastic_ep.model.cuda.memory import Budget, needs_of
 from elastic_ep.model.cuda.runner import CudaRunner
 from elastic_ep.model.weights import load_weights
+from elastic_ep.models.registry import load_spec
+from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement
 
 DTYPE = torch.bfloat16
@@ -31,34 +32,27 @@ def build_cuda_engine(
 
     Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user; the runner's warm-up the latter too.
     """
-    model = load_model_config(Path(config.model))
+    spec = load_spec(Path(config.model))
     placement, limits = config.placement, config.limits
-    shape = exchange_shape(model, limits, placement)
+    shape = exchange_shape(spec, limits, placement)
     size = buffer_bytes(shape)  # refuses a machine that cannot do it before anything touches a device
     device = torch.device("cuda", config.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))
-    budget = Budget(needs_of(model, limits, placement, shape, size), limits, placement, device)
+    budget = Budget(needs_of(spec, limits, placement, shape, size), limits, placement, device)
     torch.cuda.mem_get_info(device)  # makes the device's context, if nothing has made it
     opened()
     budget.check()
     with budget.kept():
-        return _build(config, store, model, shape, budget)
+        return _build(config, store, spec, shape, budget)
 
 
-def exchange_shape(model: ModelConfig, limits: EngineLimits, placement: Placement) -> ExchangeShape:
-    return ExchangeShape(
-        num_ranks=placement.num_ranks,
-        max_tokens=-(-limits.max_num_batched_tokens // TILE_ROWS) * TILE_ROWS,
-        hidden=model.hidden_size,
-        top_k=model.num_experts_per_tok,
-        slots_per_rank=placement.slots_per_rank,
-        operations_per_step=2 * model.num_hidden_layers,
-    )
+def exchange_shape(spec: ModelSpec, limits: EngineLimits, placement: Placement) -> ExchangeShape:
+    return spec.exchange_shape(-(-limits.max_num_batched_tokens // TILE_ROWS) * TILE_ROWS, placement)
 
 
 def _build(
-    config: RankConfig, store: Store, model: ModelConfig, shape: ExchangeShape, budget: Budget
+    config: RankConfig, store: Store, spec: ModelSpec, shape: ExchangeShape, budget: Budget
 ) -> tuple[CudaRunner, MooncakeExchange]:
     # Step words are a file that all ranks map, so all of them are on one host.
     directory = Path(config.directory) / "mooncake"
@@ -68,7 +62,7 @@ def _build(
     exchange = MooncakeExchange(shape, member, store, words=words, timeout_ms=config.kernel_wait_ms)
     weights = load_weights(
         Path(config.model),
-        model,
+        spec,
         config.placement,
         config.rank,
         load_format=config.load_format,
@@ -76,5 +70,5 @@ def _build(
         device=budget.device,
         dtype=DTYPE,
     )
-    runner = CudaRunner(model, config.limits, weights, config.placement, config.rank, exchange, budget=budget)
+    runner = CudaRunner(config.limits, weights, config.placement, config.rank, exchange, budget=budget)
     return runner, exchange

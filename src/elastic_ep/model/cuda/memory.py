@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ import torch
 
 from elastic_ep.config import CannotRun, EngineLimits
 from elastic_ep.exchange.base import ExchangeShape
-from elastic_ep.model.checkpoint import expected_tensors
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.cuda import draws
 from elastic_ep.model.cuda.graphs import GRAPH_ROWS
 from elastic_ep.model.cuda.linear import TILE_ROWS
+from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement
 
 _ITEM = 2
@@ -56,7 +54,7 @@ class Needs:
 
 
 def needs_of(
-    model: ModelConfig, limits: EngineLimits, placement: Placement, shape: ExchangeShape, exchange_bytes: int
+    spec: ModelSpec, limits: EngineLimits, placement: Placement, shape: ExchangeShape, exchange_bytes: int
 ) -> Needs:
     """`exchange_bytes` is the size of the exchange's own buffer.
 
@@ -66,20 +64,15 @@ def needs_of(
     logits, of an eager step and of every graph, which keeps its own, and what drawing tokens from them takes. All else
     is taken to fit into `_WORKING_BYTES`.
     """
-    dense = sum(math.prod(size) for name, size in expected_tensors(model) if ".experts." not in name)
-    if model.tie_word_embeddings:
-        dense += model.vocab_size * model.hidden_size  # the transposed copy
-    expert = 3 * model.hidden_size * model.moe_intermediate_size
-    slots = model.num_hidden_layers * placement.slots_per_rank
-    token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    slots = spec.moe_layers * placement.slots_per_rank
     rows = placement.slots_per_rank * shape.num_ranks * shape.max_tokens
     return Needs(
-        weights=(dense + slots * expert) * _ITEM,
-        kv_page=token * limits.page_size * _ITEM,
+        weights=(spec.dense_elements + slots * spec.expert_elements) * _ITEM,
+        kv_page=spec.kv_elements * limits.page_size * _ITEM,
         kv_pages=limits.num_pages + 1,
         exchange=exchange_bytes,
-        working=2 * rows * (2 * model.hidden_size + model.moe_intermediate_size) * _ITEM
-        + _rows_of_logits(limits) * model.vocab_size * _WIDE_ITEM
+        working=2 * rows * (2 * spec.hidden_size + spec.moe.inner) * _ITEM
+        + _rows_of_logits(limits) * spec.vocab_size * _WIDE_ITEM
         + draws.WORKING_BYTES
         + _WORKING_BYTES,
     )

@@ -11,17 +11,17 @@ import torch
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import DeviceExchange
 from elastic_ep.messages import SamplingParams
-from elastic_ep.model.config import ModelConfig
 from elastic_ep.model.cuda.draws import Drawn, Draws
 from elastic_ep.model.cuda.graphs import GRAPH_ROWS, StepGraphs
 from elastic_ep.model.cuda.inputs import StepInputs, StepShape
 from elastic_ep.model.cuda.linear import TILE_ROWS
 from elastic_ep.model.cuda.load import DeviceLoad
 from elastic_ep.model.cuda.memory import Budget
-from elastic_ep.model.cuda.transformer import CudaQwen3Moe
+from elastic_ep.model.cuda.ops import CudaOps
 from elastic_ep.model.sampler import Sampled, is_plain_greedy
 from elastic_ep.model.scheduler import Chunk, Sequence
 from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.model.transformer import Transformer
 from elastic_ep.model.weights import Weights
 from elastic_ep.placement import Placement
 
@@ -47,7 +47,6 @@ class CudaRunner(StepRunner):
 
     def __init__(
         self,
-        config: ModelConfig,
         limits: EngineLimits,
         weights: Weights,
         placement: Placement,
@@ -60,7 +59,17 @@ class CudaRunner(StepRunner):
     ) -> None:
         device = weights.embed.device
         self._inputs = StepInputs(limits, tile, device)
-        self._model = CudaQwen3Moe(weights, limits, self._inputs, exchange, placement.num_ranks, tile, device)
+        self._ops = CudaOps(
+            weights.spec,
+            limits,
+            self._inputs,
+            placement.num_ranks,
+            placement.slots_per_rank,
+            tile,
+            weights.embed.dtype,
+            device,
+        )
+        self._model = Transformer(weights, self._ops)
         self._device_exchange = exchange
         self._graphs = StepGraphs(self._body) if graphs else None
         self._budget = budget
@@ -73,8 +82,8 @@ class CudaRunner(StepRunner):
         """Of the step's results: those that are sampled from."""
         self._drawn: Drawn | None = None
         """None: the most likely token of each."""
-        load = DeviceLoad(placement, rank, self._model.load)
-        super().__init__(config, limits, weights, placement, rank, exchange, self._model.routing, load)
+        load = DeviceLoad(placement, rank, self._ops.load)
+        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load)
 
     def set_routing(self, active_ranks: Collection[int], placement: Placement | None = None) -> bool:
         covered = super().set_routing(active_ranks, placement)
@@ -122,7 +131,7 @@ class CudaRunner(StepRunner):
 
     def _body(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [S, V] float32 and the most likely tokens [S]."""
-        logits = self._model.forward(shape)
+        logits = self._model.forward(shape, self._device_exchange)
         return logits, logits.argmax(dim=-1)
 
     def _launch(self, chunks: list[Chunk]) -> None:

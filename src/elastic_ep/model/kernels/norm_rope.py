@@ -1,7 +1,7 @@
 """RMSNorm with the residual added; and what follows the qkv product: q/k norm, rotary embedding, KV cache write.
 
-Both fuse what vLLM and SGLang fuse (fused_add_rms_norm; rope with set_kv_buffer), Qwen3's q/k norm included. The rotary
-embedding is the rotate-half form: pairs are (i, i + D/2).
+Both fuse what vLLM and SGLang fuse (fused_add_rms_norm; rope with set_kv_buffer), the q/k norm by head included. The
+rotary embedding is the rotate-half form: pairs are (i, i + D/2).
 """
 
 from __future__ import annotations
@@ -82,12 +82,15 @@ def _norm_rope_kernel(
     values: tl.tensor,
     stride: tl.tensor,
     eps: tl.tensor,
+    clip: tl.tensor,
     HQ: tl.constexpr,
     HK: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    NORM: tl.constexpr,
+    CLIP: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -99,15 +102,22 @@ def _norm_rope_kernel(
     high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
 
     rotates = inside & (head < HQ + HK)
-    scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / D + eps)[:, None]
-    gain = norm + head * D + lane
     position = tl.load(positions + token).to(tl.int64)
     angle = position * HALF + lane
     real = lane < HALF
     cosine = tl.load(cos + angle, mask=real, other=0.0)
     sine = tl.load(sin + angle, mask=real, other=0.0)
-    first = low * scale * tl.load(gain, mask=rotates, other=0.0).to(tl.float32)
-    second = high * scale * tl.load(gain + HALF, mask=rotates, other=0.0).to(tl.float32)
+    first, second = low, high
+    if NORM:
+        scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / D + eps)[:, None]
+        gain = norm + head * D + lane
+        first = low * scale * tl.load(gain, mask=rotates, other=0.0).to(tl.float32)
+        second = high * scale * tl.load(gain + HALF, mask=rotates, other=0.0).to(tl.float32)
+    if CLIP:
+        first = tl.minimum(tl.maximum(first, -clip), clip)
+        second = tl.minimum(tl.maximum(second, -clip), clip)
+        low = tl.minimum(tl.maximum(low, -clip), clip)
+        high = tl.minimum(tl.maximum(high, -clip), clip)
     low = tl.where(rotates, first * cosine - second * sine, low)
     high = tl.where(rotates, second * cosine + first * sine, high)
 
@@ -134,7 +144,7 @@ def _norm_rope_kernel(
 
 def norm_rope_write(
     qkv: torch.Tensor,
-    qk_norm: torch.Tensor,
+    qk_norm: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     positions: torch.Tensor,
@@ -142,23 +152,25 @@ def norm_rope_write(
     keys: torch.Tensor,
     values: torch.Tensor,
     eps: float,
+    clip: float | None = None,
 ) -> torch.Tensor:
     """Queries [T, Hq, D], normed and rotated, in qkv's dtype. Writes keys (normed, rotated) and values to the cache.
 
-    `qkv` [T, (Hq + 2 Hk) D], rows of any stride: queries, keys, values. `qk_norm` [Hq + Hk, D]. `cos` and `sin`
-    [positions, D/2] float32, contiguous. `positions` [T], an integer type, each within the tables (padding too).
-    `keys` and `values` [pages, Hk, page size, D], contiguous. `slot_mapping` [T] int64: page * page size + place in
+    `qkv` [T, (Hq + 2 Hk) D], rows of any stride: queries, keys, values. `qk_norm` [Hq + Hk, D], None for no norm; after
+    it all three are clamped to plus and minus `clip`, if given. `cos` and `sin` [positions, D/2] float32, contiguous.
+    `positions` [T], an integer type, each within the tables (padding too). `keys` and `values` [pages, Hk, page size, D],
+    contiguous. `slot_mapping` [T] int64: page * page size + place in
     the page, or -1 to write nothing.
     """
     tokens = qkv.shape[0]
     _, kv_heads, page, dim = keys.shape
-    heads = qk_norm.shape[0] - kv_heads
+    heads = qkv.shape[1] // dim - 2 * kv_heads
     q = torch.empty(tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
     if tokens:
         groups = -(-(heads + 2 * kv_heads) // _HEADS)
         _norm_rope_kernel[(tokens, groups)](
             qkv,
-            qk_norm,
+            cos if qk_norm is None else qk_norm,
             cos,
             sin,
             positions,
@@ -168,12 +180,15 @@ def norm_rope_write(
             values,
             qkv.stride(0),
             eps,
+            0.0 if clip is None else clip,
             HQ=heads,
             HK=kv_heads,
             D=dim,
             PAGE=page,
             BLOCK=power_of_2(dim // 2),
             HEADS=_HEADS,
+            NORM=qk_norm is not None,
+            CLIP=clip is not None,
             num_warps=4,
             enable_fp_fusion=False,
         )

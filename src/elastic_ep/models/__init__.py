@@ -1,0 +1,1 @@
+"""Model families: what each says of itself. Nothing outside the family files knows one."""

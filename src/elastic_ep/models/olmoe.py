@@ -1,0 +1,22 @@
+"""OLMoE: queries and keys normed over the whole projection, and clamped if `clip_qkv` says so; a plain softmax gate."""
+
+from __future__ import annotations
+
+from elastic_ep.models.config_json import ConfigFields
+from elastic_ep.models.decoder import DecoderConfig, MoeNames, decoder, read_config
+from elastic_ep.models.spec import ModelSpec, QkNorm
+
+ARCHITECTURE, MODEL_TYPE = "OlmoeForCausalLM", "olmoe"
+NAMES = MoeNames("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def read(fields: ConfigFields) -> ModelSpec:
+    fields.allow("hidden_act", None, "silu")
+    fields.allow("attention_bias", None, False)
+    config = read_config(fields, inner="intermediate_size", default_eps=1e-5, default_theta=10_000.0)
+    clip = fields.number("clip_qkv", 1.0) if fields.has("clip_qkv") else None
+    return spec(config, clip)
+
+
+def spec(config: DecoderConfig, clip_qkv: float | None = None) -> ModelSpec:
+    return decoder(MODEL_TYPE, config, NAMES, qk_norm=QkNorm.PROJECTION, clip_qkv=clip_qkv)
