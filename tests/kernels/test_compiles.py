@@ -71,7 +71,9 @@ def test_gate() -> None:
     compiled(gate._gate_kernel, types, constants, 1)
 
 
-def test_norms() -> None:
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
+def test_norms(norm: bool, clip: bool) -> None:
     types = dict.fromkeys(("x", "residual", "weight", "normed", "total"), "*bf16") | {"eps": "fp32"}
     compiled(norm_rope._add_norm_kernel, types, {"H": 130, "BLOCK": 256, "ADD": True}, 4)
     types = dict.fromkeys(("qkv", "norm", "q", "keys", "values"), "*bf16")
@@ -82,8 +84,10 @@ def test_norms() -> None:
         "slots": "*i64",
         "stride": "i32",
         "eps": "fp32",
+        "clip": "fp32",
     }
-    constants = {"HQ": 32, "HK": 4, "D": 80, "PAGE": 16, "BLOCK": 64, "HEADS": 8}
+    constants: dict[str, Any] = {"HQ": 32, "HK": 4, "D": 80, "PAGE": 16, "BLOCK": 64, "HEADS": 8}
+    constants |= {"NORM": norm, "CLIP": clip}
     compiled(norm_rope._norm_rope_kernel, types, constants, 4)
 
 

@@ -76,18 +76,25 @@ class Rows:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 2, 32), (8, 1, 128), (3, 3, 40), (2, 1, 96), (14, 2, 64)])
 @pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(("normed", "clip"), [(True, None), (False, None), (True, 0.5), (False, 0.5)])
 def test_norm_rope_write(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], tokens: int
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    tokens: int,
+    normed: bool,
+    clip: float | None,
 ) -> None:
     rows = Rows(device, dtype, tokens, shape)
+    norm = rows.norm if normed else None
     keys, values = rows.cache(dtype)
     q = norm_rope_write(
-        rows.qkv, rows.norm, rows.cos, rows.sin, rows.positions, rows.slots, keys, values, EPS
+        rows.qkv, norm, rows.cos, rows.sin, rows.positions, rows.slots, keys, values, EPS, clip
     )
     exact_keys, exact_values = rows.cache(torch.float64)
     exact = reference.norm_rope_write(
         rows.qkv.double(),
-        rows.norm.double(),
+        None if norm is None else norm.double(),
         rows.cos,
         rows.sin,
         rows.positions,
@@ -95,6 +102,7 @@ def test_norm_rope_write(
         exact_keys,
         exact_values,
         EPS,
+        clip,
     )
     check("norm_rope", q, exact)
     assert torch.equal(keys == UNTOUCHED, exact_keys == UNTOUCHED)

@@ -18,10 +18,12 @@ from elastic_ep.messages import Token
 from elastic_ep.model.cuda.runner import CudaRunner
 from elastic_ep.model.runner import ModelRunner
 from elastic_ep.model.weights import Weights, dummy_source
+from elastic_ep.models import mixtral, olmoe, registry
+from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import launch_placement
 
 from .. import test_invariance
-from ..solo import TINY, SoloExchange, assign, drain, ids
+from ..solo import TINY, TINY_CONFIG, SoloExchange, assign, drain, ids
 from .conftest import INTERPRETED
 from .solo import Logits, cuda_runner, recorded
 
@@ -34,25 +36,38 @@ SHORT = [11, 4, 150]
 NEW = 4
 
 
-def on_processor(*, round_to: torch.dtype) -> tuple[Logits, dict[int, list[Token]]]:
+FAMILIES = {
+    TINY.family: TINY,
+    "mixtral": mixtral.spec(TINY_CONFIG),
+    "olmoe": olmoe.spec(TINY_CONFIG, clip_qkv=0.05),
+}
+
+
+def on_processor(*, round_to: torch.dtype, spec: ModelSpec = TINY) -> tuple[Logits, dict[int, list[Token]]]:
     """The same requests through the engine of model/runner.py, in float32, with weights rounded to a dtype."""
-    placement = launch_placement(1, TINY.moe_layers, TINY.moe.experts, 0)
-    source = dummy_source(TINY, 0)
-    weights = Weights(TINY, placement, 0, lambda name: source(name).to(round_to).float(), torch.device("cpu"))
-    runner = ModelRunner(LIMITS, weights, placement, 0, SoloExchange(TINY.moe.experts))
+    placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
+    source = dummy_source(spec, 0)
+    weights = Weights(spec, placement, 0, lambda name: source(name).to(round_to).float(), torch.device("cpu"))
+    runner = ModelRunner(LIMITS, weights, placement, 0, SoloExchange(spec.moe.experts))
     runner.add(assign(1, PROMPT, max_tokens=NEW))
     runner.add(assign(2, SHORT, max_tokens=NEW))
     with test_invariance.recorded_logits() as seen:
         return seen, drain(runner)
 
 
+def test_every_family_is_compared() -> None:
+    assert FAMILIES.keys() == {family.MODEL_TYPE for family in registry.FAMILIES}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
 def test_logits_are_those_of_the_processor(
-    device: torch.device, dtype: torch.dtype, tolerance: float
+    device: torch.device, dtype: torch.dtype, tolerance: float, family: str
 ) -> None:
     """Largest difference of a logit as a share of the largest logit."""
-    expected, tokens = on_processor(round_to=dtype)
-    runner, _ = cuda_runner(device, dtype=dtype)
+    spec = FAMILIES[family]
+    expected, tokens = on_processor(round_to=dtype, spec=spec)
+    runner, _ = cuda_runner(device, spec, dtype=dtype)
     runner.add(assign(1, PROMPT, max_tokens=NEW))
     runner.add(assign(2, SHORT, max_tokens=NEW))
     with recorded() as seen:

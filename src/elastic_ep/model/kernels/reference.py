@@ -51,7 +51,7 @@ def add_rms_norm(
 
 def norm_rope_write(
     qkv: torch.Tensor,
-    qk_norm: torch.Tensor,
+    qk_norm: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     positions: torch.Tensor,
@@ -59,20 +59,24 @@ def norm_rope_write(
     keys: torch.Tensor,
     values: torch.Tensor,
     eps: float,
+    clip: float | None = None,
 ) -> torch.Tensor:
     """See `norm_rope.norm_rope_write`."""
     _, kv_heads, page, dim = keys.shape
-    heads = len(qk_norm) - kv_heads
     rows = qkv.view(len(qkv), -1, dim)
-    qk = rows[:, : heads + kv_heads]
-    qk = qk * torch.rsqrt(qk.square().mean(dim=-1, keepdim=True) + eps) * qk_norm
+    heads = rows.shape[1] - 2 * kv_heads
+    qk, v = rows[:, : heads + kv_heads], rows[:, heads + kv_heads :]
+    if qk_norm is not None:
+        qk = qk * torch.rsqrt(qk.square().mean(dim=-1, keepdim=True) + eps) * qk_norm
+    if clip is not None:
+        qk, v = qk.clamp(-clip, clip), v.clamp(-clip, clip)
     low, high = qk.chunk(2, dim=-1)
     c, s = cos[positions].unsqueeze(1).to(qk), sin[positions].unsqueeze(1).to(qk)
     qk = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
             keys[slot // page, :, slot % page] = qk[token, heads:]
-            values[slot // page, :, slot % page] = rows[token, heads + kv_heads :]
+            values[slot // page, :, slot % page] = v[token]
     return qk[:, :heads].contiguous()
 
 
