@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.control.expert_loads import REPORTS_KEPT, LoadWindow
-from elastic_ep.model.config import load_model_config
 from elastic_ep.model.cuda.load import DeviceLoad
 from elastic_ep.model.expert_load import ExpertLoad
 from elastic_ep.model.routing_table import RoutingTable
 from elastic_ep.model.scheduler import Chunk
 from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import EMPTY, Change, Placement
 from elastic_ep.run import BUNDLED_MODEL
 
@@ -56,10 +57,10 @@ class Runner(StepRunner):
     """Computes nothing; a new placement reaches the counters through it, as it does in a rank."""
 
     def __init__(self, load: ExpertLoad) -> None:
-        model = load_model_config(BUNDLED_MODEL)
+        weights = cast(Any, SimpleNamespace(spec=load_spec(BUNDLED_MODEL)))
         limits = EngineLimits(max_model_len=16)
         routing = cast(RoutingTable, type("NoTable", (), {"update": lambda *_given: True})())
-        super().__init__(model, limits, cast(Any, None), FIRST, RANK, cast(Any, None), routing, load)
+        super().__init__(limits, weights, FIRST, RANK, cast(Any, None), routing, load)
 
     def warm_up(self) -> None: ...
     def _launch(self, chunks: list[Chunk]) -> None: ...
