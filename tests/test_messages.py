@@ -117,7 +117,7 @@ def test_what_is_not_packed_integers_is_malformed(text: str) -> None:
     plain = [*to_plain(Assign(1, (), (), SamplingParams(1), 0, 0))]
     plain[2] = text
     try:
-        found = decode(json.dumps(plain).encode(), ToRank)
+        found: Assign = decode(json.dumps(plain).encode(), ToRank)
     except MalformedMessage:
         return
     assert isinstance(found, Assign)

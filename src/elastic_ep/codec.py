@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 
 class MalformedMessage(ValueError):
@@ -93,7 +93,7 @@ def check(value: Any, expected: Any) -> None:
     elif is_dataclass(expected) or hasattr(expected, "_fields"):
         if type(value) is not expected:
             raise _mismatch(value, expected)
-        for name, hint in _hints(expected).items():
+        for name, hint in _hints(cast(Any, expected)).items():
             try:
                 check(getattr(value, name), hint)
             except MalformedMessage as error:

@@ -95,7 +95,7 @@ async def connected(directory: Path) -> AsyncIterator[Ends]:
 
 def arrived(socket: zmq.Socket[bytes]) -> None:
     """Block until something has come in that the event loop has not been told of."""
-    ready, _, _ = select.select([socket.getsockopt(zmq.FD)], [], [], DEADLINE_S)
+    ready, _, _ = select.select([int(socket.getsockopt(zmq.FD))], [], [], DEADLINE_S)
     assert ready, "it does not come"
 
 
