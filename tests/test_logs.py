@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from bench.bound import run
 
 from elastic_ep import logs
 from elastic_ep.config import LOG_LEVELS, ConfigError, LogConfig, ServeConfig
@@ -107,7 +108,7 @@ print("done")
 
 def write_many(stderr: int, padding: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", _WRITER, str(padding)]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60, check=False)
+    return run(command, 60, stderr=stderr)
 
 
 @pytest.mark.parametrize("padding", [100, 9000])
