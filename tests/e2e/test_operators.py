@@ -205,6 +205,34 @@ def test_series_are_there_before_the_first_loss_and_count_what_the_log_says(tmp_
     ]
 
 
+def test_gauges_follow_the_work_and_fall_to_zero(logged: Logged) -> None:
+    used = "elastic_ep:kv_cache_usage_perc"
+    busy = ("elastic_ep:num_requests_running", used)
+
+    async def story() -> tuple[dict[str, float], dict[str, Any]]:
+        url = logged.server.url
+        async with http() as session, asyncio.timeout(DEADLINE_S):
+            await until_full(session, url)
+            question = held_out(1)[0].question
+            stream = asyncio.create_task(chat(session, url, question, max_tokens=200, ignore_eos=True))
+            while not all((seen := await metrics(session, url))[name] > 0 for name in busy):
+                await asyncio.sleep(0.01)
+            stream.cancel()
+            await asyncio.wait([stream])
+            while any((await metrics(session, url))[name] for name in busy):
+                await asyncio.sleep(0.02)
+            while not (now := await status(session, url))["idle"]:
+                await asyncio.sleep(0.02)
+            return seen, now
+
+    seen, now = asyncio.run(story())
+    by_rank = [seen[f'elastic_ep:rank_kv_cache_usage_perc{{rank="{rank}"}}'] for rank in range(RANKS)]
+    assert seen[used] == pytest.approx(sum(by_rank) / RANKS)
+    assert max(by_rank) <= 1.0
+    assert now["state"] == "Serving", "an idle group is well"
+    assert [engine["kv_cache_usage"] for engine in now["engines"]] == [0.0] * RANKS
+
+
 def test_titles_say_which_process_is_which(logged: Logged) -> None:
     async def serving() -> dict[str, Any]:
         async with http() as session:
