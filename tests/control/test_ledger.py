@@ -165,7 +165,9 @@ def ledger_story(act: Callable[[Ledger], Any]) -> list[dict[str, Any]]:
 
     with capture_logs() as lines:
         run_virtually(run)
-    return [line for line in lines if line["event"] not in ("rank serves", "rank state")]
+    return [
+        cast("dict[str, Any]", line) for line in lines if line["event"] not in ("rank serves", "rank state")
+    ]
 
 
 def felt(rank: int, beyond_s: float, epoch: int = 7, kind: str = "loss") -> Disturbance:

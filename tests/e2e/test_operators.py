@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from bench.common import Server, chat, http, server, until_full
+from bench.common import Server, chat, http, server, status, until_full
 
 from elastic_ep.api.backend import LossCause
 from elastic_ep.problems import held_out
@@ -215,12 +215,16 @@ def test_gauges_follow_the_work_and_fall_to_zero(logged: Logged) -> None:
             await until_full(session, url)
             question = held_out(1)[0].question
             stream = asyncio.create_task(chat(session, url, question, max_tokens=200, ignore_eos=True))
-            while not all((seen := await metrics(session, url))[name] > 0 for name in busy):
+            seen = await metrics(session, url)
+            while not all(seen[name] > 0 for name in busy):
                 await asyncio.sleep(0.01)
+                seen = await metrics(session, url)
             stream.cancel()
             await asyncio.wait([stream])
-            while any((await metrics(session, url))[name] for name in busy):
+            later = seen
+            while any(later[name] for name in busy):
                 await asyncio.sleep(0.02)
+                later = await metrics(session, url)
             while not (now := await status(session, url))["idle"]:
                 await asyncio.sleep(0.02)
             return seen, now

@@ -76,7 +76,7 @@ class Repairs:
             case StateReady():
                 if message.address is None:
                     if not self.unreadable:
-                        log.warning("weights come from the checkpoint, not from peers", why=message.reason)
+                        log.info("weights come from the checkpoint, not from peers", why=message.reason)
                     self.unreadable = message.reason
                     self._log.note("no_peer_weights", rank=member.rank, reason=message.reason)
                 else:
