@@ -20,7 +20,6 @@ from typing import IO, Any
 
 import aiohttp
 
-from bench.bound import Bound
 from elastic_ep.run import BUNDLED_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,12 +126,10 @@ def server(
 ) -> Iterator[Server]:
     """`python -m elastic_ep.run` (or what `module` makes of it) with these arguments on a free port, ended at exit.
 
-    Killed if this process ends otherwise.
-
     What it logs goes to `stderr`; if that is not given nowhere, or with BENCH_VERBOSE where ours goes.
     """
     started = time.monotonic()
-    process = Bound(
+    process = subprocess.Popen(
         [
             sys.executable,
             "-m",
@@ -147,6 +144,7 @@ def server(
         ],
         stdout=subprocess.PIPE,
         stderr=stderr or (sys.stderr if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL),
+        text=True,
         start_new_session=True,
     )
     try:

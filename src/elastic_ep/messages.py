@@ -186,11 +186,18 @@ class Heartbeat:
     kv_pages: int = 0
 
 
+class Bias(NamedTuple):
+    token: int
+    add: float
+    """To its logit."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to pick tokens; the same meaning as in vLLM. Defaults: greedy.
 
-    `logprobs` is the number of alternatives to report (0: the sampled token's own), None for no logprobs.
+    `logprobs` is the number of alternatives to report (0: the sampled token's own), None for no logprobs. Before
+    `min_tokens` tokens no token that ends the sequence is picked. `allowed_token_ids` empty: all are.
     """
 
     max_tokens: int
@@ -204,6 +211,9 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    min_tokens: int = 0
+    logit_bias: tuple[Bias, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

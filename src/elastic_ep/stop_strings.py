@@ -1,4 +1,4 @@
-"""Cutting text at the first stop string, whatever pieces the text arrives in."""
+"""Cutting text at, or behind, the first stop string, whatever pieces the text arrives in."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class StopStrings:
     must be held back.
     """
 
-    __slots__ = ("_failures", "_first", "_held", "_states", "_stops")
+    __slots__ = ("_failures", "_first", "_held", "_include", "_states", "_stops")
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        """`stops` must hold no empty string."""
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """`stops` must hold no empty string. `include`: the text is cut behind the stop string, not before it."""
+        self._include = include
         self._stops = tuple(stops)
         self._failures = [_failure_function(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
@@ -26,7 +27,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that is certain to come before any stop string, whether a stop string was found)."""
+        """(text that is certain to come before the cut, whether a stop string was found)."""
         if not self._held and self._first(text) is None:
             return text, False
         buffer = self._held + text
@@ -34,7 +35,7 @@ class StopStrings:
             longest = self._advance(buffer[place])
             if longest:
                 self._held = ""
-                return buffer[: place + 1 - longest], True
+                return buffer[: place + 1 - (0 if self._include else longest)], True
         keep = len(buffer) - max(self._states)
         self._held = buffer[keep:]
         return buffer[:keep], False

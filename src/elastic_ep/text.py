@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,16 +73,16 @@ class Text:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens` without special tokens."""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `tokens`, without special tokens unless told otherwise."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh incremental decoder for one stream of tokens; special tokens have no text."""
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh incremental decoder for one stream of tokens; what joins up is what `decode` gives."""
         if self._table is not None:
-            return ByteDetokenizer(self._table)
-        return WindowDetokenizer(self.decode)
+            return ByteDetokenizer(self._table if skip_special_tokens else self._shown)
+        return WindowDetokenizer(partial(self.decode, skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token alone, special tokens by their name; empty for an id without text."""

@@ -25,10 +25,10 @@ class HeldText(Text):
             Path(path).read_bytes()
         return super().encode(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if list(tokens) == [0]:
             raise ZeroDivisionError
-        return super().decode(tokens)
+        return super().decode(tokens, skip_special_tokens=skip_special_tokens)
 
 
 def held_text() -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import zlib
 from typing import Any
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.anyio
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hello"}]
+ASKS: dict[str, dict[str, Any]] = {COMPLETIONS: {"prompt": "A"}, CHAT: {"messages": USER}}
 
 
 @pytest.fixture
@@ -141,7 +143,14 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("ignore_eos", 0),
     ("suffix", "tail"),
     ("best_of", 3),
-    ("logit_bias", {"5": 100}),
+    ("logit_bias", {"5": 101}),
+    ("logit_bias", {"512": 1}),
+    ("logit_bias", {"five": 1}),
+    ("logit_bias", [5]),
+    ("allowed_token_ids", [512]),
+    ("min_tokens", -1),
+    ("truncate_prompt_tokens", 0),
+    ("request_id", "a b"),
 ]
 
 
@@ -151,7 +160,7 @@ async def test_completion_field(running: Running, name: str, value: Any) -> None
     assert status == 400
     error = check_error(body)
     assert error["type"] == "invalid_request_error"
-    assert error["param"].split("[")[0] == name
+    assert re.split(r"[\[.]", error["param"])[0] == name
     assert running.backend.submitted == []
 
 
@@ -209,7 +218,7 @@ async def test_the_longest_prompt_fits(running: Running) -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 async def test_unknown_model(running: Running, path: str) -> None:
-    status, body = await running.post(path, {"model": "gpt-9", "prompt": "A", "messages": USER})
+    status, body = await running.post(path, {"model": "gpt-9"} | ASKS[path])
     assert status == 404
     assert check_error(body)["code"] == "model_not_found"
     async with running.http.get(f"{running.url}/v1/models/gpt-9") as response:
@@ -286,11 +295,19 @@ async def test_stopping(start: Start) -> None:
 
 async def test_a_wrong_key_is_refused_whatever_it_holds(start: Start) -> None:
     running = await start(api_keys=("secret",))
-    for given in ("", "secret", "Bearer", "Bearer  secret", "Bearer \xff", "bearer secret"):
+    for given in ("", "secret", "Bearer", "Bearer  secret", "Bearer \xff", "Basic secret"):
         headers = {"Authorization": given}
         async with running.http.post(running.url + COMPLETIONS, headers=headers) as response:
             assert response.status == 401
             assert check_error(await response.json())["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+async def test_the_scheme_of_a_key_is_case_insensitive(start: Start, scheme: str) -> None:
+    running = await start(api_keys=("other", "secret"))
+    headers = {"Authorization": f"{scheme} secret"}
+    async with running.http.get(f"{running.url}/v1/models", headers=headers) as response:
+        assert response.status == 200
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elastic_ep.api.generate import ChoiceReader
+from elastic_ep.api.requests import Output
 from elastic_ep.detokenize import ByteDetokenizer, Detokenizer, WindowDetokenizer, byte_level_alphabet
 from elastic_ep.stop_strings import StopStrings
 from elastic_ep.text import ChatTemplateError, Text
@@ -133,7 +134,7 @@ def test_tokens_and_batches_do_not_move_the_cut(text: str, stops: list[str], siz
     """From token messages, whole characters split over several tokens and any number of tokens a batch."""
     ids = [*byte_tokens(text), *sample_text().encode("<|im_end|>")]
     tokens = tokens_of(ids, finish="stop")
-    reader = ChoiceReader(sample_text(), stops, keep_tokens=False)
+    reader = ChoiceReader(sample_text(), Output(stop=tuple(stops)))
     shown = ""
     while tokens and reader.finish is None:
         size = sizes[len(tokens) % len(sizes)]
@@ -148,15 +149,15 @@ def test_tokens_and_batches_do_not_move_the_cut(text: str, stops: list[str], siz
 
 def test_text_at_the_length_limit_may_hold_half_a_stop_string_or_character() -> None:
     ids = sample_text().encode("7 ###")
-    reader = ChoiceReader(sample_text(), ["####"], keep_tokens=False)
+    reader = ChoiceReader(sample_text(), Output(stop=("####",)))
     assert reader.feed(tuple(tokens_of(ids, finish="length"))) == "7 ###"
     assert reader.finish == "length"
     ids = sample_text().encode("7 ####")
-    reader = ChoiceReader(sample_text(), ["####"], keep_tokens=False)
+    reader = ChoiceReader(sample_text(), Output(stop=("####",)))
     assert reader.feed(tuple(tokens_of(ids, finish="length"))) == "7 "
     assert reader.finish == "stop"
     half = sample_text().encode("🙂")[:-1]
-    reader = ChoiceReader(sample_text(), [], keep_tokens=False)
+    reader = ChoiceReader(sample_text(), Output())
     assert reader.feed(tuple(tokens_of(half, finish="length"))) == "\ufffd"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.messages import SamplingParams
+from elastic_ep.messages import Bias, SamplingParams
 from elastic_ep.model.sampler import gumbel, sample
 from elastic_ep.model.scheduler import Sequence
 
@@ -20,15 +21,22 @@ VOCAB = 37
 
 
 def sequence(
-    params: SamplingParams, prompt: list[int], output: list[int], seed: int, choice: int
+    params: SamplingParams,
+    prompt: list[int],
+    output: list[int],
+    seed: int,
+    choice: int,
+    stops: Collection[int] = (),
 ) -> Sequence:
-    return Sequence(1, [*prompt, *output], len(prompt), params, seed, choice)
+    return Sequence(1, [*prompt, *output], len(prompt), params, seed, choice, stops=frozenset(stops))
 
 
 def kept_scores(logits: list[float], seq: Sequence) -> dict[int, float]:
     """What may be drawn, with its scaled score, by the definitions."""
     params = seq.params
     scores = list(logits)
+    for token, add in params.logit_bias:
+        scores[token] += add
     counts = Counter(seq.tokens[seq.prompt_len :])
     for token in range(VOCAB):
         if token in seq.tokens:
@@ -36,10 +44,16 @@ def kept_scores(logits: list[float], seq: Sequence) -> dict[int, float]:
             scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
         if counts[token]:
             scores[token] -= params.frequency_penalty * counts[token] + params.presence_penalty
+    for token in seq.stops if seq.output_len < params.min_tokens else ():
+        scores[token] = -2e30
+    for token in range(VOCAB):
+        if params.allowed_token_ids and token not in params.allowed_token_ids:
+            scores[token] = -4e30
     if params.temperature == 0:
         return {max(range(VOCAB), key=lambda token: (scores[token], -token)): 0.0}
-    scaled = {token: score / params.temperature for token, score in enumerate(scores)}
-    best = max(scaled.values())
+    largest = max(scores)
+    scaled = {token: (score - largest) / params.temperature for token, score in enumerate(scores)}
+    best = 0.0
     kept = {t: s for t, s in scaled.items() if params.min_p == 0 or s >= best + math.log(params.min_p)}
     ranked = sorted(kept, key=lambda token: (-kept[token], token))
     if params.top_k:
@@ -72,6 +86,11 @@ sampling = st.builds(
     repetition_penalty=st.sampled_from([1.0, 0.7, 1.3]),
     presence_penalty=st.sampled_from([0.0, -1.0, 0.8]),
     frequency_penalty=st.sampled_from([0.0, 0.4, -0.6]),
+    min_tokens=st.sampled_from([0, 0, 1, 5, 9]),
+    logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, -1.5, 3.0, 100.0]), max_size=3).map(
+        lambda biases: tuple(Bias(*one) for one in biases.items())
+    ),
+    allowed_token_ids=st.just(()) | st.lists(tokens, unique=True, max_size=4).map(tuple),
 )
 sequences = st.builds(
     sequence,
@@ -80,6 +99,7 @@ sequences = st.builds(
     st.lists(tokens, max_size=10),
     st.integers(-(2**63), 2**64),
     st.integers(0, 5),
+    st.just(()) | st.sets(tokens, max_size=3),
 )
 
 
@@ -98,6 +118,18 @@ def test_neighbours_do_not_matter(batch: list[Sequence], seed: int) -> None:
     logits = torch.randn(len(batch), VOCAB, generator=torch.Generator().manual_seed(seed))
     together = sample(logits, batch)
     assert together == [sample(logits[i : i + 1], [seq])[0] for i, seq in enumerate(batch)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(sequences, st.integers(0, 2**32))
+def test_nothing_is_picked_that_may_not_be(seq: Sequence, seed: int) -> None:
+    """Whatever else is asked for, as long as anything may."""
+    params = seq.params
+    may = set(params.allowed_token_ids or range(VOCAB))
+    if seq.output_len < params.min_tokens:
+        may = may - seq.stops or may
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 1e6
+    assert sample(logits, [seq])[0].token in may
 
 
 @pytest.mark.parametrize("params", [{}, {"presence_penalty": 1e-9}])

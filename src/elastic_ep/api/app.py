@@ -15,6 +15,7 @@ from elastic_ep.api.errors import ApiError, Handler, error_middleware
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.openai import OpenAiHandlers
 from elastic_ep.api.reading import BodyReader, Reading
+from elastic_ep.api.request_id import send_request_id
 from elastic_ep.api.settings import ApiSettings
 from elastic_ep.api.text_worker import TextWorker, WorkerSetup
 from elastic_ep.text import Text
@@ -34,10 +35,12 @@ def create_app(
     `load_text`, which must be picklable, makes the like of `text` in the process that reads large bodies. That one is
     started by the first large body, or by `app[READING].worker.warm()`.
     """
-    middlewares = [error_middleware(metrics.http_error)]
+    middlewares = [error_middleware(metrics.http_error), settings.cors.middleware()]
     if settings.api_keys:
         middlewares.append(_key_middleware(settings.api_keys))
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
+    app.on_response_prepare.append(send_request_id)
+    app.on_response_prepare.append(settings.cors.send_headers)
     reading = app[READING] = Reading(BodyReader(settings, text), TextWorker(WorkerSetup(settings, load_text)))
     app.on_cleanup.append(_close_worker)
     app.add_routes(OpenAiHandlers(backend, settings, text, metrics, reading).routes())
@@ -82,15 +85,18 @@ async def _close_worker(app: web.Application) -> None:
 
 
 def _key_middleware(keys: tuple[str, ...]) -> Any:
-    accepted = [f"Bearer {key}".encode() for key in keys]
+    accepted = [key.encode() for key in keys]
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path not in _OPEN_PATHS:
+            # The scheme's name is case-insensitive (RFC 9110).
+            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             # aiohttp decodes headers with surrogateescape.
-            given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+            given = token.encode("utf-8", "surrogateescape")
             # Compare with all of them, and in constant time: nothing can be learnt from how long it takes.
-            if not sum(hmac.compare_digest(given, key) for key in accepted):
+            known = sum(hmac.compare_digest(given, key) for key in accepted)
+            if scheme.lower() != "bearer" or not known:
                 raise ApiError(
                     "A valid API key is needed, as 'Authorization: Bearer KEY'.",
                     status=401,

@@ -1,16 +1,22 @@
-"""The bodies of POST requests: one table of fields for each endpoint."""
+"""The bodies of POST requests: a table of fields for each endpoint, of all that clients of OpenAI, vLLM and SGLang send.
+
+`python -m elastic_ep.api.reference` writes docs/api.md from them.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from elastic_ep.api import unsupported
 from elastic_ep.api.errors import prompt_too_long
 from elastic_ep.api.fields import (
     Boolean,
     Field,
     Integer,
     Kind,
+    Label,
     ListOf,
     Number,
     Object,
@@ -20,9 +26,12 @@ from elastic_ep.api.fields import (
     bad_value,
     wrong_type,
 )
-from elastic_ep.api.settings import ApiSettings
+from elastic_ep.api.settings import SAMPLING_KINDS, ApiSettings, SamplingDefaults
+from elastic_ep.messages import Bias
 
 _TEXT_PART = Object((Field("type", OneOf(("text",)), required=True), Field("text", String(), required=True)))
+_MOST_TOKEN_IDS = 1024
+_BIAS = Number(-100.0, 100.0)
 _STOP_STRINGS = ListOf(String(min_length=1, max_length=256), max_items=16, or_single=True)
 
 
@@ -83,31 +92,105 @@ class Content:
         return {"anyOf": [{"type": "string"}, ListOf(_TEXT_PART).schema()]}
 
 
+@dataclass(frozen=True, slots=True)
+class LogitBias:
+    """What to add to tokens' logits: token ids as JSON object names, as OpenAI has it."""
+
+    token: Integer
+
+    def read(self, value: Any, param: str) -> tuple[Bias, ...]:
+        if not isinstance(value, dict):
+            raise wrong_type(param, "an object", value)
+        if len(value) > _MOST_TOKEN_IDS:
+            raise bad_value(param, f"must have at most {_MOST_TOKEN_IDS} entries.")
+        biases = {}
+        for name, add in value.items():
+            within = f"{param}.{name[:20]}"
+            if not re.fullmatch("[0-9]{1,9}", name):
+                raise bad_value(param, "must have token ids as its names.")
+            biases[self.token.read(int(name), within)] = _BIAS.read(add, within)
+        return tuple(Bias(token, add) for token, add in biases.items())
+
+    def schema(self) -> Schema:
+        return {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": _BIAS.schema(),
+            "maxProperties": _MOST_TOKEN_IDS,
+        }
+
+
 def _token_id(settings: ApiSettings) -> Integer:
     return Integer(0, settings.vocab_size - 1)
 
 
+def _request_id(name: str) -> Field:
+    return Field(name, String(1, 128, pattern="[!-~]+"), about="Becomes the answer's id, behind its prefix.")
+
+
 def _common_fields(settings: ApiSettings) -> tuple[Field, ...]:
-    defaults = settings.defaults
+    token_ids = ListOf(_token_id(settings), max_items=128)
     return (
         Field("model", String()),
         Field("n", Integer(1, min(128, settings.max_choices)), 1),
         Field("stream", Boolean(), False),
-        Field("stream_options", Object((Field("include_usage", Boolean(), False),))),
+        Field("stream_options", _STREAM_OPTIONS),
         Field("stop", _STOP_STRINGS, ()),
-        Field("stop_token_ids", ListOf(_token_id(settings), max_items=128), ()),
+        Field("stop_token_ids", token_ids, ()),
+        Field("include_stop_str_in_output", Boolean(), False, about="The text ends with what stopped it."),
+        Field("no_stop_trim", Boolean(), False, about="SGLang's name for include_stop_str_in_output."),
         Field("ignore_eos", Boolean(), False),
+        Field("min_tokens", Integer(0, 2**31 - 1), 0, about="Nothing ends the text before it has so many."),
         Field("seed", Integer(-(2**63), 2**63 - 1)),
         Field("max_tokens", Integer(1, 2**31 - 1)),
-        Field("temperature", Number(0.0, 2.0), defaults.temperature),
-        Field("top_p", Number(0.0, 1.0, above_low=True), defaults.top_p),
-        Field("top_k", Integer(-1, 2**31 - 1), defaults.top_k),
-        Field("min_p", Number(0.0, 1.0), defaults.min_p),
-        Field("repetition_penalty", Number(0.01, 100.0), defaults.repetition_penalty),
+        *_sampling_fields(settings.defaults),
         Field("presence_penalty", Number(-2.0, 2.0), 0.0),
         Field("frequency_penalty", Number(-2.0, 2.0), 0.0),
-        Field("logit_bias", OneOf(({},))),
+        Field("logit_bias", LogitBias(_token_id(settings)), ()),
+        Field(
+            "allowed_token_ids",
+            ListOf(_token_id(settings), max_items=_MOST_TOKEN_IDS),
+            (),
+            about="Only these are picked; [] is all.",
+        ),
+        Field("skip_special_tokens", Boolean(), True, about="False: special tokens are part of the text."),
+        Field(
+            "return_token_ids", Boolean(), False, about="token_ids and prompt_token_ids are in the answer."
+        ),
+        Field(
+            "truncate_prompt_tokens",
+            Integer(-1, 2**31 - 1),
+            about="Keep so many tokens of each prompt; -1: as many as fit.",
+        ),
+        Field(
+            "truncation_side",
+            OneOf(("left", "right"), "a prompt is cut at one of its ends"),
+            "left",
+            about="Where the prompt is cut: left keeps its last tokens.",
+        ),
+        _request_id("request_id"),
+        _request_id("rid"),
+        *(Field(name, Label(), about="Accepted. It never changes an answer.") for name in _LABELS),
+        *unsupported.EVERYWHERE,
     )
+
+
+_LABELS = (
+    "user", "metadata", "safety_identifier", "session_id", "extra_key", "cache_salt", "prompt_cache_key",
+    "prompt_cache_retention", "prompt_cache_options",
+)  # fmt: skip
+"""Who asks, or hints for a cache of prompts, which there is none: nothing is shared between requests."""
+_STREAM_OPTIONS = Object(
+    (
+        Field("include_usage", Boolean(), False),
+        Field("continuous_usage_stats", Boolean(), False, about="Every chunk tells the usage so far."),
+        Field("include_obfuscation", OneOf((False,), "chunks are not padded")),
+    )
+)
+
+
+def _sampling_fields(defaults: SamplingDefaults) -> tuple[Field, ...]:
+    return tuple(Field(name, kind, getattr(defaults, name)) for name, kind in SAMPLING_KINDS.items())
 
 
 def completion_fields(settings: ApiSettings) -> tuple[Field, ...]:
@@ -118,8 +201,9 @@ def completion_fields(settings: ApiSettings) -> tuple[Field, ...]:
         *_common_fields(settings),
         Field("logprobs", Integer(0, settings.max_logprobs)),
         Field("echo", Boolean(), False),
-        Field("suffix", OneOf(("",))),
-        Field("best_of", OneOf((1,))),
+        Field("add_special_tokens", Boolean(), True),
+        Field("best_of", Integer(1, 128), about="As n: the best of more choices than are shown is not told."),
+        *unsupported.COMPLETIONS,
     )
 
 
@@ -129,7 +213,7 @@ _MESSAGE = Object(
         Field("content", Content(), ""),
         Field("name", String()),
         Field("reasoning_content", String()),
-        Field("tool_calls", OneOf(([],))),
+        Field("tool_calls", OneOf(([],), "the model is not told of tools")),
     )
 )
 
@@ -140,11 +224,18 @@ def chat_fields(settings: ApiSettings) -> tuple[Field, ...]:
         *_common_fields(settings),
         Field("max_completion_tokens", Integer(1, 2**31 - 1)),
         Field("logprobs", Boolean(), False),
-        Field("top_logprobs", Integer(0, settings.max_logprobs)),
+        Field("top_logprobs", Integer(0, settings.max_logprobs), 0),
         Field("add_generation_prompt", Boolean(), True),
+        Field("add_special_tokens", Boolean(), False),
         Field("chat_template_kwargs", Object()),
-        Field("tools", OneOf(([],))),
-        Field("response_format", OneOf(({"type": "text"},))),
+        Field("tools", OneOf(([],), "the model is not told of tools")),
+        Field("documents", OneOf(([],), "the template is not given documents")),
+        Field("chat_template", OneOf(("",), "the template is the model's own")),
+        Field("continue_final_message", OneOf((False,), "every message is closed")),
+        Field(
+            "return_prompt_token_ids", Boolean(), False, about="SGLang's: prompt_token_ids are in the answer."
+        ),
+        *unsupported.CHAT,
     )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import structlog
 from aiohttp import web
 
 from elastic_ep.api.backend import Busy, Failure, Refused, Stopping, Unavailable
+from elastic_ep.api.request_id import request_id
 from elastic_ep.messages import FailureCode
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 
 class ApiError(Exception):
@@ -77,7 +78,13 @@ def translate(error: Exception) -> ApiError | None:
 
 def unexpected(request: web.Request, error: Exception) -> ApiError:
     """A defect of ours: log it, and tell the client no more than that."""
-    log.error("unhandled error in %s %s", request.method, request.path, exc_info=error)
+    log.error(
+        "unhandled error",
+        method=request.method,
+        path=request.path,
+        request_id=request_id(request),
+        exc_info=error,
+    )
     return ApiError("Internal server error.", status=500, kind="internal_error")
 
 

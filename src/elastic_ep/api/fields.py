@@ -2,13 +2,15 @@
 
 A kind checks a JSON value and gives it back in the type that the server works with, or raises `ApiError`
 naming the field. It also describes itself as JSON Schema, so the OpenAPI description cannot differ from what
-is checked. Null means "not given" everywhere, and fields that no table lists are ignored, as in vLLM.
+is checked. Null means "not given" everywhere, and fields that no table lists are ignored, as in vLLM; a table lists all
+that OpenAI, vLLM and SGLang know, with what cannot be honoured as `OneOf` the values that ask for nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -31,6 +33,8 @@ class Field:
     kind: Kind
     default: Any = None
     required: bool = False
+    about: str = ""
+    """For people, in the OpenAPI description and in docs/api.md."""
 
 
 def read_fields(body: Mapping[str, Any], table: Iterable[Field], within: str = "") -> dict[str, Any]:
@@ -48,13 +52,25 @@ def read_fields(body: Mapping[str, Any], table: Iterable[Field], within: str = "
     return values
 
 
+def unknown_fields(body: Mapping[str, Any], table: Iterable[Field], within: str = "") -> Iterator[str]:
+    """Names in `body`, and in its objects that have a table of their own, that no table lists."""
+    known = {field.name: field.kind for field in table}
+    for name, value in body.items():
+        kind = known.get(name)
+        if kind is None:
+            yield within + name
+        elif isinstance(kind, Object) and kind.table and isinstance(value, dict):
+            yield from unknown_fields(value, kind.table, f"{within}{name}.")
+
+
 def object_schema(table: Iterable[Field]) -> Schema:
     """The JSON Schema of an object with the fields of `table`."""
     listed = tuple(table)
     properties = {}
     for field in listed:
         schema = field.kind.schema()
-        properties[field.name] = schema if field.required else {"anyOf": [schema, {"type": "null"}]}
+        schema = schema if field.required else {"anyOf": [schema, {"type": "null"}]}
+        properties[field.name] = {**schema, "description": field.about} if field.about else schema
     required = [field.name for field in listed if field.required]
     return {"type": "object", "properties": properties, **({"required": required} if required else {})}
 
@@ -144,6 +160,8 @@ class String:
 
     min_length: int = 0
     max_length: int | None = None
+    pattern: str | None = None
+    """A regular expression for all of it."""
 
     def read(self, value: Any, param: str) -> str:
         if not isinstance(value, str):
@@ -156,12 +174,15 @@ class String:
             raise bad_value(param, "must not be empty.")
         if self.max_length is not None and len(value) > self.max_length:
             raise bad_value(param, f"must have at most {self.max_length} characters.")
+        if self.pattern is not None and not re.fullmatch(self.pattern, value):
+            raise bad_value(param, f"must match {self.pattern}.")
         return value
 
     def schema(self) -> Schema:
         longest = {} if self.max_length is None else {"maxLength": self.max_length}
         shortest = {"minLength": self.min_length} if self.min_length else {}
-        return {"type": "string", **shortest, **longest}
+        pattern = {} if self.pattern is None else {"pattern": f"^{self.pattern}$"}
+        return {"type": "string", **shortest, **longest, **pattern}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,23 +228,42 @@ class Object:
 
 
 @dataclass(frozen=True, slots=True)
-class OneOf:
-    """Only these values: for fields of OpenAI's API that would change the answer and are not implemented.
-
-    Ignoring them would be a wrong answer without a word.
-    """
-
-    allowed: tuple[Any, ...]
+class Label:
+    """Any value: it says who asks, or hints at how to be fast. It never changes an answer, here or elsewhere."""
 
     def read(self, value: Any, param: str) -> Any:
-        # 0 == False in Python but not in JSON.
-        if any(type(value) is type(one) and value == one for one in self.allowed):
-            return value
-        raise ApiError(
-            f"'{param}' is not supported here, except as {', '.join(json.dumps(one) for one in self.allowed)}.",
-            param=param,
-            code="unsupported_parameter",
-        )
+        return value
 
     def schema(self) -> Schema:
-        return {"enum": list(self.allowed)}
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Only these values: for what would change the answer, or its form, and is not implemented.
+
+    Ignoring such a field would be a wrong answer without a word. `why` is what the client is told.
+    """
+
+    allowed: tuple[Any, ...] = ()
+    why: str = "not implemented"
+
+    def read(self, value: Any, param: str) -> Any:
+        if any(_same(value, one) for one in self.allowed):
+            return value
+        but = f" other than {' or '.join(json.dumps(one) for one in self.allowed)}" if self.allowed else ""
+        raise unsupported(param, f"cannot be honoured here with a value{but}: {self.why}.")
+
+    def schema(self) -> Schema:
+        return {"enum": list(self.allowed)} if self.allowed else {"type": "null"}
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    return ApiError(f"'{param}' {message}", param=param, code="unsupported_parameter")
+
+
+def _same(value: Any, other: Any) -> bool:
+    """As JSON has it: 1 is 1.0, and neither is true."""
+    if type(value) in (int, float) and type(other) in (int, float):
+        return bool(value == other)
+    return type(value) is type(other) and bool(value == other)

@@ -6,33 +6,36 @@ This is the path every generated token takes through the run process, so it is k
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from time import monotonic
 
 from elastic_ep.api.backend import Backend, Stream
 from elastic_ep.api.metrics import Metrics
-from elastic_ep.api.requests import Job
+from elastic_ep.api.requests import Job, Output
 from elastic_ep.messages import Token
 from elastic_ep.stop_strings import StopStrings
 from elastic_ep.text import Text
 
 
 class ChoiceReader:
-    """Turns the tokens of one choice into text, stop strings cut off.
+    """Turns the tokens of one choice into text, cut at stop strings.
 
     `finish` is None until the end, then OpenAI's finish_reason, or "abort". `generated` counts tokens, the
     end-of-sequence token and those of a stop string included, and nothing that came after them. With
-    `keep_tokens`, `tokens` collects them for logprobs; whoever shows them empties it.
+    `keep_tokens`, `tokens` collects them for logprobs and token ids; whoever shows them empties it.
     """
 
-    __slots__ = ("_push", "_rest", "_stops", "finish", "generated", "keep_tokens", "tokens")
+    __slots__ = (
+        "_include_stop", "_min_tokens", "_push", "_rest", "_stops", "finish", "generated", "keep_tokens", "tokens",
+    )  # fmt: skip
 
-    def __init__(self, text: Text, stop: Sequence[str], *, keep_tokens: bool) -> None:
-        detokenizer = text.detokenizer()
+    def __init__(self, text: Text, output: Output) -> None:
+        detokenizer = text.detokenizer(skip_special_tokens=output.skip_special_tokens)
         self._push = detokenizer.push
         self._rest = detokenizer.finish
-        self._stops = StopStrings(stop) if stop else None
-        self.keep_tokens = keep_tokens
+        self._include_stop = output.include_stop
+        self._stops = StopStrings(output.stop, include=output.include_stop) if output.stop else None
+        self._min_tokens = output.min_tokens
+        self.keep_tokens = output.logprobs is not None or output.token_ids
         self.tokens: list[Token] = []
         self.generated = 0
         self.finish: str | None = None
@@ -47,7 +50,7 @@ class ChoiceReader:
             if token.finish is not None:
                 return shown + self._end(token, token.finish)
             piece = self._push(token.token)
-            if self._stops is not None:
+            if self._stops is not None and self.generated > self._min_tokens:
                 piece, found = self._stops.push(piece)
                 if found:
                     self.finish = "stop"
@@ -56,12 +59,14 @@ class ChoiceReader:
         return shown
 
     def _end(self, token: Token, finish: str) -> str:
-        # The token that ended the sequence is not part of the text; one at the length limit is.
-        piece = "" if finish == "stop" else self._push(token.token)
+        # The token that ended the sequence is not part of the text unless asked for; one at the length limit is.
+        piece = self._push(token.token) if self._include_stop or finish != "stop" else ""
         piece += self._rest()
         self.finish = finish
         if self._stops is None:
             return piece
+        if self.generated <= self._min_tokens:
+            return self._stops.finish() + piece
         piece, found = self._stops.push(piece)
         if found:
             self.finish = "stop"

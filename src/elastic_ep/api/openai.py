@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from elastic_ep.api.errors import failed, translate, unexpected, unknown_model
 from elastic_ep.api.generate import ChoiceReader, Clock, submit
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.reading import Reading
-from elastic_ep.api.requests import Job
+from elastic_ep.api.request_id import request_id
+from elastic_ep.api.requests import Job, Output, Part, UnknownNames
 from elastic_ep.api.settings import ApiSettings
 from elastic_ep.api.shapes import (
     Answer,
@@ -49,7 +49,7 @@ class _Run:
     stream: Stream
     reader: ChoiceReader
     clock: Clock
-    echo: str
+    part: Part
 
 
 class OpenAiHandlers:
@@ -61,6 +61,7 @@ class OpenAiHandlers:
         self._text = text
         self._metrics = metrics
         self._reading = reading
+        self._unknown = UnknownNames()
         self._completion = CompletionShape(text)
         self._chat = ChatShape(text)
         self._created = int(time.time())
@@ -104,6 +105,7 @@ class OpenAiHandlers:
     async def _serve(
         self, request: web.Request, job: Job, shape: Shape, started: float
     ) -> web.StreamResponse:
+        self._unknown.note(request.path, job.unknown)
         streams = await submit(self._backend, job)
         # Whatever ends this handler, the cancellation at a client's disconnect included, nobody generates
         # for it any longer.
@@ -113,22 +115,23 @@ class OpenAiHandlers:
                 _Run(
                     index,
                     stream,
-                    ChoiceReader(self._text, job.stop, keep_tokens=job.logprobs is not None),
+                    ChoiceReader(self._text, job.output),
                     Clock(self._metrics, started),
-                    job.parts[index // job.n].echo,
+                    job.parts[index // job.n],
                 )
                 for index, stream in enumerate(streams)
             ]
             answer = Answer(
-                shape.prefix + secrets.token_hex(12),
+                shape.prefix + (job.request_id or request_id(request)),
                 int(time.time()),
                 self._settings.model_name,
-                job.include_usage,
+                job.output,
             )
             if job.stream:
                 return await self._stream(request, job, shape, answer, runs)
-            choices = await _together([self._whole_choice(shape, run) for run in runs])
-            body = whole(shape, answer, choices, _usage(job, runs))
+            choices = await _together([self._whole_choice(shape, job.output, run) for run in runs])
+            beside = job.output.prompt_token_ids and not shape.prompt_ids_of_choice
+            body = whole(shape, answer, choices, _usage(job, runs), job.parts[0].prompt if beside else None)
             return web.Response(body=body, content_type="application/json")
         except (ConnectionError, asyncio.CancelledError):
             self._metrics.disconnect()
@@ -137,17 +140,22 @@ class OpenAiHandlers:
             for stream in streams:
                 stream.cancel()
 
-    async def _whole_choice(self, shape: Shape, run: _Run) -> dict[str, Any]:
-        reader = run.reader
-        pieces = [run.echo]
+    async def _whole_choice(self, shape: Shape, output: Output, run: _Run) -> dict[str, Any]:
+        reader, echo = run.reader, run.part.echo
+        pieces = [echo]
         async for batch in run.stream:
             run.clock.batch(len(batch))
             pieces.append(reader.feed(batch))
             if reader.finish is not None:
                 break
         finish = self._finished(run)
-        logprobs = shape.logprobs(reader.tokens, len(run.echo)) if reader.keep_tokens else None
-        return shape.choice(run.index, "".join(pieces), logprobs, finish)
+        logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, len(echo))
+        choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
+        if output.token_ids:
+            choice["token_ids"] = [token.token for token in reader.tokens]
+        if output.prompt_token_ids and shape.prompt_ids_of_choice:
+            choice["prompt_token_ids"] = list(run.part.prompt)
+        return choice
 
     async def _stream(
         self, request: web.Request, job: Job, shape: Shape, answer: Answer, runs: list[_Run]
@@ -156,7 +164,7 @@ class OpenAiHandlers:
         await response.prepare(request)
         try:
             await _together([self._stream_choice(shape, answer, run, response.write) for run in runs])
-            if job.include_usage:
+            if job.output.include_usage:
                 await response.write(usage_chunk(shape, answer, _usage(job, runs)))
         except ConnectionError:
             raise
@@ -169,11 +177,17 @@ class OpenAiHandlers:
         return response
 
     async def _stream_choice(self, shape: Shape, answer: Answer, run: _Run, write: Write) -> None:
-        reader = run.reader
-        chunks = ChunkWriter(shape, answer, run.index)
-        opening = chunks.opening + (chunks.text(run.echo) if run.echo else b"")
-        offset = len(run.echo)
+        reader, output, echo = run.reader, answer.output, run.part.echo
+        chunks = ChunkWriter(shape, answer, run.index, run.part.prompt)
+        opening = chunks.opening + (chunks.text(echo, 0) if echo else b"")
+        offset = len(echo)
         text = ""
+
+        def full(finish: str | None) -> bytes:
+            logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, offset)
+            ids = [token.token for token in reader.tokens] if output.token_ids else None
+            return chunks.full(text, reader.generated, logprobs, finish, ids)
+
         async for batch in run.stream:
             run.clock.batch(len(batch))
             text = reader.feed(batch)
@@ -182,17 +196,16 @@ class OpenAiHandlers:
             if not text:
                 continue
             if reader.keep_tokens:
-                chunk = chunks.full(text, shape.logprobs(reader.tokens, offset), None)
+                chunk = full(None)
                 offset += sum(len(self._text.token_text(token.token)) for token in reader.tokens)
                 reader.tokens.clear()
             else:
-                chunk = chunks.text(text)
+                chunk = chunks.text(text, reader.generated)
             if opening:
                 chunk, opening = opening + chunk, b""
             await write(chunk)
         finish = self._finished(run)
-        logprobs = shape.logprobs(reader.tokens, offset) if reader.keep_tokens else None
-        await write(opening + chunks.full(text, logprobs, finish))
+        await write(opening + full(finish))
 
     def _finished(self, run: _Run) -> str:
         """The finish reason of a choice that has ended. Raises `ApiError` if it was aborted."""

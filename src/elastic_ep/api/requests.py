@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from elastic_ep.api.bodies import chat_fields, completion_fields
 from elastic_ep.api.errors import ApiError, prompt_too_long, unknown_model
-from elastic_ep.api.fields import String, bad_value, read_fields
-from elastic_ep.api.settings import ApiSettings
+from elastic_ep.api.fields import Field, String, bad_value, read_fields, unknown_fields, unsupported
+from elastic_ep.api.settings import ApiSettings, shown
 from elastic_ep.messages import SamplingParams
 from elastic_ep.text import ChatTemplateError, Text
 
+log = structlog.get_logger()
 # Below this the division by the temperature leaves one candidate anyway, or overflows: greedy, as in vLLM.
 _GREEDY_BELOW = 1e-5
 _COMPLETION_MAX_TOKENS = 16
+_MOST_UNKNOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +35,32 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """What is shown of the generated tokens. `stop` counts from the token after the `min_tokens`-th on."""
+
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    token_ids: bool = False
+    prompt_token_ids: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A valid request: `n` choices for each part; choice j of part i has index i * n + j."""
 
     parts: tuple[Part, ...]
     n: int
-    stop: tuple[str, ...]
     stream: bool
-    include_usage: bool
-    logprobs: int | None
+    output: Output
+    request_id: str | None = None
+    """What the client calls it."""
+    unknown: tuple[str, ...] = ()
+    """Fields that were ignored because nobody knows them, the first of them."""
 
 
 class JobReader:
@@ -52,40 +75,57 @@ class JobReader:
         self._max_prompt_bytes = 4 * text.max_token_bytes * settings.max_model_len
 
     def completion(self, body: dict[str, Any]) -> Job:
-        values = read_fields(body, self._completion_fields)
+        values = read_fields(_without_cut_tokens(body), self._completion_fields)
         self._check_model(values["model"])
         logprobs = values["logprobs"]
         if values["echo"] and logprobs is not None:
-            raise ApiError(
-                "'echo' with 'logprobs' is not supported: prompts have no logprobs here.",
-                param="echo",
-                code="unsupported_parameter",
+            raise unsupported(
+                "echo", "cannot be honoured with 'logprobs': prompts have no log-probabilities here."
             )
+        if values["best_of"] not in (None, values["n"]):
+            raise unsupported("best_of", "cannot be honoured here with a value other than n.")
         prompts = values["prompt"]
         self._check_choices(len(prompts), values["n"])
+        default = min(_COMPLETION_MAX_TOKENS, self._settings.defaults.max_tokens or _COMPLETION_MAX_TOKENS)
         parts = []
         for prompt in prompts:
-            ids = tuple(self.encode(prompt, "prompt") if isinstance(prompt, str) else prompt)
-            limit = self._max_tokens(ids, values["max_tokens"], "prompt", default=_COMPLETION_MAX_TOKENS)
-            shown = prompt if isinstance(prompt, str) else self._text.decode(prompt) if values["echo"] else ""
-            echo = shown if values["echo"] else ""
+            special = values["add_special_tokens"]
+            text = isinstance(prompt, str)
+            encoded = tuple(self.encode(prompt, "prompt", add_special_tokens=special) if text else prompt)
+            ids = self._cut(encoded, values, values["max_tokens"])
+            limit = self._max_tokens(ids, values["max_tokens"], "prompt", default=default)
+            as_given = text and ids == encoded
+            echo = (prompt if as_given else self._text.decode(ids)) if values["echo"] else ""
             parts.append(Part(ids, _sampling(values, limit, logprobs), _seed(values["seed"]), echo))
-        return _job(values, tuple(parts), logprobs)
+        return _job(values, tuple(parts), logprobs, _unknown(body, self._completion_fields))
 
     def chat(self, body: dict[str, Any]) -> Job:
         values = read_fields(body, self._chat_fields)
         self._check_model(values["model"])
-        if values["top_logprobs"] is not None and not values["logprobs"]:
+        if values["top_logprobs"] and not values["logprobs"]:
             raise bad_value("top_logprobs", "needs 'logprobs' to be true.")
-        logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else None
+        logprobs = values["top_logprobs"] if values["logprobs"] else None
         self._check_choices(1, values["n"])
         prompt = self._render(values)
-        ids = tuple(self.encode(prompt, "messages", add_special_tokens=False))
+        encoded = self.encode(prompt, "messages", add_special_tokens=values["add_special_tokens"])
         asked = values["max_completion_tokens"]
         asked = values["max_tokens"] if asked is None else asked
-        limit = self._max_tokens(ids, asked, "messages", default=self._settings.max_model_len)
+        ids = self._cut(tuple(encoded), values, asked)
+        default = self._settings.defaults.max_tokens or self._settings.max_model_len
+        limit = self._max_tokens(ids, asked, "messages", default=default)
         part = Part(ids, _sampling(values, limit, logprobs), _seed(values["seed"]))
-        return _job(values, (part,), logprobs)
+        return _job(values, (part,), logprobs, _unknown(body, self._chat_fields))
+
+    def _cut(self, prompt: tuple[int, ...], values: dict[str, Any], asked: int | None) -> tuple[int, ...]:
+        """What 'truncate_prompt_tokens' leaves of a prompt to which `asked` tokens are to be generated."""
+        keep = values["truncate_prompt_tokens"]
+        if keep is None:
+            return prompt
+        if keep == 0:
+            raise bad_value("truncate_prompt_tokens", "must be at least 1, or -1.")
+        if keep < 0:
+            keep = max(1, self._settings.max_model_len - (asked or 1))
+        return prompt[-keep:] if values["truncation_side"] == "left" else prompt[:keep]
 
     def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text that may be far too long: that is seen without tokenising it."""
@@ -160,18 +200,66 @@ def _sampling(values: dict[str, Any], max_tokens: int, logprobs: int | None) -> 
         ignore_eos=values["ignore_eos"],
         stop_token_ids=values["stop_token_ids"],
         logprobs=logprobs,
+        min_tokens=values["min_tokens"],
+        logit_bias=values["logit_bias"],
+        allowed_token_ids=values["allowed_token_ids"],
     )
 
 
-def _job(values: dict[str, Any], parts: tuple[Part, ...], logprobs: int | None) -> Job:
-    options = values["stream_options"]
-    if options is not None and not values["stream"]:
+def _job(
+    values: dict[str, Any], parts: tuple[Part, ...], logprobs: int | None, unknown: tuple[str, ...]
+) -> Job:
+    options = values["stream_options"] or {}
+    if any(options.values()) and not values["stream"]:
         raise bad_value("stream_options", "is only allowed when 'stream' is true.")
+    token_ids = values["return_token_ids"]
     return Job(
         parts=parts,
         n=values["n"],
-        stop=values["stop"],
         stream=values["stream"],
-        include_usage=options is not None and options["include_usage"],
-        logprobs=logprobs,
+        output=Output(
+            stop=values["stop"],
+            min_tokens=values["min_tokens"],
+            include_stop=values["include_stop_str_in_output"] or values["no_stop_trim"],
+            skip_special_tokens=values["skip_special_tokens"],
+            logprobs=logprobs,
+            token_ids=token_ids,
+            prompt_token_ids=token_ids or values.get("return_prompt_token_ids", False),
+            include_usage=options.get("include_usage", False),
+            continuous_usage=options.get("continuous_usage_stats", False),
+        ),
+        request_id=values["request_id"] or values["rid"],
+        unknown=unknown,
     )
+
+
+def _without_cut_tokens(body: dict[str, Any]) -> dict[str, Any]:
+    """`body` with prompts of token ids as long as 'truncate_prompt_tokens' leaves them: the rest is not looked at."""
+    keep, prompt = body.get("truncate_prompt_tokens"), body.get("prompt")
+    if type(keep) is not int or keep < 1 or not isinstance(prompt, list):
+        return body
+    part = slice(None, keep) if body.get("truncation_side") == "right" else slice(-keep, None)
+    if prompt and isinstance(prompt[0], list):
+        cut = [one[part] if isinstance(one, list) else one for one in prompt]
+    else:
+        cut = prompt if prompt and isinstance(prompt[0], str) else prompt[part]
+    return {**body, "prompt": cut}
+
+
+def _unknown(body: dict[str, Any], table: tuple[Field, ...]) -> tuple[str, ...]:
+    return tuple(name[:100] for name in itertools.islice(unknown_fields(body, table), _MOST_UNKNOWN))
+
+
+class UnknownNames:
+    """A line in the log for each field that was ignored because nobody knows it, once."""
+
+    _MOST = 200
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def note(self, path: str, names: Iterable[str]) -> None:
+        for name in names:
+            if len(self._said) < self._MOST and name not in self._said:
+                self._said.add(name)
+                log.warning("unknown request field ignored", field=shown(name), path=path)

@@ -2,41 +2,73 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from elastic_ep.api.cors import Cors
+from elastic_ep.api.errors import ApiError
+from elastic_ep.api.fields import Boolean, Integer, Kind, Number
+from elastic_ep.models.config_json import CheckpointError, read_json_object
+
+SAMPLING_KINDS: Mapping[str, Kind] = {
+    "temperature": Number(0.0, 2.0),
+    "top_p": Number(0.0, 1.0, above_low=True),
+    "top_k": Integer(-1, 2**31 - 1),
+    "min_p": Number(0.0, 1.0),
+    "repetition_penalty": Number(0.01, 100.0),
+}
+"""What a request may say, and a model's `generation_config.json` for requests that do not."""
+_GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a request gets that does not say. OpenAI's values unless the model's generation_config differs."""
+    """What a request gets that does not say. OpenAI's values unless the model's generation_config differs.
+
+    `max_tokens` None: as the endpoint has it.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    max_tokens: int | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> SamplingDefaults:
-        """Read `generation_config.json`; a missing file or field leaves the default. Raises ValueError."""
-        try:
-            config = json.loads((folder / "generation_config.json").read_text())
-        except FileNotFoundError:
+        """Read `generation_config.json`, by the table that requests are read by.
+
+        A missing file or field, and null, leave the default. Raises `CheckpointError` with file, field and value.
+        """
+        file = folder / _GENERATION_CONFIG
+        if not file.exists():
             return cls()
-        if not isinstance(config, dict):
-            raise ValueError(f"{folder / 'generation_config.json'} does not hold a JSON object")
-        known: dict[str, Any] = {}
-        for entry in fields(cls):
-            value = config.get(entry.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                known[entry.name] = value
-        defaults = cls(**known)
+        config = read_json_object(file)
+
+        def read(name: str, kind: Kind, default: Any) -> Any:
+            value = config.get(name)
+            try:
+                return default if value is None else kind.read(value, name)
+            except ApiError as error:
+                raise CheckpointError(f"{file}: {error.message[:-1]}; it is {shown(value)}") from None
+
+        known = {name: read(name, kind, getattr(cls(), name)) for name, kind in SAMPLING_KINDS.items()}
+        known["max_tokens"] = read("max_new_tokens", Integer(1, 2**31 - 1), None)
         # Hugging Face writes do_sample=false for greedy models and may leave a temperature beside it.
-        if config.get("do_sample") is False:
-            return cls(temperature=0.0, repetition_penalty=defaults.repetition_penalty)
-        return defaults
+        if read("do_sample", Boolean(), True) is False:
+            known = {name: known[name] for name in ("repetition_penalty", "max_tokens")} | {
+                "temperature": 0.0
+            }
+        return cls(**known)
+
+
+def shown(value: Any) -> str:
+    """A JSON value in an error message of one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +84,7 @@ class ApiSettings:
     version: str
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     api_keys: tuple[str, ...] = ()
+    cors: Cors = field(default_factory=Cors)
     max_body_bytes: int = 4 * 1024 * 1024
     max_choices: int = 256
     max_logprobs: int = 20

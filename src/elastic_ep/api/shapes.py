@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from elastic_ep.api.requests import Output
 from elastic_ep.messages import Token
 from elastic_ep.text import Text
 
@@ -25,7 +26,7 @@ class Answer:
     id: str
     created: int
     model: str
-    include_usage: bool
+    output: Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,15 @@ class Shape(Protocol):
     prefix: str
     whole_object: str
     chunk_object: str
+    prompt_ids_of_choice: bool
+    """Where prompt_token_ids stand: with a choice, as each may have another prompt, or beside the choices."""
 
     def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
         """A choice of a response that is not streamed."""
         ...
 
     def opening(self, index: int) -> str | None:
-        """A choice to stream before any text, as JSON."""
+        """A choice to stream before any text, as JSON but for its end."""
         ...
 
     def chunk_parts(self, index: int) -> tuple[str, str]:
@@ -69,6 +72,7 @@ class CompletionShape:
     prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
+    prompt_ids_of_choice = True
 
     def __init__(self, text: Text) -> None:
         self._text = text
@@ -108,6 +112,7 @@ class ChatShape:
     prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    prompt_ids_of_choice = False
 
     def __init__(self, text: Text) -> None:
         self._text = text
@@ -117,10 +122,7 @@ class ChatShape:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     def opening(self, index: int) -> str | None:
-        return (
-            f'{{"index":{index},"delta":{{"role":"assistant","content":""}},'
-            '"logprobs":null,"finish_reason":null}'
-        )
+        return f'{{"index":{index},"delta":{{"role":"assistant","content":""}}'
 
     def chunk_parts(self, index: int) -> tuple[str, str]:
         return f'{{"index":{index},"delta":{{"content":', "}"
@@ -140,27 +142,53 @@ class ChatShape:
 class ChunkWriter:
     """Makes the server-sent events of one choice."""
 
-    __slots__ = ("_after", "_before", "_common_end", "_head", "_plain_end", "opening")
+    __slots__ = ("_after", "_before", "_end", "_plain", "_prompt_tokens", "opening")
 
-    def __init__(self, shape: Shape, answer: Answer, index: int) -> None:
-        self._head = (
+    def __init__(self, shape: Shape, answer: Answer, index: int, prompt: Sequence[int]) -> None:
+        output = answer.output
+        head = (
             f'data: {{"id":{_escape(answer.id)},"object":"{shape.chunk_object}",'
             f'"created":{answer.created},"model":{_escape(answer.model)},"choices":['
         )
-        self._common_end = '],"usage":null}\n\n' if answer.include_usage else "]}\n\n"
+        self._prompt_tokens = len(prompt)
+        self._end: str | None = ',"usage":null}\n\n' if output.include_usage else "}\n\n"
+        """None: every chunk has other figures."""
+        if output.continuous_usage:
+            self._end = None
         before, self._after = shape.chunk_parts(index)
-        self._before = self._head + before
-        self._plain_end = f'{self._after},"logprobs":null,"finish_reason":null}}{self._common_end}'
+        self._before = head + before
+        self._plain = f'{self._after},"logprobs":null,"finish_reason":null}}]'
         first = shape.opening(index)
-        self.opening = b"" if first is None else f"{self._head}{first}{self._common_end}".encode("ascii")
+        if first is None and output.prompt_token_ids:
+            first = f'{before}""{self._after}'
+        self.opening = b"" if first is None else self._first(head + first, shape, output, prompt)
 
-    def text(self, text: str) -> bytes:
-        """A chunk with nothing but text."""
-        return (self._before + _escape(text) + self._plain_end).encode("ascii")
+    def text(self, text: str, generated: int) -> bytes:
+        """A chunk with nothing but text. `generated` tokens so far."""
+        return (self._before + _escape(text) + self._plain + (self._end or self._usage(generated))).encode(
+            "ascii"
+        )
 
-    def full(self, text: str, logprobs: Any, finish: str | None) -> bytes:
-        end = f'{self._after},"logprobs":{_dumps(logprobs)},"finish_reason":{_dumps(finish)}}}'
-        return f"{self._before}{_escape(text)}{end}{self._common_end}".encode("ascii")
+    def full(
+        self,
+        text: str,
+        generated: int,
+        logprobs: Any,
+        finish: str | None,
+        token_ids: Sequence[int] | None = None,
+    ) -> bytes:
+        ids = "" if token_ids is None else f',"token_ids":{_dumps(list(token_ids))}'
+        rest = f'{self._after},"logprobs":{_dumps(logprobs)},"finish_reason":{_dumps(finish)}{ids}}}]'
+        return f"{self._before}{_escape(text)}{rest}{self._end or self._usage(generated)}".encode("ascii")
+
+    def _first(self, start: str, shape: Shape, output: Output, prompt: Sequence[int]) -> bytes:
+        ids = f',"prompt_token_ids":{_dumps(list(prompt))}' if output.prompt_token_ids else ""
+        mine, beside = (ids, "") if shape.prompt_ids_of_choice else ("", ids)
+        rest = f'{start},"logprobs":null,"finish_reason":null{mine}}}]{beside}'
+        return f"{rest}{self._end or self._usage(0)}".encode("ascii")
+
+    def _usage(self, generated: int) -> str:
+        return f',"usage":{_dumps(Usage(self._prompt_tokens, generated).plain())}}}\n\n'
 
 
 def usage_chunk(shape: Shape, answer: Answer, usage: Usage) -> bytes:
@@ -168,9 +196,17 @@ def usage_chunk(shape: Shape, answer: Answer, usage: Usage) -> bytes:
     return sse({**_envelope(answer, shape.chunk_object), "choices": [], "usage": usage.plain()})
 
 
-def whole(shape: Shape, answer: Answer, choices: Sequence[dict[str, Any]], usage: Usage) -> bytes:
-    """The body of a response that is not streamed."""
+def whole(
+    shape: Shape,
+    answer: Answer,
+    choices: Sequence[dict[str, Any]],
+    usage: Usage,
+    prompt: Sequence[int] | None = None,
+) -> bytes:
+    """The body of a response that is not streamed. `prompt`: the token ids of all choices'."""
     body = {**_envelope(answer, shape.whole_object), "choices": list(choices), "usage": usage.plain()}
+    if prompt is not None:
+        body["prompt_token_ids"] = list(prompt)
     return _dumps(body).encode("ascii")
 
 

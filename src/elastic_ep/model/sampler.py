@@ -1,8 +1,9 @@
 """From logits to tokens. The noise at a position is a function of (seed, choice, position) and nothing else, so a
 stream that moves to another rank, or is computed anew, goes on with the same tokens.
 
-Order as in vLLM: log-probabilities of the raw logits; repetition, presence and frequency penalties; temperature;
-min_p; top_k; top_p. Arithmetic on sampled rows is float64 and row by row independent.
+Order as in vLLM: log-probabilities of the raw logits; logit_bias; repetition, presence and frequency penalties;
+tokens that may not be picked; temperature; min_p; top_k; top_p. Arithmetic on sampled rows is float64 and row by row
+independent.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _MASK = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
 """A temperature so low is greedy (vLLM's bound): dividing by it would overflow."""
 LARGEST = 1e30
+HELD_BACK = -2 * LARGEST
+"""The score of a token that would end a sequence too early."""
+FORBIDDEN = -4 * LARGEST
+"""That of one that is not allowed: less, so that of tokens that are all held back an allowed one is picked."""
 
 
 class Sampled(NamedTuple):
@@ -92,7 +97,13 @@ def is_greedy(params: SamplingParams) -> bool:
 
 
 def is_plain_greedy(params: SamplingParams) -> bool:
-    return is_greedy(params) and params.logprobs is None and not has_penalties(params)
+    changes = has_penalties(params) or params.min_tokens or params.logit_bias or params.allowed_token_ids
+    return is_greedy(params) and params.logprobs is None and not changes
+
+
+def held_back(sequence: Sequence) -> list[int]:
+    """Tokens that would end it before it has `min_tokens`."""
+    return sorted(sequence.stops) if sequence.output_len < sequence.params.min_tokens else []
 
 
 def has_penalties(params: SamplingParams) -> bool:
@@ -102,19 +113,31 @@ def has_penalties(params: SamplingParams) -> bool:
 def _penalised(raw: npt.NDArray[np.float32], sequences: Seq[Sequence]) -> _Floats:
     scores = raw.astype(np.float64)
     for row, seq in zip(scores, sequences, strict=True):
-        params = seq.params
-        if not has_penalties(params):
-            continue
-        seen = np.unique(seq.tokens)
-        with np.errstate(over="ignore"):
-            repeated = np.where(
-                row[seen] > 0, row[seen] / params.repetition_penalty, row[seen] * params.repetition_penalty
-            )
-        row[seen] = np.clip(repeated, -LARGEST, LARGEST)
-        output, counts = np.unique(seq.tokens[seq.prompt_len :], return_counts=True)
-        if len(output):
-            row[output] -= params.frequency_penalty * counts + params.presence_penalty
+        for token, add in seq.params.logit_bias:
+            row[token] += add
+        if has_penalties(seq.params):
+            _penalise(row, seq)
+        row[held_back(seq)] = HELD_BACK
+        if seq.params.allowed_token_ids:
+            allowed = list(seq.params.allowed_token_ids)
+            kept = row[allowed]
+            row.fill(FORBIDDEN)
+            row[allowed] = kept
     return scores
+
+
+def _penalise(row: _Floats, seq: Sequence) -> None:
+    """row [V], in place."""
+    params = seq.params
+    seen = np.unique(seq.tokens)
+    with np.errstate(over="ignore"):
+        repeated = np.where(
+            row[seen] > 0, row[seen] / params.repetition_penalty, row[seen] * params.repetition_penalty
+        )
+    row[seen] = np.clip(repeated, -LARGEST, LARGEST)
+    output, counts = np.unique(seq.tokens[seq.prompt_len :], return_counts=True)
+    if len(output):
+        row[output] -= params.frequency_penalty * counts + params.presence_penalty
 
 
 def _draw(scores: _Floats, sequences: Seq[Sequence]) -> npt.NDArray[np.int64]:

@@ -15,11 +15,14 @@ import torch
 
 from elastic_ep.messages import SamplingParams, TopLogprob
 from elastic_ep.model.sampler import (
+    FORBIDDEN,
     GOLDEN,
+    HELD_BACK,
     LARGEST,
     MIX_MULTIPLIERS,
     Sampled,
     has_penalties,
+    held_back,
     is_greedy,
     key_state,
 )
@@ -86,9 +89,7 @@ class Draws:
         self._columns = torch.tensor([_columns(one) for one in params], dtype=torch.float64).to(device)
         states = [key_state(seq.seed, seq.choice, len(seq.tokens)) for seq in sequences]
         self._states = torch.from_numpy(np.array(states, np.uint64).view(np.int64)).to(device)
-        self._penalties = [
-            _Penalties(seq, device) if has_penalties(seq.params) else None for seq in sequences
-        ]
+        self._changes = [_Changes(seq, device) if _changes(seq) else None for seq in sequences]
         wanted = [one.logprobs for one in params if one.logprobs is not None]
         self._most_logprobs = max(wanted, default=None)
         self._floored = any(one.min_p > 0 for one in params)
@@ -136,35 +137,62 @@ class Draws:
         return torch.where(greedy[:, 0] > 0, scores.argmax(dim=-1), drawn)
 
     def _penalised(self, raw: torch.Tensor, rows: slice) -> torch.Tensor:
-        penalties = self._penalties[rows]
-        if not any(penalties):
+        changes = self._changes[rows]
+        if not any(changes):
             return raw
         scores = raw.clone()
-        for row, penalty in zip(scores, penalties, strict=True):
-            if penalty is not None:
-                penalty.apply(row)
+        for row, change in zip(scores, changes, strict=True):
+            if change is not None:
+                change.apply(row)
         return scores
 
 
-class _Penalties:
-    """For one sequence: which tokens it has, and how often it has put them out."""
+def _changes(sequence: Sequence) -> bool:
+    params = sequence.params
+    limited = params.logit_bias or params.allowed_token_ids or held_back(sequence)
+    return bool(limited) or has_penalties(params)
+
+
+class _Changes:
+    """For one sequence: what is done to its logits. Only what it asks for is copied to the device."""
 
     def __init__(self, sequence: Sequence, device: torch.device) -> None:
-        self._params = sequence.params
-        seen, where = np.unique(sequence.tokens, return_inverse=True)
-        counts = np.bincount(where[sequence.prompt_len :], minlength=len(seen))
-        self._seen = torch.from_numpy(seen).to(device)
-        self._counts = torch.from_numpy(counts.astype(np.float64)).to(device)
+        params = self._params = sequence.params
+        self._bias = self._seen = self._held = self._allowed = None
+        if params.logit_bias:
+            self._bias = torch.tensor([token for token, _ in params.logit_bias]).to(device)
+            self._add = torch.tensor([add for _, add in params.logit_bias], dtype=torch.float64).to(device)
+        if has_penalties(params):
+            seen, where = np.unique(sequence.tokens, return_inverse=True)
+            counts = np.bincount(where[sequence.prompt_len :], minlength=len(seen))
+            self._seen = torch.from_numpy(seen).to(device)
+            self._counts = torch.from_numpy(counts.astype(np.float64)).to(device)
+        if held := held_back(sequence):
+            self._held = torch.tensor(held).to(device)
+        if params.allowed_token_ids:
+            self._allowed = torch.tensor(params.allowed_token_ids).to(device)
 
     def apply(self, row: torch.Tensor) -> None:
         """row [V] float64, in place."""
-        params, of_seen = self._params, row[self._seen]
+        if self._bias is not None:
+            row[self._bias] += self._add
+        if self._seen is not None:
+            self._penalise(row, self._seen)
+        if self._held is not None:
+            row[self._held] = HELD_BACK
+        if self._allowed is not None:
+            kept = row[self._allowed]
+            row.fill_(FORBIDDEN)
+            row[self._allowed] = kept
+
+    def _penalise(self, row: torch.Tensor, seen: torch.Tensor) -> None:
+        params, of_seen = self._params, row[seen]
         repeated = torch.where(
             of_seen > 0, of_seen / params.repetition_penalty, of_seen * params.repetition_penalty
         )
         repeated.clamp_(-LARGEST, LARGEST)
         repeated -= params.frequency_penalty * self._counts + params.presence_penalty * (self._counts > 0)
-        row[self._seen] = repeated
+        row[seen] = repeated
 
 
 def _columns(params: SamplingParams) -> tuple[float, ...]:
