@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import aiohttp
 
+from bench.bound import Bound
 from elastic_ep.run import BUNDLED_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,10 +127,12 @@ def server(
 ) -> Iterator[Server]:
     """`python -m elastic_ep.run` (or what `module` makes of it) with these arguments on a free port, ended at exit.
 
+    Killed if this process ends otherwise.
+
     What it logs goes to `stderr`; if that is not given nowhere, or with BENCH_VERBOSE where ours goes.
     """
     started = time.monotonic()
-    process = subprocess.Popen(
+    process = Bound(
         [
             sys.executable,
             "-m",
@@ -144,7 +147,6 @@ def server(
         ],
         stdout=subprocess.PIPE,
         stderr=stderr or (sys.stderr if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL),
-        text=True,
         start_new_session=True,
     )
     try:

@@ -25,6 +25,7 @@ from typing import Any
 
 import anyio
 
+from bench.bound import Bound
 from bench.common import write_result
 from elastic_ep.control.launcher import (
     DeathNoticed,
@@ -131,7 +132,7 @@ async def one_kill(
 def busy(processes: int, niceness: int) -> Iterator[None]:
     """`processes` that never sleep."""
     command = [sys.executable, "-c", HOG.format(niceness)]
-    hogs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(processes)]
+    hogs = [Bound(command, stdout=subprocess.PIPE) for _ in range(processes)]
     try:
         for hog in hogs:
             assert hog.stdout is not None

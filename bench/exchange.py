@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from bench.bound import tied
 from bench.common import write_result
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.shm import ShmExchange
@@ -47,8 +48,8 @@ def main() -> None:
         barrier, results = context.Barrier(options.ranks), context.Queue()
         ranks = [
             context.Process(
-                target=_rank,
-                args=(rank, options, shape, windows, Path(folder), barrier, results),
+                target=tied,
+                args=(_rank, rank, options, shape, windows, Path(folder), barrier, results),
                 daemon=True,
             )
             for rank in range(options.ranks)

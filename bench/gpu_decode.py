@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.bound import tied
 from bench.common import percentile
 from bench.file_store import FileStore
 from bench.gpu import quartiles
@@ -34,7 +35,7 @@ _REPLAYS = 30
 
 def mooncake_works_alone(directory: Path) -> bool:
     """Whether one rank may use it. Tried in a process of its own, as a fault is the end of one; touches no device."""
-    child = multiprocessing.get_context("fork").Process(target=_probe, args=(directory,))
+    child = multiprocessing.get_context("fork").Process(target=tied, args=(_probe, directory))
     child.start()
     child.join(_PROBE_S)
     if child.is_alive():

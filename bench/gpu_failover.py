@@ -37,6 +37,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.bound import Bound
 from bench.gpu_rank import LINE, Link, Shape, now
 from elastic_ep.control.device_hold import DeviceHold
 from elastic_ep.control.robust_mutex import Locked, RobustMutexes
@@ -88,7 +89,7 @@ class Group:
         os.ftruncate(self.words_fd, shape.ranks * LINE)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = (theirs.fileno(), self.mutex_fd, self.words_fd)
-        self.server = subprocess.Popen([sys.executable, "-m", "bench.gpu_rank", *map(str, fds)], pass_fds=fds)
+        self.server = Bound([sys.executable, "-m", "bench.gpu_rank", *map(str, fds)], pass_fds=fds)
         theirs.close()
         self.control = Link(ours)
         threading.Thread(target=self._read, args=(self.control, None), daemon=True).start()

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.bound import tied
 from bench.common import percentile
 from bench.gpu import Sections, quartiles
 from bench.gpu_moe_plane import Case
@@ -53,7 +54,9 @@ def run_case(case: Case, seconds: float) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="moe_layer-") as scratch:
         directory = Path(scratch)
-        ranks = [context.Process(target=run_rank, args=(case, rank, directory)) for rank in range(case.ranks)]
+        ranks = [
+            context.Process(target=tied, args=(run_rank, case, rank, directory)) for rank in range(case.ranks)
+        ]
         for process in ranks:
             process.start()
         limit = time.monotonic() + seconds

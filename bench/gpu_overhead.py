@@ -33,6 +33,7 @@ from typing import Any
 
 import anyio
 
+from bench.bound import tied
 from bench.common import percentile, shaped_model
 from bench.gpu import Sections, quartiles
 from bench.gpu_overhead_rank import MODES, Blocks, run_rank
@@ -138,7 +139,7 @@ def run_group(model: Path, rounds: int, options: argparse.Namespace) -> dict[str
                 placement=placement,
             )
             blocks = Blocks(rounds, options.steps, options.batch)
-            ranks.append(context.Process(target=run_rank, args=(told, windows_fd, life_fd, blocks)))
+            ranks.append(context.Process(target=tied, args=(run_rank, told, windows_fd, life_fd, blocks)))
             ranks[-1].start()
         try:
             heard = anyio.run(_conduct, directory, ranks, options.seconds)

@@ -31,6 +31,7 @@ from typing import Any
 import anyio
 import torch
 
+from bench.bound import tied
 from bench.common import percentile, write_result
 from bench.gpu import quartiles
 from bench.gpu_overhead import Conductor
@@ -251,7 +252,9 @@ def measure(plan: Plan) -> Blocks:
             placement=launch_placement(1, MODEL.moe_layers, MODEL.moe.experts, 0),
         )
         life_fd, held_fd = os.pipe()
-        rank = multiprocessing.get_context("fork").Process(target=run_rank, args=(config, life_fd, plan))
+        rank = multiprocessing.get_context("fork").Process(
+            target=tied, args=(run_rank, config, life_fd, plan)
+        )
         rank.start()
 
         async def conduct() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from bench.bound import tied
 from bench.common import ROOT, write_result
 from elastic_ep.codec import decode, encode
 from elastic_ep.model.page_cache import cached_share, drop_from_cache
@@ -79,7 +80,7 @@ def peer(
     """A process that serves `make(*arguments)`: its address, its slots' checksums by layer, that of what is dense."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, make, arguments), daemon=True)
+    process = context.Process(target=tied, args=(serve, theirs, make, arguments), daemon=True)
     process.start()
     try:
         address: StateAddress = decode(ours.recv_bytes(), StateAddress)

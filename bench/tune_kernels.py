@@ -27,6 +27,7 @@ import torch
 import triton
 
 from bench import tune_candidates
+from bench.bound import tied
 from bench.gpu_timing import BF16, measure_limits, times
 from bench.tune_candidates import Config, Decode, describe
 from bench.tune_cases import MOST_ERROR, Case, DecodeCase, compile_on_nothing, expert_cases
@@ -73,7 +74,7 @@ class _Tuner:
         self._deadline = self._begun + options.seconds
         spawn = multiprocessing.get_context("spawn")
         workers = max(1, min(14, (os.cpu_count() or 1) - 2))
-        self.pool = ProcessPoolExecutor(workers, spawn, torch.set_default_device, (self.device,))
+        self.pool = ProcessPoolExecutor(workers, spawn, tied, (torch.set_default_device, self.device))
         self._compiled: dict[tuple[Config, int], Future[str]] = {}
         self.rows: list[Row] = []
         self._limits: dict[str, float] = {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from bench.bound import run
 
 DEADLINE_S = 400.0
 _ROOT = Path(__file__).parent.parent
@@ -16,7 +17,5 @@ def check(*words: str) -> None:
     # One thread: products this small lose more to waking the others than they win.
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
-    result = subprocess.run(
-        command, env=env, cwd=_ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False
-    )
+    result = run(command, DEADLINE_S, env=env, cwd=_ROOT)
     assert result.returncode == 0, result.stdout + result.stderr

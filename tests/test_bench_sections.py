@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.bound import run
 from bench.gpu import Expired, Sections
 
 PLANNED = [{"batch": 1}, {"batch": 16}, {"batch": 64}]
@@ -31,7 +31,7 @@ sections.run("theirs", section, 60)
 def test_a_kill_loses_no_row_and_the_file_says_what_was_not_reached(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], cwd=root, timeout=120)
+    done = run([sys.executable, "-c", KILLED, str(out)], 120, cwd=root)
     assert done.returncode == -signal.SIGKILL
     result = json.loads(out.read_text())
     assert result["theirs_so_far"] == MEASURED

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import structlog
+from bench.bound import run
 
 from elastic_ep import logs
 from elastic_ep.config import LOG_LEVELS, ConfigError, LogConfig, ServeConfig
+from elastic_ep.display import LaunchDisplay
+from elastic_ep.machines.membership import MembershipMachine
+from elastic_ep.placement import launch_placement
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +29,7 @@ def _as_before() -> Iterator[None]:
     level, handlers = root.level, root.handlers
     yield
     structlog.reset_defaults()
+    logging.captureWarnings(False)
     root.setLevel(level)
     root.handlers = handlers
 
@@ -87,6 +94,63 @@ def test_what_libraries_log_comes_out_alike(form: str, capsys: pytest.CaptureFix
         assert said[-1] == "KeyError: 'gone'"
 
 
+@pytest.mark.parametrize("level", [31, 39, 55])
+def test_a_library_may_have_levels_and_mistakes_of_its_own(
+    level: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(LogConfig("info", "json"))
+    record = logging.LogRecord("some.library", level, "", 0, "%s of %s", ("one",), None)
+    for handler in logging.getLogger().handlers:
+        if type(handler).__module__ == logs.__name__:
+            handler.handle(record)
+    (line,) = lines(capsys)
+    assert "%s of %s" in json.loads(line)["event"]
+
+
+def test_pythons_warnings_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(LogConfig("info", "json"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)  # catch_warnings has put back what showed them before
+        logging.captureWarnings(True)
+        warnings.warn("old ways", DeprecationWarning, stacklevel=1)
+    (line,) = lines(capsys)
+    entry = json.loads(line)
+    assert "DeprecationWarning: old ways" in entry["event"]
+    assert entry["level"] == "warning"
+
+
+def test_beside_the_live_table_lines_come_out_whole_and_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    logs.configure(LogConfig("info", "json"))
+    machine = MembershipMachine(2, launch_placement(2, 1, 2, 2))
+    with LaunchDisplay(machine) as refresh:
+        refresh()
+        structlog.get_logger().warning("rank lost", why="[/markup] and \\[more]")
+        refresh()
+        shown = terminal.getvalue()
+    machine.slots[0].reason = "[/nothing] that closes"
+    refresh()
+    line = next(line for line in shown.splitlines() if "rank lost" in line)
+    assert json.loads(line[line.index("{") : line.rindex("}") + 1])["why"] == "[/markup] and \\[more]"
+    assert shown.count("incarnation") == 3, "the table is drawn anew below the line"
+    assert shown.rindex("incarnation") > shown.index("rank lost")
+    assert terminal is sys.stderr
+
+
+def test_elsewhere_the_table_is_not_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    with LaunchDisplay(MembershipMachine(2, launch_placement(2, 1, 2, 2))) as refresh:
+        refresh()
+    assert lines(capsys) == []
+
+
 def test_words_that_are_not_known_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="--log-level loud"):
         ServeConfig(ranks=1, model="", log_level="loud")
@@ -107,7 +171,7 @@ print("done")
 
 def write_many(stderr: int, padding: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", _WRITER, str(padding)]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60, check=False)
+    return run(command, 60, stderr=stderr)
 
 
 @pytest.mark.parametrize("padding", [100, 9000])

@@ -43,6 +43,11 @@ def configure(config: LogConfig, process: str = "") -> None:
     root.setLevel(max(level, logging.WARNING))
     root.handlers = [other for other in root.handlers if not isinstance(other, _FromLibraries)]
     root.addHandler(_FromLibraries())
+    logging.captureWarnings(True)
+
+
+_LEVELS = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
+"""Libraries may have made some of their own between these."""
 
 
 class _Stderr:
@@ -84,8 +89,12 @@ class _FromLibraries(logging.Handler):
     """From the standard library's logging into ours."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        log = structlog.get_logger()
-        log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+        level = max((known for known in _LEVELS if known <= record.levelno), default=logging.DEBUG)
+        try:
+            text = record.getMessage()
+        except Exception:
+            text = f"{record.msg} {record.args}"
+        structlog.get_logger().log(level, text, logger=record.name, exc_info=record.exc_info)
 
 
 def _prefix(_logger: object, _method: str, entry: EventDict) -> EventDict:

@@ -12,6 +12,7 @@ from elastic_ep import logs
 from elastic_ep.config import LOG_FORMATS, LOG_LEVELS, ConfigError, LogConfig, ServeConfig
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "model"
+FAILED = 1
 USAGE_ERROR = 2
 
 
@@ -107,6 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         structlog.get_logger().error(str(error))
         return USAGE_ERROR
+    except Exception:
+        structlog.get_logger().exception("the run process ends by an exception")
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.bound import Bound
 
 from elastic_ep.api import reading, text_worker
 from elastic_ep.api.backend import Busy
@@ -292,7 +293,7 @@ def test_it_does_not_outlive_the_run_process(tmp_path: Path) -> None:
     fifo = tmp_path / "held"
     os.mkfifo(fifo)
     path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
-    with subprocess.Popen(
+    with Bound(
         [sys.executable, "-c", KILLED, prompt(f"hold {fifo}").decode()],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},

@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 import pytest
+from bench.bound import Bound
 
 from elastic_ep.control import device_hold
 from elastic_ep.control.device_guard import DeviceGuard
@@ -61,8 +62,8 @@ FIRST, SECOND = Member(1, 1), Member(1, 2)
 
 @contextmanager
 def running(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    process = Bound(
+        [sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with process:
         assert process.stdout is not None

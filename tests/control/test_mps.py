@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from bench.bound import Bound
 from harness import DEADLINE_S, alive, wait_until
 
 from elastic_ep.config import ConfigError, ServeConfig
@@ -91,7 +92,7 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Control
 
 @contextmanager
 def running() -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True) as process:
+    with Bound([sys.executable, "-c", RUN], stdout=subprocess.PIPE) as process:
         try:
             yield process
         finally:

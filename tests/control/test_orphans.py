@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from bench.bound import Bound
 from harness import DEADLINE_S, alive, state, wait_until
 
 HERE = Path(__file__).parent
@@ -30,10 +31,9 @@ def mentioning(directory: Path) -> list[str]:
 @pytest.mark.parametrize("stopped", [False, True], ids=["all run", "one rank stopped"])
 @pytest.mark.parametrize("killed_first", [None, "server", "janitor"])
 def test_nothing_outlives_the_run_process(directory: Path, stopped: bool, killed_first: str | None) -> None:
-    with subprocess.Popen(
+    with Bound(
         [sys.executable, str(HERE / "run_process.py"), str(directory), str(RANKS)],
         stdout=subprocess.PIPE,
-        text=True,
     ) as process:
         assert process.stdout is not None
         pids = json.loads(process.stdout.readline())
@@ -70,7 +70,7 @@ def test_a_fork_server_that_is_still_importing(directory: Path, tmp_path: Path) 
     (tmp_path / "never_done.py").write_text(
         f"import time\nopen({str(fifo)!r}, 'w').close()\ntime.sleep(1000)\n"
     )
-    with subprocess.Popen(
+    with Bound(
         [sys.executable, "-c", STARTING, str(directory)],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"},
     ) as process:

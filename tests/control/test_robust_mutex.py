@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import anyio
 import anyio.lowlevel
 import pytest
+from bench.bound import Bound, run
 from harness import DEADLINE_S, state, wait_until
 
 from elastic_ep.control import life_line
@@ -51,12 +52,11 @@ def file() -> Iterator[int]:
 @contextmanager
 def holder(file: int, slot: int) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     """(pid of a forked process that holds the slot, its parent with the child's stdin and stdout)."""
-    with subprocess.Popen(
+    with Bound(
         [sys.executable, "-c", HOLDER.format(slots=SLOTS, slot=slot), str(file)],
         pass_fds=(file,),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
     ) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline()), process
@@ -209,10 +209,8 @@ asyncio.run(main())
 def test_a_blocked_watcher_does_not_keep_the_interpreter(file: int) -> None:
     RobustMutexes(file, SLOTS).reset(3)
     with holder(file, 3):
-        done = subprocess.run(
-            [sys.executable, "-c", WATCHER, str(file)],
-            pass_fds=(file,), capture_output=True, text=True, timeout=DEADLINE_S, check=True,
-        )  # fmt: skip
+        done = run([sys.executable, "-c", WATCHER, str(file)], DEADLINE_S, pass_fds=(file,))
+    assert done.returncode == 0
     assert done.stdout == ""
     assert done.stderr == ""
 
@@ -227,12 +225,7 @@ signal.pause()
 
 
 def bound(read_end: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", BOUND, str(read_end)],
-        pass_fds=(read_end,),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    return Bound([sys.executable, "-c", BOUND, str(read_end)], pass_fds=(read_end,), stdout=subprocess.PIPE)
 
 
 def test_a_stopped_process_dies_with_its_life_line() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from bench.common import Server, chat, http, server, until_full
+from bench.common import Server, chat, http, server, status, until_full
 
 from elastic_ep.api.backend import LossCause
 from elastic_ep.problems import held_out
@@ -203,6 +203,38 @@ def test_series_are_there_before_the_first_loss_and_count_what_the_log_says(tmp_
         "stopping: running requests finish first",
         "stopped",
     ]
+
+
+def test_gauges_follow_the_work_and_fall_to_zero(logged: Logged) -> None:
+    used = "elastic_ep:kv_cache_usage_perc"
+    busy = ("elastic_ep:num_requests_running", used)
+
+    async def story() -> tuple[dict[str, float], dict[str, Any]]:
+        url = logged.server.url
+        async with http() as session, asyncio.timeout(DEADLINE_S):
+            await until_full(session, url)
+            question = held_out(1)[0].question
+            stream = asyncio.create_task(chat(session, url, question, max_tokens=200, ignore_eos=True))
+            seen = await metrics(session, url)
+            while not all(seen[name] > 0 for name in busy):
+                await asyncio.sleep(0.01)
+                seen = await metrics(session, url)
+            stream.cancel()
+            await asyncio.wait([stream])
+            later = seen
+            while any(later[name] for name in busy):
+                await asyncio.sleep(0.02)
+                later = await metrics(session, url)
+            while not (now := await status(session, url))["idle"]:
+                await asyncio.sleep(0.02)
+            return seen, now
+
+    seen, now = asyncio.run(story())
+    by_rank = [seen[f'elastic_ep:rank_kv_cache_usage_perc{{rank="{rank}"}}'] for rank in range(RANKS)]
+    assert seen[used] == pytest.approx(sum(by_rank) / RANKS)
+    assert max(by_rank) <= 1.0
+    assert now["state"] == "Serving", "an idle group is well"
+    assert [engine["kv_cache_usage"] for engine in now["engines"]] == [0.0] * RANKS
 
 
 def test_titles_say_which_process_is_which(logged: Logged) -> None:

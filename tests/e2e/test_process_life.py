@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from bench.bound import run
 from bench.common import chat, http, server, status, until_full
 
 from elastic_ep.problems import held_out
@@ -108,13 +108,7 @@ def test_other_group_sizes_answer(tmp_path: Path, ranks: str) -> None:
 
 def run_wrongly(*arguments: str) -> str:
     """stderr of a command line that must end with status 2 and one line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "elastic_ep.run", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run([sys.executable, "-m", "elastic_ep.run", *arguments], 60)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from bench.bound import tied
 
 from elastic_ep.exchange.base import ExchangeShape, Received
 from elastic_ep.messages import Member
@@ -36,7 +37,7 @@ class RankProcess:
         pipes = {lane: context.Pipe() for lane in LANES}
         theirs = {lane: pair[1] for lane, pair in pipes.items()}
         self._process = context.Process(
-            target=rank_main, args=(theirs, opener, warm_up, environment), daemon=True
+            target=tied, args=(rank_main, theirs, opener, warm_up, environment), daemon=True
         )
         self._process.start()
         for pipe in theirs.values():

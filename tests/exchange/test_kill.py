@@ -14,6 +14,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import pytest
+from bench.bound import tied
 
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.windows import Windows
@@ -66,7 +67,8 @@ class Processes:
             member = Member(rank, self._incarnations[rank])
             mine, theirs = self._context.Pipe()
             process = self._context.Process(
-                target=rank_main, args=(theirs, f"/proc/{os.getpid()}/fd/{self._fd}", self.shape, member)
+                target=tied,
+                args=(rank_main, theirs, f"/proc/{os.getpid()}/fd/{self._fd}", self.shape, member),
             )
             process.start()
             theirs.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+
+from bench.bound import run
 
 PROGRAM = """
 import os
@@ -19,7 +20,6 @@ print(torch.cuda.is_initialized())
 
 
 def test_triton_is_hashed_without_a_thread_or_a_device() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = run([sys.executable, "-c", PROGRAM], 60)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1", "0", "False"]

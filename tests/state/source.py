@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
+from bench.bound import tied
 
 from elastic_ep.codec import decode, encode
 from elastic_ep.model.weights import Weights, dummy_source
@@ -87,7 +88,7 @@ class Source:
 @contextmanager
 def source(rank: int = 0) -> Iterator[Source]:
     control, theirs = _context.Pipe()
-    process = _context.Process(target=_serve, args=(rank, theirs), daemon=True)
+    process = _context.Process(target=tied, args=(_serve, rank, theirs), daemon=True)
     process.start()
     try:
         assert control.poll(LONG_S), "the source does not start"

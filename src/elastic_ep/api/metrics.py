@@ -23,7 +23,7 @@ _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
 _PAUSE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 FINISH_REASONS = ("stop", "length", "abort")
-ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503)
+ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503, 504)
 """Of what the server answers itself."""
 
 
@@ -109,6 +109,9 @@ class Metrics:
             "expert_load_imbalance", "Max/mean expected load of a rank, as last planned."
         )
         self._copies = self._counter("expert_copies", "Expert copies made.", "source")
+        self._failed_copies = self._counter(
+            "expert_copy_failures", "Copies of experts that a rank could not make; they are tried again."
+        )
         self._dropped_messages = self._fast_counter("dropped_messages", "Malformed or foreign messages.")
 
         self._group_state = self._gauge("group_state", "1 for the state that the group is in.", "state")
@@ -209,6 +212,9 @@ class Metrics:
     def expert_copied(self, source: str, count: int = 1) -> None:
         """`source`: "peer" or "checkpoint"."""
         self._copies.labels(source).inc(count)
+
+    def expert_copy_failed(self) -> None:
+        self._failed_copies.inc()
 
     def messages_dropped(self, total: int) -> None:
         """So many since the start."""

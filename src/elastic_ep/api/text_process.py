@@ -15,6 +15,7 @@ from dataclasses import replace
 from io import BufferedRWPair
 from typing import Any
 
+from elastic_ep import titles
 from elastic_ep.api.errors import ApiError
 from elastic_ep.api.reading import BodyReader
 from elastic_ep.api.requests import Job
@@ -69,6 +70,7 @@ def _receive(stream: BufferedRWPair) -> Any:
 
 
 def main(socket_fd: int, life_fd: int) -> int:
+    titles.show("text process", "eep-text")
     make_ordinary()  # whatever the run process has asked for
     life_line.bind(life_fd)
     os.nice(NICE)

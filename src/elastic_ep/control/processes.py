@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
+
 from elastic_ep.config import RankConfig
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.device_guard import DeviceGuard
@@ -21,6 +23,8 @@ from elastic_ep.control.launcher_events import (
 from elastic_ep.log import Note
 from elastic_ep.messages import Member
 from elastic_ep.serve_plan import ServePlan
+
+log = structlog.get_logger()
 
 
 class RankProcesses:
@@ -92,3 +96,7 @@ class RankProcesses:
                 self._note("fork_server_ready", pid=pid, threads=threads)
             case ServerLost(pid, status):
                 self._note("fork_server_lost", pid=pid, status=status)
+                if not self.controller.machine.stopping:
+                    log.warning(
+                        "the fork server has died; ranks live on, another one is started", status=status
+                    )

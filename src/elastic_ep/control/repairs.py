@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 
+import structlog
+
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.control.expert_loads import LoadWindow
 from elastic_ep.control.proofs import Proofs
@@ -27,6 +29,7 @@ from elastic_ep.slot_messages import (
 )
 from elastic_ep.state.layout import of_layer
 
+log = structlog.get_logger()
 FromSlots = PlacementSeen | StateReady | SlotCopied | SlotSums | ExpertLoads
 
 
@@ -72,6 +75,8 @@ class Repairs:
                 self.feed(ev.Seen(member, message.version))
             case StateReady():
                 if message.address is None:
+                    if not self.unreadable:
+                        log.info("weights come from the checkpoint, not from peers", why=message.reason)
                     self.unreadable = message.reason
                     self._log.note("no_peer_weights", rank=member.rank, reason=message.reason)
                 else:
@@ -83,7 +88,10 @@ class Repairs:
             case SlotCopied():
                 pulled = message.ticket in self._pulls
                 self._pulls.discard(message.ticket)
-                if not message.error:
+                if message.error:
+                    self._metrics.expert_copy_failed()
+                    log.debug("an expert's copy was not made", rank=str(member), why=message.error)
+                else:
                     self._metrics.expert_copied("peer" if pulled else "checkpoint")
                 self.feed(ev.Copied(member, message.ticket, message.checksum, message.error))
             case SlotSums():
@@ -152,6 +160,10 @@ class Repairs:
             case ev.Replace(changed):
                 self._on_placed(changed.version, changed.changes)
             case ev.Corrupt(layer, physical):
+                rank = self.placement.rank_of(physical)
+                log.error(
+                    "an expert's bytes are wrong; it is made anew", rank=rank, layer=layer, slot=physical
+                )
                 self.proofs.corrupt.append((layer, physical))
             case ev.Recheck(member):
                 self.proofs.ask([member])
