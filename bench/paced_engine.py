@@ -135,6 +135,12 @@ class PacedRunner(StepRunner):
     def _launch(self, chunks: list[Chunk]) -> None:
         self._paced.launch()
 
+    def _complete(self) -> None:
+        pass
+
+    def prove_well(self) -> None:
+        pass
+
     def _discard(self) -> None:
         pass
 

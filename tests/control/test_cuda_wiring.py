@@ -59,7 +59,7 @@ def test_what_a_machine_lacks_is_the_reason_and_no_traceback(capfd: pytest.Captu
     forward = ForwardThread(CONFIG, mailbox, build)
     forward.start()
     forward._thread.join(10)
-    assert list(mailbox.outbox) == [(RankState.FAILED, "install the driver")]
+    assert list(mailbox.outbox) == [(RankState.FAILED, "install the driver", ())]
     assert capfd.readouterr().err == ""
 
 

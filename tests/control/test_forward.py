@@ -58,7 +58,7 @@ class Story(Mailbox):
                 self.tell("placement seen")
             case ExpertLoads():
                 self.tell("loads")
-            case (state, _):
+            case (state, *_):
                 self.tell(str(state))
 
     def wait(self, timeout_s: float) -> None:
@@ -120,6 +120,12 @@ class FakeRunner(StepRunner):
         self._launched += 1
         self.load.by_slot[0][0] += 1
         self._story.tell(f"launch {self._launched}")
+
+    def _complete(self) -> None:
+        raise  # what `_launch` has raised is this rank's end
+
+    def prove_well(self) -> None:
+        pass
 
     def _discard(self) -> None:
         pass
@@ -244,7 +250,7 @@ def test_what_was_committed_before_a_failure_is_delivered(
 
     told = rank.run(**{when: fail})
     assert told[-2:] == (["report 0", "Failed"] if when == "launch_1" else ["end 1", "Failed"])
-    assert rank.story.outbox[-1] == (RankState.FAILED, "RuntimeError: the device is gone")
+    assert rank.story.outbox[-1] == (RankState.FAILED, "RuntimeError: the device is gone", (7,))
     assert rank.tokens() == [3]
     assert "the device is gone" in "".join(capfd.readouterr())
 

@@ -149,7 +149,7 @@ async def test_a_rank_masks_a_peer_once_however_often_it_hears() -> None:
     rank._forward.exchange = parts  # type: ignore[assignment]  # all that is used of it
     rank._slots.start = lambda runner: None  # type: ignore[method-assign]  # there are no weights
     rank._forward.runner = parts  # type: ignore[assignment]  # as above
-    rank._on_forward_state(RankState.INIT_DIST, "")
+    rank._on_forward_state(RankState.INIT_DIST, "", ())
     assert parts.masked == [OTHER]
     rank._on_peer_death(PEER)
     issued_ns = rank._mailbox.mask_ns

@@ -64,6 +64,12 @@ class Runner(StepRunner):
 
     def warm_up(self) -> None: ...
     def _launch(self, chunks: list[Chunk]) -> None: ...
+    def _complete(self) -> None:
+        raise NotImplementedError
+
+    def prove_well(self) -> None:
+        raise NotImplementedError
+
     def _discard(self) -> None: ...
     def _sample(self, sequences: Any) -> list[Any]:
         return []

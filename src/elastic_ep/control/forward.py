@@ -23,7 +23,7 @@ from elastic_ep.config import CannotRun, RankConfig
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.scheduling import make_ordinary
 from elastic_ep.exchange.base import Exchange
-from elastic_ep.messages import Assign, Member, RankState, StepReport, View
+from elastic_ep.messages import Assign, FailureCode, Member, RankState, RequestFailed, StepReport, View
 from elastic_ep.model.step_runner import StepResult, StepRunner
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import ExpertLoads, PlacementSeen
@@ -60,7 +60,10 @@ class ForwardThread:
         self._placement: Placement | None = None
         self._report: tuple[Callable[..., StepReport], StepResult] | None = None
         """Of the last step, all but its tokens, until it is handed over."""
+        self._held: tuple[int, ...] = ()
+        """The requests that wait here, as last reported."""
         self._load_due = False
+        self._stepping = False
         self._thread = threading.Thread(target=self._main, name="forward", daemon=True)
 
     def start(self) -> None:
@@ -76,20 +79,21 @@ class ForwardThread:
         make_ordinary()
         try:
             self.runner, self.exchange = self._build(self._config)
-            self._mailbox.post((RankState.INIT_DIST, ""))
+            self._mailbox.post((RankState.INIT_DIST, "", ()))
             self.runner.warm_up()
-            self._mailbox.post((RankState.JOINING, ""))
+            self._mailbox.post((RankState.JOINING, "", ()))
             try:
                 self._run()
             finally:
                 self._hand_over()
             self.done = True
-            self._mailbox.post((RankState.STOPPED, ""))
+            self._mailbox.post((RankState.STOPPED, "", ()))
         except CannotRun as error:
-            self._mailbox.post((RankState.FAILED, str(error)))
+            self._mailbox.post((RankState.FAILED, str(error), ()))
         except BaseException as error:
             log.exception("the forward thread ends by an exception", step=self.step)
-            self._mailbox.post((RankState.FAILED, f"{type(error).__name__}: {error}"))
+            suspects = self.runner.suspects if self._stepping else ()
+            self._mailbox.post((RankState.FAILED, f"{type(error).__name__}: {error}", suspects))
 
     def _run(self) -> None:
         mailbox = self._mailbox
@@ -128,9 +132,16 @@ class ForwardThread:
         while mailbox.inbox:
             message = mailbox.inbox.popleft()
             if isinstance(message, Assign):
-                self.runner.add(message)
+                reason = self.runner.add(message)
+                if reason:
+                    self._request_failed(message.request_id, FailureCode.REFUSED, reason)
             else:
                 self.runner.cancel(message.request_id)
+
+    def _request_failed(self, request_id: int, code: FailureCode, reason: str) -> None:
+        """After the tokens that it has."""
+        self._hand_over()
+        self._mailbox.post(RequestFailed(*self._me, request_id, code, reason))
 
     def _adopt_placement(self) -> None:
         placement = self._mailbox.placement
@@ -157,8 +168,11 @@ class ForwardThread:
         assert self.exchange is not None
         started_ns = time.monotonic_ns()
         # Without a copy of every expert no token would be right: keep the lockstep, schedule nothing.
+        self._stepping = True
         result = self.runner.run_step(self.step, schedule=self._covered, launched=self._hand_over)
-        if result.ended or result.sampled or result.masked:
+        self._stepping = False
+        held = self.runner.held if self.runner.waiting or self._held else ()
+        if result.sampled or result.masked or held != self._held:
             report = partial(
                 StepReport,
                 rank=self._me.rank,
@@ -174,8 +188,11 @@ class ForwardThread:
                 masked=tuple(sorted(result.masked)),
                 mask_ns=self._mailbox.mask_ns if result.masked else 0,
                 kv_pages=self.runner.kv_pages,
+                held=held if held != self._held else None,
             )
-            self._report = report, result
+            self._report, self._held = (report, result), held
+        for request_id, reason in result.failed:
+            self._request_failed(request_id, FailureCode.FAILED, reason)
         self.step += 1
         if self.step % LOAD_REPORT_STEPS == 0:
             self.runner.load.cut()

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from elastic_ep.messages import Assign, Cancel, Member, RankState, StepReport, View
+from elastic_ep.messages import Assign, Cancel, Member, RankState, RequestFailed, StepReport, View
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import ExpertLoads, PlacementSeen, SlotCopied, SlotSums, StateReady
 from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet
@@ -27,9 +27,10 @@ Outgoing = (
     | StoreSet
     | StoreGet
     | StoreDelete
-    | tuple[RankState, str]
+    | RequestFailed
+    | tuple[RankState, str, tuple[int, ...]]
 )
-"""For the controller; a lifecycle state comes with its reason."""
+"""For the controller; a lifecycle state comes with its reason and its suspects."""
 
 NEVER = 1 << 62
 PROMISE_MARGIN = 2

@@ -253,7 +253,7 @@ class RankProcess:
 
     def _device_opened(self) -> None:
         """The forward thread's: said again, so that the run process holds what is open before kernels run."""
-        self._mailbox.post((RankState.INIT_CUDA, ""))
+        self._mailbox.post((RankState.INIT_CUDA, "", ()))
 
     def _drain_outbox(self) -> None:
         if self._finished.is_set():
@@ -269,7 +269,7 @@ class RankProcess:
             else:
                 self._wire.send(item)
 
-    def _on_forward_state(self, state: RankState, reason: str) -> None:
+    def _on_forward_state(self, state: RankState, reason: str, suspects: tuple[int, ...]) -> None:
         match state:
             case RankState.INIT_CUDA:
                 self._report(state)
@@ -280,7 +280,7 @@ class RankProcess:
                 self._report(state)
                 self._finish(0)
             case RankState.FAILED:
-                self._report(state, reason)
+                self._report(state, reason, suspects)
                 self._finish(1)
             case _:
                 self._slots.start(self._forward.runner)
@@ -299,9 +299,9 @@ class RankProcess:
             self._shown = state
             titles.show_rank(self._me, state)
 
-    def _report(self, state: RankState, reason: str = "") -> None:
+    def _report(self, state: RankState, reason: str = "", suspects: tuple[int, ...] = ()) -> None:
         self._show(state)
-        self._wire.send(RankReport(*self._me, state, reason))
+        self._wire.send(RankReport(*self._me, state, reason, suspects))
 
     async def _send_heartbeats(self) -> None:
         """A parked rank is silent for longer than others may be, so whoever judges it must know that it is parked.

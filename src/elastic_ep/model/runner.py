@@ -12,6 +12,7 @@ from elastic_ep.messages import SamplingParams
 from elastic_ep.model.batch import KEY_BLOCK, Batch, BatchMaker, CacheLayout
 from elastic_ep.model.cpu_ops import CpuOps
 from elastic_ep.model.expert_load import ExpertLoad
+from elastic_ep.model.interrupted import CountedCarrier
 from elastic_ep.model.sampler import Sampled, sample
 from elastic_ep.model.scheduler import Chunk, Sequence
 from elastic_ep.model.step_runner import StepResult, StepRunner
@@ -47,19 +48,29 @@ class ModelRunner(StepRunner):
         self._ops = CpuOps(spec, layout, limits.max_model_len, self._device, load.by_slot)
         self._model = Transformer(weights, self._ops)
         super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load)
+        self._carrier = CountedCarrier(exchange)
         self._batch: Batch | None = None
         self._logits: torch.Tensor | None = None
 
     def _launch(self, chunks: list[Chunk]) -> None:
+        self._batch = None
+        self._carrier.begin()
         if not chunks:
-            self._model.forward_idle(self._exchange)
+            self._model.forward_idle(self._carrier)
             return
         self._batch = self._batches.make(chunks)
-        self._logits = self._model.forward(self._batch, self._exchange)
+        self._logits = self._model.forward(self._batch, self._carrier)
+
+    def _complete(self) -> None:
+        layer, dispatched = divmod(self._carrier.performed, 2)
+        counted = list(self.load.by_slot[layer]) if dispatched else None
+        self._model.complete(None, self.weights.embed[:0], self._carrier)
+        if counted is not None:  # they were, when the layer began
+            self.load.by_slot[layer][:] = counted
 
     def _discard(self) -> None:
-        assert self._batch is not None
-        self._ops.forget(self._batch)
+        if self._batch is not None:
+            self._ops.forget(self._batch)
 
     def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
         assert self._logits is not None
@@ -68,14 +79,22 @@ class ModelRunner(StepRunner):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """One forward of one tile, and of none, without peers: the first real step must not be slow."""
-        alone = _Alone(self.weights.spec, self._placement.slots_per_rank, self._device)
-        params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, logprobs=1)
-        chunks = [Chunk(Sequence(0, [0, 0], 2, params, 0, 0, pages=[0]), start, 1) for start in range(2)]
-        batch = self._batches.make(chunks)
-        sample(self._model.forward(batch, alone), [chunks[1].sequence])
-        self._model.forward_idle(alone)
-        self._ops.forget(batch)
+        self.prove_well()
+        self._model.forward_idle(self._alone())
         self.load.take()  # those rows were nobody's
+
+    def prove_well(self) -> None:
+        counted = [list(slots) for slots in self.load.by_slot]
+        params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, logprobs=1)
+        chunks = [Chunk(Sequence(-1, [0, 0], 2, params, 0, 0, pages=[0]), start, 1) for start in range(2)]
+        batch = self._batches.make(chunks)
+        sample(self._model.forward(batch, self._alone()), [chunks[1].sequence])
+        self._ops.forget(batch)
+        for slots, before in zip(self.load.by_slot, counted, strict=True):
+            slots[:] = before  # those rows were nobody's
+
+    def _alone(self) -> _Alone:
+        return _Alone(self.weights.spec, self._placement.slots_per_rank, self._device)
 
 
 class _Alone:

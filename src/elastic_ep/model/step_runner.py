@@ -8,11 +8,14 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import structlog
 import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.exchange.base import Exchange
+from elastic_ep.machines.bisection import Bisection
 from elastic_ep.messages import Assign, Token
+from elastic_ep.model.admission import refusal
 from elastic_ep.model.expert_load import ExpertLoad
 from elastic_ep.model.routing_table import RoutingTable
 from elastic_ep.model.sampler import Sampled
@@ -21,31 +24,41 @@ from elastic_ep.model.weights import Weights
 from elastic_ep.placement import Placement
 from elastic_ep.slot_messages import SlotSum
 
+log = structlog.get_logger()
+_REASON_CHARACTERS = 300
 _Appended = tuple[int, int, Sampled, str | None]
 """Request, index, what was sampled, and finish as in `Token`."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`masked` names the ranks that poisoned the step; it then committed nothing."""
+    """`masked` names the ranks that poisoned the step; it then committed nothing.
 
-    ended: Seq[Token] = ()
-    """Of requests that ended without a step."""
+    `failed` names the request that cannot be computed, with the reason; the step then committed nothing either.
+    """
+
+    failed: Seq[tuple[int, str]] = ()
     sampled: Seq[_Appended] = ()
     masked: frozenset[int] = frozenset()
 
     @property
     def tokens(self) -> tuple[Token, ...]:
         """Made when asked for, which can wait until the device has something to do."""
-        made = [
-            Token(request_id, index, one.token, finish, one.logprob, one.top)
-            for request_id, index, one, finish in self.sampled
-        ]
-        return (*self.ended, *made)
+        return tuple(
+            [
+                Token(request_id, index, one.token, finish, one.logprob, one.top)
+                for request_id, index, one, finish in self.sampled
+            ]
+        )
 
 
 class StepRunner(ABC):
-    """Forward thread only, except where said. Raises ValueError if the limits do not fit together."""
+    """Forward thread only, except where said. Raises ValueError if the limits do not fit together.
+
+    An exception while a step is computed is laid at a sequence of it, which is found by running the batch again in
+    halves; that request fails, and nobody else notices. But it is the rank's, and comes out of `run_step`, if the step
+    cannot be completed for the peers, if something known to be good fails too, or if there was no sequence.
+    """
 
     launches_ahead = False
     """Whether `_launch` returns before the work is done: the device then works while the host does other things."""
@@ -61,6 +74,7 @@ class StepRunner(ABC):
         load: ExpertLoad,
     ) -> None:
         self._limits = limits
+        self._vocab_size = weights.spec.vocab_size
         self._eos = frozenset(weights.spec.eos_token_ids)
         self._placement = placement
         self._rank = rank
@@ -69,9 +83,9 @@ class StepRunner(ABC):
         self.weights = weights
         self._routing = routing
         self.load = load
-        self._ended: list[Token] = []
-        self._poisoned: list[Chunk] = []
-        """The batch that has to run again."""
+        self._again: Bisection[Chunk] = Bisection()
+        """Batches that have to run again before anything else is scheduled."""
+        self._computing: list[Chunk] = []
         self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
 
     @abstractmethod
@@ -83,12 +97,23 @@ class StepRunner(ABC):
         """All exchange operations of a step; of no chunks, too."""
 
     @abstractmethod
+    def _complete(self) -> None:
+        """What `_launch` has left to do for the peers when it raised. Raises what makes the rank useless to them."""
+
+    @abstractmethod
+    def prove_well(self) -> None:
+        """Compute something that is known to be good, without peers, between two steps. Raises if even that fails."""
+
+    @abstractmethod
     def _discard(self) -> None:
-        """The step that was launched last is poisoned."""
+        """The step that was launched last is poisoned, or has failed."""
 
     @abstractmethod
     def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
-        """From the step launched last, which has ended: a token for each of its sequences that samples, at least one."""
+        """From the step launched last, which has ended: a token for each of its sequences that samples, at least one.
+
+        Changes nothing if it raises.
+        """
 
     @property
     def running(self) -> int:
@@ -106,7 +131,20 @@ class StepRunner(ABC):
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting or self._ended)
+        return bool(self.running or self.waiting)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The requests that wait, in order."""
+        return tuple([sequence.request_id for sequence in self._scheduler.waiting])
+
+    @property
+    def suspects(self) -> tuple[int, ...]:
+        """When `run_step` has raised: the requests that may have broken this rank's device for good.
+
+        Only a device remembers a fault. Where there is none, what was raised is no sequence's.
+        """
+        return tuple([chunk.sequence.request_id for chunk in self._computing]) if self.launches_ahead else ()
 
     @property
     def preemptions(self) -> int:
@@ -141,23 +179,27 @@ class StepRunner(ABC):
             for layer, slot in places
         ]
 
-    def add(self, assign: Assign) -> None:
-        """Take over a request from position len(prompt) + len(emitted) on."""
-        sequence = Sequence.of(assign, self._eos, self._limits.max_model_len)
-        if sequence.output_len >= assign.params.max_tokens:
-            self._ended.append(Token(assign.request_id, sequence.output_len, sequence.tokens[-1], "length"))
-        elif not 0 < len(sequence.tokens) < self._limits.max_model_len:
-            self._ended.append(Token(assign.request_id, sequence.output_len, 0, "abort"))
-        else:
-            self._scheduler.add(sequence)
+    def add(self, assign: Assign) -> str:
+        """Take over a request from position len(prompt) + len(emitted) on. Else the reason why it cannot be run."""
+        try:
+            reason = refusal(assign, self._vocab_size, self._limits.max_model_len)
+            if not reason:
+                self.cancel(assign.request_id)
+                self._scheduler.add(Sequence.of(assign, self._eos, self._limits.max_model_len))
+        except Exception as error:
+            log.exception("a request cannot be taken over", request=assign.request_id)
+            return _words(error)
+        return reason
 
     def cancel(self, request_id: int) -> None:
         """Forget a request. Unknown ids are no error."""
-        self._ended = [token for token in self._ended if token.request_id != request_id]
         sequence = self._scheduler.find(request_id)
         if sequence is not None:
-            self._scheduler.remove(sequence)
-            self._poisoned = [chunk for chunk in self._poisoned if chunk.sequence is not sequence]
+            self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._again.forget(lambda chunk: chunk.sequence is sequence)
 
     @torch.inference_mode()
     def run_step(self, step: int, schedule: bool, launched: Callable[[], None] = lambda: None) -> StepResult:
@@ -170,40 +212,79 @@ class StepRunner(ABC):
         not wait for it.
         """
         self._exchange.begin_step(step)
-        chunks = (self._poisoned or self._scheduler.schedule()) if schedule else []
-        self._launch(chunks)
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        chunks = self._computing = (self._again.take() or self._scheduler.schedule()) if schedule else []
+        failure = self._compute(chunks)
         launched()
         masked = self._exchange.end_step()
-        if masked:
+        if masked:  # whatever has failed, may have failed for that
             if chunks:
                 self._discard()
-                self._poisoned = chunks
+                self._again.again(chunks)
             return StepResult(masked=masked)
         if not chunks:
-            return StepResult(ended=self._take_ended())
-        self._poisoned = []
+            return StepResult()
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        sampled: list[Sampled] = []
+        if failure is None and sequences:
+            try:
+                sampled = self._sample(sequences)
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            return self._failed(chunks, failure)
         self._scheduler.commit(chunks)
-        sampled = self._sample(sequences) if sequences else []
-        return StepResult(self._take_ended(), self._append(sequences, sampled))
+        return self._append(sequences, sampled)
 
-    def _append(self, sequences: Seq[Sequence], sampled: Seq[Sampled]) -> list[_Appended]:
+    def _compute(self, chunks: list[Chunk]) -> Exception | None:
+        """Launch the step. What it raised, if its operations could be completed all the same."""
+        try:
+            self._launch(chunks)
+        except Exception as error:
+            if not chunks:
+                raise
+            self._complete()
+            return error
+        return None
+
+    def _failed(self, chunks: list[Chunk], failure: Exception) -> StepResult:
+        """The step has ended, and one of its sequences is to blame."""
+        self._discard()
+        culprit = self._again.failed(chunks)
+        if culprit is None:
+            log.warning(
+                "a step failed: its batch runs again in halves", batch=len(chunks), why=_words(failure)
+            )
+            return StepResult()
+        self.prove_well()
+        request_id = culprit.sequence.request_id
+        log.error("a request cannot be computed, and ends", request=request_id, exc_info=failure)
+        self._drop(culprit.sequence)
+        return StepResult(failed=[(request_id, f"computing it raised {_words(failure)}")])
+
+    def _append(self, sequences: Seq[Sequence], sampled: Seq[Sampled]) -> StepResult:
         """The device is idle meanwhile: one loop, without a call for each token."""
         appended: list[_Appended] = []
+        failed: list[tuple[int, str]] = []
         for sequence, one in zip(sequences, sampled, strict=True):
-            tokens, token = sequence.tokens, one.token
-            index = len(tokens) - sequence.prompt_len
-            tokens.append(token)
-            finish = None
-            if token in sequence.stops:
-                finish = "stop"
-            elif len(tokens) >= sequence.most:
-                finish = "length"
-            if finish is not None:
-                self._scheduler.remove(sequence)
+            try:
+                tokens, token = sequence.tokens, one.token
+                index = len(tokens) - sequence.prompt_len
+                tokens.append(token)
+                finish = None
+                if token in sequence.stops:
+                    finish = "stop"
+                elif len(tokens) >= sequence.most:
+                    finish = "length"
+                if finish is not None:
+                    self._scheduler.remove(sequence)
+            except Exception as error:  # that sequence's alone, as its name is known
+                log.exception("a request cannot be continued, and ends", request=sequence.request_id)
+                self._drop(sequence)
+                failed.append((sequence.request_id, f"continuing it raised {_words(error)}"))
+                continue
             appended.append((sequence.request_id, index, one, finish))
-        return appended
+        return StepResult(failed, appended)
 
-    def _take_ended(self) -> list[Token]:
-        ended, self._ended = self._ended, []
-        return ended
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]

@@ -6,6 +6,7 @@ from typing import Generic
 
 import torch
 
+from elastic_ep.model.interrupted import CountedCarrier
 from elastic_ep.model.ops import Carrier, Ops, StepT
 from elastic_ep.model.weights import Weights
 
@@ -32,8 +33,23 @@ class Transformer(Generic[StepT]):
     def forward_idle(self, exchange: Carrier) -> None:
         """No tokens of our own: serve this rank's experts to the others."""
         self._ops.begin(None)
-        nothing = self._weights.embed[:0]
-        for index in range(len(self._weights.layers)):
+        self._serve(self._weights.embed[:0], 0, exchange)
+
+    def complete(self, step: StepT | None, nothing: torch.Tensor, carrier: CountedCarrier) -> None:
+        """The rest of a step that `forward` has begun, as one of no tokens, whose hidden states are `nothing`.
+
+        Raises BrokenStep, and what the experts raise.
+        """
+        first, dispatched = divmod(carrier.performed, 2)
+        self._ops.begin(step)
+        if dispatched:
+            assert carrier.received is not None
+            carrier.give_back(self._ops.experts(carrier.received, self._weights.layers[first], first))
+        self._serve(nothing, first + dispatched, carrier)
+
+    def _serve(self, nothing: torch.Tensor, first: int, exchange: Carrier) -> None:
+        """From layer `first` on."""
+        for index in range(first, len(self._weights.layers)):
             self._mixture(nothing, index, exchange)
 
     def _attention(self, h: torch.Tensor, index: int) -> torch.Tensor:

@@ -202,3 +202,76 @@ def test_hosts_meet_once_a_step_and_before_its_first_operation(device: torch.dev
     runner.run_step(0, schedule=True)
     assert calls[:3] == ["begin_step", "meet", "dispatch"]
     assert calls.count("meet") == 1
+
+
+PLACES = ("fill", "draws", "before 0", "before 1", "before 2", "before 3", "sampled")
+
+
+def break_requests(runner: CudaRunner, bad: frozenset[int], place: str) -> None:
+    """From now on a step with one of them in it raises at `place`: "before n" is an operation of the exchange."""
+    what, _, operation = place.partition(" ")
+    in_batch = False
+    patched: Any = runner
+
+    def breaks(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            nonlocal in_batch
+            if in_batch:
+                in_batch = False
+                raise RuntimeError(place)
+            return function(*arguments)
+
+        setattr(owner, name, call)
+
+    shape_of = runner._inputs.shape_of
+
+    def watch(chunks: Any) -> Any:
+        nonlocal in_batch
+        in_batch = any(chunk.sequence.request_id in bad for chunk in chunks)
+        return shape_of(chunks)
+
+    patched._inputs.shape_of = watch
+    carrier = patched._carrier
+
+    class Breaking:
+        def __getattr__(self, name: str) -> Any:
+            nonlocal in_batch
+            if in_batch and carrier._performed == int(operation):
+                in_batch = False
+                raise RuntimeError(place)
+            return getattr(carrier, name)
+
+    match what:
+        case "fill":
+            breaks(patched._inputs, "fill")
+        case "draws":
+            breaks(patched._device_exchange, "read_masks")
+        case "sampled":
+            breaks(patched, "_sample")
+        case _:
+            patched._carrier = Breaking()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_request_that_makes_a_step_raise_fails_alone(device: torch.device, place: str) -> None:
+    """Whatever the step has done by then, its operations are completed, and the other texts are the same."""
+    expected = run_through(cuda_runner(device), set())
+    runner, exchange = cuda_runner(device)
+    break_requests(runner, frozenset({7}), place)
+    runner.add(assign(1, PROMPT, max_tokens=4))
+    runner.add(assign(7, SHORT[:2], max_tokens=4))
+    runner.add(assign(2, SHORT, max_tokens=4))
+    tokens: dict[int, list[int]] = {}
+    failed: dict[int, str] = {}
+    for step in range(40):
+        before = exchange.operations
+        result = runner.run_step(step, schedule=True)
+        assert exchange.operations - before == 2 * len(TINY.layers)
+        failed |= dict(result.failed)
+        for token in result.tokens:
+            tokens.setdefault(token.request_id, []).append(token.token)
+    assert not runner.has_work
+    assert tokens == expected
+    assert failed.keys() == {7}

@@ -82,7 +82,8 @@ class StepInputs:
     def fill(self, chunks: Seq[Chunk], shape: StepShape) -> None:
         """Queue the copies to the device. The step before must have ended: its copies read the same host memory."""
         decodes = (shape.rows, len(chunks)) if shape.decode else None
-        if decodes is None or decodes != self._decodes:
+        before, self._decodes = self._decodes, None  # nobody knows what is there if this raises half-way
+        if decodes is None or decodes != before:
             self._frame(chunks, shape)
         if shape.decode:
             self._fill_decodes(chunks)

@@ -18,6 +18,7 @@ from elastic_ep.model.cuda.linear import TILE_ROWS
 from elastic_ep.model.cuda.load import DeviceLoad
 from elastic_ep.model.cuda.memory import Budget
 from elastic_ep.model.cuda.ops import CudaOps
+from elastic_ep.model.interrupted import CountedCarrier
 from elastic_ep.model.sampler import Sampled, is_plain_greedy
 from elastic_ep.model.scheduler import Chunk, Sequence
 from elastic_ep.model.step_runner import StepRunner
@@ -71,6 +72,7 @@ class CudaRunner(StepRunner):
         )
         self._model = Transformer(weights, self._ops)
         self._device_exchange = exchange
+        self._carrier = CountedCarrier(exchange)
         self._graphs = StepGraphs(self._body) if graphs else None
         self._budget = budget
         self._tile = tile
@@ -80,6 +82,8 @@ class CudaRunner(StepRunner):
         self._tokens = torch.zeros(self._inputs.max_sequences, dtype=torch.int64, pin_memory=pinned)
         self._rows: list[int] = []
         """Of the step's results: those that are sampled from."""
+        self._met = self._launched = False
+        """How far the launch of this step has come: hosts have met, all operations are queued."""
         self._drawn: Drawn | None = None
         """None: the most likely token of each."""
         load = DeviceLoad(placement, rank, self._ops.load)
@@ -131,15 +135,17 @@ class CudaRunner(StepRunner):
 
     def _body(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [S, V] float32 and the most likely tokens [S]."""
-        logits = self._model.forward(shape, self._device_exchange)
+        logits = self._model.forward(shape, self._carrier)
         return logits, logits.argmax(dim=-1)
 
     def _launch(self, chunks: list[Chunk]) -> None:
+        self._met = self._launched = False
+        self._carrier.begin()
         draws = self._prepare_draws(chunks)
         shape = self._inputs.shape_of(chunks)
         self._inputs.fill(chunks, shape)
-        self._device_exchange.meet()
-        logits, tokens = self._graphs.run(shape) if self._graphs is not None else self._body(shape)
+        self._meet()
+        logits, tokens = self._run(shape)
         # Queued: the wait for the masks is the wait for what is sampled too.
         self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
         if draws is not None:
@@ -148,6 +154,38 @@ class CudaRunner(StepRunner):
             self._drawn = None
             self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         self._device_exchange.read_masks()
+
+    def _meet(self) -> None:
+        self._device_exchange.meet()
+        self._met = True
+
+    def _run(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self._graphs.run(shape) if self._graphs is not None else self._body(shape)
+        self._launched = True
+        return out
+
+    def _complete(self) -> None:
+        """HAZARD: a device that is broken for good raises in whatever it is asked next: here, and not at a sequence."""
+        if not self._launched:
+            self._synchronise()  # the inputs' host memory may still be read
+            shape = self._inputs.shape_of(())
+            self._inputs.fill((), shape)
+            if not self._met:
+                self._meet()
+            if self._carrier.performed:
+                embed = self.weights.embed
+                self._model.complete(shape, embed.new_zeros(shape.rows, embed.shape[1]), self._carrier)
+            else:
+                self._run(shape)
+        self._device_exchange.read_masks()
+
+    def prove_well(self) -> None:
+        """The step that failed was completed, by the same kernels: what is left to see is whether the device says so."""
+        self._synchronise()
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _prepare_draws(self, chunks: Seq[Chunk]) -> Draws | None:
         """None where the most likely tokens will do. Before the launch: what is copied here would wait for it."""
