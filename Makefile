@@ -17,7 +17,7 @@ READY := .venv/.ready-$(EXTRAS)
 BENCHES := death_notice exchange throughput accuracy failover overhead footprint repair \
 	repair_large rebalance transfer eplb host_gap control_path loss_work
 
-.PHONY: help setup run test test-gpu lint style format charts bench bench-gpu lock clean
+.PHONY: help setup run test test-gpu mutants lint style format charts bench bench-gpu lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -43,6 +43,11 @@ test: style ## style, types and the whole test suite; ARGS="..." goes to pytest
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)
+
+mutants: $(READY) ## do the tests notice? changes 200 places in the code, one at a time; ARGS="--number 60 machines/"
+	@$(BIN)/python -c 'import cosmic_ray' 2>/dev/null || $(BIN)/python -m pip install --quiet \
+	    --disable-pip-version-check -c constraints.txt cosmic-ray
+	@exec nice -n 19 $(BIN)/python scripts/mutants.py $(ARGS)
 
 format: $(READY) ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix

@@ -1,6 +1,7 @@
 """Programs and processes that end with the one that started them, however that ends: what tests and benches start.
 
-As a script: `bound.py FD PROGRAM ...` becomes PROGRAM, tied to the life line whose read end is FD.
+As a script: `bound.py FD PROGRAM ...` becomes PROGRAM, tied to the life line whose read end is FD; with `parent:PID`
+instead of FD tied to its parent, which must be that process.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from elastic_ep.control import life_line
 
 _PR_SET_PDEATHSIG = 1
+_PARENT = "parent:"
 
 
 class Bound(subprocess.Popen[str]):
@@ -59,16 +61,25 @@ def tied(target: Callable[..., object], *arguments: Any) -> None:
 
     HAZARD: for the kernel the parent is the thread that made the process. It must be one that lasts.
     """
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl")
+    _die_with_parent()
     starter = multiprocessing.parent_process()
     if starter is None or not starter.is_alive():  # too late for the signal
         os.kill(os.getpid(), signal.SIGKILL)
     target(*arguments)
 
 
+def _die_with_parent() -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
 def main() -> None:
-    life_line.bind(int(sys.argv[1]))
+    if sys.argv[1].startswith(_PARENT):
+        _die_with_parent()
+        if os.getppid() != int(sys.argv[1].removeprefix(_PARENT)):
+            sys.exit(1)
+    else:
+        life_line.bind(int(sys.argv[1]))
     os.execvp(sys.argv[2], sys.argv[2:])
 
 

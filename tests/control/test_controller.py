@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from fake_group import FakeGroup, FakeRank, clocks_of
+from fake_group import SPOILT, FakeGroup, FakeRank, clocks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_time import VirtualTimeLoop, run_virtually
@@ -285,3 +285,56 @@ def test_the_logs_cause_of_a_death_is_the_first_notices(seed: int) -> None:
         await group.until(lambda: group.all_serve, "it is back")
 
     simulate(main)
+
+
+# Wrong bytes
+
+
+def test_wrong_bytes_in_a_joiner_are_found_and_mended_though_nobody_asks() -> None:
+    async def main(group: FakeGroup) -> None:
+        begin = group.begin
+
+        def begin_spoilt(member: Member) -> None:
+            begin(member)
+            place = min(group.ranks[member.rank].contents)
+            group.ranks[member.rank].contents[place] += SPOILT
+
+        group.processes.group.begin = begin_spoilt  # type: ignore[method-assign]
+        group.kill(1)
+        await group.until(lambda: group.all_serve, "it is back")
+        await group.until(lambda: not group.wrong(), "the bytes are right", 10.0)
+        await group.until(lambda: group.controller.machine.tolerates >= 1, "the copy counts again", 10.0)
+        assert len(group.log.effects(repair.Corrupt)) == 1
+
+    simulate(main, spare=1)
+
+
+def test_a_source_whose_bytes_are_wrong_is_found_out_and_mended() -> None:
+    """Whatever copy is wrong when a rank is lost for good: nothing made of it counts, and if it was read it is mended."""
+    read = []
+    for number in (0, 1, 2, 3):
+        for spoilt in range(4):
+
+            async def main(group: FakeGroup, number: int = number, spoilt: int = spoilt) -> None:
+                sources: list[tuple[int, int]] = []
+
+                def ordered(rank: FakeRank, order: CopySlot) -> None:
+                    if order.origin is not None:
+                        sources.append((order.layer, order.origin))
+                    rank.copy(order)
+
+                group.ordered = ordered
+                victim = group.ranks[spoilt]
+                places = [place for place, held in victim.contents.items() if held >= 0]
+                place = places[number % len(places)]
+                victim.contents[place] += SPOILT
+                group.kill((spoilt + 1) % 4)
+                await asyncio.sleep(30.0)
+                if place in sources:
+                    read.append(place)
+                    assert not group.wrong(), "it was read, and is wrong still"
+                assert group.wrong() <= {place}, "wrong bytes were copied"
+                assert group.controller.machine.tolerates >= 1
+
+            simulate(main, ranks=4, experts=4, redundant=4, spare=1, relaunch_limit=0)
+    assert len(read) > 2

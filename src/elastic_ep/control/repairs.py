@@ -158,6 +158,8 @@ class Repairs:
     def _conclude(self, effect: ev.Effect) -> None:
         match effect:
             case ev.Replace(changed):
+                for change in changed.changes:
+                    self.proofs.sums.pop((change.layer, change.physical), None)
                 self._on_placed(changed.version, changed.changes)
             case ev.Corrupt(layer, physical):
                 rank = self.placement.rank_of(physical)

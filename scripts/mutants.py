@@ -1,0 +1,275 @@
+"""Do the tests notice? Changes a sample of places in the code, one at a time, and runs the tests that should go red.
+
+`make mutants`; `make mutants ARGS="--number 60 machines/"` for the modules whose path holds a word. cosmic-ray makes the
+changes and keeps the results: what was done for the same code, sample and seed is not done again. Works on a copy of the
+tree in `.mutants/`. Prints every survivor with its diff, and the score: survivors that `mutants.toml` shows to change
+nothing count as noticed. The exit status is 1 if the score is below `--least`, 2 if tests are red without a change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import fnmatch
+import hashlib
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cosmic_ray.plugins
+from cosmic_ray.commands.init import init
+from cosmic_ray.mutating import mutate_and_test, mutate_code
+from cosmic_ray.operators.operator import Operator
+from cosmic_ray.work_db import WorkDB, use_db
+from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkItem, WorkResult
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRATCH = ROOT / ".mutants"
+TREE = SCRATCH / "tree"
+SOURCE = Path("src/elastic_ep")
+
+OPERATORS = (
+    "own/RemoveStatement", "core/AddNot", "core/ReplaceComparisonOperator_*", "core/ReplaceBinaryOperator_Add_Sub",
+    "core/ReplaceBinaryOperator_Sub_Add", "core/ReplaceBinaryOperator_Mul_Add", "core/ReplaceBinaryOperator_*Div_Mul",
+    "core/ReplaceBinaryOperator_Mod_Add", "core/ReplaceBinaryOperator_BitOr_BitAnd",
+    "core/ReplaceBinaryOperator_BitAnd_BitOr", "core/ReplaceTrueWithFalse", "core/ReplaceFalseWithTrue",
+    "core/ReplaceAndWithOr", "core/ReplaceOrWithAnd", "core/ReplaceBreakWithContinue",
+    "core/ReplaceContinueWithBreak", "core/ReplaceUnaryOperator_Delete_*", "core/NumberReplacer",
+    "core/ExceptionReplacer", "core/ZeroIterationForLoop",
+)  # fmt: skip
+
+
+class RemoveStatement(Operator):  # type: ignore[misc]  # cosmic-ray has no types
+    """`pass` instead of a call, or of an assignment to an attribute or an item: an effect that is not performed."""
+
+    _CALL = r"(?!log\.)(await )?[\w.]+(\[.*\])?(\.\w+)*\("
+    _ASSIGNMENT = r"(self\.\w+[\w.\[\]]*|[\w.]+\[.+\]) [-+|&]?= "
+    _SIMPLE = re.compile(f"{_CALL}|{_ASSIGNMENT}", re.DOTALL)
+
+    def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
+        if node.type == "simple_stmt" and self._SIMPLE.match(node.get_code(include_prefix=False)):
+            yield node.start_pos, node.end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:
+        from cosmic_ray.ast import get_ast
+
+        line = get_ast("pass\n").children[0]
+        line.get_first_leaf().prefix = node.get_first_leaf().prefix
+        return line
+
+    @classmethod
+    def examples(cls) -> Sequence[Any]:
+        return ()
+
+
+class OwnOperators:
+    def __iter__(self) -> Iterator[str]:
+        return iter(("RemoveStatement",))
+
+    def __getitem__(self, name: str) -> type[Operator]:
+        return RemoveStatement
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`mutants.toml`. `tests`: by module (a pattern below src/elastic_ep), the tests to run, the fastest first."""
+
+    tests: dict[str, list[str]]
+    equivalent: list[dict[str, Any]]
+
+    @staticmethod
+    def load() -> Settings:
+        read = tomllib.loads((ROOT / "scripts/mutants.toml").read_text())
+        return Settings(read["tests"], read.get("equivalent", []))
+
+    def tests_of(self, module: Path) -> list[str]:
+        name = str(module.relative_to(SOURCE))
+        return next(tests for pattern, tests in self.tests.items() if fnmatch.fnmatch(name, pattern))
+
+    def reason(self, module: Path, diff: str) -> str | None:
+        """Why this change changes nothing, if that is known."""
+        lines = diff.splitlines()
+        gone = [line[1:].strip() for line in lines if re.match(r"-(?!--)", line)]
+        new = [line[1:].strip() for line in lines if re.match(r"\+(?!\+\+)", line)]
+        for known in self.equivalent:
+            if known["module"] == str(module.relative_to(SOURCE)) and (known["is"], known["was"]) == (
+                new,
+                gone,
+            ):
+                return str(known["reason"])
+        return None
+
+
+def copy_tree() -> str:
+    """A fresh copy of all that git knows or would take; its name."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    shutil.rmtree(TREE, ignore_errors=True)
+    digest = hashlib.sha256()
+    for name in sorted(filter(None, names)):
+        file = ROOT / name
+        if file.is_file():
+            (TREE / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, TREE / name)
+            if name.endswith((".py", ".toml")) and not name.startswith("scripts/"):
+                digest.update(name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def modules_of(settings: Settings, words: Sequence[str]) -> list[Path]:
+    found = []
+    for file in sorted((TREE / SOURCE).rglob("*.py")):
+        name = str(file.relative_to(TREE / SOURCE))
+        if any(fnmatch.fnmatch(name, pattern) for pattern in settings.tests) and (
+            not words or any(word in name for word in words)
+        ):
+            found.append(SOURCE / name)
+    return found
+
+
+def sample(modules: Iterable[Path], number: int, seed: int) -> list[MutationSpec]:
+    """Places first, then one of the changes that each allows: a place does not count more for having many."""
+    with use_db(":memory:") as everything:
+        init(list(modules), everything, {})
+        specs = [item.mutations[0] for item in everything.work_items]
+    by_place: dict[Any, list[MutationSpec]] = defaultdict(list)
+    for spec in specs:
+        if any(fnmatch.fnmatch(spec.operator_name, pattern) for pattern in OPERATORS):
+            family = spec.operator_name.split("_")[0]
+            by_place[str(spec.module_path), spec.start_pos, spec.end_pos, family].append(spec)
+    choose = random.Random(seed)
+    chosen: list[MutationSpec] = []
+    places = sorted(by_place)
+    choose.shuffle(places)
+    for place in places:
+        options = sorted(by_place[place], key=lambda spec: (spec.operator_name, spec.occurrence))
+        spec = choose.choice(options)
+        if len(chosen) < number and is_felt(spec):
+            chosen.append(spec)
+    return chosen
+
+
+def is_felt(spec: MutationSpec) -> bool:
+    """Not in an annotation, nor a line of the logger's, nor a constant that is chosen and not derived."""
+    before = spec.module_path.read_text()
+    if spec.operator_name == "core/NumberReplacer" and not in_a_function(before, spec.start_pos[0]):
+        return False
+    operator = cosmic_ray.plugins.get_operator(spec.operator_name)(**spec.operator_args)
+    after = mutate_code(before, operator, spec.occurrence)
+    try:
+        return after is not None and bare(before) != bare(after)
+    except SyntaxError:
+        return False
+
+
+def in_a_function(code: str, line: int) -> bool:
+    functions = [
+        n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return any(f.body[0].lineno <= line <= (f.end_lineno or 0) for f in functions)
+
+
+def bare(code: str) -> str:
+    """The program without its annotations and without unions of types."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+    top = [
+        node for node in tree.body if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp))
+    ]
+    return ast.dump(ast.Module(top, []))
+
+
+def command(tests: Sequence[str]) -> str:
+    words = ["-q", "-x", "-m", "not gpu", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    bound = [sys.executable, "bench/bound.py", f"parent:{os.getpid()}"]
+    return shlex.join([*bound, sys.executable, "-m", "pytest", *words, *tests])
+
+
+def check_unchanged(settings: Settings, specs: Sequence[MutationSpec]) -> None:
+    """Only tests that are green without a change can tell anything."""
+    for tests in {tuple(settings.tests_of(spec.module_path)) for spec in specs}:
+        print(f"without a change: {' '.join(tests)}", flush=True)
+        done = subprocess.run(shlex.split(command(tests)), capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(done.stdout[-4000:], done.stderr[-1000:], sep="\n")
+            print("mutants: these tests are red as it is", file=sys.stderr)
+            sys.exit(2)
+
+
+def run(settings: Settings, db: WorkDB, limit_s: float) -> None:
+    pending = sorted(db.pending_work_items, key=lambda item: item.job_id)
+    for number, item in enumerate(pending, start=1):
+        (spec,) = item.mutations
+        began = time.monotonic()
+        result = mutate_and_test(item.mutations, command(settings.tests_of(spec.module_path)), limit_s)
+        db.set_result(item.job_id, result)
+        took = time.monotonic() - began
+        print(
+            f"{number}/{len(pending)} {spec.module_path}:{spec.start_pos[0]} {spec.operator_name}: "
+            f"{result.test_outcome} after {took:.0f} s", flush=True,
+        )  # fmt: skip
+
+
+def report(settings: Settings, results: Sequence[tuple[MutationSpec, WorkResult]], least: float) -> int:
+    survived = [(spec, result) for spec, result in results if result.test_outcome is TestOutcome.SURVIVED]
+    equivalent = 0
+    for spec, result in survived:
+        reason = settings.reason(spec.module_path, result.diff or "")
+        equivalent += reason is not None
+        print(f"\n{spec.module_path}:{spec.start_pos[0]} ({spec.definition_name}) {spec.operator_name}")
+        print(f"changes nothing: {reason}" if reason else result.diff)
+    noticed = len(results) - len(survived)
+    score = (noticed + equivalent) / max(1, len(results))
+    print(f"\n{len(results)} changes: {noticed} noticed, {equivalent} change nothing, "
+          f"{len(survived) - equivalent} unseen; {score:.1%}")  # fmt: skip
+    return int(score < least)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="only modules whose path holds one of them")
+    parser.add_argument("--number", type=int, default=200, help="how many changes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="which ones (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=600.0, help="seconds for one change (default: %(default)s)"
+    )
+    parser.add_argument("--least", type=float, default=0.95, help="the score to reach (default: %(default)s)")
+    options = parser.parse_args()
+    cosmic_ray.plugins.OPERATOR_PROVIDERS["own"] = OwnOperators()
+    settings = Settings.load()
+    key = hashlib.sha256(
+        f"{copy_tree()} {options.number} {options.seed} {options.words}".encode()
+    ).hexdigest()
+    os.chdir(TREE)
+    os.environ["PYTHONPATH"] = str(TREE / "src")
+    with use_db(SCRATCH / f"{key[:12]}.sqlite") as db:
+        if not db.num_work_items:
+            specs = sample(modules_of(settings, options.words), options.number, options.seed)
+            check_unchanged(settings, specs)
+            db.add_work_items(WorkItem.single(f"{n:05}", spec) for n, spec in enumerate(specs))
+        run(settings, db, options.limit)
+        found = [(item.mutations[0], result) for item, result in db.completed_work_items]
+    return report(settings, found, options.least)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""`python -m elastic_ep.run` with ranks whose memory can be made wrong: SIGUSR1 flips a bit of a rank's first expert.
+
+The second incarnation of rank 1 has it flipped from the start.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import torch
+
+from elastic_ep.config import RankConfig
+from elastic_ep.control import rank
+from elastic_ep.control.slots import SlotWorker
+from elastic_ep.model.step_runner import StepRunner
+
+SPOILT = (0, 0)
+"""Layer, and slot of the rank."""
+BORN_SPOILT = (1, 2)
+"""Rank and incarnation."""
+
+
+def spoil(runner: StepRunner) -> None:
+    layer, slot = SPOILT
+    runner.weights.layers[layer]["down"][slot].view(torch.int32)[0, 0] ^= 1
+
+
+def main(config_json: str, windows_fd: int, life_fd: int) -> int:
+    config = RankConfig.from_json(config_json)
+    start = SlotWorker.start
+
+    def start_spoilt(worker: SlotWorker, runner: StepRunner) -> None:
+        if (config.rank, config.incarnation) == BORN_SPOILT:
+            spoil(runner)
+
+        def on_signal(_number: int, _frame: FrameType | None) -> None:
+            spoil(runner)
+
+        signal.signal(signal.SIGUSR1, on_signal)
+        start(worker, runner)
+
+    SlotWorker.start = start_spoilt  # type: ignore[method-assign]
+    return rank.main(config_json, windows_fd, life_fd)
+
+
+if __name__ == "__main__":
+    from elastic_ep.run import parse
+    from elastic_ep.serve import serve
+
+    sys.exit(serve(parse(), "tests.e2e.corruptible_server:main"))

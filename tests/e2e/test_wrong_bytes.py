@@ -1,0 +1,101 @@
+"""Wrong bytes in the memory of a rank that serves are found and mended; also when nobody asks, in one that joins."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from bench.common import Server, chat, http, server, status, until_full
+from tests.e2e.corruptible_server import BORN_SPOILT, SPOILT
+
+from elastic_ep.replay import replay
+
+RANKS = 4
+DEADLINE_S = 30.0
+MODULE = "tests.e2e.corruptible_server"
+QUESTION = "Mia has 3 pens. Mia buys 4 more pens. How many pens does Mia have now?"
+
+pytestmark = pytest.mark.timeout(180)
+
+
+async def slots_of(session: aiohttp.ClientSession, url: str) -> list[dict[str, Any]]:
+    async with session.get(f"{url}/v1/fault_tolerance/experts") as response:
+        slots: list[dict[str, Any]] = (await response.json())["layers"][SPOILT[0]]["slots"]
+        return slots
+
+
+async def verify(session: aiohttp.ClientSession, url: str) -> list[dict[str, Any]]:
+    async with session.post(f"{url}/v1/fault_tolerance/verify") as response:
+        differ: list[dict[str, Any]] = (await response.json())["differ"]
+        return differ
+
+
+async def until_mended(session: aiohttp.ClientSession, url: str, physical: int, tolerates: int) -> None:
+    """The slot is in use again, and nothing is said of its bytes as they were."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            slots = await slots_of(session, url)
+            expert = slots[physical]["logical"]
+            now = await status(session, url)
+            if expert is not None and now["tolerates"] == tolerates:
+                sums = {slot["checksum"] for slot in slots if slot["logical"] == expert and slot["alive"]}
+                assert len(sums - {None}) == 1
+                return
+            await asyncio.sleep(0.02)
+
+
+def corrupt_places(target: Server) -> int:
+    return target.events.read_text().count('"Corrupt"')
+
+
+async def spoil_one_that_serves(target: Server, victim: int) -> None:
+    async with http() as session:
+        url = target.url
+        expected = await chat(session, url, QUESTION, max_tokens=24)
+        assert await verify(session, url) == []
+        before = await status(session, url)
+        physical = victim * len(await slots_of(session, url)) // RANKS + SPOILT[1]
+        os.kill(before["engines"][victim]["pid"], signal.SIGUSR1)
+        found = await verify(session, url)
+        assert found == [{"layer": SPOILT[0], "physical": physical, "rank": victim}]
+        await until_mended(session, url, physical, before["tolerates"])
+        assert await verify(session, url) == []
+        assert await chat(session, url, QUESTION, max_tokens=24) == expected
+        after = await status(session, url)
+        pids = [[engine["pid"] for engine in each["engines"]] for each in (before, after)]
+        assert pids[0] == pids[1], "nobody had to die for it"
+
+
+def test_in_a_rank_that_serves(tmp_path: Path) -> None:
+    with server(["--ranks", str(RANKS)], tmp_path, MODULE) as target:
+        asyncio.run(spoil_one_that_serves(target, victim=2))
+    replay(target.run_dir)
+
+
+async def spoil_a_joiner(target: Server) -> None:
+    rank, incarnation = BORN_SPOILT
+    async with http() as session:
+        url = target.url
+        expected = await chat(session, url, QUESTION, max_tokens=24)
+        before = await status(session, url)
+        physical = rank * len(await slots_of(session, url)) // RANKS + SPOILT[1]
+        os.kill(before["engines"][rank]["pid"], signal.SIGKILL)
+        await until_full(session, url, beyond={rank: incarnation - 1})
+        async with asyncio.timeout(DEADLINE_S):
+            while not corrupt_places(target):
+                await asyncio.sleep(0.02)
+        await until_mended(session, url, physical, before["tolerates"])
+        assert await verify(session, url) == []
+        assert corrupt_places(target) == 1
+        assert await chat(session, url, QUESTION, max_tokens=24) == expected
+
+
+def test_in_a_rank_that_joins_though_nobody_asks(tmp_path: Path) -> None:
+    with server(["--ranks", str(RANKS)], tmp_path, MODULE) as target:
+        asyncio.run(spoil_a_joiner(target))
+    replay(target.run_dir)
