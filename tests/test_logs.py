@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import structlog
 from bench.bound import run
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from elastic_ep import logs
 from elastic_ep.config import LOG_LEVELS, ConfigError, LogConfig, ServeConfig
@@ -61,6 +63,21 @@ def test_on_a_console_the_process_stands_before_the_line(capsys: pytest.CaptureF
     assert "rank 2.1: hello" in line
     assert "why='a reason'" in line
     assert "\x1b" not in line, "colours are for terminals"
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+@given(text=st.text(max_size=30))
+@example(text="\x1b[31m\n2026-01-01 [info] another\r\u2028line\x85\udc80")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_text_is_one_line_that_says_nothing_to_the_terminal(
+    form: str, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    logs.configure(LogConfig("info", form), "rank 2.1")
+    structlog.get_logger().info(f"said {text}", why=text)
+    (line,) = lines(capsys)
+    assert line.isprintable()
+    if form == "json":
+        assert json.loads(line)["why"] == text
 
 
 @pytest.mark.parametrize("level", LOG_LEVELS)

@@ -33,7 +33,7 @@ def configure(config: LogConfig, process: str = "") -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            *(_JSON if config.format == "json" else (_prefix, _console())),
+            *(_JSON if config.format == "json" else (_prefix, _printable, _console())),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=_Stderr,
@@ -101,6 +101,16 @@ def _prefix(_logger: object, _method: str, entry: EventDict) -> EventDict:
     process = entry.pop("process", "")
     if process:
         entry["event"] = f"{process}: {entry['event']}"
+    return entry
+
+
+def _printable(_logger: object, _method: str, entry: EventDict) -> EventDict:
+    """Texts may be anybody's: they must not look like other lines, nor say anything to the terminal."""
+    for name, value in entry.items():
+        if isinstance(value, str) and not value.isprintable():
+            kept = "\n" if name == "exception" else ""
+            shown = (c if c.isprintable() or c in kept else repr(c)[1:-1] for c in value)
+            entry[name] = "".join(shown)
     return entry
 
 
