@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from elastic_ep.api.admin import AdminHandlers
 from elastic_ep.api.backend import Backend
@@ -20,6 +23,7 @@ from elastic_ep.api.settings import ApiSettings
 from elastic_ep.api.text_worker import TextWorker, WorkerSetup
 from elastic_ep.text import Text
 
+log = structlog.get_logger()
 _OPEN_PATHS = frozenset({"/live", "/health", "/metrics"})
 
 
@@ -66,8 +70,15 @@ async def serve(app: web.Application, host: str, port: int, *, grace_s: float = 
 
     Handlers are cancelled when their client disconnects, and `grace_s` seconds after `Server.close`.
     """
+    logger = logging.getLogger("elastic_ep.http")
+    logger.addFilter(_is_ours)
     runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, handle_signals=False, shutdown_timeout=grace_s
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=grace_s,
+        logger=logger,
     )
     await runner.setup()
     try:
@@ -78,6 +89,15 @@ async def serve(app: web.Application, host: str, port: int, *, grace_s: float = 
     bound: int = runner.addresses[0][1]
     shown = f"[{host}]" if ":" in host else host
     return Server(f"http://{shown}:{bound}", bound, runner)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """aiohttp takes what a client has broken in its own request, or its leaving, for an error of the server."""
+    error = record.exc_info[1] if record.exc_info else None
+    theirs = isinstance(error, (web.RequestPayloadError, HttpProcessingError, ConnectionError))
+    if theirs:
+        log.debug("request refused", why=f"{type(error).__name__}: {error}")
+    return not theirs
 
 
 async def _close_worker(app: web.Application) -> None:

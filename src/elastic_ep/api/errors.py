@@ -81,7 +81,7 @@ def unexpected(request: web.Request, error: Exception) -> ApiError:
     log.error(
         "unhandled error",
         method=request.method,
-        path=request.path,
+        path=request.rel_url.raw_path,
         request_id=request_id(request),
         exc_info=error,
     )
@@ -168,7 +168,26 @@ def error_middleware(count: Callable[[int], None]) -> Any:
                 if isinstance(error, web.HTTPException):
                     raise
                 answer = unexpected(request, error)
+            else:
+                tell(request, answer)
             count(answer.status)
             return answer.response()
 
     return middleware
+
+
+def tell(request: web.Request, answer: ApiError) -> None:
+    """A line for the operator: what the server could not do is a warning, what a client did wrong is for debugging.
+
+    With the path as the client has written it: decoded it might hold anything.
+    """
+    say = log.warning if answer.status >= 500 else log.debug
+    say(
+        "request failed" if answer.status >= 500 else "request refused",
+        method=request.method,
+        path=request.rel_url.raw_path,
+        status=answer.status,
+        code=answer.code,
+        why=answer.message,
+        request_id=request_id(request),
+    )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from elastic_ep.api.backend import Backend, Failure, Stream
-from elastic_ep.api.errors import failed, translate, unexpected, unknown_model
+from elastic_ep.api.errors import failed, tell, translate, unexpected, unknown_model
 from elastic_ep.api.generate import ChoiceReader, Clock, submit
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.reading import Reading
@@ -170,7 +170,11 @@ class OpenAiHandlers:
             raise
         except Exception as error:
             # The status line is long gone; clients look for an error object among the events.
-            failure = translate(error) or unexpected(request, error)
+            failure = translate(error)
+            if failure is None:
+                failure = unexpected(request, error)
+            else:
+                tell(request, failure)
             self._metrics.http_error(failure.status)
             await response.write(sse(failure.body()))
         await response.write_eof(b"data: [DONE]\n\n")
