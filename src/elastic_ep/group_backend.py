@@ -6,7 +6,11 @@ from elastic_ep.api.backend import (
     EngineStatus,
     ExpertsStatus,
     FaultToleranceStatus,
+    Health,
     Rebalancing,
+    Relaunch,
+    Stopping,
+    UnknownRank,
     Verification,
 )
 from elastic_ep.api.metrics import Metrics
@@ -41,8 +45,20 @@ class GroupBackend:
     def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
         return self._router.submit(prompt, params, seed, choice)
 
-    def serving_ranks(self) -> int:
-        return self._router.serving_ranks()
+    def health(self) -> Health:
+        outlook = self._controller.outlook()
+        state = self._controller.machine.state
+        return Health(outlook.well, state, self._router.serving_ranks(), outlook.reason)
+
+    def relaunch(self, rank: int | None) -> Relaunch:
+        machine = self._controller.machine
+        if rank is not None and rank not in machine.slots:
+            raise UnknownRank(f"There is no rank {rank}: they are 0 to {machine.num_ranks - 1}.")
+        if machine.stopping or machine.verdict:
+            raise Stopping
+        asked = sorted(machine.slots) if rank is None else [rank]
+        relaunched = self._controller.relaunch(asked)
+        return Relaunch(relaunched, tuple(other for other in asked if other not in relaunched))
 
     def experts(self) -> ExpertsStatus:
         controller = self._controller
@@ -81,7 +97,7 @@ class GroupBackend:
             pid=facts.pid if facts else None,
             running=facts.running if facts else 0,
             waiting=facts.waiting if facts else 0,
-            reason="" if healthy else slot.reason,
+            reason="" if healthy else self._controller.reason(rank),
             last_loss=self._controller.ledger.last(rank),
             kv_cache_usage=self._kv_cache_usage(rank),
         )

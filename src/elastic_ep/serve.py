@@ -65,7 +65,10 @@ _OF_ALL = ("torch", "elastic_ep.control.rank")
 _OF_GPUS = ("elastic_ep.model.cuda.build", "elastic_ep.model.cuda.preload")
 _PRELOAD = {"cpu": _OF_ALL, "cuda": _OF_ALL + _OF_GPUS}
 """What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""
-FAILED = 1
+NOTHING_SERVES, START_FAILED = 1, 2
+"""Exit statuses; a graceful stop is 0. A run process that is killed ends by that signal."""
+FAREWELL_S = 5.0
+"""How long the process says that nothing will serve, to clients and to whoever asks `/health`, before it ends."""
 log = structlog.get_logger()
 
 
@@ -154,16 +157,31 @@ class RunProcess:
     async def _serve_until_stopped(self, url: str) -> int:
         with LaunchDisplay(self._controller.machine) as refresh:
             self._controller.on_change = refresh
-            await _first_of(self._controller.serving, self._stop, self._controller.stopped)
+            await _first_of(self._controller.serving, self._stop, self._controller.over)
         self._controller.on_change = _nothing
         if self._fork_error:
             log.error(self._fork_error)
-            return FAILED
+            return START_FAILED
         if self._controller.serving.is_set() and not self._stop.is_set():
             self._announce(url)
-        await _first_of(self._stop, self._controller.stopped)
+        await _first_of(self._stop, self._controller.over)
+        status = await self._farewell(self._controller.machine.verdict)
         await self._stop_gracefully()
-        return 0
+        return status
+
+    async def _farewell(self, verdict: ev.Verdict | None) -> int:
+        """Say why this run is over; the exit status. None: because it was told to stop."""
+        match verdict:
+            case None:
+                return 0
+            case ev.StartFailed(reason):
+                log.error("every rank failed to start, for the same reason", why=reason)
+                return START_FAILED
+            case ev.NothingWillServe(reason):
+                log.error("nothing can serve any more: this process ends", why=reason)
+                with anyio.move_on_after(FAREWELL_S):
+                    await self._stop.wait()
+                return NOTHING_SERVES if self._controller.serving.is_set() else START_FAILED
 
     def _announce(self, url: str) -> None:
         question = {"role": "user", "content": EXAMPLE_QUESTION}

@@ -17,10 +17,13 @@ from elastic_ep.api.backend import (
     ExpertsStatus,
     Failure,
     FaultToleranceStatus,
+    Health,
     LayerStatus,
     Rebalancing,
+    Relaunch,
     SlotStatus,
     Stopping,
+    UnknownRank,
     Verification,
 )
 from elastic_ep.detokenize import byte_level_alphabet
@@ -157,6 +160,7 @@ class FakeBackend:
     stopping: bool = False
     submitted: list[Submitted] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
+    relaunches: list[int | None] = field(default_factory=list)
     arrived: asyncio.Queue[FakeStream] = field(default_factory=asyncio.Queue)
 
     def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> FakeStream:
@@ -185,5 +189,11 @@ class FakeBackend:
     async def rebalance(self) -> Rebalancing:
         return Rebalancing(4, 3, 1.5, 1.1, 12)
 
-    def serving_ranks(self) -> int:
-        return self.serving
+    def health(self) -> Health:
+        return Health(self.serving > 0, "Serving", self.serving, "" if self.serving else "no rank serves")
+
+    def relaunch(self, rank: int | None) -> Relaunch:
+        if rank is not None and rank > 7:
+            raise UnknownRank(f"There is no rank {rank}: they are 0 to 7.")
+        self.relaunches.append(rank)
+        return Relaunch((2, 3), ()) if rank is None else Relaunch((), (rank,))

@@ -83,6 +83,7 @@ class Bounds:
     work_changes: int = 0
     losses: int = 0
     relaunch: bool = False
+    """Whether processes that have died go, so that their ranks may be launched again."""
 
 
 class Model:
@@ -372,6 +373,12 @@ class Model:
     def _unfinished(self, world: World) -> str:
         """What is wrong with staying in this world for ever; empty if nothing is."""
         machine = self.controllers[world.controller]
+        if machine.config.relaunch_limit == 0:
+            left = world.life.count(ALIVE) * machine.placement.slots_per_rank
+            if (machine.verdict is not None) != (left < machine.placement.num_experts):
+                return f"slots for {left} experts are left, and the verdict is {machine.verdict}"
+            if machine.verdict:
+                return ""
         if machine.attempt is not None:
             return f"attempt {machine.attempt.number} does not end"
         parked = machine.view.park_at is not None

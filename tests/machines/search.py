@@ -11,6 +11,7 @@ Proved within the bounds of each case, in every interleaving:
 * no broken word: no rank begins a step that it promised to hold before, until that attempt is over;
 * nothing gets stuck: every path ends with all live ranks seated and at the last step, or parked for want of work or
   of an expert; a wait for a deadline must lead there too;
+* where ranks stay away, it is said that nothing will serve exactly when too few are left for all experts;
 * the machines' own `check()`s, and that epochs only grow and no live rank is expelled.
 """
 
@@ -53,6 +54,7 @@ class Case:
     bounds: Bounds
     redundant: int = 1
     joiners_ready: bool = True
+    relaunch_limit: int = 1
 
     def run(self, deeper: int = 0) -> tuple[Model, Found]:
         model = Model(replace(self.bounds, max_step=self.bounds.max_step + deeper))
@@ -71,6 +73,7 @@ CASES = (
     Case("park and go on", 2, 1, Bounds(max_step=1, deaths=1, work_changes=2)),
     Case("expert lost and found", 2, 2, Bounds(1, deaths=1, work_changes=1, relaunch=True), redundant=0),
     Case("lost messages", 2, 2, Bounds(2, deaths=1, timeouts=1, losses=1, relaunch=True)),
+    Case("who dies stays away", 3, 3, Bounds(1, deaths=2, relaunch=True), relaunch_limit=0),
     Case("late joiner, lost messages", 2, 1, Bounds(2, timeouts=1, losses=2), joiners_ready=False),
 )
 
@@ -101,7 +104,7 @@ def serving(model: Model, case: Case) -> World:
     have had a snapshot and are about to say that they can join."""
     num_ranks, members = case.num_ranks, case.members
     placement = launch_placement(num_ranks, 1, num_ranks, case.redundant * num_ranks)
-    config = MODEL_CONFIG if model.bounds.relaunch else replace(MODEL_CONFIG, relaunch_limit=0)
+    config = replace(MODEL_CONFIG, relaunch_limit=case.relaunch_limit)
     controller = MembershipMachine(num_ranks, placement, config)
     empty: tuple[Any, ...] = ((),) * num_ranks
     blank = (0,) * num_ranks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import settings
@@ -15,7 +15,7 @@ from elastic_ep.machines.contract import Tick, UnexpectedEvent
 from elastic_ep.machines.membership import STEP_GAP_AFTER_TOTAL_LOSS, MembershipMachine
 from elastic_ep.machines.rank_lifecycle import RANK
 from elastic_ep.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
-from elastic_ep.placement import launch_placement
+from elastic_ep.placement import EMPTY, Change, launch_placement
 
 CONFIG = ev.MembershipConfig(
     attempt_deadline_ms=100,
@@ -24,16 +24,19 @@ CONFIG = ev.MembershipConfig(
     relaunch_limit=3,
     relaunch_backoff_ms=50,
     relaunch_backoff_max_ms=150,
+    relaunch_long_backoff_ms=400,
+    relaunch_long_backoff_max_ms=1_500,
     forming_grace_ms=200,
     init_deadline_ms=1_000,
 )
 STARTING_UP = (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
 
 
-def machine_of(num_ranks: int, redundant: int | None = None) -> MembershipMachine:
+def machine_of(num_ranks: int, redundant: int | None = None, **config: int) -> MembershipMachine:
     """One expert per rank, by default each in two copies."""
     copies = num_ranks if redundant is None else redundant
-    return MembershipMachine(num_ranks, launch_placement(num_ranks, 1, num_ranks, copies), CONFIG)
+    placement = launch_placement(num_ranks, 1, num_ranks, copies)
+    return MembershipMachine(num_ranks, placement, replace(CONFIG, **config))
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Witness:
     attempts: int = 0
     stopping: bool = False
     all_stopped: int = 0
+    verdict: ev.Verdict | None = None
     view: View = field(default_factory=lambda: View(0, ()))
 
     def before(self, event: ev.Event) -> None:
@@ -91,6 +95,11 @@ class Witness:
                     self.up.add(member)
                 case ev.MemberDown(member):
                     self.up.remove(member)
+                case ev.NothingWillServe() | ev.StartFailed():
+                    assert self.verdict is None, "said once"
+                    assert not self.stopping
+                    assert effect.reason
+                    self.verdict = effect
                 case ev.AllStopped():
                     self.all_stopped += 1
                     assert self.stopping
@@ -99,6 +108,7 @@ class Witness:
 
     def _launched(self, member: Member) -> None:
         assert not self.stopping, "launched while stopping"
+        assert self.verdict is None, "launched though it is over"
         assert not [m for m in self.running if m.rank == member.rank], "two processes of one rank"
         assert member.incarnation == self.incarnations.get(member.rank, 0) + 1
         self.incarnations[member.rank] = member.incarnation
@@ -127,9 +137,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.witness = Witness()
         self.begun = 0
 
-    @initialize(num_ranks=st.integers(1, 4), spare=st.booleans())
-    def start(self, num_ranks: int, spare: bool) -> None:
-        self.machine = machine_of(num_ranks, num_ranks if spare else 0)
+    @initialize(num_ranks=st.integers(1, 4), spare=st.booleans(), limit=st.sampled_from([0, 1, 3]))
+    def start(self, num_ranks: int, spare: bool, limit: int) -> None:
+        self.machine = machine_of(num_ranks, num_ranks if spare else 0, relaunch_limit=limit)
         self.feed(ev.Start())
 
     def feed(self, event: ev.Event) -> list[ev.Effect]:
@@ -155,7 +165,19 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.machine.covered
         self.the_next_deadline_is_ahead()
         self.the_name_of_the_state_fits()
+        self.the_outlook_fits()
+        if any(isinstance(effect, ev.NothingWillServe) for effect in effects):
+            self.too_few_are_left()
         return effects
+
+    def too_few_are_left(self) -> None:
+        slots = self.machine.slots
+        well = [
+            m for m in self.witness.running - self.witness.fenced if slots[m.rank].state not in RANK.final
+        ]
+        placement = self.machine.placement
+        assert len(well) * placement.slots_per_rank < placement.num_experts
+        assert self.machine.config.relaunch_limit == 0
 
     def member(self, rank: int) -> Member:
         return self.machine.slots[rank % self.machine.num_ranks].member
@@ -218,16 +240,30 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.feed(ev.DeathNoticed(self.member(rank), "killed")) == []
             assert freeze(self.machine) == before
 
-    @rule(rank=ranks, again=st.booleans())
-    def is_gone(self, rank: int, again: bool) -> None:
+    @rule(rank=ranks, again=st.booleans(), status=st.sampled_from(["signal 9", "signal 11", "exit status 1"]))
+    def is_gone(self, rank: int, again: bool, status: str) -> None:
         member = self.member(rank)
         if member not in self.witness.running:
             return
-        self.feed(ev.ProcessGone(member, "SIGKILL"))
+        self.feed(ev.ProcessGone(member, status))
         if again:
             before = freeze(self.machine)
-            assert self.feed(ev.ProcessGone(member, "SIGKILL")) == []
+            assert self.feed(ev.ProcessGone(member, status)) == []
             assert freeze(self.machine) == before
+
+    @rule(chosen=st.sets(ranks))
+    def an_operator_wants_ranks_back(self, chosen: set[int]) -> None:
+        slots = self.machine.slots
+        dead = [r for r in chosen & slots.keys() if slots[r].gone and slots[r].state is RankState.FAILED]
+        launched = [
+            e.member.rank
+            for e in self.feed(ev.RelaunchRequested(tuple(sorted(chosen))))
+            if isinstance(e, ev.Launch)
+        ]
+        assert set(launched) == (set(dead) if not (self.machine.stopping or self.machine.verdict) else set())
+        before = freeze(self.machine)
+        assert self.feed(ev.RelaunchRequested(tuple(sorted(chosen)))) == [], "idempotent"
+        assert freeze(self.machine) == before
 
     @rule(rank=ranks)
     def is_suspected(self, rank: int) -> None:
@@ -290,15 +326,37 @@ class AnyOrder(RuleBasedStateMachine):
                 assert machine.stopping
                 assert machine.view.park_at is None
 
+    def the_outlook_fits(self) -> None:
+        machine = self.machine
+        seen = machine.outlook(machine.now_ms)
+        assert (seen.reason == "") == machine.can_serve
+        assert seen.hopeless == (machine.stopping or machine.verdict is not None)
+        if machine.can_serve and not seen.hopeless:
+            assert seen.well
+        if seen.hopeless or not machine.view.epoch:
+            assert not seen.well
+        if not machine.can_serve:
+            assert not machine.outlook(machine.now_ms + machine.config.unwell_after_ms).well
+
     def teardown(self) -> None:
-        """From wherever it got to, when nothing more goes wrong, the group becomes whole, parks, and stops."""
+        """From wherever it got to, when nothing more goes wrong, the group becomes whole, parks, and stops.
+
+        It serves then, unless it has said that it never will: and if so, it does not.
+        """
         if not self.machine.stopping:
             self.settle()
-            left = [slot for slot in self.machine.slots.values() if not slot.gave_up]
-            assert {slot.member for slot in left} == self.machine.view.members
-            parked = self.machine.view.park_at is not None
-            wanted = bool(left) and not (self.machine.has_work and self.machine.covered)
-            assert parked == wanted
+            left = [slot for slot in self.machine.slots.values() if not slot.away]
+            verdict = self.witness.verdict
+            assert (verdict is None) == self.machine.can_serve
+            if isinstance(verdict, ev.StartFailed):
+                assert not self.machine.view.epoch
+            elif verdict:
+                assert self.machine.config.relaunch_limit == 0
+            else:
+                assert {slot.member for slot in left} == self.machine.view.members
+                assert self.machine.config.relaunch_limit == 0 or len(left) == self.machine.num_ranks
+                parked = self.machine.view.park_at is not None
+                assert parked == (not self.machine.has_work)
             self.feed(ev.StopRequested())
         self.feed(ev.StopRanks())
         self.settle()
@@ -311,7 +369,7 @@ class AnyOrder(RuleBasedStateMachine):
     def settle(self) -> None:
         """Everybody does its part; time passes only when nobody has anything left to do."""
         for _ in range(1_000):
-            if not (self.everybody_does_its_part() or self.waits_for_the_deadline()):
+            if not (self.everybody_does_its_part() or self.repairs() or self.waits_for_the_deadline()):
                 return
         raise AssertionError("it never settles")
 
@@ -327,6 +385,27 @@ class AnyOrder(RuleBasedStateMachine):
                 self.advance(member, slot.state)
         self.everybody_promises()
         return bool(freeze(self.machine) != before)
+
+    def repairs(self) -> bool:
+        """Experts without a copy are reloaded where a living rank has an empty slot or a second copy of another one."""
+        machine, placement = self.machine, self.machine.placement
+        if not machine.view.seats or machine.covered or machine.stopping:
+            return False
+        living = [seat.rank for seat in machine.view.seats]
+        (row,) = placement.slots
+        held: set[int] = set()
+        free = []
+        for slot, expert in enumerate(row):
+            if placement.rank_of(slot) in living:
+                if expert == EMPTY or expert in held:
+                    free.append(slot)
+                held.add(expert)
+        lost = sorted(set(range(placement.num_experts)) - held)
+        changes = tuple(Change(0, slot, expert) for slot, expert in zip(free, lost, strict=False))
+        if not changes:
+            return False
+        self.feed(ev.Placed(placement.version + 1, changes))
+        return True
 
     def waits_for_the_deadline(self) -> bool:
         deadline_ms = self.machine.next_deadline_ms()
@@ -368,7 +447,11 @@ def promise(machine: MembershipMachine, step: int = 0) -> list[ev.Effect]:
 
 
 def serving(num_ranks: int, redundant: int | None = None) -> MembershipMachine:
-    machine = machine_of(num_ranks, redundant)
+    return serving_with(num_ranks, redundant)
+
+
+def serving_with(num_ranks: int, redundant: int | None = None, **config: int) -> MembershipMachine:
+    machine = machine_of(num_ranks, redundant, **config)
     feed(machine, ev.Start(), ev.WorkBegan())
     come_up(machine, *range(num_ranks))
     promise(machine)
@@ -426,20 +509,180 @@ def test_forming_waits_for_all_but_not_for_ever() -> None:
     assert effects[0] == ev.Publish(Prepare(1, (Member(0, 1), Member(1, 1))))
 
 
-def test_relaunches_back_off_and_end() -> None:
-    """The first is immediate; then the pause doubles up to its limit; a rank that served long starts afresh."""
+def test_relaunches_back_off_and_never_end() -> None:
+    """The first is immediate; then the pause doubles up to its limit, and after some deaths up to another limit."""
     machine = serving(2)
     waits = []
-    while not machine.slots[1].gave_up:
+    for _ in range(8):
         died_ms = machine.now_ms
         kill(machine, 1)
         if machine.slots[1].relaunch_at_ms is not None:
             feed(machine, Tick(machine.slots[1].relaunch_at_ms))
         waits.append(machine.now_ms - died_ms)
-    assert waits == [0, 50, 100, 0]
-    assert "gave up after 4 launches" in machine.slots[1].reason
-    assert kill(machine, 1) == [], "and it stays so"
-    assert machine.slots[1].reason.count("gave up") == 1
+    assert waits == [0, 50, 100, 400, 800, 1_500, 1_500, 1_500]
+
+
+def test_who_waits_long_says_how_long_and_what_to_do() -> None:
+    machine = serving(2)
+    for _ in range(4):
+        kill(machine, 1)
+        if machine.slots[1].early_deaths < 4:
+            feed(machine, Tick(machine.slots[1].relaunch_at_ms or machine.now_ms))
+    said = machine.reason(1, machine.now_ms)
+    assert said == (
+        "died: SIGKILL; next launch in 1 s (early deaths in a row: 4); "
+        "POST /v1/fault_tolerance/relaunch to try now"
+    )
+    assert ev.Launch(Member(1, 5)) in feed(machine, ev.RelaunchRequested((1,)))
+    assert machine.reason(1, machine.now_ms) == "died: SIGKILL"
+
+
+def test_a_rank_that_served_and_was_killed_from_outside_is_back_at_once_however_often() -> None:
+    machine = serving(2)
+    for incarnation in range(1, 5 * CONFIG.relaunch_limit):
+        member = Member(1, incarnation)
+        effects = feed(machine, ev.DeathNoticed(member, "killed"), ev.ProcessGone(member, "signal 9"))
+        assert ev.Launch(Member(1, incarnation + 1)) in effects
+        come_up(machine, 1)
+        promise(machine)
+
+
+def test_a_rank_that_we_fence_again_and_again_is_a_crash_loop() -> None:
+    machine = serving(2)
+    for _ in range(3):
+        member = machine.slots[1].member
+        feed(machine, ev.Suspected(member, "hang"), ev.ProcessGone(member, "signal 9"))
+        if machine.slots[1].relaunch_at_ms is not None:
+            feed(machine, Tick(machine.slots[1].relaunch_at_ms))
+        come_up(machine, 1)
+        promise(machine)
+    assert machine.slots[1].early_deaths == 3
+
+
+def test_a_loss_that_is_laid_at_a_request_does_not_count() -> None:
+    machine = serving(2)
+    for _ in range(3 * CONFIG.relaunch_limit):
+        member = machine.slots[1].member
+        effects = feed(
+            machine,
+            ev.Reported(member, RankState.FAILED, "IndexError", suspects=(17,)),
+            ev.ProcessGone(member, "exit status 1"),
+        )
+        assert ev.Launch(Member(1, member.incarnation + 1)) in effects
+        come_up(machine, 1)
+        promise(machine)
+
+
+@pytest.mark.parametrize("first", [ev.DeathNoticed(Member(1, 1), "died"), None])
+def test_last_words_count_also_when_the_death_was_noticed_first(first: ev.Event | None) -> None:
+    machine = serving(2)
+    words = ev.Reported(Member(1, 1), RankState.FAILED, "IndexError", suspects=(17,))
+    feed(
+        machine, *(event for event in (first, words) if event), ev.ProcessGone(Member(1, 1), "exit status 1")
+    )
+    assert machine.slots[1].early_deaths == 0
+    assert machine.slots[1].reason == "IndexError"
+
+
+def fail_to_start(machine: MembershipMachine, rank: int, reason: str) -> list[ev.Effect]:
+    member = machine.slots[rank].member
+    return feed(
+        machine,
+        ev.ProcessStarted(member),
+        ev.Reported(member, RankState.FAILED, reason),
+        ev.ProcessGone(member, "exit status 1"),
+    )
+
+
+def verdicts(effects: list[ev.Effect]) -> list[ev.Effect]:
+    return [effect for effect in effects if isinstance(effect, (ev.NothingWillServe, ev.StartFailed))]
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_when_every_rank_fails_to_start_alike_that_is_all(ranks: int, limit: int) -> None:
+    machine = machine_of(ranks, 2 * ranks, relaunch_limit=limit)
+    effects = feed(machine, ev.Start())
+    for rank in range(ranks):
+        assert verdicts(effects) == []
+        effects = fail_to_start(machine, rank, f"rank {rank}: cannot compile at 0x7f{rank}a, pid 4{rank}1")
+    assert verdicts(effects) == [
+        ev.StartFailed(f"rank {ranks - 1}: cannot compile at 0x7f{ranks - 1}a, pid 4{ranks - 1}1")
+    ]
+    launches = [e for e in feed(machine, Tick(10_000_000)) if isinstance(e, ev.Launch)]
+    assert launches == [], "nothing is launched any more"
+
+
+def test_ranks_that_fail_to_start_differently_or_are_killed_are_tried_again() -> None:
+    machine = machine_of(2)
+    feed(machine, ev.Start())
+    for rank, reason in ((0, "no memory"), (1, "no device")):
+        assert ev.Launch(Member(rank, 2)) in fail_to_start(machine, rank, reason)
+    for rank in (0, 1):
+        effects = feed(machine, ev.ProcessGone(Member(rank, 2), "signal 9"))
+        assert verdicts(effects) == []
+    assert machine.next_deadline_ms() is not None
+
+
+def test_one_rank_that_cannot_start_does_not_keep_the_others_from_serving() -> None:
+    machine = machine_of(3)
+    feed(machine, ev.Start())
+    come_up(machine, 0, 1)
+    assert verdicts(fail_to_start(machine, 2, "no memory")) == []
+    feed(machine, Tick(CONFIG.forming_grace_ms))
+    promise(machine)
+    assert machine.view.members == {Member(0, 1), Member(1, 1)}
+    for rank in (0, 1):
+        kill(machine, rank)
+        assert verdicts(fail_to_start(machine, rank, "no memory")) == [], "somebody has served"
+
+
+def test_a_rank_that_is_kept_away_comes_back_when_an_operator_says_so() -> None:
+    machine = serving_with(3, relaunch_limit=0)
+    kill(machine, 2)
+    assert machine.reason(2, 0) == (
+        "died: SIGKILL; stays away (--relaunch-limit 0); POST /v1/fault_tolerance/relaunch to try now"
+    )
+    assert ev.Launch(Member(2, 2)) in feed(machine, ev.RelaunchRequested((0, 1, 2)))
+    come_up(machine, 2)
+    promise(machine)
+    assert machine.state is ev.GroupState.SERVING
+
+
+def test_a_rank_that_is_wanted_back_while_it_dies_is_launched_when_it_is_gone() -> None:
+    machine = serving_with(3, relaunch_limit=0)
+    member = Member(2, 1)
+    assert feed(machine, ev.Suspected(member, "hang"), ev.RelaunchRequested((2,)))[1:] == []
+    assert ev.Launch(Member(2, 2)) in feed(machine, ev.ProcessGone(member, "signal 9"))
+
+
+def test_nothing_will_serve_when_the_ranks_left_have_no_slots_for_all_experts() -> None:
+    machine = serving_with(3, redundant=0, relaunch_limit=0)
+    (verdict,) = verdicts(kill(machine, 1))
+    assert isinstance(verdict, ev.NothingWillServe)
+    assert "2 of 3 ranks are left, with slots for 2 of 3 experts" in verdict.reason
+    assert not machine.outlook(machine.now_ms).well
+
+
+def test_slots_for_all_experts_are_enough_to_wait_for_repair() -> None:
+    machine = serving_with(4, relaunch_limit=0)
+    assert verdicts([*kill(machine, 0), *kill(machine, 1)]) == [], "two ranks have slots for all four experts"
+    (verdict,) = verdicts(kill(machine, 2))
+    assert isinstance(verdict, ev.NothingWillServe)
+
+
+def test_when_all_come_back_by_themselves_the_group_is_well_for_a_while() -> None:
+    machine = serving(2)
+    for rank in (0, 1):
+        kill(machine, rank)
+    assert machine.outlook(CONFIG.unwell_after_ms - 1).well
+    seen = machine.outlook(CONFIG.unwell_after_ms)
+    assert not seen.well
+    assert not seen.hopeless
+    assert "no rank serves" in seen.reason
+    come_up(machine, 0, 1)
+    promise(machine)
+    assert machine.outlook(CONFIG.unwell_after_ms).well
 
 
 def test_a_rank_that_was_stable_is_forgiven() -> None:
@@ -447,7 +690,7 @@ def test_a_rank_that_was_stable_is_forgiven() -> None:
     for _ in range(2 * CONFIG.relaunch_limit):
         feed(machine, Tick(machine.now_ms + CONFIG.stable_after_ms))
         kill(machine, 1)
-        assert machine.slots[1].failures == 0
+        assert machine.slots[1].early_deaths == 0
         come_up(machine, 1)
         promise(machine)
     assert machine.state is ev.GroupState.SERVING

@@ -12,7 +12,8 @@ The words of the events (a member is rank/incarnation):
     started 0/1, report 0/1 Joining, report 0/1 Failed no memory
     ready 0/1                                        it is launched and reports everything up to Joining
     promise 0/1 1 7                                  attempt and step
-    dead 0/1 killed, gone 0/1 SIGKILL, suspect 0/1 hang
+    dead 0/1 killed, gone 0/1 signal 9, suspect 0/1 hang
+    relaunch 0 1                                     an operator wants these ranks back
     work, idle, seen 7, tick 1000                    tick: milliseconds since the start
     stop, stop ranks, stop forced
 """
@@ -49,8 +50,10 @@ def parse_events(text: str) -> list[ev.Event]:
             return [ev.Promised(_member(member), int(attempt), int(step))]
         case "dead", [member, *cause]:
             return [ev.DeathNoticed(_member(member), " ".join(cause))]
-        case "gone", [member, status]:
-            return [ev.ProcessGone(_member(member), status)]
+        case "gone", [member, *status]:
+            return [ev.ProcessGone(_member(member), " ".join(status))]
+        case "relaunch", ranks:
+            return [ev.RelaunchRequested(tuple(map(int, ranks)))]
         case "suspect", [member, *reason]:
             return [ev.Suspected(_member(member), " ".join(reason))]
         case "seen", [step]:
@@ -85,6 +88,10 @@ def show(effect: ev.Effect) -> str:
             return f"rank {_name(member)} {state}" + (f": {reason}" if reason else "")
         case ev.GroupMoved(state):
             return f"group {state}"
+        case ev.NothingWillServe(reason):
+            return f"nothing will serve: {reason}"
+        case ev.StartFailed(reason):
+            return f"start failed: {reason}"
         case ev.AllStopped():
             return "all stopped"
 

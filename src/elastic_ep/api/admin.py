@@ -8,10 +8,16 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from elastic_ep.api.backend import Backend
+from elastic_ep.api.bodies import relaunch_fields
+from elastic_ep.api.errors import ApiError
+from elastic_ep.api.fields import parse_object, read_fields
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.openapi import description
 from elastic_ep.api.reading import Reading
 from elastic_ep.api.settings import ApiSettings
+
+SMALL_BODY_BYTES = 4096
+"""What is read on the event loop without a limit of time is no larger."""
 
 
 class AdminHandlers:
@@ -32,6 +38,7 @@ class AdminHandlers:
             web.get("/v1/fault_tolerance/status", self.status),
             web.get("/v1/fault_tolerance/experts", self.experts),
             web.post("/v1/fault_tolerance/verify", self.verify),
+            web.post("/v1/fault_tolerance/relaunch", self.relaunch),
             web.post("/rebalance", self.rebalance),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
@@ -42,9 +49,9 @@ class AdminHandlers:
         return web.json_response({"status": "live"})
 
     async def health(self, request: web.Request) -> web.StreamResponse:
-        """200 while at least one rank serves."""
-        serving = self._backend.serving_ranks()
-        return web.json_response({"serving_ranks": serving}, status=200 if serving else 503)
+        """200 while a request is answered now, or within the pause that a loss normally makes."""
+        health = self._backend.health()
+        return web.json_response(asdict(health), status=200 if health.healthy else 503)
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
@@ -65,6 +72,16 @@ class AdminHandlers:
     async def verify(self, request: web.Request) -> web.StreamResponse:
         """Every rank re-checks its slots; what differs is taken out of the placement and made anew."""
         return web.json_response(asdict(await self._backend.verify()))
+
+    async def relaunch(self, request: web.Request) -> web.StreamResponse:
+        """Launch a dead rank (all of them, without `rank` or a body) now. One that runs is left alone: 200 too."""
+        raw = await request.read()
+        if len(raw) > SMALL_BODY_BYTES:
+            raise ApiError(
+                f"This body has at most {SMALL_BODY_BYTES} bytes.", status=413, code="request_too_large"
+            )
+        values = read_fields(parse_object(raw) if raw.strip() else {}, relaunch_fields())
+        return web.json_response(asdict(self._backend.relaunch(values["rank"])))
 
     async def rebalance(self, request: web.Request) -> web.StreamResponse:
         """Spread the experts by the load of late; answers when that is done."""

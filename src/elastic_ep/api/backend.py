@@ -81,6 +81,33 @@ class LastLoss:
     back_after_s: float | None
 
 
+class UnknownRank(Exception):
+    """There is no such rank: 404. The message says which there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The body of `GET /health`: of the service as a whole.
+
+    `healthy`: a request is answered now, or within the pause that a loss normally makes. `reason` says why nobody serves
+    at this moment; empty if somebody does.
+    """
+
+    healthy: bool
+    state: str
+    serving_ranks: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Relaunch:
+    """The body of `POST /v1/fault_tolerance/relaunch`: ranks launched (or to be, as soon as their process is gone), and
+    those that were there already and are left alone."""
+
+    relaunched: tuple[int, ...]
+    running: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
     """One rank in `GET /v1/fault_tolerance/status`.
@@ -197,7 +224,14 @@ class Backend(Protocol):
 
     def status(self) -> FaultToleranceStatus: ...
 
-    def serving_ranks(self) -> int: ...
+    def health(self) -> Health: ...
+
+    def relaunch(self, rank: int | None) -> Relaunch:
+        """Launch `rank`, or every rank (None), now if it is dead, however long it was to wait. Idempotent.
+
+        Raises `UnknownRank` and `Stopping`.
+        """
+        ...
 
     def experts(self) -> ExpertsStatus: ...
 

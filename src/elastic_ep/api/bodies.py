@@ -245,3 +245,7 @@ def tokenize_fields() -> tuple[Field, ...]:
 
 def detokenize_fields(settings: ApiSettings) -> tuple[Field, ...]:
     return (Field("tokens", ListOf(_token_id(settings), max_items=settings.max_model_len), required=True),)
+
+
+def relaunch_fields() -> tuple[Field, ...]:
+    return (Field("rank", Integer(0, 2**31 - 1)),)

@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from elastic_ep.api.backend import Busy, Failure, Refused, Stopping, Unavailable
+from elastic_ep.api.backend import Busy, Failure, Refused, Stopping, Unavailable, UnknownRank
 from elastic_ep.api.request_id import request_id
 from elastic_ep.messages import FailureCode
 
@@ -69,6 +69,8 @@ def translate(error: Exception) -> ApiError | None:
             return unavailable(str(error), error.retry_after_s)
         case Stopping():
             return stopping()
+        case UnknownRank():
+            return ApiError(str(error), status=404, param="rank", code="rank_not_found")
         case web.HTTPException():
             return _from_aiohttp(error)
         case web.RequestPayloadError():

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from elastic_ep.api.bodies import chat_fields, completion_fields, detokenize_fields, tokenize_fields
+from elastic_ep.api.bodies import (
+    chat_fields,
+    completion_fields,
+    detokenize_fields,
+    relaunch_fields,
+    tokenize_fields,
+)
 from elastic_ep.api.fields import Field, Schema, object_schema
 from elastic_ep.api.settings import ApiSettings
 from elastic_ep.messages import RankState
@@ -50,7 +56,10 @@ def _generating_paths(settings: ApiSettings) -> dict[str, Any]:
 def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
     model = _object(id=_STRING, object={"const": "model"}, created=_INTEGER, max_model_len=_INTEGER)
     models = _object(object={"const": "list"}, data={"type": "array", "items": model})
-    health = _json("Ranks that serve.", _object(serving_ranks=_INTEGER))
+    health = _json(
+        "The service as a whole, and why nobody serves at this moment.",
+        _object(healthy={"type": "boolean"}, state=_STRING, serving_ranks=_INTEGER, reason=_STRING),
+    )
     name = {"name": "model", "in": "path", "required": True, "schema": _STRING}
     tokens = {"type": "array", "items": _INTEGER}
     tokenized = _object(tokens=tokens, count=_INTEGER, max_model_len=_INTEGER)
@@ -65,6 +74,14 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
                 "responses": {"200": _json("What differs.", _verification_schema()), **_errors(401)},
             }
         },
+        "/v1/fault_tolerance/relaunch": _post(
+            "Launch dead ranks now: the one that is named, or all. One that runs is left alone.",
+            relaunch_fields(),
+            _json("Which ranks are launched, which run already.", _relaunch_schema()),
+            404,
+            503,
+            required=False,
+        ),
         "/rebalance": {
             "post": {
                 "summary": "Spread the experts over the ranks by the load of late.",
@@ -76,7 +93,9 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
         },
         "/version": _get("The server's version.", _object(version=_STRING)),
         "/live": _get("The process answers.", _object(status=_STRING)),
-        "/health": {"get": {"summary": "Is any rank serving?", "responses": {"200": health, "503": health}}},
+        "/health": {
+            "get": {"summary": "Can a request be served?", "responses": {"200": health, "503": health}}
+        },
         "/metrics": {"get": {"summary": "Prometheus metrics.", "responses": {"200": _text("text/plain")}}},
         "/tokenize": _post("Text to token ids.", tokenize_fields(), _json("Token ids.", tokenized)),
         "/detokenize": _post(
@@ -91,8 +110,10 @@ def _generating(summary: str, table: Iterable[Field], answer: Schema) -> dict[st
     return _post(summary, table, success, 404, 429, 503)
 
 
-def _post(summary: str, table: Iterable[Field], success: dict[str, Any], *errors: int) -> dict[str, Any]:
-    body = {"required": True, "content": {"application/json": {"schema": object_schema(table)}}}
+def _post(
+    summary: str, table: Iterable[Field], success: dict[str, Any], *errors: int, required: bool = True
+) -> dict[str, Any]:
+    body = {"required": required, "content": {"application/json": {"schema": object_schema(table)}}}
     responses = {"200": success, **_errors(400, 401, 413, *errors)}
     return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
 
@@ -159,6 +180,11 @@ def _experts_schema() -> Schema:
     )
     layer = _object(layer=_INTEGER, tolerates=_INTEGER, slots={"type": "array", "items": slot})
     return _object(version=_INTEGER, tolerates=_INTEGER, layers={"type": "array", "items": layer})
+
+
+def _relaunch_schema() -> Schema:
+    ranks = {"type": "array", "items": _INTEGER}
+    return _object(relaunched=ranks, running=ranks)
 
 
 def _rebalancing_schema() -> Schema:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +29,7 @@ from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines import routing_events as routing
 from elastic_ep.machines.contract import Tick, UnexpectedEvent
 from elastic_ep.machines.membership import MembershipMachine
+from elastic_ep.machines.outlook import Outlook
 from elastic_ep.machines.progress import ProgressMachine, Pulse
 from elastic_ep.machines.repair import RepairMachine
 from elastic_ep.messages import (
@@ -117,6 +118,8 @@ class Controller:
         self._seated: frozenset[Member] = frozenset()
         self.stopped = anyio.Event()
         self.serving = anyio.Event()
+        self.over = anyio.Event()
+        """The machine has given its verdict: nothing will serve any more."""
         self.pace = PaceObserver(self._disturbed)
         self.ledger = Ledger(self.metrics, self.log.note)
         self.lines = GroupLines(self.machine)
@@ -141,7 +144,7 @@ class Controller:
         try:
             while self._queue:
                 next_event = self._queue.popleft()
-                now = Tick(int(time.monotonic() * 1000))
+                now = Tick(_now_ms())
                 if now.now_ms > self.machine.now_ms and not isinstance(next_event, Tick):
                     self._step(now)
                 self._step(next_event)
@@ -239,6 +242,22 @@ class Controller:
         """The step the group is in, as far as heard; while it is parked, the one that it goes on with."""
         return max([self.machine.view.park_at or 0, *(fact.step for fact in self.facts.values())])
 
+    # For operators
+
+    def outlook(self) -> Outlook:
+        return self.machine.outlook(_now_ms())
+
+    def reason(self, rank: int) -> str:
+        """Why a rank is not well."""
+        return self.machine.reason(rank, _now_ms())
+
+    def relaunch(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        """Have those of `ranks` launched now that are dead; which ones. Those that run are left alone."""
+        slots = self.machine.slots
+        dead = tuple(rank for rank in ranks if slots[rank].fenced or slots[rank].state is RankState.FAILED)
+        self.feed(ev.RelaunchRequested(dead))
+        return dead
+
     # Loops
 
     async def beat(self) -> None:
@@ -319,6 +338,9 @@ class Controller:
                 self.lines.moved(state)
                 if state in (ev.GroupState.SERVING, ev.GroupState.DEGRADED, ev.GroupState.PAUSED):
                     self.serving.set()
+            case ev.NothingWillServe(reason) | ev.StartFailed(reason):
+                self.router.handle(routing.NothingWillServe(reason))
+                self.over.set()
             case ev.AllStopped():
                 self.stopped.set()
 
@@ -349,7 +371,7 @@ class Controller:
         )
 
     def _on_rank_report(self, member: Member, report: RankReport) -> None:
-        reported = ev.Reported(member, report.state, report.reason)
+        reported = ev.Reported(member, report.state, report.reason, report.suspects)
         if report.suspects:
             self.router.handle(routing.Blamed(member, report.suspects))
         if report.state is RankState.FAILED:
@@ -433,8 +455,12 @@ class Controller:
             self._timer = self._loop.call_later(delay, self._on_timer)
 
     def _on_timer(self) -> None:
-        self.feed(Tick(int(time.monotonic() * 1000)))
+        self.feed(Tick(_now_ms()))
         self.repairs.feed(Tick(int(time.monotonic() * 1000)))
+
+
+def _now_ms() -> int:
+    return int(time.monotonic() * 1000)
 
 
 def _heartbeat(report: Heartbeat | StepReport) -> Heartbeat:

@@ -40,8 +40,8 @@ class Slot:
     member: Member
     lifecycle: TableMachine
     reason: str = ""
-    failures: int = 0
-    """Incarnations in a row that died before they were stable."""
+    early_deaths: int = 0
+    """In a row, as the relaunch policy counts them."""
     missed_attempts: int = 0
     """Attempts in a row that it let time out as a member: it became one by a promise."""
     since_ms: int | None = None
@@ -50,7 +50,20 @@ class Slot:
     fenced: str = ""
     told_to_stop: bool = False
     relaunch_at_ms: int | None = None
-    gave_up: bool = False
+    wanted_back: bool = False
+    """An operator wants it launched as soon as its process is gone."""
+    away: bool = False
+    """It is gone and is not launched again by itself."""
+    died_in: RankState | None = None
+    """The state in which the present incarnation, or the last one, was lost."""
+    served_ms: int | None = None
+    """How long that incarnation had its seat; None: it had none."""
+    suspects: tuple[int, ...] = ()
+    """Requests that it names as what made it fail."""
+    failed: str = ""
+    """Why it could not go on, by its own account or because it got stuck while starting."""
+    start_failure: str = ""
+    """Why the last launch never got ready; empty once one has."""
 
     @property
     def state(self) -> RankState:

@@ -15,7 +15,10 @@ from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.group import GROUP, TRIGGER_TO, Attempt, Slot
 from elastic_ep.machines.membership_events import Effect, Event, GroupState, MembershipConfig
+from elastic_ep.machines.outlook import Outlook, enough_slots, outlook, why_never
 from elastic_ep.machines.rank_lifecycle import RANK, REPORTED_TRIGGERS
+from elastic_ep.machines.relaunch import Death, early_deaths, explain, killed_from_outside, pause_ms
+from elastic_ep.machines.start_failure import alike
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
 from elastic_ep.placement import Coverage, Placement
@@ -46,6 +49,10 @@ class MembershipMachine:
         self.highest_step = 0
         self.first_joining_ms: int | None = None
         self.stopping = False
+        self.verdict: ev.Verdict | None = None
+        """Why this run is over, if it is."""
+        self.unwell_since_ms: int | None = 0
+        """Since when nobody could serve a request; None: somebody can."""
         self._all_stopped_said = False
         self._coverage = Coverage.of(self.placement)
         self._effects: list[Effect] = []
@@ -62,6 +69,7 @@ class MembershipMachine:
             ev.WorkEnded: self._on_work_ended,
             ev.StepSeen: self._on_step_seen,
             ev.Placed: self._on_placed,
+            ev.RelaunchRequested: self._on_relaunch_requested,
             ev.StopRequested: self._on_stop,
             ev.StopRanks: self._on_stop_ranks,
             ev.StopForced: self._on_stop_forced,
@@ -91,6 +99,23 @@ class MembershipMachine:
     def tolerates(self) -> int:
         return max(0, self.placement.tolerates([seat.rank for seat in self.view.seats]))
 
+    @property
+    def can_serve(self) -> bool:
+        """Whether a request could get a token now."""
+        return bool(self.view.seats) and self.covered and not self.stopping and self.verdict is None
+
+    def outlook(self, now_ms: int) -> Outlook:
+        """Whether the group serves, and if not, whether it will by itself."""
+        return outlook(self, now_ms)
+
+    def reason(self, rank: int, now_ms: int) -> str:
+        """Why a rank is not well, and if it waits for its next launch, how long it does."""
+        slot = self.slots[rank]
+        if not (slot.away or slot.relaunch_at_ms is not None) or self.verdict:
+            return slot.reason
+        wait_ms = max(0, slot.relaunch_at_ms - now_ms) if slot.relaunch_at_ms is not None else None
+        return explain(slot.reason, slot.early_deaths, wait_ms, self.config)
+
     def next_deadline_ms(self) -> int | None:
         """When a `Tick` may next have an effect."""
         times = [slot.relaunch_at_ms for slot in self.slots.values() if slot.relaunch_at_ms is not None]
@@ -111,6 +136,7 @@ class MembershipMachine:
         self._effects = []
         self._handlers[type(event)](event)
         self._advance()
+        self._judge()
         self._settle()
         return self._effects
 
@@ -140,7 +166,8 @@ class MembershipMachine:
                 self._relaunch(slot)
             due_ms = self._init_due_ms(slot)
             if due_ms is not None and self.now_ms >= due_ms:
-                self._fence(slot, f"stuck in {slot.state} for {self.config.init_deadline_ms / 1000:g} s")
+                slot.failed = f"stuck in {slot.state} for {self.config.init_deadline_ms / 1000:g} s"
+                self._fence(slot, slot.failed)
 
     def _on_process_started(self, event: ev.ProcessStarted) -> None:
         slot = self._current(event.member)
@@ -149,13 +176,20 @@ class MembershipMachine:
 
     def _on_reported(self, event: ev.Reported) -> None:
         slot = self._current(event.member)
-        if slot is None or slot.state in RANK.final:
+        if slot is None or slot.gone:
+            return
+        if event.state is RankState.FAILED and not slot.fenced:
+            # Its death may have been noticed before its last words are read.
+            slot.reason = slot.failed = event.reason
+            slot.suspects = event.suspects
+        if slot.state in RANK.final:
             return
         if event.state is RankState.FAILED:
-            slot.reason = event.reason
             self._fence(slot, event.reason)
         elif event.state in REPORTED_TRIGGERS and event.state is not slot.state:
             self._move(slot, REPORTED_TRIGGERS[event.state])
+            if event.state is RankState.JOINING:
+                slot.start_failure = ""
             if event.state is RankState.JOINING and self.first_joining_ms is None:
                 self.first_joining_ms = self.now_ms
 
@@ -186,9 +220,10 @@ class MembershipMachine:
         if slot.state not in RANK.final:
             self._lose(slot, _end(slot, f"died: {event.status}"))
         slot.gone = True
-        if not slot.fenced:
+        if not slot.fenced and not slot.failed:
             slot.reason = _end(slot, f"died: {event.status}")
         if not self.stopping and slot.state is RankState.FAILED:
+            self._count_death(slot, event.status)
             self._plan_relaunch(slot)
 
     def _on_suspected(self, event: ev.Suspected) -> None:
@@ -209,6 +244,15 @@ class MembershipMachine:
     def _on_placed(self, event: ev.Placed) -> None:
         self.placement = self.placement.changed(event.version, event.changes)
         self._coverage = self._coverage.after(event.changes, self.placement)
+
+    def _on_relaunch_requested(self, event: ev.RelaunchRequested) -> None:
+        if self.stopping or self.verdict:
+            return
+        for slot in (self.slots[rank] for rank in event.ranks if rank in self.slots):
+            if slot.away or slot.relaunch_at_ms is not None:
+                self._relaunch(slot)
+            elif not slot.gone and (slot.fenced or slot.state in RANK.final):
+                slot.wanted_back = True
 
     def _on_stop(self, _event: ev.StopRequested) -> None:
         self.stopping = True
@@ -257,8 +301,9 @@ class MembershipMachine:
 
     def _lose(self, slot: Slot, reason: str) -> None:
         was_seated = self.view.seat(slot.member.rank) is not None
-        served_ms = self.now_ms - (slot.since_ms or 0) if slot.state is RankState.SERVING else 0
-        slot.failures = 0 if served_ms >= self.config.stable_after_ms else slot.failures + 1
+        slot.died_in = slot.state
+        if slot.state in (RankState.SERVING, RankState.DRAINING):
+            slot.served_ms = self.now_ms - (slot.since_ms or 0)
         slot.reason = reason
         if self.stopping:
             self._move(slot, "stopped", reason)
@@ -271,32 +316,50 @@ class MembershipMachine:
             self._publish_view(seats, self.view.park_at)
             self._effects.append(ev.MemberDown(slot.member, reason))
 
+    def _count_death(self, slot: Slot, status: str) -> None:
+        death = Death(status, slot.served_ms, bool(slot.fenced), bool(slot.suspects))
+        slot.early_deaths = early_deaths(slot.early_deaths, death, self.config)
+        if slot.died_in in _STARTING:
+            slot.start_failure = slot.failed
+            if not slot.fenced and not killed_from_outside(status):
+                slot.start_failure = slot.reason
+
     def _plan_relaunch(self, slot: Slot) -> None:
-        if self.config.relaunch_limit == 0:
-            slot.gave_up = True
-            slot.reason = f"stays away (--relaunch-limit 0); {slot.reason}"
+        if self._all_failed_alike():
+            self._conclude(ev.StartFailed(slot.start_failure))
+        if self.verdict:
             return
-        if slot.failures > self.config.relaunch_limit:
-            slot.gave_up = True
-            slot.reason = (
-                f"gave up after {slot.failures} launches in a row that died early (--relaunch-limit "
-                f"{self.config.relaunch_limit}); last: {slot.reason}"
-            )
-            return
-        delay = 0
-        if slot.failures > 1:
-            doubled = self.config.relaunch_backoff_ms << min(slot.failures - 2, 20)
-            delay = min(doubled, self.config.relaunch_backoff_max_ms)
-        slot.relaunch_at_ms = self.now_ms + delay
-        if delay == 0:
+        wait_ms = 0 if slot.wanted_back else pause_ms(slot.early_deaths, self.config)
+        if wait_ms is None:
+            slot.away = True
+        elif wait_ms == 0:
             self._relaunch(slot)
+        else:
+            slot.relaunch_at_ms = self.now_ms + wait_ms
 
     def _relaunch(self, slot: Slot) -> None:
         slot.relaunch_at_ms = None
         slot.member = Member(slot.member.rank, slot.member.incarnation + 1)
-        slot.gone, slot.fenced = False, ""
+        slot.gone = slot.away = slot.wanted_back = False
+        slot.fenced = slot.failed = ""
+        slot.suspects = ()
+        slot.died_in = slot.served_ms = None
         self._move(slot, "relaunch")
         self._effects.append(ev.Launch(slot.member))
+
+    def _all_failed_alike(self) -> bool:
+        """Before anybody had a seat, the last launch of every rank failed for the same reason."""
+        return not self.view.epoch and alike(slot.start_failure for slot in self.slots.values())
+
+    def _conclude(self, verdict: ev.Verdict) -> None:
+        """This run is over: nothing is launched any more, and whoever runs it has to end it."""
+        if self.verdict is None:
+            self.verdict = verdict
+            for slot in self.slots.values():
+                slot.relaunch_at_ms = None
+            if self.attempt:
+                self._abort()
+            self._effects.append(verdict)
 
     def _abort(self) -> None:
         assert self.attempt is not None
@@ -362,6 +425,8 @@ class MembershipMachine:
             if self.view.park_at is not None:
                 self._publish_view(self.view.seats, None)
             return
+        if self.verdict:
+            return
         if self.attempt and not self.attempt.joiners and self.has_work and self.covered:
             self._abort()
         if self.attempt is None:
@@ -377,7 +442,7 @@ class MembershipMachine:
 
     def _would_park(self) -> bool:
         wanted = bool(self.view.seats) and (not self.has_work or not self.covered)
-        return wanted and self.view.park_at is None and not self.stopping
+        return wanted and self.view.park_at is None and not self.stopping and self.verdict is None
 
     def _ready_joiners(self) -> frozenset[Member]:
         waiting = frozenset(
@@ -386,7 +451,7 @@ class MembershipMachine:
         if self.view.seats or not waiting:
             return waiting
         # Forming: all together, unless somebody is hopelessly late.
-        missing = [s for s in self.slots.values() if s.member not in waiting and not s.gave_up]
+        missing = [s for s in self.slots.values() if s.member not in waiting and not s.away]
         assert self.first_joining_ms is not None
         late = self.now_ms >= self.first_joining_ms + self.config.forming_grace_ms
         return waiting if not missing or late or self.view.epoch else frozenset()
@@ -403,10 +468,22 @@ class MembershipMachine:
         self._effects.append(ev.Publish(Prepare(self.attempts, tuple(sorted(joiners)))))
 
     def _say_all_stopped(self) -> None:
-        over = all(slot.gone or slot.gave_up for slot in self.slots.values())
+        over = all(slot.gone for slot in self.slots.values())
         if over and not self._all_stopped_said:
             self._all_stopped_said = True
             self._effects.append(ev.AllStopped())
+
+    def _judge(self) -> None:
+        """Whether somebody can serve, and whether anybody ever will."""
+        if self.can_serve:
+            self.unwell_since_ms = None
+        elif self.unwell_since_ms is None:
+            self.unwell_since_ms = self.now_ms
+        if self.stopping or self.config.relaunch_limit or enough_slots(self):
+            return
+        # While the first launches are under way it may turn out that they all fail alike.
+        if self.view.epoch or all(slot.gone or slot.state not in _STARTING for slot in self.slots.values()):
+            self._conclude(ev.NothingWillServe(why_never(self)))
 
     def _settle(self) -> None:
         """Name the state that the data amounts to; the table says whether that move is legal."""

@@ -35,8 +35,13 @@ class MembershipConfig:
     park_after_ms: int = 300
     stable_after_ms: int = 5_000
     relaunch_limit: int = 10
+    """Early deaths in a row that are followed by short pauses; then come the long ones. 0: nobody is launched again."""
     relaunch_backoff_ms: int = 100
     relaunch_backoff_max_ms: int = 10_000
+    relaunch_long_backoff_ms: int = 10_000
+    relaunch_long_backoff_max_ms: int = 300_000
+    unwell_after_ms: int = 10_000
+    """A group that cannot serve for so long is not called healthy, though its ranks are on their way."""
     forming_grace_ms: int = 15_000
     init_deadline_ms: int = 120_000
 
@@ -56,11 +61,15 @@ class ProcessStarted:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """The rank says which state it has reached: InitCUDA, InitDist, Joining, Stopped or Failed."""
+    """The rank says which state it has reached: InitCUDA, InitDist, Joining, Stopped or Failed.
+
+    `suspects` are the requests that it holds for the cause, if it failed.
+    """
 
     member: Member
     state: RankState
     reason: str = ""
+    suspects: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +129,13 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
+class RelaunchRequested:
+    """An operator wants these ranks launched now, however long they were to wait. Nothing happens to one that runs."""
+
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """No more relaunches; the router drains."""
 
@@ -147,6 +163,7 @@ Event = (
     | WorkEnded
     | StepSeen
     | Placed
+    | RelaunchRequested
     | StopRequested
     | StopRanks
     | StopForced
@@ -214,8 +231,35 @@ class GroupMoved:
 
 
 @dataclass(frozen=True, slots=True)
+class NothingWillServe:
+    """The group cannot serve, and nothing that it does by itself will change that. Said once; the run is over."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """Nobody has ever been ready, and every rank failed alike: to try again is of no use. Said once; the run is over."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class AllStopped:
     """No process is left."""
 
 
-Effect = Launch | Fence | Publish | SendTo | MemberUp | MemberDown | RankMoved | GroupMoved | AllStopped
+Verdict = NothingWillServe | StartFailed
+Effect = (
+    Launch
+    | Fence
+    | Publish
+    | SendTo
+    | MemberUp
+    | MemberDown
+    | RankMoved
+    | GroupMoved
+    | NothingWillServe
+    | StartFailed
+    | AllStopped
+)
