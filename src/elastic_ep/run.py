@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
         "--relaunch-limit",
         type=int,
         default=10,
-        help="early deaths in a row after which a rank stays Failed; 0: none returns",
+        help="early deaths in a row after which a rank waits 10 s and more for its next launch; 0: none returns",
     )
     add(
         "--hang-deadline",

@@ -175,7 +175,8 @@ class RunProcess:
             case None:
                 return 0
             case ev.StartFailed(reason):
-                log.error("every rank failed to start, for the same reason", why=reason)
+                hint = "--log-level debug shows where"
+                log.error("every rank failed to start, for the same reason", why=reason, hint=hint)
                 return START_FAILED
             case ev.NothingWillServe(reason):
                 log.error("nothing can serve any more: this process ends", why=reason)

@@ -23,8 +23,32 @@ async def test_health_follows_the_ranks(start: Start) -> None:
         backend.serving = serving
         async with running.http.get(f"{running.url}/health") as response:
             assert response.status == status
+            said = await response.json()
+        assert said["serving_ranks"] == serving
+        assert said["healthy"] == (said["reason"] == "") == (status == 200)
         async with running.http.get(f"{running.url}/live") as response:
             assert response.status == 200
+
+
+async def test_relaunch_takes_one_rank_or_all(start: Start) -> None:
+    running = await start()
+    path = "/v1/fault_tolerance/relaunch"
+    assert await running.post(path, {"rank": 4}) == (200, {"relaunched": [], "running": [4]})
+    assert await running.post(path, {}) == (200, {"relaunched": [2, 3], "running": []})
+    async with running.http.post(running.url + path) as response:  # no body at all
+        assert response.status == 200
+    assert running.backend.relaunches == [4, None, None]
+    for body, status in (
+        ({"rank": 8}, 404),
+        ({"rank": "2"}, 400),
+        ({"rank": -1}, 400),
+        ({"rank": True}, 400),
+    ):
+        got, answer = await running.post(path, body)
+        assert got == status, body
+        assert answer["error"]["param"] == "rank"
+    got, _ = await running.post(path, {"padding": "a" * 5000})
+    assert got == 413
 
 
 async def test_status_is_as_the_issue_says(start: Start) -> None:

@@ -10,13 +10,16 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 from bench.bound import run
 from bench.common import chat, http, server, status, until_full
 
 from elastic_ep.problems import held_out
+from elastic_ep.replay import replay
 from elastic_ep.run import BUNDLED_MODEL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -73,26 +76,114 @@ def test_sigkill_of_the_run_process_leaves_nothing(tmp_path: Path) -> None:
         wait_gone(processes, directory, 5)
 
 
-def test_a_rank_that_keeps_dying_stays_failed_and_the_rest_serves(tmp_path: Path) -> None:
-    async def kill_until_given_up(url: str) -> None:
+async def relaunch(session: aiohttp.ClientSession, url: str, **body: int) -> dict[str, Any]:
+    async with session.post(f"{url}/v1/fault_tolerance/relaunch", json=body) as response:
+        assert response.status == 200
+        answer: dict[str, Any] = await response.json()
+        return answer
+
+
+def test_a_rank_that_keeps_dying_waits_ever_longer_and_comes_back_when_it_is_told_to(tmp_path: Path) -> None:
+    """Killed before it serves, over and over: a crash loop. The rest serves meanwhile."""
+
+    async def kill_until_it_waits_long(url: str) -> None:
         async with http() as session:
             async with asyncio.timeout(60):
                 while True:
                     engine = (await status(session, url))["engines"][1]
-                    if "gave up" in engine["reason"]:
+                    if "to try now" in engine["reason"]:
                         break
-                    if engine["pid"] and engine["state"] != "Failed":
+                    if engine["pid"] and engine["state"] not in ("Failed", "Serving"):
+                        with suppress(ProcessLookupError):
+                            os.kill(engine["pid"], signal.SIGKILL)
+                    elif (
+                        engine["state"] == "Serving"
+                    ):  # this death does not count, but the next launch can be caught
                         with suppress(ProcessLookupError):
                             os.kill(engine["pid"], signal.SIGKILL)
                     await asyncio.sleep(0.005)
             assert engine["state"] == "Failed"
             assert engine["status"] == "dead"
-            assert "--relaunch-limit 2" in engine["reason"]
+            assert "(early deaths in a row: " in engine["reason"]
             text = await chat(session, url, held_out(1)[0].question, temperature=0.0)
             assert text.endswith(f"#### {held_out(1)[0].answer}")
+            assert await relaunch(session, url, rank=1) == {"relaunched": [1], "running": []}
+            await until_full(session, url)
+            assert await relaunch(session, url) == {"relaunched": [], "running": [0, 1, 2]}
 
-    with server(["--ranks", "3", "--relaunch-limit", "2"], tmp_path) as running:
-        asyncio.run(kill_until_given_up(running.url))
+    with server(["--ranks", "3", "--relaunch-limit", "1"], tmp_path) as running:
+        asyncio.run(kill_until_it_waits_long(running.url))
+
+
+@pytest.mark.parametrize("kill", ["one", "all"])
+def test_when_nothing_will_serve_any_more_all_are_told_and_the_process_ends(
+    tmp_path: Path, kill: str
+) -> None:
+    """Experts without a copy and no slot for them, or nobody left: streams end, requests get 503, and so does /health."""
+
+    async def watch_it_end(url: str) -> None:
+        async with http() as session:
+            stamps: list[float] = []
+            question = held_out(1)[0].question
+            under_way = asyncio.create_task(
+                chat(session, url, question, stamps=stamps, max_tokens=100, ignore_eos=True)
+            )
+            async with asyncio.timeout(30):
+                while not stamps:
+                    await asyncio.sleep(0.01)
+            engines = (await status(session, url))["engines"]
+            for engine in engines if kill == "all" else engines[1:2]:
+                os.kill(engine["pid"], signal.SIGKILL)
+            async with asyncio.timeout(10):
+                with pytest.raises(RuntimeError, match="error in the stream"):
+                    await under_way
+                async with session.get(f"{url}/health") as response:
+                    assert response.status == 503
+                    assert "--relaunch-limit 0" in (await response.json())["reason"]
+                body = {"model": "default", "messages": [{"role": "user", "content": question}]}
+                async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+                    assert response.status == 503
+                    assert "Retry-After" in response.headers
+                async with session.get(f"{url}/live") as response:
+                    assert response.status == 200
+
+    arguments = ["--ranks", "3", "--ep-num-redundant-experts", "0", "--relaunch-limit", "0"]
+    with server(arguments, tmp_path) as running:
+        processes, directory = family(running.process.pid), sockets_directory(running.process.pid)
+        asyncio.run(watch_it_end(running.url))
+        assert running.process.wait(30) == 1
+        wait_gone(processes, directory, 5)
+
+
+def run_ranks_that(do: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            Path(__file__).with_name("failing_run.py"),
+            do,
+            "--port",
+            "0",
+            "--log-dir",
+            str(tmp_path),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("do", ["raise", "exit"])
+def test_when_every_rank_fails_to_start_alike_it_is_said_once(tmp_path: Path, do: str) -> None:
+    done = run_ranks_that(do, tmp_path, "--ranks", "4")
+    assert done.returncode == 2, done.stderr
+    reason = {"raise": "RuntimeError: cannot compile", "exit": "exit status 7"}[do]
+    assert done.stderr.count(reason) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    (log,) = tmp_path.glob("*/events.jsonl")
+    assert log.read_text().count('"fork_server_ready"') == 1
+    replay(log.parent)
 
 
 @pytest.mark.parametrize("ranks", ["1", "5"])

@@ -77,11 +77,13 @@ class ForwardThread:
 
     def _main(self) -> None:
         make_ordinary()
+        ready = False
         try:
             self.runner, self.exchange = self._build(self._config)
             self._mailbox.post((RankState.INIT_DIST, "", ()))
             self.runner.warm_up()
             self._mailbox.post((RankState.JOINING, "", ()))
+            ready = True
             try:
                 self._run()
             finally:
@@ -91,7 +93,9 @@ class ForwardThread:
         except CannotRun as error:
             self._mailbox.post((RankState.FAILED, str(error), ()))
         except BaseException as error:
-            log.exception("the forward thread ends by an exception", step=self.step)
+            # What keeps one rank from starting mostly keeps all, and the run process says it once, without the stack.
+            say = log.error if ready else log.debug
+            say("the forward thread ends by an exception", step=self.step, exc_info=True)
             suspects = self.runner.suspects if self._stepping else ()
             self._mailbox.post((RankState.FAILED, f"{type(error).__name__}: {error}", suspects))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_HEX_WORD = re.compile(r"\b(?:0[xX])?(?=[0-9a-fA-F]*\d)[0-9a-fA-F]+\b")
+_HEX_WORD = re.compile(r"\b(?:0[xX][0-9a-fA-F]+|(?=[a-fA-F]*\d)[0-9a-fA-F]+)\b")
 _NUMBER = re.compile(r"\d+(?:[.:,]\d+)*")
 
 
