@@ -339,6 +339,8 @@ class Controller:
                 if state in (ev.GroupState.SERVING, ev.GroupState.DEGRADED, ev.GroupState.PAUSED):
                     self.serving.set()
             case ev.NothingWillServe(reason) | ev.StartFailed(reason):
+                if isinstance(effect, ev.StartFailed):
+                    self.ledger.start_failed()
                 self.router.handle(routing.NothingWillServe(reason))
                 self.over.set()
             case ev.AllStopped():
@@ -437,7 +439,7 @@ class Controller:
 
     def _relaunch_in_s(self, rank: int) -> float | None:
         slot = self.machine.slots[rank]
-        if slot.gave_up or self.machine.stopping:
+        if slot.away or self.machine.stopping:
             return None
         return max(0.0, ((slot.relaunch_at_ms or 0) - self.machine.now_ms) / 1000)
 

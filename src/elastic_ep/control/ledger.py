@@ -19,14 +19,14 @@ from elastic_ep.api.backend import LastLoss, LossCause
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.control.observe import Disturbance
 from elastic_ep.log import Note
+from elastic_ep.machines.relaunch import CRASH_SIGNALS
 from elastic_ep.messages import Member, RankState
 
 STALL_S = 2.0
 """So long a loss's line waits at most for what survivors felt of it; what they say later gets a line of its own."""
 LAUNCH_FAILED = "launch failed: "
-_CRASHES = {
-    signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS,
-}  # fmt: skip
+_VERDICT = -1
+"""Among the survivors that a line waits for: whether all ranks fail to start alike, which is said for all at once."""
 _SERVED = (RankState.SERVING, RankState.DRAINING)
 log = structlog.get_logger()
 
@@ -83,6 +83,8 @@ class Ledger:
         self._last: dict[int, _Loss] = {}
         self._untold: list[_Loss] = []
         self._away_since_s: dict[int, float] = {}
+        self._anybody_served = False
+        self._start_failed = False
 
     def last(self, rank: int) -> LastLoss | None:
         """It stays when the rank is back."""
@@ -116,6 +118,9 @@ class Ledger:
             self._away_since_s[member.rank] = loss.at_s
         for other in self._untold:
             other.awaited.discard(member.rank)
+        if not self._anybody_served:
+            loss.awaited = {_VERDICT}
+            self._loop.call_later(STALL_S, self._patience_over, loss)
         self._states[member.rank] = RankState.FAILED
         self._last[member.rank] = loss
         self._untold.append(loss)
@@ -169,6 +174,10 @@ class Ledger:
         )
         self._tell_what_is_known()
 
+    def start_failed(self) -> None:
+        """Every rank has failed to start for the same reason, and whoever ends the run says it."""
+        self._start_failed = True
+
     def close(self) -> None:
         """Tell what is left, known or not."""
         for loss in self._untold:
@@ -178,6 +187,7 @@ class Ledger:
     # Lines
 
     def _serves(self, member: Member) -> None:
+        self._anybody_served = True
         now = time.monotonic()
         away_s = now - self._away_since_s.pop(member.rank, self._began_s)
         loss = self._last.get(member.rank)
@@ -199,6 +209,8 @@ class Ledger:
                 self._tell(loss)
 
     def _tell(self, loss: _Loss) -> None:
+        if self._start_failed:
+            return
         facts: dict[str, object] = {"cause": (loss.cause or LossCause.UNKNOWN).value, "why": loss.why}
         if loss.state in _SERVED:
             facts["requests"] = loss.requests
@@ -227,7 +239,7 @@ def cause_of(status: str) -> tuple[LossCause, str]:
     if status.startswith("signal "):
         number = int(status.removeprefix("signal "))
         name = signal.Signals(number).name if number in set(signal.Signals) else "real-time"
-        if number in _CRASHES:
+        if number in CRASH_SIGNALS:
             return LossCause.CRASH, f"crashed by signal {number} ({name})"
         memory = ", perhaps by the kernel for want of memory" if number == signal.SIGKILL else ""
         return LossCause.KILLED, f"killed by signal {number} ({name}) from outside{memory}"

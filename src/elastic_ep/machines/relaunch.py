@@ -13,7 +13,7 @@ from elastic_ep.machines.membership_events import MembershipConfig
 
 RELAUNCH_PATH = "/v1/fault_tolerance/relaunch"
 
-_OF_ITS_OWN = frozenset(
+CRASH_SIGNALS = frozenset(
     {
         signal.SIGILL,
         signal.SIGTRAP,
@@ -43,7 +43,7 @@ class Death:
 def killed_from_outside(status: str) -> bool:
     """Whether a signal ended it that a process does not bring upon itself."""
     kind, _, number = status.partition(" ")
-    return kind == "signal" and number.isdecimal() and int(number) not in _OF_ITS_OWN
+    return kind == "signal" and number.isdecimal() and int(number) not in CRASH_SIGNALS
 
 
 def early_deaths(before: int, death: Death, config: MembershipConfig) -> int:
