@@ -155,28 +155,11 @@ def test_when_nothing_will_serve_any_more_all_are_told_and_the_process_ends(
         wait_gone(processes, directory, 5)
 
 
-def run_ranks_that(do: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable,
-            Path(__file__).with_name("failing_run.py"),
-            do,
-            "--port",
-            "0",
-            "--log-dir",
-            str(tmp_path),
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize("do", ["raise", "exit"])
 def test_when_every_rank_fails_to_start_alike_it_is_said_once(tmp_path: Path, do: str) -> None:
-    done = run_ranks_that(do, tmp_path, "--ranks", "4")
+    script = str(Path(__file__).with_name("failing_run.py"))
+    flags = ["--ranks", "4", "--port", "0", "--log-dir", str(tmp_path)]
+    done = run([sys.executable, script, do, *flags], 60)
     assert done.returncode == 2, done.stderr
     reason = {"raise": "RuntimeError: cannot compile", "exit": "exit status 7"}[do]
     assert done.stderr.count(reason) == 1, done.stderr
