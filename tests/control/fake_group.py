@@ -155,6 +155,8 @@ class FakeRank:
 
     def copy(self, order: CopySlot, error: str = "", spoil: int = 0) -> None:
         """Carry out the order: from another rank's memory if it names one."""
+        if not self.alive:
+            return
         content = order.logical
         if order.origin is not None:
             placement = self.group.controller.repairs.placement
@@ -167,7 +169,9 @@ class FakeRank:
         checksum = checksum_of(order.layer, content)
         if not error and order.checksum in (None, checksum):
             self.contents[order.layer, order.physical] = content
-        self.say(SlotCopied(*self.member, order.ticket, 0 if error else checksum, error))
+        done = SlotCopied(*self.member, order.ticket, 0 if error else checksum, error)
+        self.group.copied(self, order, done)
+        self.say(done)
 
 
 class FakeWire:
@@ -219,7 +223,7 @@ class FakeGroup:
     """`ranks` are those of the newest launches. Needs a running `VirtualTimeLoop`.
 
     `loses(rank, message)`: whether a message to this rank is lost. `ordered(rank, order)`: what becomes of an order
-    to copy; by default it is carried out at once.
+    to copy; by default it is carried out at once. `copied` is told of the outcome.
     """
 
     def __init__(
@@ -238,6 +242,7 @@ class FakeGroup:
         self.processes = FakeProcesses(self)
         self.loses: Callable[[FakeRank, Any], bool] = lambda _rank, _message: False
         self.ordered: Callable[[FakeRank, CopySlot], None] = lambda rank, order: rank.copy(order)
+        self.copied: Callable[[FakeRank, CopySlot, SlotCopied], None] = lambda _rank, _order, _done: None
         self.wire = FakeWire(self)
         placement = launch_placement(ranks, layers, experts, redundant, spare)
         notices: deque[Any] = deque()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -75,6 +76,33 @@ def whims(group: FakeGroup, choose: random.Random) -> Callable[[FakeRank, CopySl
     return ordered
 
 
+class Orders:
+    """One at a time for each slot of a rank, and after a source of last resort has failed not before a while."""
+
+    def __init__(self, group: FakeGroup) -> None:
+        self._group = group
+        self.carry_out = group.ordered
+        self._open: dict[tuple[Member, int, int], CopySlot] = {}
+        self._not_before: dict[tuple[Member, int, int], float] = {}
+        group.ordered = self.ordered
+        group.copied = self.copied
+
+    def ordered(self, rank: FakeRank, order: CopySlot) -> None:
+        place = (rank.member, order.layer, order.physical)
+        assert place not in self._open, "a slot is ordered twice at once"
+        assert self._group.loop.time() >= self._not_before.get(place, 0.0) - BOUND_S, "it is tried at once"
+        self._open[place] = order
+        self.carry_out(rank, order)
+
+    def copied(self, rank: FakeRank, order: CopySlot, done: SlotCopied) -> None:
+        place = (rank.member, order.layer, order.physical)
+        del self._open[place]
+        wrong = order.checksum not in (None, done.checksum)
+        if order.origin is None and (done.error or wrong):
+            retry_s = self._group.controller.repair.config.retry_ms / 1000
+            self._not_before[place] = self._group.loop.time() + retry_s
+
+
 def one_thing(group: FakeGroup, choose: random.Random) -> None:
     controller = group.controller
     rank = choose.choice(list(group.ranks.values()))
@@ -110,10 +138,11 @@ def test_no_deadline_is_slept_through_and_all_comes_back(seed: int) -> None:
 
     async def main(group: FakeGroup) -> None:
         group.ordered = whims(group, choose)
+        orders = Orders(group)
         for _ in range(choose.randrange(1, 8)):
             one_thing(group, choose)
             await asyncio.sleep(choose.choice([0.0, 0.01, 0.4, 5.0, 40.0]))
-        group.ordered = lambda rank, order: rank.copy(order)
+        orders.carry_out = lambda rank, order: rank.copy(order)
         for rank in list(group.ranks.values()):
             if rank.silent:  # as the watch over progress would find out
                 group.controller.feed(ev.Suspected(rank.member, "hangs"))
@@ -126,6 +155,43 @@ def test_no_deadline_is_slept_through_and_all_comes_back(seed: int) -> None:
         return group.all_serve and not busy and controller.machine.tolerates >= 1
 
     simulate(main, ranks=3, experts=4, redundant=4, spare=1, relaunch_limit=1000)
+
+
+Outcome = Callable[[FakeRank, CopySlot], None]
+FAILURES: dict[str, tuple[Outcome, int, int]] = {
+    "cannot be read once": (lambda rank, order: rank.copy(order, error="cannot read"), 1, 1),
+    "cannot be read often": (lambda rank, order: rank.copy(order, error="cannot read"), 12, 1),
+    "is wrong once": (lambda rank, order: rank.copy(order, spoil=1), 1, 1),
+    "is wrong often": (lambda rank, order: rank.copy(order, spoil=1), 12, 1),
+    "is never reported": (lambda rank, order: None, 1, 3),
+}
+"""How a copy fails, and how often at each expert, and the slots of a rank that are free."""
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(("outcome", "times", "spare"), FAILURES.values(), ids=FAILURES.keys())
+def test_a_copy_that_fails_is_made_all_the_same_though_nothing_else_happens(
+    outcome: Outcome, times: int, spare: int, layers: int
+) -> None:
+    """Each expert's copy fails so many times. Nobody is lost or comes back meanwhile, and no step is made."""
+
+    async def main(group: FakeGroup) -> None:
+        tries: Counter[tuple[int, int]] = Counter()
+        made: Outcome = group.ordered
+
+        def ordered(rank: FakeRank, order: CopySlot) -> None:
+            tries[order.layer, order.logical] += 1
+            last = tries[order.layer, order.logical] > times
+            (made if last else outcome)(rank, order)
+
+        group.ordered = ordered
+        Orders(group)
+        group.kill(3)
+        await group.until(lambda: group.controller.machine.tolerates == 1, "the copies are made", 300.0)
+        assert max(tries.values()) == times + 1
+        assert not group.wrong()
+
+    simulate(main, ranks=4, experts=3, redundant=3, spare=spare, layers=layers, relaunch_limit=0)
 
 
 @pytest.mark.parametrize("work", [True, False])

@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 from bench.common import Server, chat, http, server, status, until_full
-from tests.e2e.corruptible_server import BORN_SPOILT, SPOILT
 
+from e2e.corruptible_server import BORN_SPOILT, SPOILT
 from elastic_ep.replay import replay
 
 RANKS = 4
