@@ -5,22 +5,22 @@ Uses `tokenizers` and `jinja2` only: importing transformers would cost the run p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from elastic_ep.detokenize import ByteDetokenizer, Detokenizer, WindowDetokenizer, byte_level_alphabet
+from elastic_ep.chat_template import RESERVED, ChatTemplateError, ChatTemplates
+from elastic_ep.content_form import ContentForm
+from elastic_ep.detokenize import ByteDetokenizer, Detokenizer, EdgedDetokenizer, WindowDetokenizer
+from elastic_ep.spelling import read_spelling, token_names
+from elastic_ep.tokenizer_files import read_tokenizer
 
-
-class ChatTemplateError(ValueError):
-    """The messages could not be turned into a prompt; the text says why."""
+__all__ = ["ChatTemplateError", "Text"]
+_CONTEXT = 16
+"""Tokens of a prompt that a decoder which looks at neighbours gets to see."""
 
 
 class Text:
@@ -29,44 +29,38 @@ class Text:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         special_tokens: Mapping[str, str] | None = None,
+        content_form: ContentForm | None = None,
     ) -> None:
-        """`special_tokens` are the variables that templates know: bos_token, eos_token, pad_token, unk_token.
+        """`special_tokens` are the variables that templates know: bos_token, eos_token, pad_token, unk_token, ...
 
-        Raises ValueError for a template that does not parse.
+        `content_form` None: as each template wants it. Raises ValueError for a template that does not parse.
         """
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens or {})
-        self._template = None if chat_template is None else _compile(chat_template)
+        self._template = None if chat_template is None else ChatTemplates(chat_template, content_form)
         self._special_ids = frozenset(
             token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
         )
-        self._shown = _token_bytes(tokenizer)
+        self._names = token_names(tokenizer)
+        self._spelling = read_spelling(tokenizer)
         self._table: list[bytes] | None = None
-        if _is_byte_level(tokenizer):
-            self._table = [b"" if i in self._special_ids else shown for i, shown in enumerate(self._shown)]
+        """Without special tokens, where the ends of a text are as its middle."""
+        if self._spelling is not None and self._spelling.has_no_ends:
+            rest = self._spelling.rest
+            self._table = [b"" if i in self._special_ids else shown for i, shown in enumerate(rest)]
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.max_token_bytes: int = max((len(shown) for shown in self._shown), default=1)
+        self.max_token_bytes: int = max(map(len, map(self.token_bytes, range(len(self._names)))), default=1)
 
     @classmethod
-    def load(cls, folder: Path) -> Text:
-        """From `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; the latter two are optional.
+    def load(cls, folder: Path, content_form: ContentForm | None = None) -> Text:
+        """From `tokenizer.json`; `tokenizer_config.json`, `chat_template.jinja` and others beside it are optional.
 
         Raises ValueError with one clear line when a file is missing or broken.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: the model folder needs a tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        # The tokenizers library raises bare Exception.
-        except Exception as error:
-            raise ValueError(f"{path} is not a readable tokenizer: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        config = _read_config(folder / "tokenizer_config.json")
-        return cls(tokenizer, _find_template(folder, config), _special_tokens(config))
+        files = read_tokenizer(folder)
+        return cls(files.tokenizer, files.chat_template, files.special_tokens, content_form)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, which must not hold lone surrogates. Special tokens in it are recognised."""
@@ -74,121 +68,99 @@ class Text:
         return ids
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `tokens`, without special tokens unless told otherwise."""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
-        return text
+        """The text of `tokens`, without special tokens unless told otherwise: what a stream of them would show."""
+        if self._spelling is None:
+            return self._decode_at_once(list(tokens), skip_special_tokens=skip_special_tokens)
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return "".join([detokenizer.push(token) for token in tokens]) + detokenizer.finish()
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A fresh incremental decoder for one stream of tokens; what joins up is what `decode` gives."""
+    def detokenizer(self, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh incremental decoder for one stream of tokens; what joins up is what `decode` gives.
+
+        The stream goes on from the tokens of `context`: a blank before its first word stays, if they have any text.
+        """
+        if self._spelling is None:
+            decode = partial(self._decode_at_once, skip_special_tokens=skip_special_tokens)
+            return WindowDetokenizer(decode, context[-_CONTEXT:])
         if self._table is not None:
-            return ByteDetokenizer(self._table if skip_special_tokens else self._shown)
-        return WindowDetokenizer(partial(self.decode, skip_special_tokens=skip_special_tokens))
+            return ByteDetokenizer(self._table if skip_special_tokens else self._spelling.rest)
+        return EdgedDetokenizer(self._spelling, self._special_ids if skip_special_tokens else (), context)
+
+    def token_id(self, token: str) -> int | None:
+        """Of a token by its name."""
+        index: int | None = self._tokenizer.token_to_id(token)
+        return index
+
+    def token_name(self, token: int) -> str:
+        """As the vocabulary has it; empty for an id without a token."""
+        return self._names[token] if 0 <= token < len(self._names) else ""
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token alone, special tokens by their name; empty for an id without text."""
-        return self._shown[token] if 0 <= token < len(self._shown) else b""
+        """The bytes of one token in mid-text, special tokens by their name; empty for an id without text."""
+        if self._spelling is None or token in self._special_ids:
+            return self.token_name(token).encode("utf-8", "replace")
+        rest = self._spelling.rest
+        return rest[token] if 0 <= token < len(rest) else b""
 
     def token_text(self, token: int) -> str:
         """One token alone, as text; part of a character shows as U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
     @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """By name: bos_token, eos_token, ..."""
+        return self._special_tokens
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def content_forms(self) -> Mapping[str, ContentForm]:
+        """In which form each chat template gets the content of messages."""
+        return {} if self._template is None else self._template.content_forms
 
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        max_characters: int | None = None,
     ) -> str:
-        """The prompt for a conversation. Raises `ChatTemplateError`."""
+        """The prompt for a conversation, as `apply_chat_template` of transformers makes it.
+
+        `chat_template` is a template, or the name of one of the model's; `variables` go before special tokens of the
+        same name. Raises `ChatTemplateError`.
+        """
+        given = variables or {}
+        if taken := RESERVED & given.keys():
+            raise ChatTemplateError(
+                f"The chat template gets {', '.join(sorted(taken))} from the request itself."
+            )
         if self._template is None:
-            raise ChatTemplateError("This model has no chat template. Use /v1/completions instead.")
-        context = {
-            **(variables or {}),
-            **self._special_tokens,
-            "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        try:
-            return self._template.render(context)
-        # A template is a program; whatever the messages make it raise, the request is at fault, not we.
-        except Exception as error:
-            raise ChatTemplateError(f"The chat template rejects these messages: {error}") from error
-
-
-def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template does not parse: {error}") from error
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own filter escapes for HTML, which a prompt must not be.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
-    return decoder.get("type") == "ByteLevel"
-
-
-def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of each id, alone. Ids without a token have none."""
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    alphabet = byte_level_alphabet() if _is_byte_level(tokenizer) else {}
-    for token, index in vocabulary.items():
-        # Added tokens are written as they are; the decoder takes those with a foreign character literally.
-        if alphabet and all(character in alphabet for character in token):
-            table[index] = bytes([alphabet[character] for character in token])
+            if chat_template is None:
+                raise ChatTemplateError("This model has no chat template. Use /v1/completions instead.")
+            templates = ChatTemplates({})
         else:
-            table[index] = token.encode("utf-8", "replace")
-    return table
+            templates = self._template
+        return templates.choose(chat_template, with_tools=tools is not None).render(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={**self._special_tokens, **given},
+            max_characters=max_characters,
+        )
 
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return config
-
-
-def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
+    def _decode_at_once(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text

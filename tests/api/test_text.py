@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elastic_ep.api.generate import ChoiceReader
 from elastic_ep.api.requests import Output
-from elastic_ep.detokenize import ByteDetokenizer, Detokenizer, WindowDetokenizer, byte_level_alphabet
+from elastic_ep.detokenize import ByteDetokenizer, Detokenizer, EdgedDetokenizer, byte_level_alphabet
 from elastic_ep.stop_strings import StopStrings
 from elastic_ep.text import ChatTemplateError, Text
 
@@ -60,7 +60,7 @@ def test_any_byte_level_tokens_give_what_decoding_them_at_once_gives(ids: list[i
 def test_text_of_other_tokenizers_comes_back(written: str) -> None:
     text = sentencepiece_like()
     ids = text.encode(written)
-    assert isinstance(text.detokenizer(), WindowDetokenizer)
+    assert isinstance(text.detokenizer(), EdgedDetokenizer)
     assert piecewise(text.detokenizer(), ids) == text.decode(ids)
 
 
@@ -168,8 +168,12 @@ def test_chat_template_gets_what_templates_expect() -> None:
     template += "{% endif %}{{ m | tojson }}{% endfor %}{{ mood }}"
     text = Text(byte_level_tokenizer(), template, {"bos_token": "<s>"})
     messages = [{"role": "user", "content": "<b> & é"}]
-    rendered = text.render_chat(messages, variables={"mood": "calm", "messages": [], "bos_token": ""})
+    rendered = text.render_chat(messages, variables={"mood": "calm"})
     assert rendered == '<s>{"role": "user", "content": "<b> & é"}calm'
+    assert text.render_chat([], variables={"mood": "calm", "bos_token": ""}) == "calm"
+    for name in ("messages", "tools", "documents", "add_generation_prompt"):
+        with pytest.raises(ChatTemplateError, match=name):
+            text.render_chat(messages, variables={name: []})
     with pytest.raises(ChatTemplateError, match="no bad roles"):
         text.render_chat([{"role": "bad"}])
 
