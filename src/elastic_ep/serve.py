@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -31,6 +32,7 @@ from elastic_ep.config import ConfigError, ServeConfig
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.device_guard import DeviceGuard
 from elastic_ep.control.launcher import ForkServerFailed, Launcher, LauncherOptions
+from elastic_ep.control.loop_watch import HeldReport, make_loop
 from elastic_ep.control.mps import mps_daemon
 from elastic_ep.control.processes import RankProcesses
 from elastic_ep.control.rebalance import Rebalancer
@@ -84,7 +86,7 @@ def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
     make_prompt()
     gc.freeze()  # what is there by now stays: the collector need not look through it again and again
     gc.set_threshold(GC_THRESHOLD)
-    return anyio.run(process.run)
+    return anyio.run(process.run, backend_options={"loop_factory": partial(make_loop, process.held)})
 
 
 class RunProcess:
@@ -95,6 +97,7 @@ class RunProcess:
         self._rank_entry = rank_entry
         self._config = plan.config
         self._metrics = Metrics()
+        self.held = HeldReport()
         self._stop_signals = 0
         self._fork_error: str | None = None
 
@@ -106,6 +109,7 @@ class RunProcess:
             loop.add_signal_handler(number, self._on_signal)
         with self._directory() as directory, self._windows() as windows_fd:
             self._log = self._open_log()
+            self.held.note = self._log.note
             try:
                 return await self._run_group(directory, windows_fd)
             finally:

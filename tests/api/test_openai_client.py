@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any
 
 import openai
+import openai.resources  # which the client imports late, on the event loop
 import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionTokenLogprob
 from openai.types.completion_choice import CompletionChoice
@@ -21,6 +22,12 @@ pytestmark = pytest.mark.anyio
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 12 - 5?"}]
 
 
+def connect(running: Running, api_key: str) -> openai.AsyncOpenAI:
+    # Without it the client reads all certificates of this machine, on the event loop.
+    plain = openai.DefaultAsyncHttpxClient(verify=False)
+    return openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=api_key, max_retries=0, http_client=plain)
+
+
 @pytest.fixture
 async def running(start: Start) -> Running:
     return await start()
@@ -28,7 +35,7 @@ async def running(start: Start) -> Running:
 
 @pytest.fixture
 async def client(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+    async with connect(running, "none") as client:
         yield client
 
 
@@ -291,9 +298,9 @@ async def test_echo(client: openai.AsyncOpenAI, stream: bool) -> None:
 async def test_api_key(start: Start) -> None:
     running = await start(FakeBackend(), api_keys=("secret", "other"))
     for key in ("secret", "other"):
-        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0) as client:
+        async with connect(running, key) as client:
             assert (await client.completions.create(model=MODEL, prompt="A")).choices
-    async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="wrong", max_retries=0) as client:
+    async with connect(running, "wrong") as client:
         with pytest.raises(openai.AuthenticationError):
             await client.completions.create(model=MODEL, prompt="A")
     for path in ("/health", "/live", "/metrics"):

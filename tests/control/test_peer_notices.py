@@ -56,6 +56,7 @@ async def test_notices_reach_those_that_listen_and_nobody_else_matters(directory
 
 
 @pytest.mark.anyio
+@pytest.mark.holds_the_loop("nothing may be read while datagrams are sent")
 async def test_whoever_does_not_read_keeps_nobody_waiting(directory: Path) -> None:
     heard = Heard()
     reader, sender = NoticeReader(directory, ME, heard), NoticeSender(directory)

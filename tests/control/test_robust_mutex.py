@@ -22,6 +22,7 @@ from elastic_ep.control import life_line
 from elastic_ep.control.death_watch import MUTEX, MUTEX_RELEASED, DeathWatch
 from elastic_ep.control.robust_mutex import SLOT_BYTES, Locked, RobustMutexes
 
+pytestmark = pytest.mark.holds_the_loop("a holder's process is started, written to and waited for")
 SLOTS = 4
 FUTEX_WAITERS = 0x80000000
 """Of the kernel's interface for robust futexes."""

@@ -1,0 +1,3 @@
+"""For all tests; here, where pytest lets a conftest name plugins."""
+
+pytest_plugins = ["tests.loop_plugin"]
