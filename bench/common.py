@@ -143,6 +143,8 @@ def server(
             "default",
             "--log-dir",
             str(log_dir),
+            "--event-log-max-mb",
+            "0",  # benches read one file
             *arguments,
         ],
         stdout=subprocess.PIPE,

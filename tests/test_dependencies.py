@@ -52,7 +52,7 @@ def test_packages_keep_their_direction(folder: str) -> None:
     "name",
     [
         "messages.py", "slot_messages.py", "store_messages.py", "config.py", "placement.py", "codec.py",
-        "state/layout.py",
+        "privacy.py",        "state/layout.py",
     ],
 )  # fmt: skip
 def test_the_base_uses_the_standard_library_alone(name: str) -> None:
@@ -64,6 +64,7 @@ def test_the_base_uses_the_standard_library_alone(name: str) -> None:
             "elastic_ep.slot_messages",
             "elastic_ep.store_messages",
             "elastic_ep.placement",
+            "elastic_ep.privacy",
         }, module
 
 

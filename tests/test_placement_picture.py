@@ -46,6 +46,7 @@ def write_log(folder: Path, *, lose: bool) -> Path:
             feed(ev.Copied(order.member, order.ticket, order.logical + 1))
         feed(ev.MembersChanged((*all_four[:3], Member(3, 2))))
     log.close()
+    assert log.path
     return log.path
 
 

@@ -44,6 +44,7 @@ def log(tmp_path: Path) -> Path:
         events.record("routing", told, router.step(told))
     events.note("disturbance", kind="loss", epoch=2, rank=0, gap_s=0.02, beyond_s=0.01, steps=2.0)
     events.close()
+    assert events.path
     return events.path
 
 

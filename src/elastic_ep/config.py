@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from elastic_ep.codec import decode, encode
 from elastic_ep.placement import Placement
@@ -21,6 +22,14 @@ class EngineLimits:
     max_num_batched_tokens: int = 64
     page_size: int = PAGE_SIZE
     num_pages: int = 1024
+
+
+class EventLogMode(StrEnum):
+    """What of its clients' text a run writes down: none and no event either, none but all events, all."""
+
+    OFF = "off"
+    IDS = "ids"
+    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,10 @@ class ServeConfig:
     stop_deadline_s: float = 30.0
     fault_tolerance: bool = True
     log_dir: str = "runs"
+    event_log: EventLogMode | None = None
+    """None: `IDS`; without fault tolerance `OFF`."""
+    event_log_max_mb: int = 1024
+    """0: no limit."""
     log_level: str = "info"
     log_format: str = "console"
     seed: int = 0
@@ -122,6 +135,11 @@ class ServeConfig:
             _check_range("--num-gpu-blocks-override", self.num_pages, 1, 1 << 24)
         if self.ep_num_redundant_experts is not None:
             _check_range("--ep-num-redundant-experts", self.ep_num_redundant_experts, 0, 1 << 16)
+        _check_range("--event-log-max-mb", self.event_log_max_mb, 0, 1 << 30)
+        if not self.fault_tolerance and self.event_log not in (None, EventLogMode.OFF):
+            raise ConfigError(
+                f"--event-log {self.event_log}: there is no event log with --disable-fault-tolerance: leave one out"
+            )
         _check_choice("--log-level", self.log_level, LOG_LEVELS)
         _check_choice("--log-format", self.log_format, LOG_FORMATS)
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
@@ -134,6 +152,12 @@ class ServeConfig:
                 f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}: raise the first or lower "
                 "the second"
             )
+
+    @property
+    def event_log_mode(self) -> EventLogMode:
+        if self.event_log is not None:
+            return self.event_log
+        return EventLogMode.IDS if self.fault_tolerance else EventLogMode.OFF
 
     @property
     def log(self) -> LogConfig:

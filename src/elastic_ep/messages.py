@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from elastic_ep.placement import Change, Placement
+from elastic_ep.privacy import PRIVATE, TokenId
 from elastic_ep.slot_messages import (
     CopySlot,
     ExpertLoads,
@@ -187,7 +188,7 @@ class Heartbeat:
 
 
 class Bias(NamedTuple):
-    token: int
+    token: TokenId
     add: float
     """To its logit."""
 
@@ -209,7 +210,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[TokenId, ...] = ()
     logprobs: int | None = None
     min_tokens: int = 0
     logit_bias: tuple[Bias, ...] = ()
@@ -227,10 +228,10 @@ class Assign:
     """
 
     request_id: int
-    prompt: tuple[int, ...]
-    emitted: tuple[int, ...]
+    prompt: tuple[TokenId, ...]
+    emitted: tuple[TokenId, ...]
     params: SamplingParams
-    seed: int
+    seed: Annotated[int, PRIVATE]
     choice: int
     alone: int = 0
 
@@ -253,8 +254,8 @@ class Shutdown:
 
 
 class TopLogprob(NamedTuple):
-    token: int
-    logprob: float
+    token: TokenId
+    logprob: Annotated[float, PRIVATE]
 
 
 class Token(NamedTuple):
@@ -265,10 +266,10 @@ class Token(NamedTuple):
 
     request_id: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of a token
-    token: int
+    token: TokenId
     finish: str | None = None
-    logprob: float | None = None
-    top: tuple[TopLogprob, ...] = ()
+    logprob: Annotated[float | None, PRIVATE] = None
+    top: Annotated[tuple[TopLogprob, ...], PRIVATE] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from elastic_ep.codec import MalformedMessage, from_plain
-from elastic_ep.machines.registry import MACHINES
+from elastic_ep.codec import from_plain
+from elastic_ep.log_reader import Differs, Log, Unreadable
 from elastic_ep.machines.repair_events import MembersChanged, Replace
 from elastic_ep.messages import Member, PlacementChanged
 from elastic_ep.placement import Placement
-from elastic_ep.replay import Differs, Unreadable, checked_lines
 
 _CELL, _LEFT, _TOP, _GAP, _BOTTOM = 15, 34, 64, 46, 46
 _STYLE = (
@@ -101,21 +100,12 @@ def moments(path: Path) -> list[Moment]:
 
 def _heard(path: Path) -> Iterator[tuple[_Scene, MembersChanged | PlacementChanged]]:
     """Changes of members and of the placement, in their order, until the group stops."""
-    file = path / "events.jsonl" if path.is_dir() else path
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise Unreadable(f"{file}: {error.strerror}") from error
-    lines = checked_lines(data)
-    first = next(lines, None)
-    if first is None or "run" not in first[1]:
-        raise Unreadable(f"{file}: no first line that says what the run was")
-    try:
-        machine = MACHINES["repair"].build(first[1]["run"]["machines"]["repair"])
-    except (KeyError, MalformedMessage, TypeError) as error:
-        raise Unreadable(f"{file}: the first line does not describe the placement: {error!r}") from error
-    scene = _Scene(machine.placement)
-    for _, line in lines:
+    log = Log(path)
+    repair = log.machines().get("repair")
+    if repair is None:
+        raise Unreadable(f"{log.begins.where} does not describe the placement")
+    scene = _Scene(repair.placement, repair.members)
+    for line in (line.fields for line in log.lines()):
         if line.get("machine") == "membership" and ["GroupMoved", "Stopping"] in line["effects"]:
             return
         if line.get("machine") != "repair":
@@ -185,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="elastic_ep.placement_picture",
         description="Draw who held which expert around the first loss of a run.",
     )
-    parser.add_argument("run", type=Path, help="a run's folder, or its events.jsonl")
+    parser.add_argument("run", type=Path, help="a run's folder, or one file of its event log")
     parser.add_argument("--layer", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("placement.svg"))
     options = parser.parse_args(arguments)

@@ -8,29 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elastic_ep.codec import MalformedMessage, from_plain, to_plain
+from elastic_ep.codec import from_plain, to_plain
+from elastic_ep.log_reader import Differs, Line, Log, Unreadable
 from elastic_ep.machines.membership_events import GroupState, RankMoved
 from elastic_ep.machines.registry import MACHINES
+from elastic_ep.machines.snapshot import capture
+from elastic_ep.machines.snapshot import to_plain as state_to_plain
 from elastic_ep.messages import Member, RankState
+from elastic_ep.privacy import without_text
 
 SAME, DIFFERS, UNREADABLE = 0, 1, 2
-
-
-class Unreadable(Exception):
-    """There is no log to replay."""
-
-
-class Differs(Exception):
-    """A line is not what the run wrote, or not what the machines say."""
-
-    def __init__(self, number: int, why: str) -> None:
-        super().__init__(f"line {number}: {why}")
 
 
 @dataclass
@@ -67,6 +59,8 @@ class Timeline:
     began_ns: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     cut_off: bool = False
+    segment: int = 1
+    """The number of the first file that was left."""
     losses: list[Loss] = field(default_factory=list)
     epoch: int = 0
     members: frozenset[tuple[int, int]] = frozenset()
@@ -82,56 +76,63 @@ class Timeline:
 
 
 def replay(path: Path) -> Timeline:
-    """The timeline of the log at `path` (a file, or the folder of a run). Raises `Unreadable`, `Differs`."""
-    file = path / "events.jsonl" if path.is_dir() else path
+    """The timeline of the log at `path` (the folder of a run, or a file of it). Raises `Unreadable`, `Differs`."""
+    log = Log(path)
+    machines = log.machines()
+    timeline = _timeline(log, machines)
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise Unreadable(f"{file}: {error.strerror}") from error
-    timeline = Timeline(cut_off=not data.endswith(b"\n"))
-    lines = checked_lines(data)
-    first = next(lines, None)
-    if first is None or "run" not in first[1]:
-        raise Unreadable(f"{file}: no first line that says what the run was")
-    timeline.began_ns = first[1]["t_ns"]
-    try:
-        machines = {name: MACHINES[name].build(plain) for name, plain in first[1]["run"]["machines"].items()}
-    except (KeyError, MalformedMessage, TypeError, ValueError) as error:
-        raise Unreadable(f"{file}: the first line does not describe the machines: {error!r}") from error
-    for number, line in lines:
-        if "machine" in line:
-            _step(machines, number, line)
-        _tell(timeline, line)
+        for line in log.lines():
+            if "machine" in line.fields:
+                _step(machines, line, without_text if log.private else to_plain)
+            elif "run" in line.fields:
+                _compare_states(machines, line)
+            try:
+                _tell(timeline, line.fields)
+            except (IndexError, KeyError, TypeError, ValueError) as error:
+                raise Differs(f"{line.where}: it is no line of a log: {error!r}") from error
+    except Differs as error:
+        raise Differs(f"{error}{log.of_another_version}") from error
+    timeline.cut_off = log.cut_off
     return timeline
 
 
-def checked_lines(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, line) of every whole line. Raises `Differs` where a byte is not what was written."""
-    checksum = 0
-    for index, raw in enumerate(data.split(b"\n")[:-1]):
-        body, found, end = raw.rpartition(b',"crc":')
-        checksum = zlib.crc32(body + b"}", checksum)
-        if not found or end != b"%d}" % checksum:
-            raise Differs(
-                index + 1, "the checksum does not match: this line was changed, or one before it is missing"
-            )
-        line: dict[str, Any] = json.loads(raw)
-        if line["n"] != index:
-            raise Differs(index + 1, f"its number is {line['n']}, expected {index}")
-        yield index + 1, line
+def _timeline(log: Log, machines: dict[str, Any]) -> Timeline:
+    began_ns = log.run.get("began_ns", log.begins.fields["t_ns"])
+    timeline = Timeline(began_ns=began_ns, segment=log.segment)
+    if membership := machines.get("membership"):
+        view = membership.view
+        timeline.epoch, timeline.parked = view.epoch, view.park_at is not None
+        timeline.members = frozenset((seat.rank, seat.incarnation) for seat in view.seats)
+        timeline.stopping = membership.stopping
+    return timeline
 
 
-def _step(machines: dict[str, Any], number: int, line: dict[str, Any]) -> None:
-    name = line["machine"]
+def _step(machines: dict[str, Any], line: Line, plain: Callable[[Any], Any]) -> None:
+    """`plain` is what the log made of effects: of a text that is not there a machine says nothing either."""
+    name, heard = line.fields["machine"], line.fields.get("heard")
     try:
-        event = from_plain(line["heard"], MACHINES[name].event)
-        effects = [to_plain(effect) for effect in machines[name].step(event)]
+        event = from_plain(heard, MACHINES[name].event)
+        effects = [plain(effect) for effect in machines[name].step(event)]
     except Exception as error:  # a forged event may break a machine in any way, and it is this line's fault
-        raise Differs(number, f"{name} cannot take {json.dumps(line['heard'])}: {error!r}") from error
-    now, logged = json.dumps(effects), json.dumps(line["effects"])  # as text, in which 1 is not true
+        raise Differs(f"{line.where}: {name} cannot take {json.dumps(heard)}: {error!r}") from error
+    now, logged = (
+        json.dumps(effects),
+        json.dumps(line.fields.get("effects")),
+    )  # as text, in which 1 is not true
     if now != logged:
-        heard = json.dumps(line["heard"])
-        raise Differs(number, f"{name} on {heard}\n  log:    {logged}\n  replay: {now}")
+        raise Differs(f"{line.where}: {name} on {json.dumps(heard)}\n  log:    {logged}\n  replay: {now}")
+
+
+def _compare_states(machines: dict[str, Any], line: Line) -> None:
+    """A later file tells the machines' states as they were when it began."""
+    for name, logged in line.fields.get("states", {}).items():
+        now = json.loads(json.dumps(state_to_plain(capture(machines[name]))))
+        for part in now.keys() | logged.keys():
+            if now.get(part) != logged.get(part):
+                told, found = json.dumps(logged.get(part)), json.dumps(now.get(part))
+                raise Differs(
+                    f"{line.where}: state of {name}, {part}\n  log:    {told[:500]}\n  replay: {found[:500]}"
+                )
 
 
 def _tell(timeline: Timeline, line: dict[str, Any]) -> None:
@@ -207,7 +208,7 @@ def _tell_view(timeline: Timeline, t_ns: int, view: list[Any], cause: str) -> No
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m elastic_ep.replay", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run, or its events.jsonl")
+    parser.add_argument("run", type=Path, help="folder of a run, or one file of its event log")
     parser.add_argument("--quiet", action="store_true", help="no timeline")
     options = parser.parse_args(arguments)
     try:
@@ -222,6 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join([*timeline.lines, *map(str, timeline.losses)]))
     totals = ", ".join(f"{amount} {what}" for what, amount in timeline.counts.items())
     print(f"same: every effect came out as logged. {totals}")
+    if timeline.segment > 1:
+        print(f"it begins with file {timeline.segment} of the run, and so do these figures")
     if timeline.cut_off:
         print("the log is cut off in mid-line; it was read up to there")
     return SAME

@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from elastic_ep import logs
-from elastic_ep.config import LOG_FORMATS, LOG_LEVELS, ConfigError, LogConfig, ServeConfig
+from elastic_ep.config import LOG_FORMATS, LOG_LEVELS, ConfigError, EventLogMode, LogConfig, ServeConfig
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "model"
 FAILED = 1
@@ -89,11 +89,23 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
         help="no death watch, no heartbeats, no hang detection, no event log: to measure what they cost",
     )
     add("--log-dir", default="runs", help="where each run's event log goes")
+    add(
+        "--event-log",
+        choices=[mode.value for mode in EventLogMode],
+        help="ids (if not given): all events without text and tokens; full: prompts and answers too; off: none",
+    )
+    add(
+        "--event-log-max-mb",
+        type=int,
+        default=1024,
+        help="what a run's event log may take on the disk; its oldest part is deleted. 0: no limit",
+    )
     add("--log-level", choices=LOG_LEVELS, default="info", help="of the lines on stderr, of all processes")
     add("--log-format", choices=LOG_FORMATS, default="console", help="json: one object a line")
     add("--seed", type=int, default=0)
     options = vars(parser.parse_args(arguments))
     options["api_key"] = tuple(options["api_key"])
+    options["event_log"] = EventLogMode(options["event_log"]) if options["event_log"] else None
     return ServeConfig(**options)
 
 

@@ -12,11 +12,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import structlog
@@ -28,7 +29,7 @@ from elastic_ep.api.app import serve as serve_http
 from elastic_ep.api.backend import LossCause
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings, SamplingDefaults
-from elastic_ep.config import ConfigError, ServeConfig
+from elastic_ep.config import ConfigError, EventLogMode, ServeConfig
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.device_guard import DeviceGuard
 from elastic_ep.control.launcher import ForkServerFailed, Launcher, LauncherOptions
@@ -140,7 +141,8 @@ class RunProcess:
             stack.callback(self._controller.ledger.close)
             processes.launcher, processes.controller = self._launcher, self._controller
             rebalancer = self._make_rebalancer()
-            self._log.begin(self._first_line())
+            machines = self._machines()
+            self._log.begin(self._first_line(machines), machines)
             pages = self._plan.limits.num_pages
             backend = GroupBackend(self._controller, self._router, rebalancer, self._metrics, pages)
             http = await self._listen(backend)
@@ -194,7 +196,7 @@ class RunProcess:
         key = "-H 'Authorization: Bearer YOUR_KEY' " if self._config.api_key else ""
         curl = f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' {key}-d '{body}'"
         print(f"serving {self._plan.name} on {self._config.ranks} ranks at {url}   try: {curl}")
-        print(f"events: {self._log.path}", flush=True)
+        print(f"events: {self._log.path or 'off'}", flush=True)
 
     async def _stop_gracefully(self) -> None:
         """Drain, then ask, then force; every phase has a deadline."""
@@ -246,12 +248,14 @@ class RunProcess:
             os.close(fd)
 
     def _open_log(self) -> EventLog:
+        config = self._config
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = Path(config.log_dir) / run_id if config.event_log_mode is not EventLogMode.OFF else None
+        soon = asyncio.get_running_loop().call_soon
         try:
-            folder = Path(self._config.log_dir) / run_id
-            return EventLog(folder, recording=self._config.fault_tolerance)
+            return EventLog(folder, config.event_log_mode, max_bytes=config.event_log_max_mb << 20, soon=soon)
         except OSError as error:
-            raise ConfigError(f"--log-dir {self._config.log_dir}: {error.strerror}") from error
+            raise ConfigError(f"--log-dir {config.log_dir}: {error.strerror}") from error
 
     def _make_router(self, wire: ControllerWire) -> Router:
         seats = self._plan.limits.max_num_seqs
@@ -279,6 +283,7 @@ class RunProcess:
             metrics=self._metrics,
             on_change=_nothing,
             pulse_s=deadline_ms / 1000 / PULSES_PER_DEADLINE,
+            paced=self._config.fault_tolerance,
         )
 
     def _make_rebalancer(self) -> Rebalancer:
@@ -292,13 +297,19 @@ class RunProcess:
         self._controller.on_step = rebalancer.step_seen
         return rebalancer
 
-    def _first_line(self) -> dict[str, object]:
+    def _machines(self) -> dict[str, Any]:
+        """Those whose events are logged."""
+        return {
+            "membership": self._controller.machine,
+            "progress": self._controller.progress,
+            "routing": self._router.machine,
+            "repair": self._controller.repair,
+        }
+
+    def _first_line(self, machines: Mapping[str, Any]) -> dict[str, object]:
         shown = {**asdict(self._config), "api_key": len(self._config.api_key), "device": self._plan.device}
-        machines = arguments(
-            self._controller.machine, self._controller.progress, self._router.machine, self._controller.repair
-        )
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        return {"version": version(), "started": started, "config": shown, "machines": machines}
+        return {"version": version(), "started": started, "config": shown, "machines": arguments(**machines)}
 
     async def _listen(self, backend: GroupBackend) -> HttpServer:
         settings = ApiSettings(

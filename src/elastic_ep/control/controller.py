@@ -50,6 +50,7 @@ from elastic_ep.messages import (
     StepReport,
     View,
 )
+from elastic_ep.privacy import masked
 from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet
 
 log = structlog.get_logger()
@@ -102,6 +103,8 @@ class Controller:
     on_change: Callable[[], None]
     """Something that the operator sees has changed."""
     pulse_s: float = 0.1
+    paced: bool = True
+    """Stalls are measured."""
 
     facts: dict[Member, RankFacts] = field(default_factory=dict)
     on_step: Callable[[int], None] = lambda _step: None
@@ -204,6 +207,8 @@ class Controller:
         What it had is computed elsewhere, so nothing is lost with the message.
         """
         log.error("protocol error", rank=None if member is None else str(member), why=why)
+        if self.log.private:
+            why = masked(why)
         self.log.note("protocol_error", member=member, why=why)
         slot = self.machine.slots.get(member.rank) if member else None
         if member is not None and slot is not None and slot.member == member:
@@ -373,11 +378,11 @@ class Controller:
         )
 
     def _on_rank_report(self, member: Member, report: RankReport) -> None:
-        reported = ev.Reported(member, report.state, report.reason, report.suspects)
+        reported = ev.Reported(member, report.state, self._reason(member, report), report.suspects)
         if report.suspects:
             self.router.handle(routing.Blamed(member, report.suspects))
         if report.state is RankState.FAILED:
-            self._blame(member, LossCause.EXCEPTION, report.reason)
+            self._blame(member, LossCause.EXCEPTION, self._reason(member, report))
         if report.state in _STARTING:
             self.processes.hold(member)
         if report.state is not RankState.JOINING:
@@ -395,6 +400,12 @@ class Controller:
 
         self.processes.when_free(member.rank, joining)
 
+    def _reason(self, member: Member, report: RankReport) -> str:
+        """What a rank that has had requests says of its failure may quote them; its own line on stderr has it whole."""
+        slot = self.machine.slots[member.rank]
+        served = slot.member == member and slot.state in (RankState.SERVING, RankState.DRAINING)
+        return masked(report.reason) if served and self.log.private else report.reason
+
     def _on_step_report(self, member: Member, report: StepReport) -> None:
         facts = self._known(member)
         facts.running, facts.waiting, facts.step = report.running, report.waiting, report.step
@@ -405,7 +416,8 @@ class Controller:
             times = {"ended_ns": report.ended_ns, "mask_ns": report.mask_ns}
             self.log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked, **times)
             self._suspect(report)
-        self.pace.step_reported(report)
+        if self.paced:
+            self.pace.step_reported(report)
         self.on_step(report.step)
         if report.tokens:
             committed = (member, report.tokens, report.step, report.started_ns, report.ended_ns)

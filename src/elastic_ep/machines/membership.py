@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines.contract import Tick
@@ -29,13 +29,14 @@ STEP_GAP_AFTER_TOTAL_LOSS = 100_000
 _STARTING = (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
 
 
-@dataclass
+@dataclass(eq=False)
 class MembershipMachine:
     """Feed it with `step`; `view` and `slots` may be read."""
 
     num_ranks: int
     placement: Placement
     config: MembershipConfig = field(default_factory=MembershipConfig)
+    transient: ClassVar = frozenset({"_effects", "_handlers"})
 
     def __post_init__(self) -> None:
         self.view = View(epoch=0, seats=())

@@ -7,6 +7,7 @@ not do: it sends no heartbeat, or everybody waits for it while it waits for nobo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from elastic_ep.messages import Heartbeat, Member
 
@@ -48,9 +49,10 @@ class _Seen:
     """When its processor time last grew."""
 
 
-@dataclass
+@dataclass(eq=False)
 class ProgressMachine:
     config: ProgressConfig = field(default_factory=ProgressConfig)
+    transient: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         self.seen: dict[Member, _Seen] = {}

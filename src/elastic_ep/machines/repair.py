@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from elastic_ep.machines import repair_events as ev
 from elastic_ep.machines.contract import Tick, UnexpectedEvent
@@ -48,12 +48,13 @@ class Pursuit:
     made: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class RepairMachine:
     """Feed it with `step`; `placement` may be read."""
 
     placement: Placement
     config: RepairConfig = field(default_factory=RepairConfig)
+    transient: ClassVar = frozenset({"_changes", "_effects", "_handlers", "_stirred"})
 
     def __post_init__(self) -> None:
         self.members: frozenset[Member] = frozenset()

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from elastic_ep.machines import routing_events as ev
 from elastic_ep.machines.contract import UnexpectedEvent
@@ -25,7 +25,7 @@ from elastic_ep.machines.tables import TableMachine
 from elastic_ep.messages import Cancel, FailureCode, Member, Token
 
 
-@dataclass
+@dataclass(eq=False)
 class RoutingMachine:
     """Feed it with `step`; everything without an underscore may be read.
 
@@ -34,6 +34,7 @@ class RoutingMachine:
     """
 
     config: RoutingConfig
+    transient: ClassVar = frozenset({"_effects", "_handlers"})
 
     def __post_init__(self) -> None:
         self.requests: dict[int, Request] = {}

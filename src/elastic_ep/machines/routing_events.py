@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.membership_events import StopRequested, WorkBegan, WorkEnded
 from elastic_ep.messages import Assign, Cancel, FailureCode, Member, SamplingParams, Token
+from elastic_ep.privacy import PRIVATE, TokenId
 
 __all__ = [
     "Blamed", "CancelRequested", "DeadlinePassed", "Deliver", "Drained", "Effect", "Event", "Failed", "Fault",
@@ -67,9 +69,9 @@ class NewRequest:
     """What a client wants; `request_id` was never used before. `params.max_tokens` is at least 1."""
 
     request_id: int
-    prompt: tuple[int, ...]
+    prompt: tuple[TokenId, ...]
     params: SamplingParams
-    seed: int
+    seed: Annotated[int, PRIVATE]
     choice: int
 
 
@@ -134,7 +136,7 @@ class Failed:
     member: Member
     request_id: int
     code: FailureCode
-    reason: str
+    reason: Annotated[str, PRIVATE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ class Finish:
     request_id: int
     reason: str
     code: FailureCode | None = None
-    detail: str = ""
+    detail: Annotated[str, PRIVATE] = ""
 
 
 @dataclass(frozen=True, slots=True)

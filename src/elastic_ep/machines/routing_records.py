@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from elastic_ep.machines import routing_events as ev
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.messages import Assign, Member
+from elastic_ep.privacy import TokenId
 
 
 @dataclass(slots=True)
@@ -16,7 +17,7 @@ class Request:
     asked: ev.NewRequest
     life: TableMachine
     owner: Member | None = None
-    emitted: list[int] = field(default_factory=list)
+    emitted: list[TokenId] = field(default_factory=list)
     emitted_before: int = 0
     """Length of `emitted` when its owner got it."""
     fruitless: int = 0
