@@ -103,7 +103,7 @@ def _timeline(log: Log, machines: dict[str, Any]) -> Timeline:
         view = membership.view
         timeline.epoch, timeline.parked = view.epoch, view.park_at is not None
         timeline.members = frozenset((seat.rank, seat.incarnation) for seat in view.seats)
-        timeline.stopping = membership.stopping
+        timeline.asked_to_stop = {slot.member for slot in membership.slots.values() if slot.told_to_stop}
     return timeline
 
 

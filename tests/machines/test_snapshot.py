@@ -53,7 +53,7 @@ UNDER_HYPOTHESIS: dict[str, list[Callable[[], None]]] = {
 
 
 def _run(machine: Any) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine, settings=settings(max_examples=25, stateful_step_count=50, deadline=None)
     )
 
@@ -146,11 +146,14 @@ def parts(plain: Any) -> Iterator[tuple[Any, Any]]:
             yield from parts(value)
 
 
+FORGED: list[Any] = [{}, [], "x", 1 << 40, None, {"Popen": ["x"]}, {"Again": [99]}, {"RankState": "x"}]
+
+
 def test_a_forged_state_is_refused_or_is_a_state() -> None:
     """Whatever is changed in it: nothing but the one exception, and no other code than the machines'."""
     plain = through_json(state_to_plain(capture(routed())))
     for place in range(sum(1 for _ in parts(plain))):
-        for forged in ({}, [], "x", 1 << 40, None, {"Popen": ["x"]}, {"Again": [99]}, {"RankState": "x"}):
+        for forged in FORGED:
             changed = through_json(plain)
             container, key = list(parts(changed))[place]
             container[key] = forged

@@ -346,7 +346,7 @@ class Controller:
             case ev.NothingWillServe(reason) | ev.StartFailed(reason):
                 if isinstance(effect, ev.StartFailed):
                     self.ledger.start_failed()
-                self.router.handle(routing.NothingWillServe(reason))
+                self.router.handle(ev.NothingWillServe(reason))
                 self.over.set()
             case ev.AllStopped():
                 self.stopped.set()

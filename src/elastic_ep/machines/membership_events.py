@@ -232,7 +232,10 @@ class GroupMoved:
 
 @dataclass(frozen=True, slots=True)
 class NothingWillServe:
-    """The group cannot serve, and nothing that it does by itself will change that. Said once; the run is over."""
+    """The group cannot serve, and nothing that it does by itself will change that. Said once; the run is over.
+
+    The routing machine hears it too: all requests fail then, and nothing is admitted any more.
+    """
 
     reason: str
 

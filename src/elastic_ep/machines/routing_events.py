@@ -1,7 +1,7 @@
 """What goes into the routing machine and what comes out of it.
 
-`StopRequested`, `WorkBegan` and `WorkEnded` are the membership machine's own: one event stops both machines,
-and what the router says about work is what the membership machine hears.
+`StopRequested`, `WorkBegan`, `WorkEnded` and `NothingWillServe` are the membership machine's own: one event stops both
+machines, and what one of them says is what the other hears.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.membership_events import StopRequested, WorkBegan, WorkEnded
+from elastic_ep.machines.membership_events import NothingWillServe, StopRequested, WorkBegan, WorkEnded
 from elastic_ep.messages import Assign, Cancel, FailureCode, Member, SamplingParams, Token
 from elastic_ep.privacy import PRIVATE, TokenId
 
@@ -149,13 +149,6 @@ class Blamed:
 
     member: Member
     request_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NothingWillServe:
-    """No rank will ever compute anything again: all requests fail now, and nothing is admitted any more."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,7 @@ def restore(machine: Any, plain: dict[str, Any]) -> None:
     builder = _Builder()
     try:
         state = {name: builder.build(value) for name, value in plain.items()}
-    except (IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise MalformedState(f"{type(machine).__name__}: {error!r}") from error
     vars(machine).update(state)
 
@@ -241,9 +241,13 @@ def _table_machine(table: str, state: dict[str, Any]) -> TableMachine:
 
 @cache
 def _classes() -> dict[str, type]:
-    """What a state may consist of, by name."""
-    found = [value for value in _public() if isinstance(value, type)]
-    return {cls.__name__: cls for cls in found if is_dataclass(cls) or issubclass(cls, Enum | tuple)}
+    """What a state may consist of, by name. Raises TypeError if two things have one name."""
+    types = {value for value in _public() if isinstance(value, type)}
+    found = [cls for cls in types if is_dataclass(cls) or issubclass(cls, Enum | tuple)]
+    by_name = {cls.__name__: cls for cls in found}
+    if len(by_name) < len(found):
+        raise TypeError(f"two types of one name: {sorted(cls.__name__ for cls in found)}")
+    return by_name
 
 
 @cache
