@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.bound import run
 
-CONFTEST = Path(__file__).parent / "conftest.py"
+PLUGIN = Path(__file__).parent / "skip_plugin.py"
 LACKING = [
     "Mooncake is not installed: pip install something",
     "could not import 'transformers'",
@@ -27,7 +27,7 @@ def test_{n}_not_imported(): pytest.importorskip('there_is_none', reason={reason
 
 
 def test_what_is_skipped_for_want_of_something_fails(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text(CONFTEST.read_text())
+    (tmp_path / "conftest.py").write_text(PLUGIN.read_text())
     tests = [WAYS.format(n=n, reason=reason) for n, reason in enumerate([*LACKING, *ELSEWHERE])]
     (tmp_path / "test_skipped.py").write_text("\n".join(["import pytest", *tests]))
     words = ["-q", "-rA", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", "--strict-skips", str(tmp_path)]
