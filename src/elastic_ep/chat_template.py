@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -41,6 +42,18 @@ class ChatTemplateError(ValueError):
     """The messages could not be turned into a prompt; the text says why."""
 
 
+class CannotContinue(ChatTemplateError):
+    """The last message cannot be gone on with."""
+
+
+class PromptTooLong(ChatTemplateError):
+    """A template makes more of this than was allowed; rendering ended after `characters`."""
+
+    def __init__(self, characters: int) -> None:
+        super().__init__(f"The chat template makes more than {characters} characters of this.")
+        self.characters = characters
+
+
 class ChatTemplate:
     """One compiled template."""
 
@@ -55,6 +68,11 @@ class ChatTemplate:
         except (SyntaxError, RecursionError, jinja2.TemplateError) as error:
             raise ValueError(f"does not parse: {_reason(error)}") from error
         self._source = source
+
+    def uses(self, variable: str) -> bool:
+        """Does it look at `variable` of those that it is given?"""
+        tree = self._template.environment.parse(self._source)
+        return variable in jinja2.meta.find_undeclared_variables(tree)
 
     def render(
         self,
@@ -72,7 +90,7 @@ class ChatTemplate:
         Raises `ChatTemplateError`.
         """
         if continue_final_message and add_generation_prompt:
-            raise ChatTemplateError(
+            raise CannotContinue(
                 "'continue_final_message' and 'add_generation_prompt' exclude each other: the first goes on with the "
                 "last message, the second begins a new one."
             )
@@ -97,16 +115,12 @@ class ChatTemplate:
     def _mark_end(self, chat: list[dict[str, Any]]) -> str:
         """Mark the end of the final message's text in `chat`, and return that text. Raises `ChatTemplateError`."""
         if not chat:
-            raise ChatTemplateError("'continue_final_message' needs a message to go on with.")
+            raise CannotContinue("'continue_final_message' needs a message to go on with.")
         content = chat[-1].get("content")
         if content is None:
-            raise ChatTemplateError(
-                "'continue_final_message': the last message has no content to go on with."
-            )
+            raise CannotContinue("'continue_final_message': the last message has no content to go on with.")
         if "content" not in self._source:
-            raise ChatTemplateError(
-                "'continue_final_message': this chat template shows no content of messages."
-            )
+            raise CannotContinue("'continue_final_message': this chat template shows no content of messages.")
         if not isinstance(content, (list, tuple)):
             chat[-1]["content"] = content + _END_MARK
             return str(content)
@@ -116,7 +130,7 @@ class ChatTemplate:
                 marked = {**content[place], "text": text + _END_MARK}
                 chat[-1]["content"] = [*content[:place], marked, *content[place + 1 :]]
                 return text
-        raise ChatTemplateError("'continue_final_message': the last message has no text to go on with.")
+        raise CannotContinue("'continue_final_message': the last message has no text to go on with.")
 
 
 class ChatTemplates:
@@ -181,14 +195,14 @@ def _join(pieces: Any, max_characters: int | None) -> str:
         taken.append(piece)
         length += len(piece)
         if max_characters is not None and length > max_characters:
-            raise ChatTemplateError(f"The chat template makes more than {max_characters} characters of this.")
+            raise PromptTooLong(length)
     return "".join(taken)
 
 
 def _cut_at_mark(prompt: str, continued: str) -> str:
     mark = _END_MARK.rstrip()
     if continued.strip() not in prompt or mark not in prompt:
-        raise ChatTemplateError(
+        raise CannotContinue(
             "'continue_final_message': the chat template does not show the last message as it is, so it cannot be "
             "gone on with."
         )

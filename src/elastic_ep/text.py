@@ -12,13 +12,20 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from elastic_ep.chat_template import RESERVED, ChatTemplateError, ChatTemplates
+from elastic_ep.chat_template import (
+    RESERVED,
+    CannotContinue,
+    ChatTemplate,
+    ChatTemplateError,
+    ChatTemplates,
+    PromptTooLong,
+)
 from elastic_ep.content_form import ContentForm
 from elastic_ep.detokenize import ByteDetokenizer, Detokenizer, EdgedDetokenizer, WindowDetokenizer
 from elastic_ep.spelling import read_spelling, token_names
 from elastic_ep.tokenizer_files import read_tokenizer
 
-__all__ = ["ChatTemplateError", "Text"]
+__all__ = ["CannotContinue", "ChatTemplateError", "PromptTooLong", "Text"]
 _CONTEXT = 16
 """Tokens of a prompt that a decoder which looks at neighbours gets to see."""
 
@@ -145,13 +152,7 @@ class Text:
             raise ChatTemplateError(
                 f"The chat template gets {', '.join(sorted(taken))} from the request itself."
             )
-        if self._template is None:
-            if chat_template is None:
-                raise ChatTemplateError("This model has no chat template. Use /v1/completions instead.")
-            templates = ChatTemplates({})
-        else:
-            templates = self._template
-        return templates.choose(chat_template, with_tools=tools is not None).render(
+        return self._choose(chat_template, with_tools=tools is not None).render(
             messages,
             tools=tools,
             documents=documents,
@@ -160,6 +161,15 @@ class Text:
             variables={**self._special_tokens, **given},
             max_characters=max_characters,
         )
+
+    def template_uses(self, variable: str, chat_template: str | None = None) -> bool:
+        """Whether the template that `render_chat` would choose looks at `variable`. Raises `ChatTemplateError`."""
+        return self._choose(chat_template).uses(variable)
+
+    def _choose(self, wanted: str | None, *, with_tools: bool = False) -> ChatTemplate:
+        if self._template is None and wanted is None:
+            raise ChatTemplateError("This model has no chat template. Use /v1/completions instead.")
+        return (self._template or ChatTemplates({})).choose(wanted, with_tools=with_tools)
 
     def _decode_at_once(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)

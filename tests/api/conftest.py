@@ -11,6 +11,7 @@ from elastic_ep.api.app import READING, Server, create_app, serve
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings
 from elastic_ep.api.text_worker import TextWorker
+from elastic_ep.text import Text
 
 from .fakes import MODEL, FakeBackend, sample_text
 
@@ -46,13 +47,13 @@ def settings(**changes: Any) -> ApiSettings:
 
 @pytest.fixture
 async def start(anyio_backend: str) -> AsyncIterator[Start]:
-    """Starts servers: `await start(backend, **settings)`."""
+    """Starts servers: `await start(backend, text, **settings)`. The process for large bodies has the usual text."""
     closing = []
 
-    async def begin(backend: FakeBackend | None = None, **changes: Any) -> Running:
+    async def begin(backend: FakeBackend | None = None, text: Text | None = None, **changes: Any) -> Running:
         backend = backend or FakeBackend()
         metrics = Metrics()
-        app = create_app(backend, settings(**changes), sample_text(), metrics, sample_text)
+        app = create_app(backend, settings(**changes), text or sample_text(), metrics, sample_text)
         server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
         http = aiohttp.ClientSession()
         closing.append((server, http))

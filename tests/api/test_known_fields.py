@@ -122,6 +122,7 @@ OTHERS: dict[str, Any] = {
     "add_special_tokens": {COMPLETIONS: False, CHAT: True},
     "add_generation_prompt": False,
     "chat_template_kwargs": {"style": "short"},
+    "documents": [{"title": "One", "text": "Anna"}],
 }
 """A valid value that is not the default. For other fields: anything will do, as none must pass unseen."""
 BESIDE: dict[str, dict[str, Any]] = {
@@ -157,7 +158,7 @@ def sensitive_text() -> Text:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
     )
-    return Text(tokenizer, TEMPLATE + "{{ style }}", {"eos_token": "<|im_end|>"})
+    return Text(tokenizer, TEMPLATE + "{{ style }}{{ documents }}", {"eos_token": "<|im_end|>"})
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_ep.api import unsupported
+from elastic_ep.api.conversation import prompt_fields
 from elastic_ep.api.errors import prompt_too_long
 from elastic_ep.api.fields import (
     Boolean,
@@ -29,7 +30,6 @@ from elastic_ep.api.fields import (
 from elastic_ep.api.settings import SAMPLING_KINDS, ApiSettings, SamplingDefaults
 from elastic_ep.messages import Bias
 
-_TEXT_PART = Object((Field("type", OneOf(("text",)), required=True), Field("text", String(), required=True)))
 _MOST_TOKEN_IDS = 1024
 _BIAS = Number(-100.0, 100.0)
 _STOP_STRINGS = ListOf(String(min_length=1, max_length=256), max_items=16, or_single=True)
@@ -77,19 +77,6 @@ class Prompt:
         texts = ListOf(String(), 1, self.max_prompts).schema()
         many = {"type": "array", "items": tokens, "minItems": 1, "maxItems": self.max_prompts}
         return {"anyOf": [String().schema(), texts, tokens, many]}
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """A message's content: a string, or OpenAI's list of text parts joined to one."""
-
-    def read(self, value: Any, param: str) -> str:
-        if isinstance(value, list):
-            return "".join(part["text"] for part in ListOf(_TEXT_PART).read(value, param))
-        return String().read(value, param)
-
-    def schema(self) -> Schema:
-        return {"anyOf": [{"type": "string"}, ListOf(_TEXT_PART).schema()]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,31 +194,13 @@ def completion_fields(settings: ApiSettings) -> tuple[Field, ...]:
     )
 
 
-_MESSAGE = Object(
-    (
-        Field("role", String(min_length=1, max_length=64), required=True),
-        Field("content", Content(), ""),
-        Field("name", String()),
-        Field("reasoning_content", String()),
-        Field("tool_calls", OneOf(([],), "the model is not told of tools")),
-    )
-)
-
-
 def chat_fields(settings: ApiSettings) -> tuple[Field, ...]:
     return (
-        Field("messages", ListOf(_MESSAGE, min_items=1, max_items=settings.max_model_len), required=True),
+        *prompt_fields(settings),
         *_common_fields(settings),
         Field("max_completion_tokens", Integer(1, 2**31 - 1)),
         Field("logprobs", Boolean(), False),
         Field("top_logprobs", Integer(0, settings.max_logprobs), 0),
-        Field("add_generation_prompt", Boolean(), True),
-        Field("add_special_tokens", Boolean(), False),
-        Field("chat_template_kwargs", Object()),
-        Field("tools", OneOf(([],), "the model is not told of tools")),
-        Field("documents", OneOf(([],), "the template is not given documents")),
-        Field("chat_template", OneOf(("",), "the template is the model's own")),
-        Field("continue_final_message", OneOf((False,), "every message is closed")),
         Field(
             "return_prompt_token_ids", Boolean(), False, about="SGLang's: prompt_token_ids are in the answer."
         ),

@@ -6,11 +6,13 @@ This is the path every generated token takes through the run process, so it is k
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from time import monotonic
 
 from elastic_ep.api.backend import Backend, Stream
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.requests import Job, Output
+from elastic_ep.api.spelled import SpelledToken
 from elastic_ep.messages import Token
 from elastic_ep.stop_strings import StopStrings
 from elastic_ep.text import Text
@@ -25,18 +27,24 @@ class ChoiceReader:
     """
 
     __slots__ = (
-        "_include_stop", "_min_tokens", "_push", "_rest", "_stops", "finish", "generated", "keep_tokens", "tokens",
+        "_include_stop", "_length", "_min_tokens", "_peek", "_push", "_rest", "_stops", "_text", "finish",
+        "generated", "keep_tokens", "tokens",
     )  # fmt: skip
 
-    def __init__(self, text: Text, output: Output) -> None:
-        detokenizer = text.detokenizer(skip_special_tokens=output.skip_special_tokens)
+    def __init__(self, text: Text, output: Output, prompt: Sequence[int] = ()) -> None:
+        """The text goes on from that of `prompt`."""
+        detokenizer = text.detokenizer(prompt, skip_special_tokens=output.skip_special_tokens)
+        self._text = text
+        self._length = 0
+        """Characters of the tokens so far, those of stop strings included."""
+        self._peek = detokenizer.peek
         self._push = detokenizer.push
         self._rest = detokenizer.finish
         self._include_stop = output.include_stop
         self._stops = StopStrings(output.stop, include=output.include_stop) if output.stop else None
         self._min_tokens = output.min_tokens
         self.keep_tokens = output.logprobs is not None or output.token_ids
-        self.tokens: list[Token] = []
+        self.tokens: list[SpelledToken] = []
         self.generated = 0
         self.finish: str | None = None
 
@@ -46,10 +54,11 @@ class ChoiceReader:
         for token in batch:
             self.generated += 1
             if self.keep_tokens:
-                self.tokens.append(token)
+                self.tokens.append(self._spell(token))
             if token.finish is not None:
                 return shown + self._end(token, token.finish)
             piece = self._push(token.token)
+            self._length += len(piece)
             if self._stops is not None and self.generated > self._min_tokens:
                 piece, found = self._stops.push(piece)
                 if found:
@@ -57,6 +66,13 @@ class ChoiceReader:
                     return shown + piece
             shown += piece
         return shown
+
+    def _spell(self, token: Token) -> SpelledToken:
+        top = tuple(self._bytes(one.token) for one in token.top)
+        return SpelledToken(token, self._bytes(token.token), top, self._length)
+
+    def _bytes(self, token: int) -> bytes:
+        return self._text.token_bytes(token) if self._text.is_special(token) else self._peek(token)
 
     def _end(self, token: Token, finish: str) -> str:
         # The token that ended the sequence is not part of the text unless asked for; one at the length limit is.

@@ -62,8 +62,8 @@ class OpenAiHandlers:
         self._metrics = metrics
         self._reading = reading
         self._unknown = UnknownNames()
-        self._completion = CompletionShape(text)
-        self._chat = ChatShape(text)
+        self._completion = CompletionShape()
+        self._chat = ChatShape()
         self._created = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -111,16 +111,7 @@ class OpenAiHandlers:
         # for it any longer.
         try:
             self._metrics.prompt_tokens(sum(len(part.prompt) for part in job.parts))
-            runs = [
-                _Run(
-                    index,
-                    stream,
-                    ChoiceReader(self._text, job.output),
-                    Clock(self._metrics, started),
-                    job.parts[index // job.n],
-                )
-                for index, stream in enumerate(streams)
-            ]
+            runs = [self._run(job, index, stream, started) for index, stream in enumerate(streams)]
             answer = Answer(
                 shape.prefix + (job.request_id or request_id(request)),
                 int(time.time()),
@@ -140,6 +131,11 @@ class OpenAiHandlers:
             for stream in streams:
                 stream.cancel()
 
+    def _run(self, job: Job, index: int, stream: Stream, started: float) -> _Run:
+        part = job.parts[index // job.n]
+        reader = ChoiceReader(self._text, job.output, part.prompt)
+        return _Run(index, stream, reader, Clock(self._metrics, started), part)
+
     async def _whole_choice(self, shape: Shape, output: Output, run: _Run) -> dict[str, Any]:
         reader, echo = run.reader, run.part.echo
         pieces = [echo]
@@ -152,7 +148,7 @@ class OpenAiHandlers:
         logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, len(echo))
         choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
         if output.token_ids:
-            choice["token_ids"] = [token.token for token in reader.tokens]
+            choice["token_ids"] = [one.token.token for one in reader.tokens]
         if output.prompt_token_ids and shape.prompt_ids_of_choice:
             choice["prompt_token_ids"] = list(run.part.prompt)
         return choice
@@ -184,12 +180,11 @@ class OpenAiHandlers:
         reader, output, echo = run.reader, answer.output, run.part.echo
         chunks = ChunkWriter(shape, answer, run.index, run.part.prompt)
         opening = chunks.opening + (chunks.text(echo, 0) if echo else b"")
-        offset = len(echo)
         text = ""
 
         def full(finish: str | None) -> bytes:
-            logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, offset)
-            ids = [token.token for token in reader.tokens] if output.token_ids else None
+            logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, len(echo))
+            ids = [one.token.token for one in reader.tokens] if output.token_ids else None
             return chunks.full(text, reader.generated, logprobs, finish, ids)
 
         async for batch in run.stream:
@@ -201,7 +196,6 @@ class OpenAiHandlers:
                 continue
             if reader.keep_tokens:
                 chunk = full(None)
-                offset += sum(len(self._text.token_text(token.token)) for token in reader.tokens)
                 reader.tokens.clear()
             else:
                 chunk = chunks.text(text, reader.generated)

@@ -11,11 +11,12 @@ from typing import Any
 import structlog
 
 from elastic_ep.api.bodies import chat_fields, completion_fields
+from elastic_ep.api.conversation import add_generation_prompt
 from elastic_ep.api.errors import ApiError, prompt_too_long, unknown_model
 from elastic_ep.api.fields import Field, String, bad_value, read_fields, unknown_fields, unsupported
 from elastic_ep.api.settings import ApiSettings, shown
 from elastic_ep.messages import SamplingParams
-from elastic_ep.text import ChatTemplateError, Text
+from elastic_ep.text import CannotContinue, ChatTemplateError, PromptTooLong, Text
 
 log = structlog.get_logger()
 # Below this the division by the temperature leaves one candidate anyway, or overflows: greedy, as in vLLM.
@@ -94,9 +95,10 @@ class JobReader:
             encoded = tuple(self.encode(prompt, "prompt", add_special_tokens=special) if text else prompt)
             ids = self._cut(encoded, values, values["max_tokens"])
             limit = self._max_tokens(ids, values["max_tokens"], "prompt", default=default)
+            self._check_known(ids, "prompt")
             as_given = text and ids == encoded
             echo = (prompt if as_given else self._text.decode(ids)) if values["echo"] else ""
-            parts.append(Part(ids, _sampling(values, limit, logprobs), _seed(values["seed"]), echo))
+            parts.append(Part(ids, self._sampling(values, limit, logprobs), _seed(values["seed"]), echo))
         return _job(values, tuple(parts), logprobs, _unknown(body, self._completion_fields))
 
     def chat(self, body: dict[str, Any]) -> Job:
@@ -113,7 +115,8 @@ class JobReader:
         ids = self._cut(tuple(encoded), values, asked)
         default = self._settings.defaults.max_tokens or self._settings.max_model_len
         limit = self._max_tokens(ids, asked, "messages", default=default)
-        part = Part(ids, _sampling(values, limit, logprobs), _seed(values["seed"]))
+        self._check_known(ids, "messages")
+        part = Part(ids, self._sampling(values, limit, logprobs), _seed(values["seed"]))
         return _job(values, (part,), logprobs, _unknown(body, self._chat_fields))
 
     def _cut(self, prompt: tuple[int, ...], values: dict[str, Any], asked: int | None) -> tuple[int, ...]:
@@ -130,8 +133,7 @@ class JobReader:
     def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text that may be far too long: that is seen without tokenising it."""
         if len(text) > self._max_prompt_bytes:
-            at_least = len(text) // self._text.max_token_bytes
-            raise prompt_too_long(self._settings.max_model_len, f"at least {at_least}", param)
+            raise self._too_long(len(text), param)
         try:
             return self._text.encode(text, add_special_tokens=add_special_tokens)
         # The tokenizers library raises bare Exception, for example for a character it has no token for.
@@ -139,20 +141,48 @@ class JobReader:
             raise bad_value(param, f"cannot be tokenised: {error}") from error
 
     def _render(self, values: dict[str, Any]) -> str:
-        messages = [
-            {name: value for name, value in message.items() if value is not None}
-            for message in values["messages"]
-        ]
+        template = values["chat_template"] or None
+        documents = values["documents"]
         try:
+            if documents and not self._text.template_uses("documents", template):
+                raise unsupported(
+                    "documents", "cannot be honoured here: the chat template does not show documents."
+                )
             prompt = self._text.render_chat(
-                messages,
-                add_generation_prompt=values["add_generation_prompt"],
+                values["messages"],
+                add_generation_prompt=add_generation_prompt(values),
+                continue_final_message=values["continue_final_message"],
+                documents=documents,
+                chat_template=template,
                 variables=values["chat_template_kwargs"],
+                max_characters=self._max_prompt_bytes,
             )
+        except PromptTooLong as error:
+            raise self._too_long(error.characters, "messages") from error
+        except CannotContinue as error:
+            raise ApiError(str(error), param="continue_final_message", code="chat_template_error") from error
         except ChatTemplateError as error:
-            raise ApiError(str(error), param="messages", code="chat_template_error") from error
-        # Variables of the template can carry what `String` keeps out of messages.
-        return String().read(prompt, "chat_template_kwargs")
+            param = "chat_template" if template else "messages"
+            raise ApiError(str(error), param=param, code="chat_template_error") from error
+        # What only the template knows can carry what `String` keeps out of messages.
+        return String().read(prompt, "chat_template_kwargs" if values["chat_template_kwargs"] else "messages")
+
+    def _too_long(self, characters: int, param: str) -> ApiError:
+        at_least = characters // self._text.max_token_bytes
+        return prompt_too_long(self._settings.max_model_len, f"at least {at_least}", param)
+
+    def _check_known(self, prompt: tuple[int, ...], param: str) -> None:
+        """Refuse tokens that the tokenizer has and the model has not: a rank has no embedding for them."""
+        known = self._settings.vocab_size
+        if max(prompt) < known:
+            return
+        token = next(token for token in prompt if token >= known)
+        raise ApiError(
+            f"'{param}' holds the token {self._text.token_name(token)!r}, whose id {token} the tokenizer knows and the "
+            f"model does not: it has a vocabulary of {known}.",
+            param=param,
+            code="token_unknown_to_model",
+        )
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._settings.model_name:
@@ -181,29 +211,29 @@ class JobReader:
             )
         return asked
 
+    def _sampling(self, values: dict[str, Any], max_tokens: int, logprobs: int | None) -> SamplingParams:
+        temperature = values["temperature"]
+        ends = () if values["ignore_eos"] else self._settings.eos_token_ids
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
+            top_p=values["top_p"],
+            top_k=max(values["top_k"], 0),
+            min_p=values["min_p"],
+            repetition_penalty=values["repetition_penalty"],
+            presence_penalty=values["presence_penalty"],
+            frequency_penalty=values["frequency_penalty"],
+            ignore_eos=values["ignore_eos"],
+            stop_token_ids=(*values["stop_token_ids"], *ends),
+            logprobs=logprobs,
+            min_tokens=values["min_tokens"],
+            logit_bias=values["logit_bias"],
+            allowed_token_ids=values["allowed_token_ids"],
+        )
+
 
 def _seed(given: int | None) -> int:
     return random.getrandbits(63) if given is None else given & (2**63 - 1)
-
-
-def _sampling(values: dict[str, Any], max_tokens: int, logprobs: int | None) -> SamplingParams:
-    temperature = values["temperature"]
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
-        top_p=values["top_p"],
-        top_k=max(values["top_k"], 0),
-        min_p=values["min_p"],
-        repetition_penalty=values["repetition_penalty"],
-        presence_penalty=values["presence_penalty"],
-        frequency_penalty=values["frequency_penalty"],
-        ignore_eos=values["ignore_eos"],
-        stop_token_ids=values["stop_token_ids"],
-        logprobs=logprobs,
-        min_tokens=values["min_tokens"],
-        logit_bias=values["logit_bias"],
-        allowed_token_ids=values["allowed_token_ids"],
-    )
 
 
 def _job(

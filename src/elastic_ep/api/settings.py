@@ -75,7 +75,8 @@ def shown(value: Any) -> str:
 class ApiSettings:
     """`vocab_size` bounds token ids that clients send; `max_model_len` is prompt plus generated tokens.
 
-    `api_keys` empty: no key is needed. `max_choices` bounds prompts times `n` of one HTTP request.
+    `api_keys` empty: no key is needed. `max_choices` bounds prompts times `n` of one HTTP request. `eos_token_ids`
+    end a sequence beside those that the ranks know of: the tokenizer's own.
     """
 
     model_name: str
@@ -85,6 +86,8 @@ class ApiSettings:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     api_keys: tuple[str, ...] = ()
     cors: Cors = field(default_factory=Cors)
+    eos_token_ids: tuple[int, ...] = ()
+    trust_request_chat_template: bool = False
     max_body_bytes: int = 4 * 1024 * 1024
     max_choices: int = 256
     max_logprobs: int = 20

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from elastic_ep.api.requests import Output
-from elastic_ep.messages import Token
-from elastic_ep.text import Text
+from elastic_ep.api.spelled import SpelledToken
 
 _LEAST_LOGPROB = -9999.0  # as OpenAI writes minus infinity, which JSON cannot
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -63,8 +62,8 @@ class Shape(Protocol):
         """What stands before and after the text in a streamed choice, up to its logprobs, as JSON."""
         ...
 
-    def logprobs(self, tokens: Sequence[Token], offset: int) -> Any:
-        """The logprobs object of `tokens`; the texts of all tokens before came to `offset` characters."""
+    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> Any:
+        """The logprobs object of `tokens`; the generated text begins at character `offset` of what is shown."""
         ...
 
 
@@ -73,9 +72,6 @@ class CompletionShape:
     whole_object = "text_completion"
     chunk_object = "text_completion"
     prompt_ids_of_choice = True
-
-    def __init__(self, text: Text) -> None:
-        self._text = text
 
     def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
@@ -86,25 +82,20 @@ class CompletionShape:
     def chunk_parts(self, index: int) -> tuple[str, str]:
         return f'{{"index":{index},"text":', ""
 
-    def logprobs(self, tokens: Sequence[Token], offset: int) -> Any:
-        texts = [self._text.token_text(token.token) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> Any:
         return {
-            "tokens": texts,
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": [self._top(token) for token in tokens],
-            "text_offset": offsets,
+            "tokens": [_text(one.raw) for one in tokens],
+            "token_logprobs": [_finite(one.token.logprob) for one in tokens],
+            "top_logprobs": [self._top(one) for one in tokens],
+            "text_offset": [offset + one.start for one in tokens],
         }
 
-    def _top(self, token: Token) -> dict[str, float]:
+    def _top(self, spelled: SpelledToken) -> dict[str, float]:
         """By text; the sampled token is always among them, and of two with one text the likelier stays."""
         top: dict[str, float] = {}
-        for one in token.top:
-            top.setdefault(self._text.token_text(one.token), _finite(one.logprob))
-        top.setdefault(self._text.token_text(token.token), _finite(token.logprob))
+        for one, raw in zip(spelled.token.top, spelled.top, strict=True):
+            top.setdefault(_text(raw), _finite(one.logprob))
+        top.setdefault(_text(spelled.raw), _finite(spelled.token.logprob))
         return top
 
 
@@ -113,9 +104,6 @@ class ChatShape:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     prompt_ids_of_choice = False
-
-    def __init__(self, text: Text) -> None:
-        self._text = text
 
     def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -127,16 +115,13 @@ class ChatShape:
     def chunk_parts(self, index: int) -> tuple[str, str]:
         return f'{{"index":{index},"delta":{{"content":', "}"
 
-    def logprobs(self, tokens: Sequence[Token], offset: int) -> Any:
+    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> Any:
         content = []
-        for token in tokens:
-            top = [self._entry(one.token, one.logprob) for one in token.top]
-            content.append({**self._entry(token.token, token.logprob), "top_logprobs": top})
+        for spelled in tokens:
+            others = zip(spelled.token.top, spelled.top, strict=True)
+            top = [_entry(raw, one.logprob) for one, raw in others]
+            content.append({**_entry(spelled.raw, spelled.token.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
-
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        raw = self._text.token_bytes(token)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
 
 
 class ChunkWriter:
@@ -221,3 +206,12 @@ def _envelope(answer: Answer, kind: str) -> dict[str, Any]:
 def _finite(logprob: float | None) -> float:
     """JSON has neither NaN nor infinity."""
     return logprob if logprob is not None and logprob > _LEAST_LOGPROB else _LEAST_LOGPROB
+
+
+def _entry(raw: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": _text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _text(raw: bytes) -> str:
+    """Part of a character shows as U+FFFD."""
+    return raw.decode("utf-8", "replace")
