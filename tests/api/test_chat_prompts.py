@@ -55,7 +55,7 @@ async def test_what_cannot_be_gone_on_with_is_refused(running: Running, body: di
 
 async def test_a_template_gets_all_that_a_message_has(start: Start) -> None:
     running = await start(text=Text(byte_level_tokenizer(), "{{ messages | tojson }}"))
-    message = {
+    message: dict[str, Any] = {
         "role": "user",
         "content": "Anna",
         "name": None,
