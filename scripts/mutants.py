@@ -163,7 +163,7 @@ def sample(modules: Iterable[Path], number: int, seed: int) -> list[MutationSpec
 
 
 def is_felt(spec: MutationSpec) -> bool:
-    """Not in an annotation, nor a line of the logger's, nor a constant that is chosen and not derived."""
+    """Not in a declaration, nor a constant that is chosen and not derived."""
     before = spec.module_path.read_text()
     if spec.operator_name == "core/NumberReplacer" and not in_a_function(before, spec.start_pos[0]):
         return False
@@ -183,13 +183,15 @@ def in_a_function(code: str, line: int) -> bool:
 
 
 def bare(code: str) -> str:
-    """The program without its annotations and without unions of types."""
+    """The program without what only describes it: annotations, decorators of classes, unions of types."""
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.arg | ast.AnnAssign):
             node.annotation = ast.Constant(None)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             node.returns = None
+        if isinstance(node, ast.ClassDef):
+            node.decorator_list = []
     top = [
         node for node in tree.body if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp))
     ]

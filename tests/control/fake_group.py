@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 from unittest import mock
@@ -15,6 +15,7 @@ from virtual_time import VirtualClock, VirtualTimeLoop
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.control import controller as controller_module
 from elastic_ep.control import repairs as repairs_module
+from elastic_ep.control import router as router_module
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.mailbox import Mailbox
 from elastic_ep.control.router import Router
@@ -247,7 +248,7 @@ class FakeGroup:
         placement = launch_placement(ranks, layers, experts, redundant, spare)
         notices: deque[Any] = deque()
         self.router = Router(
-            RoutingConfig(max_num_seqs=2, max_queued=8),
+            RoutingConfig(max_num_seqs=2, max_queued=8, request_timeout_ms=20_000),
             send=cast(Any, self.wire.send), record=self.log.record, notify=notices.append,
         )  # fmt: skip
         self.controller = Controller(
@@ -329,10 +330,9 @@ class FakeGroup:
 
 @contextmanager
 def clocks_of(loop: VirtualTimeLoop) -> Any:
-    """The controller and its repairs go by the loop's time."""
+    """The controller, its repairs and the router go by the loop's time."""
     clock = VirtualClock(loop)
-    with (
-        mock.patch.object(controller_module, "time", clock),
-        mock.patch.object(repairs_module, "time", clock),
-    ):
+    with ExitStack() as stack:
+        for module in (controller_module, repairs_module, router_module):
+            stack.enter_context(mock.patch.object(module, "time", clock))
         yield

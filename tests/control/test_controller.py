@@ -17,7 +17,7 @@ from virtual_time import VirtualTimeLoop, run_virtually
 from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines import repair_events as repair
 from elastic_ep.machines.membership_events import GroupState
-from elastic_ep.messages import Member, Numbered, Promise, RankReport, RankState, StepReport
+from elastic_ep.messages import Member, Numbered, Promise, RankReport, RankState, SamplingParams, StepReport
 from elastic_ep.slot_messages import CopySlot, ExpertLoads, PlacementSeen, SlotCopied, SlotSum, SlotSums
 
 BOUND_S = 0.01
@@ -46,7 +46,7 @@ def simulate(
 
 
 def assert_no_deadline_is_slept_through(group: FakeGroup, until_s: float | None) -> None:
-    for machine in (group.controller.machine, group.controller.repair):
+    for machine in (group.controller.machine, group.controller.repair, group.router.machine):
         due_ms = machine.next_deadline_ms()
         if due_ms is not None:
             name = type(machine).__name__
@@ -106,7 +106,7 @@ class Orders:
 def one_thing(group: FakeGroup, choose: random.Random) -> None:
     controller = group.controller
     rank = choose.choice(list(group.ranks.values()))
-    match choose.randrange(7):
+    match choose.randrange(8):
         case 0:
             group.kill(rank.member.rank)
         case 1:
@@ -125,6 +125,8 @@ def one_thing(group: FakeGroup, choose: random.Random) -> None:
             controller.repairs.feed(repair.Planned(members, turned))
         case 4:
             rank.silent = True
+        case 6:
+            group.router.submit((1, 2), SamplingParams(9), 0, 0)
         case 5:
             rank.say(RankReport(*rank.member, RankState.FAILED, "broken"))
         case _:
