@@ -77,7 +77,7 @@ def test_the_kv_cache_takes_so_many_bytes_on_every_device(device: str, item: int
         replace(CONFIG, max_model_len=1024, max_num_seqs=4096, max_num_batched_tokens=4096), model, device
     )
     page = 2 * 48 * 4 * 128 * limits.page_size * item
-    assert KV_CACHE_BYTES - page < limits.num_pages * page <= KV_CACHE_BYTES
+    assert KV_CACHE_BYTES[device] - page < limits.num_pages * page <= KV_CACHE_BYTES[device]
 
 
 def test_only_ranks_on_the_processor_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

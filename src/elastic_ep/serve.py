@@ -197,6 +197,9 @@ class RunProcess:
         curl = f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' {key}-d '{body}'"
         print(f"serving {self._plan.name} on {self._config.ranks} ranks at {url}   try: {curl}")
         print(f"events: {self._log.path or 'off'}", flush=True)
+        limits = self._plan.limits
+        tokens = limits.num_pages * limits.page_size
+        log.info("KV cache", tokens_a_rank=tokens, pages=limits.num_pages, flag="--num-gpu-blocks-override")
 
     async def _stop_gracefully(self) -> None:
         """Drain, then ask, then force; every phase has a deadline."""

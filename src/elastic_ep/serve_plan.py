@@ -34,8 +34,10 @@ longer than they were told. A hold that ends before they do lets the driver free
 client of the MPS server."""
 DRAIN_MARGIN_S = 0.1
 """What a dead rank's kernels take to end beyond their wait for peers."""
-KV_CACHE_BYTES = 1 << 30
+KV_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 """At most so much for the KV cache of a rank unless the command line says how many pages."""
+SHARED_KV_CACHE_BYTES = 1 << 30
+"""Likewise, of ranks that share a GPU."""
 _SEQUENCES = {"cpu": 16, "cuda": 64}
 """That a rank runs at once, unless the command line says how many. On a GPU one costs a step what 64 cost: so survivors
 have seats for a lost rank's requests, too."""
@@ -136,7 +138,8 @@ def engine_limits(config: ServeConfig, model: ModelSpec, device: str) -> EngineL
         )
     one_sequence = -(-max_model_len // PAGE_SIZE)
     page_bytes = PAGE_SIZE * model.kv_elements * _KV_ITEM[device]
-    affordable = max(one_sequence, KV_CACHE_BYTES // page_bytes)
+    most_bytes = SHARED_KV_CACHE_BYTES if config.mps else KV_CACHE_BYTES[device]
+    affordable = max(one_sequence, most_bytes // page_bytes)
     sequences, tokens = _step_size(config, device)
     num_pages = config.num_pages or min(sequences * one_sequence, affordable)
     if num_pages < one_sequence:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from elastic_ep.config import EngineLimits
 from elastic_ep.messages import SamplingParams
 from elastic_ep.model.kv_pages import NULL_PAGE
-from elastic_ep.model.scheduler import Chunk, Scheduler, Sequence
+from elastic_ep.model.scheduler import HORIZON, Chunk, Scheduler, Sequence
 
 PARAMS = SamplingParams(max_tokens=1)
 
@@ -106,18 +106,73 @@ def test_a_long_prompt_is_cut_and_decodes_go_first() -> None:
     assert [(c.length, c.samples) for c in scheduler.schedule()] == [(1, True), (9, True)]
 
 
-def test_the_youngest_gives_way() -> None:
-    scheduler = Scheduler(EngineLimits(12, 3, 30, 4, 4))
-    old, young = sequence(1, 8), sequence(2, 8)
+def test_the_youngest_gives_way_when_open_ended_answers_outgrow_the_cache() -> None:
+    """They are promised `HORIZON` tokens beyond those that they have, not the whole context."""
+    scheduler = Scheduler(EngineLimits(2000, 3, 2000, 16, 125))
+    old, young = sequence(1, 900), sequence(2, 8)
     scheduler.add(old)
     scheduler.add(young)
-    scheduler.commit(scheduler.schedule())
-    old.tokens.append(1)
-    young.tokens.append(1)
-    chunks = scheduler.schedule()
-    assert [chunk.sequence for chunk in chunks] == [old]
+    while not scheduler.preemptions:
+        scheduler.commit(chunks := scheduler.schedule())
+        for chunk in chunks:
+            chunk.sequence.tokens.append(1)
+    assert scheduler.running == [old]
     assert list(scheduler.waiting) == [young]
-    assert scheduler.preemptions == 1
+    assert len(young.tokens) > HORIZON
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_who_says_how_much_it_wants_never_pauses_once_it_has_begun(data: st.DataObject) -> None:
+    """However short the cache is: a new request waits instead, and those in mid-answer are admitted before new ones."""
+    page, seats = data.draw(st.sampled_from([1, 4, 16])), data.draw(st.integers(1, 6))
+    longest = 60
+    pages = -(-longest // page) + data.draw(st.integers(0, 2 * longest // page))
+    scheduler = Scheduler(
+        EngineLimits(longest, seats, max(seats, data.draw(st.integers(4, 70))), page, pages)
+    )
+    request = st.tuples(st.integers(1, 30), st.integers(0, 8), st.integers(1, 20))
+    arriving = data.draw(st.lists(request, min_size=1, max_size=12))
+    begun: set[int] = set()
+    for step in range(5000):
+        if arriving and step % 2 == 0:
+            length, emitted, more = arriving.pop()
+            new = Sequence(step, [0] * (length + emitted), length, PARAMS, 0, 0, most=length + emitted + more)
+            scheduler.add(new)
+        in_mid_answer = [bool(seq.output_len) for seq in scheduler.waiting]
+        assert in_mid_answer == sorted(in_mid_answer, reverse=True)
+        scheduler.commit(chunks := scheduler.schedule())
+        assert begun <= {chunk.sequence.request_id for chunk in chunks}, "a stream pauses"
+        for chunk in chunks:
+            if chunk.samples:
+                chunk.sequence.tokens.append(1)
+                begun.add(chunk.sequence.request_id)
+                if len(chunk.sequence.tokens) >= chunk.sequence.most:
+                    begun.remove(chunk.sequence.request_id)
+                    scheduler.remove(chunk.sequence)
+        if not (arriving or scheduler.running or scheduler.waiting):
+            assert scheduler.pages.free == pages
+            assert scheduler.preemptions == 0
+            return
+        assert chunks or arriving, "stuck"
+    raise AssertionError("never done")
+
+
+def test_a_suspect_is_computed_by_itself_until_it_has_proved_itself() -> None:
+    """In every other step, so that the others go on; if the device breaks then, there is one to blame."""
+    scheduler = Scheduler(EngineLimits(40, 4, 20, 4, 40))
+    others, suspect = [sequence(1, 3), sequence(2, 3)], sequence(3, 3)
+    suspect.alone_until = 2
+    for each in (*others, suspect):
+        scheduler.add(each)
+    batches = []
+    for _ in range(8):
+        scheduler.commit(chunks := scheduler.schedule())
+        batches.append([chunk.sequence.request_id for chunk in chunks])
+        for chunk in chunks:
+            chunk.sequence.tokens.append(1)
+    assert batches[:4] == [[1, 2], [3], [1, 2], [3]]
+    assert batches[-1] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ class StepRunner(ABC):
 
     @property
     def running(self) -> int:
-        return len(self._scheduler.running)
+        return len(self._scheduler.running) + len(self._scheduler.suspects)
 
     @property
     def waiting(self) -> int:
