@@ -11,6 +11,7 @@ from elastic_ep.slot_messages import PeerWeights
 
 PAGE_SIZE = 16
 """Tokens in a page of KV cache."""
+MOST_MODEL_LEN = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class ServeConfig:
         _check_range("--hang-deadline", self.hang_deadline_s, 0.2, 3600)
         _check_range("--stop-deadline", self.stop_deadline_s, 0, 3600)
         if self.max_model_len is not None:
-            _check_range("--max-model-len", self.max_model_len, 2, 1 << 20)
+            _check_range("--max-model-len", self.max_model_len, 2, MOST_MODEL_LEN)
         if self.num_pages is not None:
             _check_range("--num-gpu-blocks-override", self.num_pages, 1, 1 << 24)
         if self.ep_num_redundant_experts is not None:

@@ -28,7 +28,7 @@ from elastic_ep.api.app import Server as HttpServer
 from elastic_ep.api.app import serve as serve_http
 from elastic_ep.api.backend import LossCause
 from elastic_ep.api.metrics import Metrics
-from elastic_ep.api.settings import ApiSettings, SamplingDefaults
+from elastic_ep.api.settings import ApiSettings
 from elastic_ep.config import ConfigError, EventLogMode, ServeConfig
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.device_guard import DeviceGuard
@@ -320,7 +320,7 @@ class RunProcess:
             max_model_len=self._plan.limits.max_model_len,
             vocab_size=self._plan.model.vocab_size,
             version=version(),
-            defaults=SamplingDefaults.from_folder(self._plan.folder),
+            defaults=self._plan.defaults,
             api_keys=self._config.api_key,
         )
         app = create_app(backend, settings, self._plan.text, self._metrics, self._plan.load_text)

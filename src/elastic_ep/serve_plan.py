@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from elastic_ep.api.settings import SamplingDefaults
-from elastic_ep.config import PAGE_SIZE, ConfigError, EngineLimits, ServeConfig
+from elastic_ep.config import MOST_MODEL_LEN, PAGE_SIZE, ConfigError, EngineLimits, ServeConfig
 from elastic_ep.control.devices import choose_device
 from elastic_ep.control.mps import find_program
 from elastic_ep.exchange.base import ExchangeShape
@@ -57,6 +57,8 @@ class ServePlan:
     load_text: Callable[[], Text]
     """Picklable: the process that reads large bodies loads its own."""
     text: Text
+    defaults: SamplingDefaults
+    """For requests that do not say."""
     limits: EngineLimits
     placement: Placement
     redundant: int
@@ -96,9 +98,9 @@ def make_plan(config: ServeConfig) -> ServePlan:
             validate_checkpoint(folder, model)
         load_text = partial(Text.load, folder)
         text = load_text()
-        SamplingDefaults.from_folder(folder)
+        defaults = SamplingDefaults.from_folder(folder)
     except (CheckpointError, ValueError, OSError) as error:
-        raise ConfigError(f"--model {config.model}: {error}") from error
+        raise ConfigError(_model_fault(folder, error)) from error
     device = choose_device(config.device, model.hidden_size)
     if config.mps:
         if device != "cuda":
@@ -112,6 +114,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         model=model,
         load_text=load_text,
         text=text,
+        defaults=defaults,
         limits=engine_limits(config, model, device),
         placement=first_placement(config, model, redundant, device),
         redundant=redundant,
@@ -119,6 +122,12 @@ def make_plan(config: ServeConfig) -> ServePlan:
         name=config.served_model_name
         or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
     )
+
+
+def _model_fault(folder: Path, error: Exception) -> str:
+    """One line that names the folder once, whatever names and values of its files are in it."""
+    said = "".join(one if one.isprintable() else " " for one in str(error))
+    return f"--model: {said}" if str(folder) in said else f"--model {folder}: {said}"
 
 
 def first_placement(config: ServeConfig, model: ModelSpec, redundant: int, device: str) -> Placement:
@@ -135,6 +144,10 @@ def engine_limits(config: ServeConfig, model: ModelSpec, device: str) -> EngineL
     if max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
+        )
+    if max_model_len > MOST_MODEL_LEN:
+        raise ConfigError(
+            f"the model has {max_model_len} positions: give --max-model-len, at most {MOST_MODEL_LEN}"
         )
     one_sequence = -(-max_model_len // PAGE_SIZE)
     page_bytes = PAGE_SIZE * model.kv_elements * _KV_ITEM[device]

@@ -14,8 +14,9 @@ from elastic_ep.api.bodies import chat_fields, completion_fields
 from elastic_ep.api.conversation import add_generation_prompt
 from elastic_ep.api.errors import ApiError, prompt_too_long, unknown_model
 from elastic_ep.api.fields import Field, String, bad_value, read_fields, unknown_fields, unsupported
-from elastic_ep.api.settings import ApiSettings, shown
+from elastic_ep.api.settings import ApiSettings
 from elastic_ep.messages import SamplingParams
+from elastic_ep.models.config_json import shown
 from elastic_ep.text import CannotContinue, ChatTemplateError, PromptTooLong, Text
 
 log = structlog.get_logger()
@@ -198,6 +199,11 @@ class JobReader:
         longest = self._settings.max_model_len
         if not prompt:
             raise bad_value(param, "must not be empty: it has no tokens.")
+        if max(prompt) >= self._settings.vocab_size:
+            raise bad_value(
+                param,
+                f"holds token {max(prompt)} of the tokenizer, and the model has only {self._settings.vocab_size}.",
+            )
         if len(prompt) >= longest:
             raise prompt_too_long(longest, str(len(prompt)), param)
         if asked is None:

@@ -10,7 +10,7 @@ from typing import Any
 from elastic_ep.api.cors import Cors
 from elastic_ep.api.errors import ApiError
 from elastic_ep.api.fields import Boolean, Integer, Kind, Number
-from elastic_ep.models.config_json import CheckpointError, read_json_object
+from elastic_ep.models.config_json import CheckpointError, read_json_object, shown
 
 SAMPLING_KINDS: Mapping[str, Kind] = {
     "temperature": Number(0.0, 2.0),
@@ -63,12 +63,6 @@ class SamplingDefaults:
                 "temperature": 0.0
             }
         return cls(**known)
-
-
-def shown(value: Any) -> str:
-    """A JSON value in an error message of one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,6 @@ class BatchMaker:
         """`seen` [P, QUERY_TILE]: how many of the block's keys each query may see, clipped to none and all of them."""
         layout = self._layout
         shape = (len(seen), layout.num_kv_heads, QUERY_TILE, layout.group)
-        rows = np.broadcast_to(seen.clip(0, KEY_BLOCK)[:, None, :, None], shape).reshape(-1)
+        rows = np.broadcast_to(seen.clip(0, KEY_BLOCK)[:, None, :, None], shape).flatten()
         bias = self._bias.index_select(0, torch.from_numpy(rows))
         return bias.view(-1, QUERY_TILE * layout.group, KEY_BLOCK)

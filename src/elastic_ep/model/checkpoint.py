@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_ep.models.config_json import CheckpointError, read_json_object
+from elastic_ep.models.config_json import UNQUANTISED, CheckpointError, read_json_object, shown
 from elastic_ep.models.spec import ModelSpec, Piece
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -40,9 +42,8 @@ def validate_checkpoint(path: Path, spec: ModelSpec) -> dict[str, TensorEntry]:
 
     Experts may lie one by one or stacked. Raises `CheckpointError`.
     """
-    entries: dict[str, TensorEntry] = {}
-    for file in _shards(path):
-        entries.update(read_header(file))
+    entries = _entries(path)
+    _refuse_others(entries)
     return {piece.tensor: _checked(path, piece, entries) for piece in spec.pieces()}
 
 
@@ -63,12 +64,10 @@ def _entry_of(
     if entry is None:
         raise CheckpointError(f"{path}: tensor {name} is missing")
     if entry.dtype not in ITEM_BYTES:
-        raise CheckpointError(
-            f"{entry.file}: tensor {name} has dtype {entry.dtype}; supported are {', '.join(ITEM_BYTES)}"
-        )
+        raise CheckpointError(f"{entry.file}: tensor {name} has dtype {shown(entry.dtype)}: {UNQUANTISED}")
     if entry.shape != shape:
         raise CheckpointError(
-            f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}"
+            f"{entry.file}: tensor {name} has shape {shown(list(entry.shape))}, config.json asks for {list(shape)}"
         )
     if entry.nbytes != math.prod(shape) * ITEM_BYTES[entry.dtype]:
         raise CheckpointError(
@@ -80,7 +79,10 @@ def _entry_of(
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """All tensors that a safetensors file declares; their bytes lie within it. Raises `CheckpointError`."""
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file} is not a file")
+        size = status.st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
@@ -97,20 +99,37 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{file}: its header is not valid JSON") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: its header is not a JSON object")
-    return {
+    entries = {
         name: _entry(file, name, plain, 8 + length, size)
         for name, plain in header.items()
         if name != "__metadata__"
     }
+    _check_layout(file, entries, 8 + length, size)
+    return entries
+
+
+def _check_layout(file: Path, entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
+    """As the format has it: tensors lie one behind the other and fill the file."""
+    end = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != end:
+            fault = (
+                "overlaps the one before" if entry.offset < end else f"begins {entry.offset - end} bytes late"
+            )
+            raise CheckpointError(f"{file} is damaged: tensor {name} {fault}")
+        end += entry.nbytes
+    if end != size:
+        raise CheckpointError(f"{file} is damaged: {size - end} bytes at its end belong to no tensor")
 
 
 def _entry(file: Path, name: str, plain: Any, data_start: int, size: int) -> TensorEntry:
     try:
-        dtype, shape = str(plain["dtype"]), tuple(int(extent) for extent in plain["shape"])
-        begin, end = (int(offset) for offset in plain["data_offsets"])
+        dtype, shape, (begin, end) = plain["dtype"], tuple(plain["shape"]), plain["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: the header entry of tensor {name} is malformed") from None
-    if not 0 <= begin <= end:
+    if type(dtype) is not str or any(type(one) is not int or one < 0 for one in (*shape, begin, end)):
+        raise CheckpointError(f"{file}: the header entry of tensor {name} is malformed")
+    if begin > end:
         raise CheckpointError(f"{file}: tensor {name} has the byte range {begin} to {end}")
     if data_start + end > size:
         raise CheckpointError(
@@ -119,16 +138,38 @@ def _entry(file: Path, name: str, plain: Any, data_start: int, size: int) -> Ten
     return TensorEntry(file, dtype, shape, data_start + begin, end - begin)
 
 
-def _shards(path: Path) -> list[Path]:
+def _entries(path: Path) -> dict[str, TensorEntry]:
+    """All tensors of the folder, each from the file that the index names for it."""
     if (path / _SINGLE).exists():
-        return [path / _SINGLE]
+        return read_header(path / _SINGLE)
     index = path / _INDEX
     if not index.exists():
         raise CheckpointError(f"{path} holds neither {_SINGLE} nor {_INDEX}")
-    names = read_json_object(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+    shard_of = read_json_object(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
         raise CheckpointError(f"{index}: weight_map is missing or malformed")
-    shards = sorted(set(names.values()))
-    if any(Path(shard).name != shard for shard in shards):
-        raise CheckpointError(f"{index}: weight_map names a file outside the folder")
-    return [path / shard for shard in shards]
+    shards = sorted(set(shard_of.values()))
+    for shard in shards:
+        if Path(shard).name != shard or shard in ("", ".."):
+            raise CheckpointError(f"{index}: weight_map names {shard!r}, which is not a file of this folder")
+    headers = {shard: read_header(path / shard) for shard in shards}
+    for name, shard in shard_of.items():
+        if name not in headers[shard]:
+            raise CheckpointError(f"{index}: tensor {name} is not in {shard}, which weight_map names for it")
+    return {name: headers[shard][name] for name, shard in shard_of.items()}
+
+
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_zero_point|\w*absmax|SCB|\w*_scale(_inv|_2)?|"
+    r"weight\.\w+|\w+_blocks|\w+_scales)$"
+)
+"""How quantised checkpoints call what they store beside or in place of a `weight`."""
+
+
+def _refuse_others(entries: Mapping[str, TensorEntry]) -> None:
+    """What is in the checkpoint and would be left out, though the model's output depends on it."""
+    for name, entry in entries.items():
+        if _QUANTISED.search(name):
+            raise CheckpointError(f"{entry.file}: tensor {name} is of quantised weights: {UNQUANTISED}")
+        if name.endswith("_proj.bias"):
+            raise CheckpointError(f"{entry.file}: tensor {name} is a bias, which no supported model has")

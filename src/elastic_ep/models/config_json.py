@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
+
+MOST = 2**31 - 1
+"""Of any integer: beyond what a model has, within what every part of the engine can count."""
+UNQUANTISED = "only checkpoints in bfloat16, float16 or float32 are supported, give one that is not quantised"
 
 
 class CheckpointError(ValueError):
@@ -14,11 +19,15 @@ class CheckpointError(ValueError):
 def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises `CheckpointError`."""
     try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise CheckpointError(f"{file} is not a file")
         plain = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError):
         raise CheckpointError(f"{file} is not valid JSON") from None
     if not isinstance(plain, dict):
@@ -26,15 +35,28 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return plain
 
 
+def shown(value: Any) -> str:
+    """A JSON value in a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def as_integer(value: Any) -> Any:
+    """JSON does not tell 20 from 20.0, and some programs write the latter; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class ConfigFields:
     """Checked fields of one JSON object; an explicit null counts as absent. Raises `CheckpointError`."""
 
-    def __init__(self, file: Path, plain: dict[str, Any]) -> None:
+    def __init__(self, file: Path, plain: dict[str, Any], within: str = "") -> None:
+        """`within`: what stands before the names, of an object inside another."""
         self.file = file
         self._plain = plain
+        self._within = within
 
     def error(self, name: str, fault: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: {name} {fault}")
+        return CheckpointError(f"{self.file}: {self._within}{name} {fault}")
 
     def has(self, name: str) -> bool:
         return self._plain.get(name) is not None
@@ -45,24 +67,26 @@ class ConfigFields:
     def allow(self, name: str, *allowed: Any) -> None:
         """Refuse every other value: what it would ask for is not done here."""
         if self.get(name) not in allowed:
-            raise self.error(name, f"is {self.get(name)!r}; only {allowed[-1]!r} is supported")
+            raise self.error(name, f"is {shown(self.get(name))}; only {allowed[-1]!r} is supported")
 
-    def positive(self, name: str, default: int | None = None) -> int:
+    def positive(self, name: str, default: int | None = None, most: int = MOST) -> int:
         value = self._present(name, default)
-        if type(value) is not int or value <= 0:
-            raise self.error(name, f"must be a positive integer, not {value!r}")
-        return value
+        number = as_integer(value)
+        if type(number) is not int or not 0 < number <= most:
+            raise self.error(name, f"must be an integer from 1 to {most}, not {shown(value)}")
+        return number
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, low: float = 1e-30, high: float = 1e30) -> float:
+        """In [low, high]; beyond these some product or power in the model has no float32."""
         value = self._present(name, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise self.error(name, f"must be a positive number, not {value!r}")
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise self.error(name, f"must be a number from {low:g} to {high:g}, not {shown(value)}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self._present(name, default)
         if type(value) is not bool:
-            raise self.error(name, f"must be true or false, not {value!r}")
+            raise self.error(name, f"must be true or false, not {shown(value)}")
         return value
 
     def _present(self, name: str, default: Any) -> Any:
@@ -76,6 +100,7 @@ class ConfigFields:
 
 def rope_theta(fields: ConfigFields, default: float) -> float:
     """From the top level, or from `rope_parameters`, where transformers 5 writes it."""
+    fields.allow("partial_rotary_factor", None, 1)
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)
         if rope is None:
@@ -84,13 +109,19 @@ def rope_theta(fields: ConfigFields, default: float) -> float:
             raise fields.error(name, "must be an object")
         kind = rope.get("rope_type", rope.get("type"))
         if kind not in (None, "default"):
-            raise fields.error(name, f"asks for {kind!r}; only plain rotary embeddings are supported")
-        if rope.get("rope_theta") is not None:
-            return ConfigFields(fields.file, rope).number("rope_theta", default)
-    return fields.number("rope_theta", default)
+            raise fields.error(name, f"asks for {shown(kind)}; only plain rotary embeddings are supported")
+        within = ConfigFields(fields.file, rope, f"{name}.")
+        within.allow("partial_rotary_factor", None, 1)
+        if within.has("rope_theta"):
+            return _theta(within, default)
+    return _theta(fields, default)
 
 
-def eos_token_ids(fields: ConfigFields) -> tuple[int, ...]:
+def _theta(fields: ConfigFields, default: float) -> float:
+    return fields.number("rope_theta", default, 1.0, 1e15)
+
+
+def eos_token_ids(fields: ConfigFields, vocab_size: int) -> tuple[int, ...]:
     """Of `generation_config.json` beside it, if that names any."""
     file = fields.file.parent / "generation_config.json"
     if file.exists():
@@ -98,7 +129,11 @@ def eos_token_ids(fields: ConfigFields) -> tuple[int, ...]:
         if generation.has("eos_token_id"):
             fields = generation
     ids = fields.get("eos_token_id")
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if any(type(token) is not int or token < 0 for token in ids):
-        raise fields.error("eos_token_id", "must be a token id or a list of them")
+    ids = [as_integer(token) for token in (ids if isinstance(ids, list) else [] if ids is None else [ids])]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise fields.error(
+                "eos_token_id",
+                f"must be a token id, or a list of them, below vocab_size {vocab_size}, not {shown(token)}",
+            )
     return tuple(ids)

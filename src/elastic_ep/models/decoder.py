@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from elastic_ep.models.config_json import ConfigFields, eos_token_ids, rope_theta
 from elastic_ep.models.spec import Attention, Layer, ModelSpec, Moe, Parameter, Piece, QkNorm, Stacked
 
+_MOST_LAYERS, _MOST_EXPERTS = 1024, 4096
+"""What is planned for each of them takes time and memory before anybody asks whether they fit a machine."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
@@ -54,24 +57,25 @@ def read_config(
 ) -> DecoderConfig:
     """`inner` names an expert's width; `norm_topk_prob` None: as the configuration says. Raises `CheckpointError`."""
     heads, hidden = fields.positive("num_attention_heads"), fields.positive("hidden_size")
+    vocab_size = fields.positive("vocab_size")
     config = DecoderConfig(
-        vocab_size=fields.positive("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden,
-        num_hidden_layers=fields.positive("num_hidden_layers"),
+        num_hidden_layers=fields.positive("num_hidden_layers", most=_MOST_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=fields.positive("num_key_value_heads", heads),
         head_dim=fields.positive("head_dim", max(hidden // heads, 1)),
         num_experts=fields.positive(
-            "num_local_experts" if fields.has("num_local_experts") else "num_experts"
+            "num_local_experts" if fields.has("num_local_experts") else "num_experts", most=_MOST_EXPERTS
         ),
         num_experts_per_tok=fields.positive("num_experts_per_tok"),
         moe_intermediate_size=fields.positive(inner),
         max_position_embeddings=fields.positive("max_position_embeddings"),
         norm_topk_prob=fields.boolean("norm_topk_prob", False) if norm_topk_prob is None else norm_topk_prob,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        rms_norm_eps=fields.number("rms_norm_eps", default_eps),
+        rms_norm_eps=fields.number("rms_norm_eps", default_eps, high=1.0),
         rope_theta=rope_theta(fields, default_theta),
-        eos_token_ids=eos_token_ids(fields),
+        eos_token_ids=eos_token_ids(fields, vocab_size),
     )
     if heads % config.num_key_value_heads:
         raise fields.error("num_key_value_heads", "does not divide num_attention_heads")

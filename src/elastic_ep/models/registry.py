@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from elastic_ep.models import mixtral, olmoe, qwen3_moe
-from elastic_ep.models.config_json import ConfigFields, read_json_object
+from elastic_ep.models.config_json import UNQUANTISED, CheckpointError, ConfigFields, read_json_object, shown
 from elastic_ep.models.decoder import Reader
 from elastic_ep.models.spec import ModelSpec
 
 FAMILIES = (qwen3_moe, mixtral, olmoe)
 ARCHITECTURES: dict[str, Reader] = {family.ARCHITECTURE: family.read for family in FAMILIES}
+ARCHITECTURE_TYPES = {family.ARCHITECTURE: family.MODEL_TYPE for family in FAMILIES}
 _MODEL_TYPES = {family.MODEL_TYPE: family.ARCHITECTURE for family in FAMILIES}
 
 
@@ -18,7 +19,37 @@ def load_spec(folder: Path) -> ModelSpec:
     """From `config.json` and, for the end-of-sequence ids, `generation_config.json`. Raises `CheckpointError`."""
     file = folder / "config.json"
     fields = ConfigFields(file, read_json_object(file))
-    return ARCHITECTURES[_architecture(fields)](fields)
+    architecture = _architecture(fields)
+    _refuse_quantised(fields)
+    fields.allow("dtype", *_DTYPES)
+    fields.allow("torch_dtype", *_DTYPES)
+    layers = fields.get("layer_types")
+    if layers is not None and (
+        not isinstance(layers, list) or any(one != "full_attention" for one in layers)
+    ):
+        raise fields.error("layer_types", f"is {shown(layers)}; only 'full_attention' is supported")
+    return ARCHITECTURES[architecture](fields)
+
+
+_DTYPES = (None, "auto", "float32", "float16", "bfloat16")
+"""What `config.json` says that the weights are. How they are read is each tensor's own affair."""
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+_QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+
+def _refuse_quantised(fields: ConfigFields) -> None:
+    """Else codes and scales would be taken for weights, or scales be left out."""
+    for name in _QUANTISED:
+        asked = fields.get(name)
+        if asked:
+            method = (
+                asked.get("quant_method", asked.get("format", asked)) if isinstance(asked, dict) else asked
+            )
+            raise fields.error(name, f"says that the weights are quantised ({shown(method)}): {UNQUANTISED}")
+    for other in _QUANTISED_FILES:
+        file = fields.file.parent / other
+        if file.exists():
+            raise CheckpointError(f"{file} says that the weights are quantised: {UNQUANTISED}")
 
 
 def _architecture(fields: ConfigFields) -> str:
@@ -27,5 +58,6 @@ def _architecture(fields: ConfigFields) -> str:
         named = [_MODEL_TYPES.get(str(fields.get("model_type")), fields.get("model_type"))]
     for name in named if isinstance(named, list) else ():
         if isinstance(name, str) and name in ARCHITECTURES:
+            fields.allow("model_type", None, ARCHITECTURE_TYPES[name])
             return name
-    raise fields.error("architectures", f"is {named!r}; supported are {', '.join(ARCHITECTURES)}")
+    raise fields.error("architectures", f"is {shown(named)}; supported are {', '.join(ARCHITECTURES)}")
