@@ -98,6 +98,10 @@ class ServeConfig:
     port: int = 8000
     served_model_name: str | None = None
     api_key: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ("*",)
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -124,6 +128,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         _check_range("--ranks", self.ranks, 1, 64)
         _check_range("--port", self.port, 0, 65535)
+        if not all(self.api_key):
+            raise ConfigError("--api-key is empty: give a key, or leave the flag out if none is needed")
         _check_range("--max-queued", self.max_queued, 1, 1_000_000)
         _check_range("--request-timeout", self.request_timeout_s, 0.1, 1_000_000)
         _check_range("--relaunch-limit", self.relaunch_limit, 0, 1_000_000)

@@ -9,6 +9,7 @@ from pathlib import Path
 import structlog
 
 from elastic_ep import logs
+from elastic_ep.command_line import Help, Parser, json_names, read
 from elastic_ep.config import LOG_FORMATS, LOG_LEVELS, ConfigError, EventLogMode, LogConfig, ServeConfig
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "model"
@@ -17,22 +18,39 @@ USAGE_ERROR = 2
 
 
 def parse(arguments: list[str] | None = None) -> ServeConfig:
-    """The configuration that the command line asks for. Raises `ConfigError`; argparse exits with status 2."""
-    parser = argparse.ArgumentParser(
+    """The configuration that the command line asks for. Raises `ConfigError`; with --help, SystemExit."""
+    options = vars(read(make_parser(), sys.argv[1:] if arguments is None else arguments))
+    positional, named = options.pop("model_folder"), options.pop("model")
+    if positional is not None and named is not None:
+        raise ConfigError(f"the model is given twice, as {positional} and as --model {named}")
+    options["model"] = str(BUNDLED_MODEL) if positional is None and named is None else named or positional
+    options["api_key"] = tuple(options["api_key"])
+    options["event_log"] = EventLogMode(options["event_log"]) if options["event_log"] else None
+    return ServeConfig(**options)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
         prog="python -m elastic_ep.run",
         description="Serve a mixture-of-experts model over HTTP from elastic expert-parallel ranks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     add = parser.add_argument
+    add("model_folder", nargs="?", metavar="MODEL", help="as --model")
     add("--ranks", type=int, default=8, help="rank processes, 1 to 64")
-    add("--model", default=str(BUNDLED_MODEL), help="folder with a Qwen3-MoE checkpoint (the bundled one)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--model",
+        "--model-path",
+        help="folder with a checkpoint in Hugging Face layout; the bundled one if not given",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     add("--mps", action="store_true", help="a private MPS daemon, for several ranks on one GPU")
-    add("--host", default="127.0.0.1")
+    add("--host", default="127.0.0.1", help="where to listen")
     add("--port", type=int, default=8000, help="0 picks a free one")
     add("--served-model-name", help="name in the API; the folder's name if not given")
     add("--api-key", action="append", default=[], help="clients must send it; may be given several times")
+    _add_cors(parser)
     add("--max-model-len", type=int, help="prompt plus generated tokens; the model's own if not given")
     add("--max-num-seqs", type=int, help="sequences that a rank runs at once (16, on a GPU 64)")
     add(
@@ -102,11 +120,16 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
     )
     add("--log-level", choices=LOG_LEVELS, default="info", help="of the lines on stderr, of all processes")
     add("--log-format", choices=LOG_FORMATS, default="console", help="json: one object a line")
-    add("--seed", type=int, default=0)
-    options = vars(parser.parse_args(arguments))
-    options["api_key"] = tuple(options["api_key"])
-    options["event_log"] = EventLogMode(options["event_log"]) if options["event_log"] else None
-    return ServeConfig(**options)
+    add("--seed", type=int, default=0, help="of random weights, with --load-format dummy")
+    return parser
+
+
+def _add_cors(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--allowed-origins", type=json_names, default=("*",), help="whose web pages may call, as a JSON list")
+    add("--allowed-methods", type=json_names, default=("*",), help="by which methods")
+    add("--allowed-headers", type=json_names, default=("*",), help="with which headers")
+    add("--allow-credentials", action="store_true", help="and with cookies")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from elastic_ep.api.app import READING, create_app
 from elastic_ep.api.app import Server as HttpServer
 from elastic_ep.api.app import serve as serve_http
 from elastic_ep.api.backend import LossCause
+from elastic_ep.api.cors import Cors
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.api.settings import ApiSettings
 from elastic_ep.config import ConfigError, EventLogMode, ServeConfig
@@ -322,6 +323,12 @@ class RunProcess:
             version=version(),
             defaults=self._plan.defaults,
             api_keys=self._config.api_key,
+            cors=Cors(
+                self._config.allowed_origins,
+                self._config.allowed_methods,
+                self._config.allowed_headers,
+                self._config.allow_credentials,
+            ),
         )
         app = create_app(backend, settings, self._plan.text, self._metrics, self._plan.load_text)
         self._reading = app[READING]
