@@ -127,10 +127,9 @@ def _entry(file: Path, name: str, plain: Any, data_start: int, size: int) -> Ten
         dtype, shape, (begin, end) = plain["dtype"], tuple(plain["shape"]), plain["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: the header entry of tensor {name} is malformed") from None
-    if type(dtype) is not str or any(type(one) is not int or one < 0 for one in (*shape, begin, end)):
+    numbers = (*shape, begin, end)
+    if type(dtype) is not str or any(type(one) is not int or one < 0 for one in numbers) or begin > end:
         raise CheckpointError(f"{file}: the header entry of tensor {name} is malformed")
-    if begin > end:
-        raise CheckpointError(f"{file}: tensor {name} has the byte range {begin} to {end}")
     if data_start + end > size:
         raise CheckpointError(
             f"{file} is truncated: tensor {name} ends at byte {data_start + end}, the file at {size}"
