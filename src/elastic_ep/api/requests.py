@@ -199,11 +199,6 @@ class JobReader:
         longest = self._settings.max_model_len
         if not prompt:
             raise bad_value(param, "must not be empty: it has no tokens.")
-        if max(prompt) >= self._settings.vocab_size:
-            raise bad_value(
-                param,
-                f"holds token {max(prompt)} of the tokenizer, and the model has only {self._settings.vocab_size}.",
-            )
         if len(prompt) >= longest:
             raise prompt_too_long(longest, str(len(prompt)), param)
         if asked is None:
