@@ -64,6 +64,7 @@ def checksum_of(layer: int, content: int) -> int:
 
 class FakeLog:
     recording = True
+    private = False
 
     def __init__(self) -> None:
         self.notes: list[tuple[str, dict[str, Any]]] = []
