@@ -25,7 +25,7 @@ REFUSED = """
     --gpu-memory-utilization 0.9 | --mem-fraction-static 0.88 | --kv-cache-memory-bytes 1G | --max-total-tokens 1000
     --dtype bfloat16 | --dtype float16 | --quantization fp8 | -q awq | --kv-cache-dtype fp8 | --enforce-eager
     --disable-cuda-graph | --enable-prefix-caching | --max-running-requests 64 | --context-length 4096
-    --chunked-prefill-size 512 | --random-seed 1 | --watchdog-timeout 30 | --chat-template x.jinja
+    --chunked-prefill-size 512 | --random-seed 1 | --watchdog-timeout 30 | --completion-template x.jinja
     --tool-call-parser hermes | --enable-auto-tool-choice | --reasoning-parser qwen3 | --speculative-config {}
     --speculative-algorithm EAGLE | --enable-lora | --lora-paths a=b | --block-size 32 | --page-size 64 | --nnodes 2
     --node-rank 1 | --dist-init-addr h:1 | --distributed-executor-backend ray | --api-server-count 4

@@ -74,6 +74,7 @@ class RankConfig:
         return decode(text.encode(), cls)
 
 
+CONTENT_FORMATS = ("auto", "string", "openai")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("console", "json")
 
@@ -112,6 +113,10 @@ class ServeConfig:
     enable_eplb: bool = False
     eplb_rebalance_num_iterations: int = 1000
     load_format: str = "auto"
+    chat_template: str | None = None
+    """A file or a template; None: the model folder's."""
+    chat_template_content_format: str = "auto"
+    trust_request_chat_template: bool = False
     relaunch_limit: int = 10
     hang_deadline_s: float = 1.0
     stop_deadline_s: float = 30.0
@@ -147,6 +152,7 @@ class ServeConfig:
             raise ConfigError(
                 f"--event-log {self.event_log}: there is no event log with --disable-fault-tolerance: leave one out"
             )
+        _check_choice("--chat-template-content-format", self.chat_template_content_format, CONTENT_FORMATS)
         _check_choice("--log-level", self.log_level, LOG_LEVELS)
         _check_choice("--log-format", self.log_format, LOG_FORMATS)
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens

@@ -126,8 +126,7 @@ _VALUES = {
         "--tokenizer --tokenizer-path --tokenizer-mode=auto,hf --tokenizer-revision --tokenizer-worker-num=1"
     ),
     "cannot be honoured: put it into the model folder, as chat_template.jinja": (
-        "--chat-template --chat-template-content-format=auto --completion-template --default-chat-template-kwargs "
-        "--response-role=assistant"
+        "--completion-template --default-chat-template-kwargs --response-role=assistant"
     ),
     "cannot be honoured: edit the model folder's generation_config.json": (
         "--generation-config=auto --override-generation-config --preferred-sampling-params --sampling-defaults=model"

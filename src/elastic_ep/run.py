@@ -10,7 +10,15 @@ import structlog
 
 from elastic_ep import logs
 from elastic_ep.command_line import Help, Parser, json_names, read
-from elastic_ep.config import LOG_FORMATS, LOG_LEVELS, ConfigError, EventLogMode, LogConfig, ServeConfig
+from elastic_ep.config import (
+    CONTENT_FORMATS,
+    LOG_FORMATS,
+    LOG_LEVELS,
+    ConfigError,
+    EventLogMode,
+    LogConfig,
+    ServeConfig,
+)
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "model"
 FAILED = 1
@@ -80,6 +88,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="steps between two rebalances, with --enable-eplb",
     )
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights")
+    add(
+        "--chat-template",
+        help="a file with a chat template, or the template; the model folder's if not given",
+    )
+    add(
+        "--chat-template-content-format",
+        choices=CONTENT_FORMATS,
+        default="auto",
+        help="messages' content for the template: strings, lists of parts (openai), or as it wants them (auto)",
+    )
+    add(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="let requests bring a chat template of their own",
+    )
     add(
         "--relaunch-limit",
         type=int,

@@ -82,7 +82,10 @@ def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
     `rank_entry` is what each rank runs, "module:function".
     """
     logs.configure(config.log)
-    process = RunProcess(make_plan(config), rank_entry)
+    plan = make_plan(config)
+    for notice in plan.text_fit.notices:
+        log.warning(notice)
+    process = RunProcess(plan, rank_entry)
     titles.show("run", "eep-run")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()
@@ -329,6 +332,8 @@ class RunProcess:
                 self._config.allowed_headers,
                 self._config.allow_credentials,
             ),
+            eos_token_ids=self._plan.text_fit.eos_token_ids,
+            trust_request_chat_template=self._config.trust_request_chat_template,
         )
         app = create_app(backend, settings, self._plan.text, self._metrics, self._plan.load_text)
         self._reading = app[READING]

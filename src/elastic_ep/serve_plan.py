@@ -9,6 +9,7 @@ from pathlib import Path
 
 from elastic_ep.api.settings import SamplingDefaults
 from elastic_ep.config import MOST_MODEL_LEN, PAGE_SIZE, ConfigError, EngineLimits, ServeConfig
+from elastic_ep.content_form import ContentForm
 from elastic_ep.control.devices import choose_device
 from elastic_ep.control.mps import find_program
 from elastic_ep.exchange.base import ExchangeShape
@@ -19,6 +20,7 @@ from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.text import Text
+from elastic_ep.text_fit import TextFit, fit
 
 HEARTBEATS_PER_DEADLINE = 5
 """Five in a deadline: one may be late without a verdict."""
@@ -59,6 +61,7 @@ class ServePlan:
     text: Text
     defaults: SamplingDefaults
     """For requests that do not say."""
+    text_fit: TextFit
     limits: EngineLimits
     placement: Placement
     redundant: int
@@ -96,7 +99,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         model = load_spec(folder)
         if config.load_format == "auto":
             validate_checkpoint(folder, model)
-        load_text = partial(Text.load, folder)
+        load_text = partial(Text.load, folder, _chat_template(config), _content_form(config))
         text = load_text()
         defaults = SamplingDefaults.from_folder(folder)
     except (CheckpointError, ValueError, OSError) as error:
@@ -115,6 +118,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         load_text=load_text,
         text=text,
         defaults=defaults,
+        text_fit=fit(text, model),
         limits=engine_limits(config, model, device),
         placement=first_placement(config, model, redundant, device),
         redundant=redundant,
@@ -128,6 +132,25 @@ def _model_fault(folder: Path, error: Exception) -> str:
     """One line that names the folder once, whatever names and values of its files are in it."""
     said = "".join(one if one.isprintable() else " " for one in str(error))
     return f"--model: {said}" if str(folder) in said else f"--model {folder}: {said}"
+
+
+def _chat_template(config: ServeConfig) -> str | None:
+    """What --chat-template says: a file, or a template on the command line. Raises `ConfigError`."""
+    given = config.chat_template
+    if given is None or any(mark in given for mark in "{}\n"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--chat-template {given}: {error}: give a file, or a template in Jinja's syntax"
+        ) from error
+
+
+def _content_form(config: ServeConfig) -> ContentForm | None:
+    """None: as each template wants it."""
+    given = config.chat_template_content_format
+    return None if given == "auto" else ContentForm(given)
 
 
 def first_placement(config: ServeConfig, model: ModelSpec, redundant: int, device: str) -> Placement:

@@ -61,13 +61,17 @@ class Text:
         self.max_token_bytes: int = max(map(len, map(self.token_bytes, range(len(self._names)))), default=1)
 
     @classmethod
-    def load(cls, folder: Path, content_form: ContentForm | None = None) -> Text:
+    def load(
+        cls, folder: Path, chat_template: str | None = None, content_form: ContentForm | None = None
+    ) -> Text:
         """From `tokenizer.json`; `tokenizer_config.json`, `chat_template.jinja` and others beside it are optional.
 
-        Raises ValueError with one clear line when a file is missing or broken.
+        `chat_template` is a template to use instead of the folder's. Raises ValueError with one clear line when a file
+        is missing or broken.
         """
         files = read_tokenizer(folder)
-        return cls(files.tokenizer, files.chat_template, files.special_tokens, content_form)
+        template = files.chat_template if chat_template is None else chat_template
+        return cls(files.tokenizer, template, files.special_tokens, content_form)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, which must not hold lone surrogates. Special tokens in it are recognised."""
@@ -101,6 +105,10 @@ class Text:
     def token_name(self, token: int) -> str:
         """As the vocabulary has it; empty for an id without a token."""
         return self._names[token] if 0 <= token < len(self._names) else ""
+
+    def tokens_from(self, first: int) -> list[int]:
+        """Ids with a token, from `first` on."""
+        return [token for token in range(first, len(self._names)) if self._names[token]]
 
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
