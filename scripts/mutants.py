@@ -22,7 +22,7 @@ import sys
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,26 @@ class RemoveStatement(Operator):  # type: ignore[misc]  # cosmic-ray has no type
         return ()
 
 
-class OwnOperators:
+class Chosen:
+    """Those of a provider's operators that `OPERATORS` names."""
+
+    def __init__(self, provider: str, operators: Mapping[str, type[Operator]]) -> None:
+        names = [
+            name for name in operators if any(fnmatch.fnmatch(f"{provider}/{name}", p) for p in OPERATORS)
+        ]
+        self._operators = {name: operators[name] for name in names}
+
     def __iter__(self) -> Iterator[str]:
-        return iter(("RemoveStatement",))
+        return iter(self._operators)
 
     def __getitem__(self, name: str) -> type[Operator]:
-        return RemoveStatement
+        return self._operators[name]
+
+
+def choose_operators() -> None:
+    providers = cosmic_ray.plugins.OPERATOR_PROVIDERS
+    providers["core"] = Chosen("core", providers["core"])
+    providers["own"] = Chosen("own", {"RemoveStatement": RemoveStatement})
 
 
 @dataclass(frozen=True)
@@ -147,9 +161,8 @@ def sample(modules: Iterable[Path], number: int, seed: int) -> list[MutationSpec
         specs = [item.mutations[0] for item in everything.work_items]
     by_place: dict[Any, list[MutationSpec]] = defaultdict(list)
     for spec in specs:
-        if any(fnmatch.fnmatch(spec.operator_name, pattern) for pattern in OPERATORS):
-            family = spec.operator_name.split("_")[0]
-            by_place[str(spec.module_path), spec.start_pos, spec.end_pos, family].append(spec)
+        family = spec.operator_name.split("_")[0]
+        by_place[str(spec.module_path), spec.start_pos, spec.end_pos, family].append(spec)
     choose = random.Random(seed)
     chosen: list[MutationSpec] = []
     places = sorted(by_place)
@@ -256,7 +269,7 @@ def main() -> int:
     )
     parser.add_argument("--least", type=float, default=0.95, help="the score to reach (default: %(default)s)")
     options = parser.parse_args()
-    cosmic_ray.plugins.OPERATOR_PROVIDERS["own"] = OwnOperators()
+    choose_operators()
     settings = Settings.load()
     key = hashlib.sha256(
         f"{copy_tree()} {options.number} {options.seed} {options.words}".encode()
