@@ -22,6 +22,7 @@ import jinja2.sandbox
 import jinja2.utils
 
 from elastic_ep.content_form import ContentForm, wanted_form
+from elastic_ep.loop_budget import FILTER, VARIABLE, LoopBudget, bound_loops, count
 
 Message = Mapping[str, Any]
 
@@ -60,8 +61,8 @@ class ChatTemplate:
     def __init__(self, source: str, content_form: ContentForm | None = None) -> None:
         """`content_form` None: as the template wants it. Raises ValueError for a source that does not parse."""
         try:
-            self._template = _environment().from_string(source)
-            self.content_form = content_form or wanted_form(source, self._template.environment)
+            self.content_form = content_form or wanted_form(_environment().parse(source))
+            self._template = _environment().from_string(bound_loops(_environment().parse(source)))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"does not parse: {error.message} (line {error.lineno})") from error
         # Jinja compiles to Python: what only Python's compiler refuses, or is nested too deeply, ends here.
@@ -71,8 +72,7 @@ class ChatTemplate:
 
     def uses(self, variable: str) -> bool:
         """Does it look at `variable` of those that it is given?"""
-        tree = self._template.environment.parse(self._source)
-        return variable in jinja2.meta.find_undeclared_variables(tree)
+        return variable in jinja2.meta.find_undeclared_variables(_environment().parse(self._source))
 
     def render(
         self,
@@ -102,6 +102,7 @@ class ChatTemplate:
             "tools": None if tools is None else list(tools),
             "documents": None if documents is None else list(documents),
             "add_generation_prompt": add_generation_prompt,
+            VARIABLE: LoopBudget(),
         }
         try:
             prompt = _join(self._template.generate(context), max_characters)
@@ -223,7 +224,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters.update({"tojson": _to_json, FILTER: count})
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
     )

@@ -10,7 +10,6 @@ import enum
 from collections.abc import Iterator
 from typing import Any
 
-import jinja2
 from jinja2 import nodes
 
 _PART_FILTERS = frozenset({"map", "selectattr", "rejectattr", "groupby"})
@@ -43,9 +42,8 @@ def _is_text(part: Any) -> bool:
     return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
-def wanted_form(source: str, environment: jinja2.Environment) -> ContentForm:
-    """Raises jinja2.TemplateSyntaxError."""
-    walk = _Walk(environment.parse(source))
+def wanted_form(template: nodes.Template) -> ContentForm:
+    walk = _Walk(template)
     if not walk.takes_parts():
         return ContentForm.STRING
     return ContentForm.EITHER if walk.asks_for_string() else ContentForm.PARTS

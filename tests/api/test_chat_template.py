@@ -188,3 +188,25 @@ def test_prompts_are_those_of_transformers(
     if expected is not None:
         ids = oracle()(expected, add_special_tokens=False)["input_ids"]
         assert text_with(template, None).encode(expected, add_special_tokens=False) == ids
+
+
+def test_loops_that_go_round_for_long_are_ended() -> None:
+    """Whatever they are over, and wherever they stand."""
+    bodies = (
+        "{% for i in range(9000) %}{% for j in range(9000) %}{% endfor %}{% endfor %}",
+        "{% macro inner(n) %}{% for i in range(n) %}{% endfor %}{% endmacro %}"
+        "{% for i in range(9000) %}{{ inner(9000) }}{% endfor %}",
+        "{% set held %}{% for i in range(9000) %}{% for j in range(9000) if j > 9 %}{% endfor %}{% endfor %}{% endset %}",
+    )
+    for body in bodies:
+        with pytest.raises(ChatTemplateError, match="do not end"):
+            Text(byte_level_tokenizer(), body).render_chat([])
+    once = Text(byte_level_tokenizer(), "{% for i in range(99999) %}{% endfor %}done")
+    for _ in range(30):
+        assert once.render_chat([]) == "done", "each rendering has a budget of its own"
+
+
+def test_a_large_conversation_is_within_the_bounds() -> None:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(60_000)]
+    for name in ("ChatML", "Mistral", "DeepSeek", "harmony"):
+        assert Text(byte_level_tokenizer(), WHOLE[name], SPECIAL).render_chat(messages)
