@@ -32,8 +32,9 @@ RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"}
 """Variables of every template: not to be given otherwise."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names for a message's reasoning; the first that is there counts."""
-_END_MARK = "FINAL_MESSAGE_CONTINUES_ON "
-"""Put behind the final message to find its end in the prompt. The blank tells whether the template trims."""
+_END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Put behind the final message to find its end in the prompt. The blank tells whether the template trims. It is the
+same as in transformers, as templates may look at a message's length or letters."""
 _LONGEST_REASON = 1000
 _COMPILED_SOURCES = 8
 """Templates out of requests that stay compiled."""

@@ -190,6 +190,20 @@ def test_prompts_are_those_of_transformers(
         assert text_with(template, None).encode(expected, add_special_tokens=False) == ids
 
 
+@pytest.mark.parametrize("template", WHOLE.values(), ids=WHOLE.keys())
+@pytest.mark.parametrize("end", ["So", "So ", "So\n\n", "  So  ", " ", "", "<think>\nhm\n</think>\n\nSo "])
+def test_every_way_that_a_final_message_may_end(template: str, end: str) -> None:
+    for content in (
+        end,
+        [{"type": "text", "text": "One. "}, {"type": "text", "text": end}, {"type": "image"}],
+    ):
+        messages = [{"role": "user", "content": "Anna?"}, {"role": "assistant", "content": content}]
+        options = {"continue_final_message": True, "add_generation_prompt": False}
+        assert ours(messages, template, ContentForm.EITHER, **options) == theirs(
+            messages, template, **options
+        )
+
+
 def test_loops_that_go_round_for_long_are_ended() -> None:
     """Whatever they are over, and wherever they stand."""
     bodies = (

@@ -13,8 +13,15 @@ from elastic_ep.text import Text
 
 from .tokenizers_of_all_kinds import KINDS, tokenizer_of
 
-BY_NEIGHBOURS = {"words with a suffix"}
-SPOILS_RUNS = {"Llama", "Gemma", "metaspace, always", "metaspace, first", "metaspace, never"}
+BY_NEIGHBOURS = {"words with a suffix", "pieces, replaced at last"}
+SPOILS_RUNS = {
+    "Llama",
+    "Gemma",
+    "metaspace, always",
+    "metaspace, first",
+    "metaspace, never",
+    "pieces, replaced at last",
+}
 """Their decoder replaces a whole run of bytes when one of them is no character."""
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -70,9 +77,9 @@ def test_any_tokens_do_not_only_what_texts_have(kind: str, data: st.DataObject) 
     text = text_of(kind)
     ids = data.draw(st.lists(st.integers(0, text.vocab_size + 3), max_size=20))
     whole = tokenizer_of(kind).decode(ids, skip_special_tokens=True)
-    if "\ufffd" not in whole or kind not in SPOILS_RUNS:
-        assert text.decode(ids) == whole
-    assert "".join(streamed(text, ids)) == text.decode(ids)
+    spoilt = "\ufffd" in whole and kind in SPOILS_RUNS
+    assert spoilt or text.decode(ids) == whole
+    assert (spoilt and kind in BY_NEIGHBOURS) or "".join(streamed(text, ids)) == text.decode(ids)
 
 
 @kinds
@@ -83,7 +90,8 @@ def test_the_bytes_of_all_tokens_joined_are_those_of_the_text(kind: str, data: s
     ids = data.draw(st.lists(st.integers(0, text.vocab_size + 3), max_size=20) | written.map(text.encode))
     shown = "".join(streamed(text, ids))
     joined = b"".join(bytes_of(text, ids))
-    assert joined.decode("utf-8", "replace") == shown
+    if "\ufffd" not in shown or kind not in BY_NEIGHBOURS:
+        assert joined.decode("utf-8", "replace") == shown
     if "\ufffd" not in shown:
         assert joined == shown.encode()
 

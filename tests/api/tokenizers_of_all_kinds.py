@@ -115,6 +115,9 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte level": lambda: _bpe(decoders.ByteLevel()),
     "byte level in a sequence": lambda: _bpe(decoders.Sequence([decoders.ByteLevel()])),
     "byte level, fused": lambda: _bpe(decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])),
+    "byte level, stripped": lambda: _bpe(
+        decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    ),
     "Llama": _llama,
     "Gemma": _gemma,
     "metaspace, always": lambda: _metaspace("always"),
@@ -125,6 +128,11 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "word pieces, cleaned": lambda: _wordpiece(cleanup=True),
     "words with a suffix": _suffix,
     "whole words": _words,
+    "pieces, replaced at last": lambda: _pieces(
+        decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("#", "+")]
+        )
+    ),
     "replaced by a pattern": lambda: _bpe(
         decoders.Sequence([decoders.Replace(Regex("Ġ+"), "Ġ"), decoders.ByteLevel()])
     ),
