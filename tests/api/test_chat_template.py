@@ -197,8 +197,11 @@ def test_every_way_that_a_final_message_may_end(template: str, end: str) -> None
         end,
         [{"type": "text", "text": "One. "}, {"type": "text", "text": end}, {"type": "image"}],
     ):
-        messages = [{"role": "user", "content": "Anna?"}, {"role": "assistant", "content": content}]
-        options = {"continue_final_message": True, "add_generation_prompt": False}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "Anna?"},
+            {"role": "assistant", "content": content},
+        ]
+        options: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
         assert ours(messages, template, ContentForm.EITHER, **options) == theirs(
             messages, template, **options
         )
