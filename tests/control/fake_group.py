@@ -14,7 +14,6 @@ from virtual_time import VirtualClock, VirtualTimeLoop
 
 from elastic_ep.api.metrics import Metrics
 from elastic_ep.control import controller as controller_module
-from elastic_ep.control import repairs as repairs_module
 from elastic_ep.control import router as router_module
 from elastic_ep.control.controller import Controller
 from elastic_ep.control.mailbox import Mailbox
@@ -331,9 +330,9 @@ class FakeGroup:
 
 @contextmanager
 def clocks_of(loop: VirtualTimeLoop) -> Any:
-    """The controller, its repairs and the router go by the loop's time."""
+    """The controller and the router go by the loop's time."""
     clock = VirtualClock(loop)
     with ExitStack() as stack:
-        for module in (controller_module, repairs_module, router_module):
+        for module in (controller_module, router_module):
             stack.enter_context(mock.patch.object(module, "time", clock))
         yield

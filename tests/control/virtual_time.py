@@ -36,6 +36,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now_s
 
+    def stand_still(self, for_s: float) -> None:
+        """As if nothing had run for so long: the clock goes on, and everything is late."""
+        self._jumping.now_s += for_s
+
     def on_sleep(self, before_sleep: Callable[[float | None], None]) -> None:
         self._jumping.before_sleep = before_sleep
 

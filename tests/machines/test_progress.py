@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.machines.progress import ProgressConfig, ProgressMachine, Pulse, Suspect
+from elastic_ep.machines.lived_time import LivedTime
+from elastic_ep.machines.progress import ProgressConfig, ProgressMachine, Pulse, Starved, Suspect
 from elastic_ep.messages import Heartbeat, Member
 
 CONFIG = ProgressConfig(deadline_ms=1_000, busy_factor=30, idle_factor=5)
@@ -34,11 +35,17 @@ class Group:
 
     lives: list[Life]
     machine: ProgressMachine = field(default_factory=lambda: ProgressMachine(CONFIG))
+    clock: LivedTime = field(default_factory=LivedTime)
+    reading_ms: int = 5_000
     now_ms: int = 5_000
     starting: set[int] = field(default_factory=set)
+    starving: set[int] = field(default_factory=set)
 
-    def pulse(self, after_ms: int = PULSE_MS) -> list[Suspect]:
-        self.now_ms += after_ms
+    def pulse(self, after_ms: int = PULSE_MS, late_ms: int = 0) -> list[Suspect]:
+        """The watcher asked to be woken after `after_ms` and is so much too late. `starving` are so all the while."""
+        self.clock.rest(self.reading_ms, after_ms)
+        self.reading_ms += after_ms + late_ms
+        self.now_ms = int(self.clock.at(self.reading_ms))
         beats = []
         for rank, life in enumerate(self.lives):
             life.operations += life.steps
@@ -52,6 +59,11 @@ class Group:
                 tuple(Member(rank, 1) for rank in ranks if rank not in self.starting),
                 tuple(Member(rank, 1) for rank in ranks if rank in self.starting),
                 tuple(beats),
+                tuple(
+                    Starved(member, after_ms)
+                    for member in self.machine.doubtful()
+                    if member.rank in self.starving
+                ),
             )
         )
         self.machine.check()
@@ -228,7 +240,7 @@ def test_the_own_absence_is_forgiven() -> None:
     for life in group.lives:
         life.silent = True
     for _ in range(20):
-        assert group.pulse(after_ms=30_000) == []
+        assert group.pulse(late_ms=30_000) == []
     for life in group.lives:
         life.silent = False
     group.pulse()

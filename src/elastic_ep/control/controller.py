@@ -22,12 +22,14 @@ from elastic_ep.control.ledger import Ledger
 from elastic_ep.control.observe import Disturbance, PaceObserver
 from elastic_ep.control.repairs import Repairs
 from elastic_ep.control.router import Router
+from elastic_ep.control.starvation import Starvation
 from elastic_ep.control.store_table import StoreTable
 from elastic_ep.control.wire import ControllerWire
 from elastic_ep.log import EventLog
 from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines import routing_events as routing
 from elastic_ep.machines.contract import Tick, UnexpectedEvent
+from elastic_ep.machines.lived_time import LivedTime
 from elastic_ep.machines.membership import MembershipMachine
 from elastic_ep.machines.outlook import Outlook
 from elastic_ep.machines.progress import ProgressMachine, Pulse
@@ -56,6 +58,8 @@ from elastic_ep.store_messages import StoreDelete, StoreGet, StoreSet
 log = structlog.get_logger()
 BEAT_S = 0.25
 PARKED_FACTOR = 3
+NOTED_PAUSE_MS = 500
+"""Whoever reads the log is told when the watch over progress was held up for longer."""
 _STARTING = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
 _ENDED = (RankState.FAILED, RankState.STOPPED)
 _TO_RANKS = (ev.Publish, ev.SendTo, ev.Fence, ev.Launch)
@@ -119,6 +123,10 @@ class Controller:
         self._timer: asyncio.TimerHandle | None = None
         self._noticed_ns: dict[Member, int] = {}
         self._seated: frozenset[Member] = frozenset()
+        self._lived = LivedTime()
+        self._lost_ms = 0.0
+        """What the watch over progress has noted of it."""
+        self._starvation = Starvation()
         self.stopped = anyio.Event()
         self.serving = anyio.Event()
         self.over = anyio.Event()
@@ -134,6 +142,7 @@ class Controller:
             self.metrics,
             on_placed=lambda *placed: self.feed(ev.Placed(*placed)),
             on_deadline=self._set_timer,
+            now_ms=self.now_ms,
         )
 
     # In
@@ -147,7 +156,7 @@ class Controller:
         try:
             while self._queue:
                 next_event = self._queue.popleft()
-                now = Tick(_now_ms())
+                now = Tick(self.now_ms())
                 if now.now_ms > self.machine.now_ms and not isinstance(next_event, Tick):
                     self._step(now)
                 self._step(next_event)
@@ -250,11 +259,11 @@ class Controller:
     # For operators
 
     def outlook(self) -> Outlook:
-        return self.machine.outlook(_now_ms())
+        return self.machine.outlook(self.now_ms())
 
     def reason(self, rank: int) -> str:
         """Why a rank is not well."""
-        return self.machine.reason(rank, _now_ms())
+        return self.machine.reason(rank, self.now_ms())
 
     def relaunch(self, ranks: Iterable[int]) -> tuple[int, ...]:
         """Have those of `ranks` launched now that are dead; which ones. Those that run are left alone."""
@@ -273,8 +282,24 @@ class Controller:
 
     async def watch_progress(self) -> None:
         while True:
-            await anyio.sleep(self.pulse_s * self._calm)
+            pause_s = self.pulse_s * self._calm
+            self._lived.rest(_reading_ms(), pause_s * 1000)
+            await anyio.sleep(pause_s)
+            self._note_a_pause()
             self._pulse()
+
+    def now_ms(self) -> int:
+        """What all deadlines go by: while the watch over progress is held up, this clock stands still."""
+        return int(self._lived.at(_reading_ms()))
+
+    def _note_a_pause(self) -> None:
+        self._lived.at(_reading_ms())
+        held_up_ms, self._lost_ms = round(self._lived.lost_ms - self._lost_ms), self._lived.lost_ms
+        if held_up_ms > NOTED_PAUSE_MS:
+            self.log.note("held_up", ms=held_up_ms)
+            log.warning(
+                "the machine, or this process, stood still: no rank is judged by it", for_ms=held_up_ms
+            )
 
     @property
     def _calm(self) -> int:
@@ -283,16 +308,21 @@ class Controller:
 
     def _pulse(self) -> None:
         pulse = Pulse(
-            now_ms=int(time.monotonic() * 1000),
+            now_ms=self.now_ms(),
             seated=tuple(sorted(self.machine.view.members)),
             starting=tuple(slot.member for slot in self.machine.slots.values() if slot.state in _STARTING),
             beats=tuple([_heartbeat(sign) for sign in self._signs_of_life.values()]),
+            starved=self._starvation.sample(self._pids(self.progress.doubtful())),
         )
         self._signs_of_life.clear()
         suspects = self.progress.step(pulse)
         self.log.record("progress", pulse, suspects)
         for suspect in suspects:
             self.suspect(suspect.member, LossCause.HANG, suspect.reason)
+
+    def _pids(self, members: Iterable[Member]) -> dict[Member, int]:
+        found = {member: facts.pid for member in members if (facts := self.facts.get(member))}
+        return {member: pid for member, pid in found.items() if pid is not None}
 
     # Out
 
@@ -465,16 +495,16 @@ class Controller:
         deadlines = (self.machine.next_deadline_ms(), self.repair.next_deadline_ms())
         deadline_ms = min([due for due in deadlines if due is not None], default=None)
         if deadline_ms is not None:
-            delay = max(0.001, deadline_ms / 1000 - time.monotonic())
+            delay = max(0.001, (deadline_ms - self.now_ms()) / 1000)
             self._timer = self._loop.call_later(delay, self._on_timer)
 
     def _on_timer(self) -> None:
-        self.feed(Tick(_now_ms()))
-        self.repairs.feed(Tick(int(time.monotonic() * 1000)))
+        self.feed(Tick(self.now_ms()))
+        self.repairs.feed(Tick(self.now_ms()))
 
 
-def _now_ms() -> int:
-    return int(time.monotonic() * 1000)
+def _reading_ms() -> float:
+    return time.monotonic() * 1000
 
 
 def _heartbeat(report: Heartbeat | StepReport) -> Heartbeat:

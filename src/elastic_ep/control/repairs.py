@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 
 import structlog
@@ -47,6 +46,7 @@ class Repairs:
         metrics: Metrics,
         on_placed: Callable[[int, tuple[Change, ...]], None],
         on_deadline: Callable[[], None],
+        now_ms: Callable[[], int],
     ) -> None:
         self.machine = machine
         self.on_plan_ended: Callable[[ev.PlanEnded], None] = lambda _ended: None
@@ -56,6 +56,7 @@ class Repairs:
         """Why weights come from the checkpoint alone, if they do."""
         self.loads = LoadWindow()
         self.proofs = Proofs(wire.send)
+        self._now_ms = now_ms
         self._wire = wire
         self._log = log
         self._metrics = metrics
@@ -126,7 +127,7 @@ class Repairs:
 
     def feed(self, event: ev.Event) -> None:
         """Perform what the machine says. What must be heard at once goes out before anything is logged."""
-        now = Tick(int(time.monotonic() * 1000))
+        now = Tick(self._now_ms())
         for heard in (now, event) if now.now_ms > self.machine.now_ms else (event,):
             effects = self.machine.step(heard)
             for effect in effects:
