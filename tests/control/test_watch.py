@@ -82,6 +82,8 @@ def test_a_joiner_that_could_not_run_is_not_fenced_for_being_late() -> None:
         before = len(group.log.recorded)
         await asyncio.sleep(0.2)
         assert group.processes.fenced == []
-        assert len(group.log.recorded) - before < 40, "it wakes up again and again before the deadline has come"
+        assert len(group.log.recorded) - before < 40, (
+            "it wakes up again and again before the deadline has come"
+        )
 
     watched(main)
