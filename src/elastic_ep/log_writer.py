@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ FORMAT = 2
 """Of the lines. 1 had one file a run, and all tokens in it."""
 BATCH_S = 0.05
 """A kill of the run process loses about so much of the log's end."""
+SLICE_S, PAUSE_S = 1e-4, 2e-5
+"""The thread encodes for so long, then lets others run."""
 MAX_PENDING = 50_000
 """Lines that wait for a disk that hangs, before the log ends: some tens of MB."""
 PATIENCE_S = 5.0
@@ -152,7 +155,14 @@ class LogWriter:
                 item.set()
 
     def _take(self) -> None:
+        """HAZARD: who wants the interpreter lock waits for it as long as this thread keeps it, up to the switch interval at
+        each of the event loop's system calls. So it is given away often, and for long enough to be taken.
+        """
+        pause_at = time.monotonic() + SLICE_S
         for _ in range(len(self._pending)):
+            if time.monotonic() >= pause_at and not self._closing:
+                time.sleep(PAUSE_S)
+                pause_at = time.monotonic() + SLICE_S
             item = self._pending.popleft()
             if isinstance(item, threading.Event):
                 self._write()
