@@ -155,8 +155,8 @@ class LogWriter:
                 item.set()
 
     def _take(self) -> None:
-        """HAZARD: who wants the interpreter lock waits for it as long as this thread keeps it, up to the switch interval at
-        each of the event loop's system calls. So it is given away often, and for long enough to be taken.
+        """HAZARD: the event loop gives the interpreter lock away at each system call, and has to wait for it as long as
+        this thread keeps it. So it is given back often, and for long enough to be taken.
         """
         pause_at = time.monotonic() + SLICE_S
         for _ in range(len(self._pending)):

@@ -1,14 +1,15 @@
 """From the bytes of a request body to what is done with it, without holding up the event loop.
 
 The work (JSON, fields, chat template, tokenizer) grows with the body, and most of it keeps the interpreter lock,
-so a thread would not help. A small body is read on the event loop, one body a turn of the loop; any other by a
-process of its own (`text_worker.py`), by the same code.
+so a thread would not help. A small body is read on the event loop, as many a turn of it as take a few milliseconds;
+any other by a process of its own (`text_worker.py`), by the same code.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any, Literal
 
 from elastic_ep.api.bodies import detokenize_fields, tokenize_fields
@@ -21,6 +22,9 @@ from elastic_ep.text import Text
 INLINE_BYTES = 8192
 """A body of so many bytes takes a few milliseconds. HAZARD: work that a small body can make long (a template of the
 client's own, a pattern to compile) does not belong on the event loop either: see `_may_take_long`."""
+
+TURN_S = 0.003
+"""So much is read in a turn of the event loop, and at least one body."""
 
 JobTask = Literal["completion", "chat"]
 AnswerTask = Literal["tokenize", "detokenize"]
@@ -73,7 +77,8 @@ class Reading:
     def __init__(self, reader: BodyReader, worker: TextWorker) -> None:
         self._reader = reader
         self.worker = worker
-        self._turn = asyncio.Lock()
+        self._spent_s = 0.0
+        """On reading, in this turn of the event loop."""
 
     async def job(self, task: JobTask, raw: bytes) -> Job:
         found = await self._read(task, raw)
@@ -88,13 +93,25 @@ class Reading:
     async def _read(self, task: str, raw: bytes) -> Job | bytes:
         if len(raw) > INLINE_BYTES:
             return await self.worker.read(task, raw)
-        async with self._turn:
-            # Of many bodies that come at once, others have their turn between each two.
+        # Of many bodies that come at once, others have their turn now and then.
+        while self._spent_s >= TURN_S:
             await asyncio.sleep(0)
+        began = time.monotonic()
+        try:
             found = self._reader.read_if_short(task, raw)
+        finally:
+            self._spent(time.monotonic() - began)
         if found is not None:
             return found
         return await self.worker.read(task, raw)
+
+    def _spent(self, seconds: float) -> None:
+        if not self._spent_s:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._spent_s += seconds
+
+    def _next_turn(self) -> None:
+        self._spent_s = 0.0
 
 
 def _may_take_long(body: dict[str, Any]) -> bool:
