@@ -103,9 +103,12 @@ class Settings:
     equivalent: list[dict[str, Any]]
 
     @staticmethod
-    def load() -> Settings:
+    def load(quick: bool) -> Settings:
         read = tomllib.loads((ROOT / "scripts/mutants.toml").read_text())
-        return Settings(read["tests"], read.get("equivalent", []))
+        tests: dict[str, list[str]] = read["tests"]
+        if quick:
+            tests = {module: [t for t in names if "/e2e/" not in t] for module, names in tests.items()}
+        return Settings({m: names for m, names in tests.items() if names}, read.get("equivalent", []))
 
     def tests_of(self, module: Path) -> list[str]:
         name = str(module.relative_to(SOURCE))
@@ -268,11 +271,14 @@ def main() -> int:
         "--limit", type=float, default=600.0, help="seconds for one change (default: %(default)s)"
     )
     parser.add_argument("--least", type=float, default=0.95, help="the score to reach (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="without tests that start servers: a lower bound"
+    )
     options = parser.parse_args()
     choose_operators()
-    settings = Settings.load()
+    settings = Settings.load(options.quick)
     key = hashlib.sha256(
-        f"{copy_tree()} {options.number} {options.seed} {options.words}".encode()
+        f"{copy_tree()} {options.number} {options.seed} {options.quick} {options.words}".encode()
     ).hexdigest()
     os.chdir(TREE)
     os.environ["PYTHONPATH"] = str(TREE / "src")

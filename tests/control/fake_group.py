@@ -90,7 +90,8 @@ class FakeRank:
         self.alive = True
         self.heard_pub = False
         self.said_ready = False
-        self.told_to_sum = 0
+        self.told: list[Any] = []
+        """What it alone was told."""
         self.silent = False
         """Alive, and neither hears nor says anything."""
         self.contents: dict[Place, int] = {}
@@ -125,12 +126,13 @@ class FakeRank:
             self._hear(message)
 
     def _hear(self, message: Any) -> None:
+        if not isinstance(message, Numbered):
+            self.told.append(message)
         match message:
             case Numbered() | Snapshot():
                 self.heard_pub = self.heard_pub or isinstance(message, Numbered)
                 self._perform(self.machine.step(message))
             case SumSlots(ticket):
-                self.told_to_sum += 1
                 self.say(SlotSums(*self.member, ticket, self._sums()))
             case CopySlot():
                 self.group.ordered(self, message)
@@ -201,6 +203,10 @@ class FakeProcesses:
     group: FakeGroup
     launched: list[Member] = field(default_factory=list)
     fenced: list[Member] = field(default_factory=list)
+    watched: list[Member] = field(default_factory=list)
+    held: list[Member] = field(default_factory=list)
+    occupied: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    """By rank, who waits until its device is free; ranks that are not named are."""
 
     def launch(self, member: Member) -> None:
         self.launched.append(member)
@@ -211,13 +217,20 @@ class FakeProcesses:
         self.group.loop.call_soon(self.group.end, member, "SIGKILL")
 
     def watch(self, member: Member) -> None:
-        pass
+        self.watched.append(member)
 
     def hold(self, member: Member) -> None:
-        pass
+        self.held.append(member)
 
     def when_free(self, rank: int, then: Callable[[], None]) -> None:
-        then()
+        if rank in self.occupied:
+            self.occupied[rank].append(then)
+        else:
+            then()
+
+    def free(self, rank: int) -> None:
+        for then in self.occupied.pop(rank):
+            then()
 
 
 class FakeGroup:
