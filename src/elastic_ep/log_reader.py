@@ -100,7 +100,7 @@ class Log:
             yield line
         if self._whole and self.segment > self.dropped + 1:
             raise Differs(
-                segment_name(self.dropped + 1), "it is missing, and it was not the run that deleted it"
+                f"{segment_name(self.dropped + 1)} is missing, and it was not the run that deleted it"
             )
 
     def _lines(self) -> Iterator[Line]:

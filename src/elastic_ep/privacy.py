@@ -33,6 +33,8 @@ MAX_BLANK: Final = 1 << 24
 Blank: TypeAlias = Callable[[Any], Any]
 """What is left of a private value, as JSON takes it."""
 
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|[^\s\[({,;:]*\d[^\s\])},;:]*|[^\s\[({,;:]{25,}")
+
 _SCALARS = {int, str, float, bool, type(None)}
 _EMPTY: dict[Any, Any] = {int: 0, float: 0.0, bool: False, str: "", bytes: "", tuple: [], list: []}
 
@@ -56,8 +58,8 @@ def expanded(pairs: dict[str, Any]) -> Any:
 
 
 def masked(text: str) -> str:
-    """`text` without what an exception may quote from a request: numbers and what stands in quotes."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\d[\d.,]*", "_", text)
+    """`text` without what an exception may quote: what stands in quotes, words with a digit, and very long words."""
+    return _QUOTED.sub("_", text)
 
 
 def blanks(cls: type) -> tuple[Blank | None, ...]:
