@@ -217,6 +217,11 @@ def logged() -> set[type]:
 
 
 WORDS_OF_OUR_OWN = {
+    "Death.status": "ProcessGone.status",
+    "Outlook.reason": "another event's",
+    "Slot.failed": "Reported.reason",
+    "Slot.start_failure": "another event's, of a rank that has had no request",
+    "StartFailed.reason": "Slot.start_failure",
     "Copied.error": "of a rank's slots' thread, which sees weights alone",
     "DeathNoticed.cause": "the controller's",
     "Fault.reason": "the machine's: numbers of requests and places",
@@ -508,7 +513,7 @@ def test_a_full_disk_ends_the_log_and_nothing_else(
         left -= taken
         return real(fd, data[:taken])
 
-    monkeypatch.setattr(log_files.os, "write", almost_full)
+    monkeypatch.setattr(os, "write", almost_full)
     folder = write(tmp_path / "run", 1, 300)
     assert lines_of(capsys).count("the event log ends here") == 1
     assert len(contents(folder)[CURRENT]) == 4000

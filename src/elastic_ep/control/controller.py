@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import anyio
 import structlog
@@ -132,7 +132,7 @@ class Controller:
         self.over = anyio.Event()
         """The machine has given its verdict: nothing will serve any more."""
         self.pace = PaceObserver(self._disturbed)
-        self.ledger = Ledger(self.metrics, self.log.note)
+        self.ledger = Ledger(self.metrics, self._note_loss)
         self.lines = GroupLines(self.machine)
         self.store = StoreTable(self.wire.send, self.log.note)
         self.repairs = Repairs(
@@ -435,6 +435,16 @@ class Controller:
         slot = self.machine.slots[member.rank]
         served = slot.member == member and slot.state in (RankState.SERVING, RankState.DRAINING)
         return masked(report.reason) if served and self.log.private else report.reason
+
+    def _note_loss(self, kind: str, /, **facts: Any) -> None:
+        if self.log.private and facts["cause"] is LossCause.EXCEPTION:
+            facts["why"] = masked(facts["why"])
+        self.log.note(kind, **facts)
+
+    def _note_loss(self, kind: str, /, **facts: Any) -> None:
+        if self.log.private and facts["cause"] is LossCause.EXCEPTION:
+            facts["why"] = masked(facts["why"])
+        self.log.note(kind, **facts)
 
     def _on_step_report(self, member: Member, report: StepReport) -> None:
         facts = self._known(member)
