@@ -31,7 +31,7 @@ from elastic_ep.log_files import CURRENT, segment_name
 from elastic_ep.machines import routing_events as ev
 from elastic_ep.machines.registry import MACHINES
 from elastic_ep.machines.routing import RoutingMachine
-from elastic_ep.messages import FailureCode, Member, SamplingParams, Token, TopLogprob
+from elastic_ep.messages import Bias, FailureCode, Member, SamplingParams, Token, TopLogprob
 from elastic_ep.privacy import MAX_BLANK, blanks, expanded, masked
 from elastic_ep.replay import DIFFERS, SAME, UNREADABLE, main
 from elastic_ep.run import parse
@@ -69,8 +69,13 @@ def _next(
     running = [(m, r) for m, rank in machine.ranks.items() for r in rank.requests.values()]
     if draw < 0.3:
         length = choose.choice((1, 3, 5, 300))
+        few = (SECRET,) * choose.randint(0, 2)
         params = SamplingParams(
-            choose.randint(1, 4), stop_token_ids=(SECRET,) * choose.randint(0, 2), logprobs=1
+            choose.randint(1, 4),
+            stop_token_ids=few,
+            logprobs=1,
+            allowed_token_ids=few,
+            logit_bias=(Bias(SECRET, 1.5),),
         )
         request = ev.NewRequest(next(numbers), (SECRET,) * length, params, SECRET, 0)
         return ev.Submitted(request, machine.now_ms)
@@ -104,7 +109,9 @@ def rewritten(event: ev.Event, token: Callable[[], int]) -> ev.Event:
         case ev.Submitted(request):
             stops = tuple(token() for _ in request.params.stop_token_ids)
             prompt = tuple(token() for _ in request.prompt)
-            params = replace(request.params, stop_token_ids=stops)
+            allowed = tuple(token() for _ in request.params.allowed_token_ids)
+            bias = tuple(Bias(token(), float(token())) for _ in range(token() % 3))
+            params = replace(request.params, stop_token_ids=stops, allowed_token_ids=allowed, logit_bias=bias)
             return replace(event, request=replace(request, prompt=prompt, params=params, seed=token()))
         case ev.TokensCommitted(tokens=tokens):
             others = [
@@ -257,6 +264,22 @@ def test_every_text_that_is_logged_is_known() -> None:
                 texts.add(f"{cls.__name__}.{name}")
     unknown = {text for text in texts if text not in WORDS_OF_OUR_OWN}
     assert not unknown
+
+
+COUNTS = {"Request.emitted_before", "SamplingParams.max_tokens", "SamplingParams.min_tokens"}
+
+
+def test_every_token_is_marked() -> None:
+    """By its name: what has to do with tokens and is no number of them, nor of records that say themselves."""
+    found = set()
+    for cls in logged():
+        hints = typing.get_type_hints(cls)
+        names = [f.name for f in fields(cls)] if is_dataclass(cls) else list(hints)
+        for name, blank in zip(names, blanks(cls), strict=True):
+            plain = not classes(hints[name], set())
+            if blank is None and plain and re.search("token|prompt|emitted|seed|logprob$|bias|text", name):
+                found.add(f"{cls.__name__}.{name}")
+    assert found == COUNTS
 
 
 def test_what_marks_nobody_would_find_are_refused() -> None:

@@ -189,7 +189,7 @@ class Heartbeat:
 
 class Bias(NamedTuple):
     token: TokenId
-    add: float
+    add: Annotated[float, PRIVATE]
     """To its logit."""
 
 
@@ -213,8 +213,8 @@ class SamplingParams:
     stop_token_ids: tuple[TokenId, ...] = ()
     logprobs: int | None = None
     min_tokens: int = 0
-    logit_bias: tuple[Bias, ...] = ()
-    allowed_token_ids: tuple[int, ...] = ()
+    logit_bias: Annotated[tuple[Bias, ...], PRIVATE] = ()
+    allowed_token_ids: tuple[TokenId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

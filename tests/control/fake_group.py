@@ -62,7 +62,6 @@ def checksum_of(layer: int, content: int) -> int:
 
 
 class FakeLog:
-    recording = True
     private = False
 
     def __init__(self) -> None:

@@ -441,11 +441,6 @@ class Controller:
             facts["why"] = masked(facts["why"])
         self.log.note(kind, **facts)
 
-    def _note_loss(self, kind: str, /, **facts: Any) -> None:
-        if self.log.private and facts["cause"] is LossCause.EXCEPTION:
-            facts["why"] = masked(facts["why"])
-        self.log.note(kind, **facts)
-
     def _on_step_report(self, member: Member, report: StepReport) -> None:
         facts = self._known(member)
         facts.running, facts.waiting, facts.step = report.running, report.waiting, report.step
