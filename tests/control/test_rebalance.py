@@ -134,3 +134,64 @@ async def ask_in_turn(
         assert how == "is slow" or own, "it was answered before its plan had ended"
         assert done.planned == RANKS
     assert [ended.plan for ended in repairs.ended] == sorted({ended.plan for ended in repairs.ended})
+
+
+@pytest.mark.parametrize("left", [3, 1, 0])
+def test_a_call_is_answered_when_a_member_dies(left: int) -> None:
+    """Its plan is for others than there are. With nobody left there is nothing to plan, and nothing to wait for."""
+
+    async def main(loop: VirtualTimeLoop) -> None:
+        repairs = SlowRepairs(loop)
+        members = frozenset(MEMBERS)
+        asker = Rebalancer(cast(Any, repairs), lambda: members, every=0, spare=1, report=lambda _done: None)
+
+        async def planned(_call: object, **_options: object) -> Plan:
+            return turned_by(repairs.placement, 1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(anyio.to_process, "run_sync", planned)
+            call = asyncio.create_task(asker.rebalance())
+            while not repairs.planned:
+                await asyncio.sleep(0)
+            members = frozenset(MEMBERS[:left])
+            repairs.feed(MembersChanged(MEMBERS[:left]))
+            began_s = loop.time()
+            assert (await call).made == 0
+            if not left:
+                assert (await asker.rebalance()).planned == 0
+            assert loop.time() == began_s
+
+    run_virtually(main)
+
+
+def test_a_plan_for_nobody_ends_at_once() -> None:
+    machine = RepairMachine(launch_placement(RANKS, 1, 4, 4, 1), RepairConfig())
+    assert machine.step(Planned((), machine.placement.slots, 1)) == [PlanEnded(0, 0, 1)]
+
+
+def test_a_planner_that_is_killed_costs_a_plan_and_nothing_else() -> None:
+    async def main(loop: VirtualTimeLoop) -> None:
+        repairs = SlowRepairs(loop)
+        asker = Rebalancer(
+            cast(Any, repairs), lambda: frozenset(MEMBERS), every=10, spare=1, report=lambda _done: None
+        )
+        calls = []
+
+        async def planned(call: object, **_options: object) -> Plan:
+            calls.append(call)
+            if len(calls) == 1:
+                raise anyio.BrokenWorkerProcess("killed")
+            return turned_by(repairs.placement, 1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(anyio.to_process, "run_sync", planned)
+            task = asyncio.create_task(asker.run())
+            for step in (10, 20):
+                asker.step_seen(step)
+                await asyncio.sleep(0.1)
+            assert len(calls) == 2
+            assert repairs.planned
+            assert not task.done()
+            task.cancel()
+
+    run_virtually(main)

@@ -36,10 +36,12 @@ def _layer(placement: Placement, layer: int, ranks: Collection[int], proofs: Pro
 
 
 async def verify(placement: Placement, members: Collection[Member], proofs: Proofs) -> Verification:
-    """Ask all members; what differs was taken out of the placement when their answers came in."""
+    """Ask all members; what differs was taken out of the placement when their answers came in.
+
+    Whoever dies before it answers is silent, and nobody waits for it any longer.
+    """
     found_before = len(proofs.corrupt)
-    ticket = proofs.ask(members)
-    silent = await proofs.answers(ticket, VERIFY_DEADLINE_S)
+    silent = await proofs.ask_and_wait(members, VERIFY_DEADLINE_S)
     answered = {member.rank for member in members} - {member.rank for member in silent}
     checked = sum(
         logical != EMPTY

@@ -7,6 +7,7 @@ from functools import partial
 
 import anyio
 import anyio.to_process
+import structlog
 
 from elastic_ep.api.backend import Rebalancing
 from elastic_ep.control.repairs import Repairs
@@ -15,6 +16,7 @@ from elastic_ep.machines.repair_events import PlanEnded, Planned
 from elastic_ep.messages import Member
 
 CARRY_OUT_DEADLINE_S = 60.0
+log = structlog.get_logger()
 
 
 class Rebalancer:
@@ -50,13 +52,19 @@ class Rebalancer:
         while True:
             await self._due.wait()
             self._due = anyio.Event()
-            await self.rebalance()
+            try:
+                await self.rebalance()
+            # Killed, perhaps for want of memory: the next one is a new one.
+            except anyio.BrokenWorkerProcess as error:
+                log.warning("the experts stay where they are: no plan was made", why=str(error))
 
     async def rebalance(self) -> Rebalancing:
         """Plan for the load of late and carry it out, or as much of it as costs no tolerance."""
         async with self._one_at_a_time:
             members = tuple(sorted(self._members()))
             placement = self._repairs.placement
+            if not members:
+                return Rebalancing(0, 0, 1.0, 1.0, placement.version)
             loads = self._repairs.loads.total(len(placement.slots), placement.num_experts)
             given = PlanInput(
                 placement=placement,

@@ -121,6 +121,7 @@ class Repairs:
 
     def members_changed(self, members: Collection[Member]) -> None:
         self.feed(ev.MembersChanged(tuple(sorted(members))))
+        self.proofs.members_changed(members)
 
     def gone(self, member: Member) -> None:
         self.states.pop(member, None)

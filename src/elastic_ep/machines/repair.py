@@ -209,7 +209,7 @@ class RepairMachine:
     def _on_planned(self, event: ev.Planned) -> None:
         """A plan made for other members than there are now is of no use."""
         self._drop_plan()
-        if frozenset(event.members) != self.members:
+        if not self.members or frozenset(event.members) != self.members:
             self._effects.append(ev.PlanEnded(0, 0, event.plan))
             return
         width = self.placement.slots_per_rank
