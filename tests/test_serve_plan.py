@@ -62,7 +62,7 @@ def test_the_size_of_a_step_that_nobody_gave_suits_what_was_given(
         (4, 4, False, "cuda", 33),
     ],
 )
-def test_a_gpu_gets_no_odd_number_of_physical_experts(
+def test_a_gpu_gets_an_even_number_of_physical_experts(
     ranks: int, redundant: int, eplb: bool, device: str, slots: int
 ) -> None:
     model = qwen3_moe.spec(replace(QWEN3_30B, num_hidden_layers=1))

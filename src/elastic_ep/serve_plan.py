@@ -154,7 +154,7 @@ def _content_form(config: ServeConfig) -> ContentForm | None:
 
 
 def first_placement(config: ServeConfig, model: ModelSpec, redundant: int, device: str) -> Placement:
-    """With a spare slot on every rank for rebalancing, and with one if the device's exchange takes no odd number."""
+    """With a spare slot on every rank for rebalancing, and with one where GPUs' even number of experts takes it."""
     spare = int(config.enable_eplb)
     slots = -(-(model.moe.experts + redundant) // config.ranks) + spare
     if device == "cuda" and config.ranks * slots % EXPERTS_MULTIPLE:

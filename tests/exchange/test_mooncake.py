@@ -23,8 +23,8 @@ def test_without_a_device_the_refusal_says_so() -> None:
         load_buffer_class()
 
 
-def test_an_odd_number_of_experts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="even number"):
+def test_a_group_has_an_even_number_of_experts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="multiple of 2"):
         MooncakeExchange(ExchangeShape(3, 4, 128, 2, 3, 2), Member(0, 0), FileStore(tmp_path))
 
 

@@ -147,7 +147,10 @@ def test_a_file_that_is_cut_off(
     assert "belong to no tensor" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" * 100, b"\x02" + bytes(7) + b"[]", b"\xff" * 64])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04" * 100, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{]", b"\xff" * 64],
+)
 def test_a_file_of_another_format(tmp_path: Path, refused: Callable[..., str], content: bytes) -> None:
     write_texts(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -204,6 +207,8 @@ def test_an_index_that_lies(tmp_path: Path, refused: Callable[..., str]) -> None
     assert NORM in refused(tmp_path)
     write_json(index, {"weight_map": {**weight_map, NORM: "model-2.safetensors"}})
     assert "model-2.safetensors is missing" in refused(tmp_path)
+    write_json(index, {"weight_map": {**weight_map, NORM: "x" * 300}})
+    assert "cannot be read" in refused(tmp_path)
     wrongs: list[Any] = [{}, {"weight_map": []}, {"weight_map": {NORM: 7}}, []]
     for wrong in wrongs:
         write_json(index, wrong)

@@ -119,8 +119,8 @@ class MooncakeExchange:
             raise ValueError(f"hidden is {shape.hidden}, but Mooncake needs a multiple of {HIDDEN_MULTIPLE}")
         if shape.num_ranks * shape.slots_per_rank % EXPERTS_MULTIPLE:
             raise ValueError(
-                f"{shape.num_ranks} ranks with {shape.slots_per_rank} physical experts each are an odd number of "
-                "experts, but Mooncake needs an even number"
+                f"{shape.num_ranks} ranks with {shape.slots_per_rank} physical experts each: the group "
+                f"needs a multiple of {EXPERTS_MULTIPLE}, give each rank an empty slot more"
             )
         buffer_class = load_buffer_class()
         self.shape = shape

@@ -5,4 +5,5 @@ CPU_WHEEL = "mooncake-transfer-engine-non-cuda"
 """It has no EP. Both own the import name `mooncake`."""
 HIDDEN_MULTIPLE = 128
 EXPERTS_MULTIPLE = 2
-"""Of a group's physical experts. HAZARD: with an odd number of them the kernels end with a misaligned address."""
+"""Of a group's physical experts; each rank has an empty slot more where it takes that. Without it steps failed in the
+kernels."""
