@@ -51,6 +51,12 @@ FIELDS = {
         "chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "model_max_length", "add_bos_token",
     ],
 }  # fmt: skip
+INTEGERS = [
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings",
+]  # fmt: skip
+NUMBERS = ["rms_norm_eps", "rope_theta"]
+BOOLEANS = ["tie_word_embeddings", "norm_topk_prob"]
 PLACES = [(file, field) for file, fields in FIELDS.items() for field in fields]
 
 
@@ -174,3 +180,44 @@ def test_tokens_that_end_texts(tmp_path: Path, token: Any, read: tuple[int, ...]
     write_texts(tmp_path)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": token})
     assert plan_of(tmp_path).model.eos_token_ids == read
+
+
+CONFIG_WRONG: list[tuple[str, Any]] = [
+    *((name, wrong) for name in INTEGERS for wrong in (0, -1, 1.5, "8", True, [8], 2**31, 10**400, float("inf"))),
+    *((name, wrong) for name in NUMBERS for wrong in (0, -1, "1", True, [1], 10**400, 1e400, float("nan"), 1e-300)),
+    *((name, wrong) for name in BOOLEANS for wrong in (0, 1, "true", [], {})),
+    ("rope_parameters", 7), ("rope_scaling", [1]), ("rope_parameters", {"rope_theta": "x"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), CONFIG_WRONG, ids=lambda value: str(value)[:20])
+def test_a_config_out_of_range_names_file_and_field(tmp_path: Path, name: str, value: Any) -> None:
+    write_texts(tmp_path, CONFIG | {name: value})
+    with pytest.raises(ConfigError) as raised:
+        plan_of(tmp_path)
+    said = str(raised.value)
+    assert f"config.json: {name}" in said
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize("name", [name for name in INTEGERS if name in CONFIG])
+def test_an_integer_may_be_written_as_a_float_and_may_not_be_missing(tmp_path: Path, name: str) -> None:
+    write_texts(tmp_path, CONFIG)
+    plan = plan_of(tmp_path)
+    write_texts(tmp_path, CONFIG | {name: float(CONFIG[name])})
+    assert plan_of(tmp_path).model == plan.model
+    write_texts(tmp_path, CONFIG | {name: None})
+    if name in ("head_dim", "num_key_value_heads"):
+        plan_of(tmp_path)
+    else:
+        with pytest.raises(ConfigError, match=f"{name} is missing"):
+            plan_of(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"7", b"null", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_file_that_is_no_json_object(tmp_path: Path, name: str, content: bytes) -> None:
+    write_texts(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        plan_of(tmp_path)
