@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +21,13 @@ _Piece = Callable[[str, bool], str]
 """A token and whether it is a text's first one, to what it contributes."""
 
 
-def read_spelling(tokenizer: Tokenizer) -> Spelling | None:
-    """None for a decoder that looks at neighbours."""
-    steps = _decoder_steps(tokenizer)
-    plan = _Plan.of(steps)
+def read_spelling(tokenizer: Tokenizer, names: Sequence[str]) -> Spelling | None:
+    """None for a decoder that looks at neighbours. `names` by id."""
+    plan = _Plan.of(_decoder_steps(tokenizer))
     if plan is None:
         return None
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    size = max(vocabulary.values(), default=-1) + 1
-    first, rest = [b""] * size, [b""] * size
-    for token, index in vocabulary.items():
-        first[index] = plan.spell(token, first=True)
-        rest[index] = plan.spell(token, first=False)
+    rest = [plan.spell(name, first=False) if name else b"" for name in names]
+    first = [plan.spell(name, first=True) if name else b"" for name in names] if plan.pieces else rest
     return Spelling(first, rest, plan.trim)
 
 
@@ -153,9 +148,10 @@ _ALPHABET = byte_level_alphabet()
 
 def _byte_level(token: str) -> bytes:
     # A token with a character that stands for no byte is taken as it is.
-    if all(character in _ALPHABET for character in token):
+    try:
         return bytes([_ALPHABET[character] for character in token])
-    return _encode(token)
+    except KeyError:
+        return _encode(token)
 
 
 _TO_BYTES: dict[str, Callable[[str], bytes]] = {"ByteFallback": _byte_fallback, "ByteLevel": _byte_level}

@@ -51,14 +51,18 @@ class Text:
             token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
         )
         self._names = token_names(tokenizer)
-        self._spelling = read_spelling(tokenizer)
+        self._spelling = read_spelling(tokenizer, self._names)
         self._table: list[bytes] | None = None
         """Without special tokens, where the ends of a text are as its middle."""
         if self._spelling is not None and self._spelling.has_no_ends:
             rest = self._spelling.rest
             self._table = [b"" if i in self._special_ids else shown for i, shown in enumerate(rest)]
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.max_token_bytes: int = max(map(len, map(self.token_bytes, range(len(self._names)))), default=1)
+        named = range(len(self._names)) if self._spelling is None else self._special_ids
+        shown = [self._names[token].encode("utf-8", "replace") for token in named]
+        self.max_token_bytes: int = max(
+            1, *map(len, shown), *map(len, self._spelling.rest if self._spelling else ())
+        )
 
     @classmethod
     def load(

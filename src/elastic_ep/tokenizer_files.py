@@ -60,7 +60,8 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
     if added is None:
-        special = {_content(token) for token in [*named.values(), *extra]}
+        old = [*(named[name] for name in _NAMED if name in named), *_tokens(config.get(_EXTRA))]
+        special = {_content(token) for token in old}
         listed = {**_old_added_tokens(folder, special), **tokenizer.get_added_tokens_decoder()}
     else:
         listed = _added_tokens(added, folder / "tokenizer_config.json")
@@ -100,8 +101,12 @@ def _special_tokens(config: Mapping[str, Any]) -> tuple[dict[str, str | AddedTok
     if extra is None:
         extra = config.get(_OLD_EXTRA)
     named = {name: token for name, entry in entries.items() if (token := _token(entry)) is not None}
-    listed = extra if isinstance(extra, list) else []
-    return named, [token for entry in listed if (token := _token(entry)) is not None]
+    return named, _tokens(extra)
+
+
+def _tokens(entries: Any) -> list[str | AddedToken]:
+    listed = entries if isinstance(entries, list) else []
+    return [token for entry in listed if (token := _token(entry)) is not None]
 
 
 def _token(entry: Any) -> str | AddedToken | None:
