@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,25 +131,34 @@ async def test_small_bodies_need_no_process(start: Start) -> None:
 
 
 async def test_a_template_of_the_clients_own_never_runs_on_the_event_loop(start: Start) -> None:
-    running = await start()
-    body = {"messages": [{"role": "user", "content": "Anna"}], "chat_template": "{{ messages }}"}
-    await running.post("/v1/chat/completions", body)
+    running = await start(trust_request_chat_template=True)
+    body = {"messages": [{"role": "user", "content": "Anna"}], "chat_template": "{{ messages[0].content }}!"}
+    assert (await running.post("/v1/chat/completions", body))[0] == 200
     assert running.worker.pid is not None
+    assert running.backend.submitted[0].prompt == tuple(sample_text().encode("Anna!"))
 
 
-async def test_of_many_small_bodies_at_once_one_is_read_a_turn_of_the_loop() -> None:
+async def test_of_many_small_bodies_a_turn_of_the_loop_reads_what_takes_a_few_milliseconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that each body moves on by a third of that: so three a turn, and the others have theirs between."""
+
     class Turns(BodyReader):
         def read_if_short(self, task: str, raw: bytes) -> Any:
+            nonlocal now
+            now += reading.TURN_S / 3 + 1e-6
             turns.append(turn)
             return b""
 
-    turn, turns = 0, list[int]()
+    now, turn, turns = 0.0, 0, list[int]()
+    monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: now))
     shared = reading.Reading(Turns(settings(), sample_text()), TextWorker(WorkerSetup(settings(), held_text)))
     asked = asyncio.gather(*[shared.answer("tokenize", b"{}") for _ in range(20)])
     while not asked.done():
         turn += 1
         await asyncio.sleep(0)
-    assert len(set(turns)) == 20
+    assert len(turns) == 20
+    assert max(Counter(turns).values()) == 3
 
 
 async def test_a_body_whose_process_dies_is_tried_once_more(worker: TextWorker, tmp_path: Path) -> None:

@@ -1,0 +1,154 @@
+"""Full load beside many busy processes: is a rank that is well ever fenced, and is one that hangs still found?
+
+    python -m bench.busy [--minutes 10] [--busy 16] [--out bench/results/busy.json]
+
+64 streams without a pause on eight ranks, and other processes that want a processor all the time. Counted are fences of
+healthy ranks and failed requests (there must be none of either), and tokens. At the end one rank is stopped (SIGSTOP),
+and it is timed until it is fenced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import cycle, pairwise
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from bench.bound import Bound
+from bench.common import Server, chat, http, server, status, summary, until_full, write_result
+from bench.overhead import generated
+from elastic_ep.problems import held_out
+
+LOOK_EVERY_S = 15.0
+FOUND_WITHIN_S = 60.0
+BUSY = "while True: pass"
+
+
+@dataclass
+class Load:
+    """What clients saw. `gaps` are the longest pauses of each answer, seconds."""
+
+    answers: int = 0
+    failures: list[str] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+    async def stream(
+        self, session: aiohttp.ClientSession, url: str, first: int, questions: list[str]
+    ) -> None:
+        for question in cycle(questions[first:] + questions[:first]):
+            stamps = [time.monotonic()]
+            try:
+                await chat(session, url, question, stamps=stamps)
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+                self.failures.append(f"{type(error).__name__}: {error}")
+                await asyncio.sleep(1.0)
+                continue
+            self.answers += 1
+            self.gaps.append(max(later - one for one, later in pairwise(stamps)))
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    processes = [Bound([sys.executable, "-c", BUSY]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def fences(events: Path, since: int = 0) -> list[str]:
+    """The reason of every fence in the log, from byte `since` on."""
+    found = []
+    with events.open() as log:
+        log.seek(since)
+        for line in log:
+            if '"Fence"' in line:
+                with suppress(ValueError):  # the last line may be on its way
+                    effects = json.loads(line).get("said", ())
+                    found += [f"{effect[1]}: {effect[2]}" for effect in effects if effect[0] == "Fence"]
+    return found
+
+
+async def time_a_hang(session: aiohttp.ClientSession, target: Server) -> float | None:
+    """Seconds from SIGSTOP to the end of the incarnation, None if it was not found."""
+    engine = (await status(session, target.url))["engines"][-1]
+    os.kill(engine["pid"], signal.SIGSTOP)
+    began = time.monotonic()
+    while time.monotonic() - began < FOUND_WITHIN_S:
+        now = (await status(session, target.url))["engines"][-1]
+        if now["incarnation"] != engine["incarnation"] or now["status"] == "dead":
+            return round(time.monotonic() - began, 3)
+        await asyncio.sleep(0.02)
+    return None
+
+
+async def measure(target: Server, minutes: float, streams: int, busy: int) -> dict[str, Any]:
+    questions = [problem.question for problem in held_out(512)]
+    load = Load()
+    async with http() as session, asyncio.TaskGroup() as tasks:
+        await until_full(session, target.url)
+        running = [tasks.create_task(load.stream(session, target.url, n, questions)) for n in range(streams)]
+        with busy_processes(busy):
+            began = time.monotonic()
+            while (elapsed := time.monotonic() - began) < minutes * 60:
+                await asyncio.sleep(min(LOOK_EVERY_S, minutes * 60 - elapsed))
+                tokens = await generated(session, target.url)
+                said = f"{tokens:.0f} tokens, {load.answers} answers, load {os.getloadavg()[0]:.1f}"
+                print(f"{elapsed:6.0f} s, {said}, fences {fences(target.events)}", flush=True)
+            found = await status(session, target.url)
+            healthy_fenced = fences(target.events)
+            hang_s = await time_a_hang(session, target)
+            if hang_s is not None and not fences(target.events):
+                raise RuntimeError(
+                    "a rank was fenced and is not counted: the log has another form than this reads"
+                )
+        for task in running:
+            task.cancel()
+    return {
+        "minutes": round(elapsed / 60, 2),
+        "busy_processes": busy,
+        "fences_of_healthy_ranks": len(healthy_fenced),
+        "fences": healthy_fenced,
+        "ranks_lost": sum(engine["incarnation"] - 1 for engine in found["engines"]),
+        "tokens": tokens,
+        "answers": load.answers,
+        "requests_failed": len(load.failures),
+        "failures": load.failures[:10],
+        "longest_gap_of_an_answer_s": summary(load.gaps),
+        "a_real_hang_found_after_s": hang_s,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--busy", type=int, default=16, help="processes that want a processor all the time")
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/busy.json"))
+    options = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="busy-") as scratch,
+        server(["--ranks", str(options.ranks)], Path(scratch)) as target,
+    ):
+        result = asyncio.run(measure(target, options.minutes, options.streams, options.busy))
+    print(json.dumps(result, indent=1))
+    write_result(options.out, {"ranks": options.ranks, "streams": options.streams, **result})
+
+
+if __name__ == "__main__":
+    main()
