@@ -142,6 +142,7 @@ async def test_of_many_small_bodies_a_turn_of_the_loop_reads_what_takes_a_few_mi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a clock that each body moves on by a third of that: so three a turn, and the others have theirs between."""
+    now, turn, turns = 0.0, 0, list[int]()
 
     class Turns(BodyReader):
         def read_if_short(self, task: str, raw: bytes) -> Any:
@@ -150,7 +151,6 @@ async def test_of_many_small_bodies_a_turn_of_the_loop_reads_what_takes_a_few_mi
             turns.append(turn)
             return b""
 
-    now, turn, turns = 0.0, 0, list[int]()
     monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: now))
     shared = reading.Reading(Turns(settings(), sample_text()), TextWorker(WorkerSetup(settings(), held_text)))
     asked = asyncio.gather(*[shared.answer("tokenize", b"{}") for _ in range(20)])
