@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from bench.bound import run
 
 ROOT = Path(__file__).parent.parent
 TESTS = """
@@ -61,13 +62,10 @@ def test_a_test_whose_loop_stands_still_fails(tmp_path: Path) -> None:
         "--rootdir",
         str(tmp_path),
     ]
-    done = subprocess.run(
+    done = run(
         [*command, "-p", "no:cacheprovider", "-p", "tests.loop_plugin", "-k", "not trio", str(file)],
+        60,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
     )
     errors = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
     found = {line.split("::")[1].split()[0].split("[")[0] for line in errors}

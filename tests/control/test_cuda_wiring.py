@@ -84,7 +84,10 @@ def test_a_member_masked_by_a_kernel_is_suspected(
 ) -> None:
     events: list[Any] = []
     machine = SimpleNamespace(view=View(epoch=4, seats=SEATS), stopping=stopping)
-    Controller._suspect(cast(Any, SimpleNamespace(machine=machine, feed=events.append)), report)
+    controller = SimpleNamespace(
+        machine=machine, suspect=lambda member, cause, why: events.append(ev.Suspected(member, why))
+    )
+    Controller._suspect(cast(Any, controller), report)
     assert [event.member for event in events if isinstance(event, ev.Suspected)] == suspected
 
 
@@ -107,7 +110,8 @@ def test_a_joiner_is_heard_of_when_its_predecessor_has_left_the_device(
     controller = SimpleNamespace(
         machine=SimpleNamespace(slots=slots),
         processes=SimpleNamespace(hold=held.append, when_free=lambda rank, then: waiting.append(then)),
-        _guarded=lambda event, member: events.append(event),
+        feed=events.append,
+        _reason=lambda member, report: report.reason,
     )
     for state in (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING):
         Controller._on_rank_report(cast(Any, controller), joiner, RankReport(1, 2, state))
@@ -140,7 +144,7 @@ def test_a_rank_that_starts_is_held_at_each_heartbeat(
         _signs_of_life={},
         _known=lambda member: SimpleNamespace(),
     )
-    Controller.on_message(cast(Any, controller), Heartbeat(1, 2, 0, 0, 0, None, parked=False))
+    Controller._heard(cast(Any, controller), Member(1, 2), Heartbeat(1, 2, 0, 0, 0, None, parked=False))
     assert asked == held
 
 

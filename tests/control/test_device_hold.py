@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import select
 import signal
@@ -58,6 +59,8 @@ connection.recv(1)
 print("lost", flush=True)
 """
 FIRST, SECOND = Member(1, 1), Member(1, 2)
+
+pytestmark = pytest.mark.holds_the_loop("clients are started and waited for on it")
 
 
 @contextmanager
@@ -332,6 +335,8 @@ async def ended_early(device: Path) -> None:
 
 
 def test_the_end_of_the_run_releases_everything(device: Path) -> None:
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     anyio.run(ended_early, device)
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before

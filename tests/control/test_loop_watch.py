@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.bound import Bound
 from harness import DEADLINE_S, state, wait_until
 from structlog.testing import capture_logs
 
@@ -114,8 +115,8 @@ with asyncio.Runner(loop_factory=lambda: make_loop(found.append)) as runner:
 """
 
 
-def start(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], text=True, **options)
+def start(code: str, *arguments: str, **options: Any) -> Bound:
+    return Bound([sys.executable, "-c", code, *arguments], **options)
 
 
 def test_a_loop_that_gets_no_processor_does_not_hold_itself() -> None:

@@ -133,10 +133,13 @@ def test_the_controller_hands_messages_on_and_tells_who_is_gone(table: Table) ->
         wire=SimpleNamespace(dropped=0),
         store=table,
         repairs=SimpleNamespace(gone=lambda member: None),
+        _relaunch_in_s=lambda rank: None,
+        ledger=SimpleNamespace(gone=lambda *facts: None),
         feed=lambda event: None,
         facts={},
         _noticed_ns={},
     )
+    controller._heard = lambda member, message: cast(Any, Controller._heard)(controller, member, message)
     on_message, on_gone = cast(Any, Controller.on_message), cast(Any, Controller.on_gone)
     for message in (StoreSet(*B, "mine", SECRET), StoreGet(*B, ("mine", "missing")), StoreSet(*B, "x", b"")):
         on_message(controller, message)

@@ -198,7 +198,7 @@ def broken_copy(folder: Path) -> Path:
 def test_wrong_flags() -> None:
     assert "--ranks 65 is out of range" in run_wrongly("--ranks", "65")
     assert "--port" in run_wrongly("--port", "70000")
-    assert "unrecognized arguments" in run_wrongly("--rank", "3")
+    assert "is --ranks meant?" in run_wrongly("--rank", "3")
 
 
 def test_missing_and_broken_checkpoints(tmp_path: Path) -> None:

@@ -110,11 +110,11 @@ class RankProcess:
         self._masked: set[Member] = set()
         self._ready_to_join = False
         self._status: int | None = None
+        self._finished = anyio.Event()
         self._shown = RankState.LAUNCHING
 
     async def run(self) -> int:
         self._loop = asyncio.get_running_loop()
-        self._finished = anyio.Event()
         self._connector = Connector(self._exchange, self._loop, slow=self._config.device != "cpu")
         self._loop.add_reader(self._life_fd, self._orphaned)
         self._wire = RankWire(
