@@ -164,7 +164,11 @@ def test_it_is_said_once_in_a_while_and_noted_each_time(monkeypatch: pytest.Monk
 
 def test_the_thread_ends_with_the_loop() -> None:
     holds(lambda: None)
-    assert "eep-loop-watch" not in {thread.name for thread in threading.enumerate()}
+    wait_until(
+        lambda: "eep-loop-watch" not in {thread.name for thread in threading.enumerate()},
+        DEADLINE_S,
+        "it ended",
+    )
 
 
 def test_without_what_the_kernel_counts_nothing_is_watched(
