@@ -544,6 +544,21 @@ def test_a_full_disk_ends_the_log_and_nothing_else(
     assert "cut off" in capsys.readouterr().out
 
 
+def test_nobody_waits_for_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EventLog(tmp_path / "run")
+    log.begin({"version": "0.1.0"})
+
+    def full(fd: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(log_writer, "PATIENCE_S", 600.0)  # more than the test has
+    log.note("anything")
+    log.flush()
+    log.flush()
+    log.close()
+
+
 def test_a_disk_that_hangs_holds_up_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

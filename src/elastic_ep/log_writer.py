@@ -150,7 +150,8 @@ class LogWriter:
                 self._end(repr(error))
             if closing:
                 break
-        for item in self._pending:
+        while self._pending:
+            item = self._pending.popleft()
             if isinstance(item, threading.Event):
                 item.set()
 
@@ -165,8 +166,10 @@ class LogWriter:
                 pause_at = time.monotonic() + SLICE_S
             item = self._pending.popleft()
             if isinstance(item, threading.Event):
-                self._write()
-                item.set()
+                try:
+                    self._write()
+                finally:
+                    item.set()  # also when the disk is full: nobody is to wait for it
             elif isinstance(item, _States):
                 self._turn(item)
             else:

@@ -30,6 +30,8 @@ HELD_S = 0.05
 """A turn of the loop may take so long."""
 LOOK_S = 0.05
 """Between two looks of the thread."""
+STOP_S = 1.0
+"""At most so long a loop that is closed waits for it."""
 SAY_EVERY_S = 10.0
 SCHEDSTAT = "/proc/self/task/{}/schedstat"
 """Of a thread, nanoseconds: processor time, time in which it could run and had no processor."""
@@ -117,6 +119,7 @@ class _Watcher:
         self._loop_thread = threading.get_ident()
         self._stopped = threading.Event()
         self._sight: _Sight | None = None
+        self._thread = threading.Thread(target=self._run, name="eep-loop-watch", daemon=True)
         try:
             self._stat = os.open(SCHEDSTAT.format(threading.get_native_id()), os.O_RDONLY)
         except OSError:
@@ -124,10 +127,13 @@ class _Watcher:
             return
         self._look = self._look_now()
         """The newest one that was not in the middle of a turn that has taken long already."""
-        threading.Thread(target=self._run, name="eep-loop-watch", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
+        """The thread has ended then, and its descriptor is closed."""
         self._stopped.set()
+        if self._stat >= 0:
+            self._thread.join(STOP_S)
 
     def judge(self, turn: int, began: int) -> Held | None:
         """Whether that turn, which ends now, held the loop."""
