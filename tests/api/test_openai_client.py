@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import suppress
 from typing import Any
 
 import openai
@@ -26,6 +27,22 @@ def connect(running: Running, api_key: str) -> openai.AsyncOpenAI:
     # Without it the client reads all certificates of this machine, on the event loop.
     plain = openai.DefaultAsyncHttpxClient(verify=False)
     return openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=api_key, max_retries=0, http_client=plain)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """The client imports much at its first request: here on a loop that serves nobody."""
+
+    async def ask() -> None:
+        plain = openai.DefaultAsyncHttpxClient(verify=False)
+        nobody = "http://127.0.0.1:1/v1"
+        async with openai.AsyncOpenAI(
+            base_url=nobody, api_key="none", max_retries=0, http_client=plain
+        ) as client:
+            with suppress(openai.APIConnectionError):
+                await client.models.retrieve(MODEL)
+
+    asyncio.run(ask())
 
 
 @pytest.fixture
