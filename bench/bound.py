@@ -57,14 +57,14 @@ def run(command: Sequence[str], timeout: float, **options: Any) -> subprocess.Co
 
 
 def tied(target: Callable[..., object], *arguments: Any) -> None:
-    """Call `target`, in a process of `multiprocessing` that dies with its parent: this one, or its fork server.
+    """Call `target`, in a process of `multiprocessing` that dies with the one that started it.
 
-    HAZARD: for the kernel the parent is the thread that made the process. It must be one that lasts.
+    HAZARD: to the kernel the parent may be a fork server, and that lives as long as its children do: each of them has the
+    pipe by which it would notice its end. So the pipe counts by which a child knows of the process that started it.
     """
-    _die_with_parent()
     starter = multiprocessing.parent_process()
-    if starter is None or not starter.is_alive():  # too late for the signal
-        os.kill(os.getpid(), signal.SIGKILL)
+    assert starter is not None, "no process of multiprocessing"
+    life_line.bind(starter.sentinel)
     target(*arguments)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 from bench.bound import Bound
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -26,6 +27,24 @@ def test_that_never_ends():
     with server(["--ranks", "2"], Path(__file__).parent):
         Path(__file__).with_name("ready").write_text("")
         signal.pause()
+"""
+STARTS_PROCESSES = """
+import multiprocessing, signal, sys, time
+from pathlib import Path
+from bench.bound import Bound, tied
+
+def test_that_never_ends():
+    programs = [Bound([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)]
+    here = Path(__file__).parent
+    for method in ("fork", "spawn", "forkserver"):
+        work = f"import pathlib, time; pathlib.Path({str(here / method)!r}).touch(); time.sleep(1000)"
+        process = multiprocessing.get_context(method).Process(target=tied, args=(exec, work))
+        process.start()
+        programs.append(process)
+        while not (here / method).exists():  # before that it is bound to nothing
+            time.sleep(0.01)
+    Path(__file__).with_name("ready").write_text("")
+    signal.pause()
 """
 
 
@@ -43,8 +62,9 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def test_a_killed_test_run_leaves_nothing_behind(tmp_path: Path) -> None:
-    (tmp_path / "test_inner.py").write_text(STARTS_A_SERVER)
+@pytest.mark.parametrize(("program", "at_least"), [(STARTS_A_SERVER, 5), (STARTS_PROCESSES, 6)])
+def test_a_killed_test_run_leaves_nothing_behind(tmp_path: Path, program: str, at_least: int) -> None:
+    (tmp_path / "test_inner.py").write_text(program)
     command = [
         sys.executable,
         "-m",
@@ -60,7 +80,7 @@ def test_a_killed_test_run_leaves_nothing_behind(tmp_path: Path) -> None:
         until(lambda: (tmp_path / "ready").exists() or run.poll() is not None, "it has started all")
         assert run.poll() is None, run.communicate()[0]
         everything = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-        assert len(everything) >= 5, everything
+        assert len(everything) >= at_least, everything
         run.send_signal(signal.SIGKILL)
         until(lambda: not any(map(is_alive, everything)), f"all of {everything} are gone")
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -154,22 +155,26 @@ class _Watcher:
         return _Look(time.monotonic_ns(), waited, time.process_time_ns())
 
     def _run(self) -> None:
-        """HAZARD: between any two lines the interpreter lock may be gone for as long as a call keeps it. A look from
-        behind that call would hide it, so whether the turn was young is asked after the look.
-        """
         due = time.monotonic_ns()
         while not self._stopped.wait(LOOK_S):
-            try:
-                look = self._look_now()
-            except OSError:  # the loop's thread has ended
-                continue
             turn, began = self._selector.present
-            late, due = look.at - due > (LOOK_S + _LATE_S) * 1e9, look.at
-            if not began or look.at - began < _YOUNG_S * 1e9:
-                self._look = look
+            now = time.monotonic_ns()
+            late, due = now - due > (LOOK_S + _LATE_S) * 1e9, now
+            if not began or now - began < _YOUNG_S * 1e9:
+                self._look_between()
             elif frame := sys._current_frames().get(self._loop_thread):
                 self._note(turn, describe(frame), late)
         os.close(self._stat)
+
+    def _look_between(self) -> None:
+        """HAZARD: between any two lines the interpreter lock may be gone for as long as a call keeps it. A look from
+        behind that call would hide it, so whether the turn was young is asked after the look.
+        """
+        with suppress(OSError):  # the loop's thread has ended
+            look = self._look_now()
+            _, began = self._selector.present
+            if not began or look.at - began < _YOUNG_S * 1e9:
+                self._look = look
 
     def _note(self, turn: int, where: str, late: bool) -> None:
         before = self._sight
