@@ -17,9 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
-
-from bench.common import chat, http, server, status, until_full, write_result
-from elastic_ep.problems import Problem, held_out
+from tests.kit.served import chat, http, server, status, until_full, write_result
+from train.problems import Problem, held_out
 
 CONCURRENT = 64
 

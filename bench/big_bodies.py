@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-
-from bench.common import MODEL, chat, http, percentile, server, shaped_model, write_result
+from tests.kit.served import MODEL, chat, http, percentile, server, shaped_model, write_result
 
 QUIET_S = 4.0
 CONTEXT = 262_144

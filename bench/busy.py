@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from tests.kit.bound import Bound
+from tests.kit.served import Server, chat, http, server, status, summary, until_full, write_result
+from train.problems import held_out
 
-from bench.bound import Bound
-from bench.common import Server, chat, http, server, status, summary, until_full, write_result
 from bench.overhead import generated
-from elastic_ep.problems import held_out
 
 LOOK_EVERY_S = 15.0
 FOUND_WITHIN_S = 60.0

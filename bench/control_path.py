@@ -18,13 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.kit.served import server, shaped_model, summary, write_result
+from train.problems import held_out
+
 from bench import failover
-from bench.common import server, shaped_model, summary, write_result
 from bench.failover_analysis import analyse, client_gaps_ms
 from bench.gpu_serve import beyond_a_step
 from bench.paced_engine import STEP_MS
 from bench.shapes import layers_30b
-from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
 
 

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+from tests.kit.bound import Bound
+from tests.kit.served import write_result
 
-from bench.bound import Bound
-from bench.common import write_result
-from elastic_ep.control.launcher import (
+from elastic_ep.host.launcher import (
     DeathNoticed,
     Launched,
     Launcher,
@@ -35,8 +35,8 @@ from elastic_ep.control.launcher import (
     LauncherOptions,
     ProcessGone,
 )
-from elastic_ep.control.scheduling import make_prompt
-from elastic_ep.messages import Member
+from elastic_ep.host.scheduling import make_prompt
+from elastic_ep.wire.messages import Member
 
 RANK_NICE = 5
 SWITCH_INTERVAL_S = 0.0005
@@ -64,7 +64,7 @@ def compute() -> None:
 
 HOG = """
 import os
-from elastic_ep.control.scheduling import make_ordinary
+from elastic_ep.host.scheduling import make_ordinary
 make_ordinary()
 os.nice({})
 print(flush=True)

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import write_result
-from elastic_ep.machines.placement import PlanInput, plan, rank_loads
+from tests.kit.served import write_result
+
+from elastic_ep.machines.experts.planner import PlanInput, plan, rank_loads
 from elastic_ep.placement import EMPTY, Placement, launch_placement
 
 EXPERT_BYTES = 3 * 2048 * 768 * 2

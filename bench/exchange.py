@@ -24,13 +24,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import zmq
+from tests.kit.bound import tied
+from tests.kit.served import write_result
 
-from bench.bound import tied
-from bench.common import write_result
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.windows import Windows
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
 
 Measured = dict[str, float]
 Measure = Callable[[int], Measured]

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from tests.kit.served import Server, chat, http, server, status, until_full, write_result
+from train.problems import held_out
 
-from bench.common import Server, chat, http, server, status, until_full, write_result
 from bench.failover_analysis import analyse
 from bench.failover_plot import draw
-from elastic_ep.problems import held_out
 
 STREAMS = 64
 SETTLE_S = 1.5

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.common import summary
+from tests.kit.served import summary
 
 _AROUND_NS = 3_000_000_000
 _BEFORE_NS = 3_000_000_000

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tests.kit.served import Server, http, server, summary, write_result
+from train.problems import held_out
 
-from bench.common import Server, http, server, summary, write_result
 from bench.overhead import CONCURRENT, cpu_seconds, stream
-from elastic_ep.problems import held_out
 
 SETTLE_S = 5.0
 LOAD_S = 15.0

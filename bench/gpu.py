@@ -14,8 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-
-from bench.common import percentile, write_result
+from tests.kit.served import percentile, write_result
 
 
 def gpu() -> str:

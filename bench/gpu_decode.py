@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.kit.bound import tied
+from tests.kit.file_store import FileStore
+from tests.kit.served import percentile
+from tests.kit.solo_exchange import SoloDeviceExchange
 
-from bench.bound import tied
-from bench.common import percentile
-from bench.file_store import FileStore
 from bench.gpu import quartiles
-from bench.solo_exchange import SoloDeviceExchange
 from elastic_ep.config import EngineLimits
+from elastic_ep.engine.ops_cuda.build import exchange_shape
+from elastic_ep.engine.ops_cuda.inputs import StepShape
+from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import DeviceExchange, ExchangeShape
 from elastic_ep.exchange.mooncake import MooncakeExchange
-from elastic_ep.messages import Assign, Member, SamplingParams
-from elastic_ep.model.cuda.build import exchange_shape
-from elastic_ep.model.cuda.inputs import StepShape
-from elastic_ep.model.cuda.runner import CudaRunner
-from elastic_ep.model.weights import Weights
 from elastic_ep.placement import launch_placement
+from elastic_ep.weights.bank import Weights
+from elastic_ep.wire.messages import Assign, Member, SamplingParams
 
 BF16 = torch.bfloat16
 _PROBE_S = 60.0

@@ -37,10 +37,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.bound import Bound
+from tests.kit.bound import Bound
+
 from bench.gpu_rank import LINE, Link, Shape, now
-from elastic_ep.control.device_hold import DeviceHold
-from elastic_ep.control.robust_mutex import Locked, RobustMutexes
+from elastic_ep.host.device_hold import DeviceHold
+from elastic_ep.host.robust_mutex import Locked, RobustMutexes
 
 DEADLINE_S = 60.0
 SLOTS = 512

@@ -28,12 +28,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.bound import tied
-from bench.common import percentile
+from tests.kit.bound import tied
+from tests.kit.served import percentile
+
 from bench.gpu import Sections, quartiles
 from bench.gpu_moe_plane import Case
 from bench.gpu_moe_rank import run_rank
-from elastic_ep.control.mps import mps_daemon
+from elastic_ep.host.mps import mps_daemon
 
 ONE_GRAPH = ("raw_with_grouped", "raw_with_grouped_turned", "raw_with_grouped_padded")
 LARGEST_DIFFERENCE = 0.02

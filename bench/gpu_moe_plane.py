@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.kit.file_store import FileStore
+from tests.kit.solo_exchange import SoloDeviceExchange
 
-from bench.file_store import FileStore
-from bench.solo_exchange import SoloDeviceExchange
+from elastic_ep.engine.routing_table import Copies
 from elastic_ep.exchange.base import DeviceExchange, ExchangeShape, Received
 from elastic_ep.exchange.mooncake import MooncakeExchange
-from elastic_ep.messages import Member
-from elastic_ep.model.routing_table import Copies
 from elastic_ep.placement import launch_placement
+from elastic_ep.wire.messages import Member
 
 BF16 = torch.bfloat16
 SMALLEST_RECEIVE = 16

@@ -13,8 +13,8 @@ import torch
 
 from bench.gpu_moe_plane import BF16, Case, Plane
 from bench.gpu_moe_sides import Layer, Sides
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.exchange.step_words import StepWords
-from elastic_ep.model.kernels.expert_ffn import expert_ffn
 
 _MEET_S = 60.0
 _LAUNCH_CYCLES = 400_000

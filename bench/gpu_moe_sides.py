@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from bench.gpu_moe_plane import Plane
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.exchange.base import Received
-from elastic_ep.model.kernels.expert_ffn import expert_ffn
 
 Layer = Callable[[int], Any]
 

@@ -32,18 +32,20 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+from tests.kit.bound import tied
+from tests.kit.served import percentile, shaped_model
 
-from bench.bound import tied
-from bench.common import percentile, shaped_model
 from bench.gpu import Sections, quartiles
 from bench.gpu_overhead_rank import MODES, Blocks, run_rank
 from bench.shapes import layers_30b
 from elastic_ep.config import EngineLimits, RankConfig
-from elastic_ep.control.forward import LOAD_REPORT_STEPS
-from elastic_ep.control.mps import mps_daemon
-from elastic_ep.control.wire import ControllerWire
 from elastic_ep.exchange.windows import Windows
-from elastic_ep.messages import (
+from elastic_ep.host.mps import mps_daemon
+from elastic_ep.models.registry import load_spec
+from elastic_ep.placement import launch_placement
+from elastic_ep.rank.forward import LOAD_REPORT_STEPS
+from elastic_ep.run import BUNDLED_MODEL
+from elastic_ep.wire.messages import (
     Beat,
     Commit,
     FromRank,
@@ -57,9 +59,7 @@ from elastic_ep.messages import (
     SnapshotRequest,
     View,
 )
-from elastic_ep.models.registry import load_spec
-from elastic_ep.placement import launch_placement
-from elastic_ep.run import BUNDLED_MODEL
+from elastic_ep.wire.sockets import ControllerWire
 
 BEAT_S = 0.25
 HEARTBEAT_MS = 200

@@ -19,18 +19,18 @@ from typing import Any
 
 import anyio
 import torch
+from tests.kit.file_store import FileStore
 
-from bench.file_store import FileStore
 from elastic_ep.config import RankConfig
-from elastic_ep.control.engine import build_engine
-from elastic_ep.control.forward import ForwardThread
-from elastic_ep.control.mailbox import Mailbox
-from elastic_ep.control.rank import SWITCH_INTERVAL_S, RankProcess
-from elastic_ep.control.scheduling import make_prompt
+from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.exchange.mooncake import MooncakeExchange
-from elastic_ep.messages import Assign, SamplingParams, StepReport
-from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.host.scheduling import make_prompt
+from elastic_ep.rank.engine import build_engine
+from elastic_ep.rank.forward import ForwardThread
+from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
+from elastic_ep.wire.messages import Assign, SamplingParams, StepReport
 
 MODES = ("on", "tokens", "off")
 _SETTLE_STEPS = 6
@@ -176,7 +176,7 @@ class BlockRank(RankProcess):
 
 
 def run_rank(config: RankConfig, windows_fd: int, life_fd: int, blocks: Blocks) -> None:
-    """In a process of its own, which it ends; as `elastic_ep.control.rank.main`."""
+    """In a process of its own, which it ends; as `elastic_ep.rank.process.main`."""
     status = 1
     try:
         sys.setswitchinterval(SWITCH_INTERVAL_S)

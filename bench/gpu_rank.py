@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_ep.control.death_watch import hold_until_death
-from elastic_ep.control.robust_mutex import RobustMutexes
+from elastic_ep.host.death_watch import hold_until_death
+from elastic_ep.host.robust_mutex import RobustMutexes
 
 WORD = struct.Struct("q")
 LINE = 64
@@ -87,11 +87,11 @@ class Plane:
         self, shape: Shape, rank: int, incarnation: int, store: Path, phases: dict[str, float]
     ) -> None:
         import torch
+        from tests.kit.file_store import FileStore
 
-        from bench.file_store import FileStore
         from elastic_ep.exchange.base import ExchangeShape
         from elastic_ep.exchange.mooncake import MooncakeExchange
-        from elastic_ep.messages import Member
+        from elastic_ep.wire.messages import Member
 
         began = now()
 
@@ -156,8 +156,8 @@ class Plane:
         import torch
         from torch.nn import functional
 
-        from elastic_ep.model.kernels.expert_ffn import expert_ffn
-        from elastic_ep.model.kernels.gate import gate
+        from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
+        from elastic_ep.engine.ops_cuda.kernels.gate import gate
 
         shape = self.shape
         expected = max(1, shape.ranks * shape.tokens * shape.top_k // shape.experts)
@@ -204,7 +204,7 @@ class Rank:
         self.link.send("ready", phases=phases)
 
     def listen(self) -> None:
-        from elastic_ep.messages import Member
+        from elastic_ep.wire.messages import Member
 
         while (message := self.link.receive()) is not None:
             match message["kind"]:
@@ -227,7 +227,7 @@ class Rank:
         os._exit(0)
 
     def connect(self, members: list[list[int]]) -> None:
-        from elastic_ep.messages import Member
+        from elastic_ep.wire.messages import Member
 
         began = now()
         try:
@@ -246,7 +246,7 @@ class Rank:
 
     def switch(self, pending: dict[str, Any]) -> None:
         """Take the new members in, at their first round. A joiner waits until the others are there."""
-        from elastic_ep.messages import Member
+        from elastic_ep.wire.messages import Member
 
         if self.round < 0:
             self.round = pending["first"]
@@ -314,8 +314,8 @@ def serve(control_fd: int, mutex_fd: int, words_fd: int) -> None:
     """Fork a rank for every packet; say when one has been reaped. Ends with the control socket."""
     import torch  # noqa: F401
 
+    from elastic_ep.engine.ops_cuda.kernels import expert_ffn, gate
     from elastic_ep.exchange import mooncake
-    from elastic_ep.model.kernels import expert_ffn, gate
 
     # No device is touched before the fork. The name keeps the imports.
     assert all((mooncake, expert_ffn, gate))

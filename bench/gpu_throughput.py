@@ -35,12 +35,12 @@ from bench.gpu import Rows, Sections
 from bench.gpu_decode import BF16, Engine, full_rate, mooncake_works_alone, weight_bytes
 from bench.shapes import QWEN3_30B
 from elastic_ep.config import EngineLimits
-from elastic_ep.model.weights import Weights, dummy_source, load_weights
 from elastic_ep.models import qwen3_moe
 from elastic_ep.models.decoder import DecoderConfig
 from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import launch_placement
 from elastic_ep.run import BUNDLED_MODEL
+from elastic_ep.weights.bank import Weights, dummy_source, load_weights
 
 TINY = replace(
     QWEN3_30B,

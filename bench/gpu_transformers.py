@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from elastic_ep.model.weights import TensorSource
 from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.weights.bank import TensorSource
 
 _PAGE = 256
 _BATCH_TOKENS = 1024

@@ -30,28 +30,28 @@ from typing import Any
 
 import anyio
 import torch
+from tests.kit.bound import tied
+from tests.kit.served import percentile, write_result
 
-from bench.bound import tied
-from bench.common import percentile, write_result
 from bench.gpu import quartiles
 from bench.gpu_overhead import Conductor
 from bench.shapes import QWEN3_30B
 from elastic_ep.config import EngineLimits, RankConfig
-from elastic_ep.control.forward import LOAD_REPORT_STEPS, ForwardThread
-from elastic_ep.control.mailbox import Mailbox
-from elastic_ep.control.rank import SWITCH_INTERVAL_S, RankProcess
-from elastic_ep.control.scheduling import make_prompt
-from elastic_ep.control.slots import SlotWorker
+from elastic_ep.engine.ops_cuda.inputs import StepShape
+from elastic_ep.engine.ops_cuda.runner import CudaRunner
+from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.exchange.peers import Peers
-from elastic_ep.messages import Assign, Member, SamplingParams
-from elastic_ep.model.cuda.inputs import StepShape
-from elastic_ep.model.cuda.runner import CudaRunner
-from elastic_ep.model.step_runner import StepRunner
-from elastic_ep.model.weights import Weights, dummy_source
+from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.models import qwen3_moe
 from elastic_ep.placement import launch_placement
+from elastic_ep.rank.forward import LOAD_REPORT_STEPS, ForwardThread
+from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
+from elastic_ep.rank.slots import SlotWorker
+from elastic_ep.weights.bank import Weights, dummy_source
+from elastic_ep.wire.messages import Assign, Member, SamplingParams
 
 MODES = ("before", "after")
 BATCHES = (1, 16, 64)
@@ -223,7 +223,7 @@ class BlockRank(RankProcess):
 
 
 def run_rank(config: RankConfig, life_fd: int, plan: Plan) -> None:
-    """In a process of its own, which it ends; as `elastic_ep.control.rank.main`."""
+    """In a process of its own, which it ends; as `elastic_ep.rank.process.main`."""
     status = 1
     try:
         sys.setswitchinterval(SWITCH_INTERVAL_S)

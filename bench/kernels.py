@@ -34,13 +34,13 @@ from bench.gpu_timing import (
     measure_limits,
     times,
 )
-from elastic_ep.model.kernels import reference
-from elastic_ep.model.kernels.decode_attention import decode_attention
-from elastic_ep.model.kernels.expert_ffn import expert_ffn
-from elastic_ep.model.kernels.expert_plan import Plan
-from elastic_ep.model.kernels.gate import gate
-from elastic_ep.model.kernels.norm_rope import add_rms_norm, norm_rope_write
-from elastic_ep.model.kernels.prefill_attention import prefill_attention
+from elastic_ep.engine.ops_cuda.kernels import reference
+from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
+from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan
+from elastic_ep.engine.ops_cuda.kernels.gate import gate
+from elastic_ep.engine.ops_cuda.kernels.norm_rope import add_rms_norm, norm_rope_write
+from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
 
 Row = dict[str, Any]
 
@@ -92,7 +92,7 @@ def _options() -> argparse.Namespace:
 
 def _write(path: Path, result: Row) -> None:
     try:  # a machine that is there for its GPU may lack git, and what the service needs
-        from bench.common import write_result
+        from tests.kit.served import write_result
 
         write_result(path, result)
     except (ImportError, OSError):

@@ -12,8 +12,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bench.common import median_ms, write_result
-from elastic_ep.model.routing_table import NO_COPY, Copies
+from tests.kit.served import median_ms, write_result
+
+from elastic_ep.engine.routing_table import NO_COPY, Copies
 from elastic_ep.placement import EMPTY, Coverage, Placement, launch_placement
 
 SHAPES = ((8, 4, 16), (4, 24, 128), (8, 48, 128), (16, 61, 256))

@@ -25,9 +25,8 @@ from typing import Any
 
 import aiohttp
 import psutil
-
-from bench.common import Server, http, percentile, server, write_result
-from elastic_ep.problems import held_out
+from tests.kit.served import Server, http, percentile, server, write_result
+from train.problems import held_out
 
 CONCURRENT = 64
 MAX_NEW = 160

@@ -21,21 +21,21 @@ import anyio
 import torch
 
 from elastic_ep.config import RankConfig
-from elastic_ep.control.forward import ForwardThread
-from elastic_ep.control.rank import SWITCH_INTERVAL_S, RankProcess
-from elastic_ep.control.scheduling import make_prompt
+from elastic_ep.engine.expert_load import ExpertLoad
+from elastic_ep.engine.routing_table import RoutingTable
+from elastic_ep.engine.sampler import Sampled
+from elastic_ep.engine.scheduler import Chunk, Sequence
+from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Received
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_words import StepWords
-from elastic_ep.messages import Member
-from elastic_ep.model.expert_load import ExpertLoad
-from elastic_ep.model.routing_table import RoutingTable
-from elastic_ep.model.sampler import Sampled
-from elastic_ep.model.scheduler import Chunk, Sequence
-from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import EMPTY
-from elastic_ep.slot_messages import SlotSum
+from elastic_ep.rank.forward import ForwardThread
+from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
+from elastic_ep.wire.messages import Member
+from elastic_ep.wire.slot_messages import SlotSum
 
 STEP_MS = "PACED_STEP_MS"
 """The environment variable that says how long a step takes."""
@@ -175,7 +175,7 @@ class PacedRank(RankProcess):
 
 
 def main(config_json: str, windows_fd: int, life_fd: int) -> int:
-    """As `elastic_ep.control.rank.main`."""
+    """As `elastic_ep.rank.process.main`."""
     config = RankConfig.from_json(config_json)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()

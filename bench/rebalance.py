@@ -19,10 +19,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from bench.common import Server, http, percentile, server, write_result
+from tests.kit.served import Server, http, percentile, server, write_result
+from train.problems import held_out
+
 from bench.overhead import stream
 from bench.repair_large import write_model
-from elastic_ep.problems import held_out
 
 CONCURRENT = 32
 WARM_UP_S, WINDOW_S = 8.0, 3.0

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from tests.kit.served import Server, chat, http, server, status, write_result
+from train.problems import held_out
 
-from bench.common import Server, chat, http, server, status, write_result
 from bench.overhead import CONCURRENT, generated, stream
-from elastic_ep.problems import held_out
 
 RANKS, EXPERTS, SLOTS = 8, 16, 8
 DEADLINE_S = 60.0

@@ -24,12 +24,12 @@ from typing import Any
 
 import aiohttp
 import torch
+from tests.kit.served import Server, http, server, shaped_model, status, write_result
+from train.problems import held_out
 
-from bench.common import Server, http, server, shaped_model, status, write_result
 from bench.overhead import generated, stream
 from bench.transfer import measure_size
-from elastic_ep.problems import held_out
-from elastic_ep.state.transfer import apply_settings, available
+from elastic_ep.weights.transfer import apply_settings, available
 
 RANKS, SLOTS, LAYERS, EXPERTS = 8, 32, 4, 96
 HIDDEN, WIDTH = 1024, 512

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.kit.served import median_ms, write_result
 
-from bench.common import median_ms, write_result
-from elastic_ep.messages import SamplingParams
-from elastic_ep.model.cuda.draws import Draws
-from elastic_ep.model.sampler import sample
-from elastic_ep.model.scheduler import Sequence
+from elastic_ep.engine.ops_cuda.draws import Draws
+from elastic_ep.engine.sampler import sample
+from elastic_ep.engine.scheduler import Sequence
+from elastic_ep.wire.messages import SamplingParams
 
 KINDS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.7},

@@ -17,10 +17,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from bench.common import Server, http, server, status, write_result
+from tests.kit.served import Server, http, server, status, write_result
+from train.problems import held_out
+
 from bench.footprint import pss_mb
 from bench.overhead import CONCURRENT, generated, stream
-from elastic_ep.problems import held_out
 
 SETTLE_S = 20.0
 LOOK_EVERY_S = 30.0

@@ -19,9 +19,9 @@ from typing import Any
 
 import aiohttp
 import torch
+from tests.kit.served import http, percentile, server, write_result
+from train.problems import held_out
 
-from bench.common import http, percentile, server, write_result
-from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
 
 CONCURRENT = 64

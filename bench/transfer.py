@@ -25,20 +25,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tests.kit.bound import tied
+from tests.kit.served import ROOT, write_result
 
-from bench.bound import tied
-from bench.common import ROOT, write_result
-from elastic_ep.codec import decode, encode
-from elastic_ep.model.page_cache import cached_share, drop_from_cache
-from elastic_ep.model.weights import Weights, blank_weights, dummy_source, load_weights
+from elastic_ep.engine.ops_cpu.page_cache import cached_share, drop_from_cache
 from elastic_ep.models import qwen3_moe
 from elastic_ep.models.decoder import DecoderConfig
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
-from elastic_ep.slot_messages import StateAddress
-from elastic_ep.state.layout import slot_region
-from elastic_ep.state.peers import ExpertPull, publish, pull_dense, pull_expert, pull_experts
-from elastic_ep.state.transfer import TransferPlane, apply_settings, available
+from elastic_ep.weights.bank import Weights, blank_weights, dummy_source, load_weights
+from elastic_ep.weights.layout import slot_region
+from elastic_ep.weights.peers import ExpertPull, publish, pull_dense, pull_expert, pull_experts
+from elastic_ep.weights.transfer import TransferPlane, apply_settings, available
+from elastic_ep.wire.codec import decode, encode
+from elastic_ep.wire.slot_messages import StateAddress
 
 DEADLINE_S = 60.0
 AHEAD = 4

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from elastic_ep.model.kernels.decode_attention import DecodePlan
-from elastic_ep.model.kernels.expert_plan import Plan, Tiles, plan_for
-from elastic_ep.model.kernels.paged_attention import CUT, Cut
+from elastic_ep.engine.ops_cuda.kernels.decode_attention import DecodePlan
+from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
+from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut
 
 DECODE_WIDTH = 4096
 """Tokens that every block table has room for, whatever the context: one compilation then serves all cases."""

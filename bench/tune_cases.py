@@ -10,15 +10,15 @@ import torch
 
 from bench.gpu_timing import BF16, DIM, EXPERTS, HEADS, HIDDEN, INNER, KV_HEADS, TOP_K, Cache
 from bench.tune_candidates import DECODE_WIDTH, Config, Decode
-from elastic_ep.model.kernels import reference
-from elastic_ep.model.kernels.decode_attention import decode_attention
-from elastic_ep.model.kernels.expert_ffn import expert_ffn
-from elastic_ep.model.kernels.expert_plan import Plan
-from elastic_ep.model.kernels.paged_attention import Cut
+from elastic_ep.engine.ops_cuda.kernels import reference
+from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
+from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan
+from elastic_ep.engine.ops_cuda.kernels.paged_attention import Cut
 
 L2_BYTES = 60e6
 MOST_ERROR = 4e-3
-"""Of the norm: what tests/kernels/errors.py allows bfloat16."""
+"""Of the norm: what tests/engine/kernels/errors.py allows bfloat16."""
 
 
 class Case(Protocol):

@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 import triton
+from tests.kit.bound import tied
 
 from bench import tune_candidates
-from bench.bound import tied
 from bench.gpu_timing import BF16, measure_limits, times
 from bench.tune_candidates import Config, Decode, describe
 from bench.tune_cases import MOST_ERROR, Case, DecodeCase, compile_on_nothing, expert_cases
-from elastic_ep.model.kernels.expert_plan import Plan, plan_for
+from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, plan_for
 
 Row = dict[str, Any]
 Job = tuple[Case, Config]

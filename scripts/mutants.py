@@ -216,7 +216,7 @@ def bare(code: str) -> str:
 
 def command(tests: Sequence[str]) -> str:
     words = ["-q", "-x", "-m", "not gpu", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-    bound = [sys.executable, "bench/bound.py", f"parent:{os.getpid()}"]
+    bound = [sys.executable, "tests/kit/bound.py", f"parent:{os.getpid()}"]
     return shlex.join([*bound, sys.executable, "-m", "pytest", *words, *tests])
 
 

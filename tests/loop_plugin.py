@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from elastic_ep.control.loop_watch import HELD_S, Held, WatchedSelector
+from elastic_ep.loop_watch import HELD_S, Held, WatchedSelector
 
 _HELD = pytest.StashKey[list[str]]()
 _READ = pytest.StashKey[dict[Path, int]]()

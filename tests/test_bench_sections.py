@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.bound import run
 from bench.gpu import Expired, Sections
+
+from tests.kit.bound import run
 
 PLANNED = [{"batch": 1}, {"batch": 16}, {"batch": 64}]
 MEASURED: list[dict[str, Any]] = [{"batch": 1, "tokens_per_s": 8.3}, {"batch": 16, "failed": "no memory"}]

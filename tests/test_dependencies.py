@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench.bound import run
+
+from tests.kit.bound import run
 
 SOURCE = Path(__file__).parent.parent / "src" / "elastic_ep"
-RANK_ONLY = {"control/forward.py", "control/engine.py", "control/rank.py", "control/fork_server.py"}
+RANK_ONLY = {"rank/forward.py", "rank/engine.py", "rank/process.py", "host/fork_server.py"}
 SOCKETS = {"socket", "zmq", "anyio", "asyncio", "aiohttp"}
 FORBIDDEN = {
     "machines": {*SOCKETS, "torch", "numpy", "structlog", "time", "random", "threading", "logging"},
@@ -52,19 +53,19 @@ def test_packages_keep_their_direction(folder: str) -> None:
     "name",
     [
         "messages.py", "slot_messages.py", "store_messages.py", "config.py", "placement.py", "codec.py",
-        "privacy.py",        "state/layout.py",
+        "privacy.py",        "weights/layout.py",
     ],
 )  # fmt: skip
 def test_the_base_uses_the_standard_library_alone(name: str) -> None:
     for module in imported(SOURCE / name):
         top = module.split(".")[0]
         assert top in sys.stdlib_module_names or module in {
-            "elastic_ep.codec",
-            "elastic_ep.messages",
-            "elastic_ep.slot_messages",
-            "elastic_ep.store_messages",
+            "elastic_ep.wire.codec",
+            "elastic_ep.wire.messages",
+            "elastic_ep.wire.slot_messages",
+            "elastic_ep.wire.store_messages",
             "elastic_ep.placement",
-            "elastic_ep.privacy",
+            "elastic_ep.wire.privacy",
         }, module
 
 
@@ -83,7 +84,7 @@ def test_torch_in_the_control_plane_is_the_ranks_alone() -> None:
         assert "torch" not in tops or str(file.relative_to(SOURCE)) in RANK_ONLY, file
 
 
-@pytest.mark.parametrize("entries", ["elastic_ep.run, elastic_ep.serve", "elastic_ep.api.text_process"])
+@pytest.mark.parametrize("entries", ["elastic_ep.run, elastic_ep.serve", "elastic_ep.gateway.text_process"])
 def test_the_run_process_and_the_text_process_never_import_torch(entries: str) -> None:
     code = f"import sys, {entries}; sys.exit('torch' in sys.modules)"
     assert run([sys.executable, "-c", code], 60).returncode == 0

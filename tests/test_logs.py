@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import structlog
-from bench.bound import run
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from elastic_ep import logs
 from elastic_ep.config import LOG_LEVELS, ConfigError, LogConfig, ServeConfig
-from elastic_ep.display import LaunchDisplay
-from elastic_ep.machines.membership import MembershipMachine
+from elastic_ep.group.display import LaunchDisplay
+from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.placement import launch_placement
+from tests.kit.bound import run
 
 
 @pytest.fixture(autouse=True)

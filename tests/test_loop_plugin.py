@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench.bound import run
+from tests.kit.bound import run
 
 ROOT = Path(__file__).parent.parent
 TESTS = """

@@ -7,17 +7,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from elastic_ep.log import EventLog
-from elastic_ep.machines import repair_events as ev
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.machines.progress import ProgressMachine
+from elastic_ep.event_log.log import EventLog
+from elastic_ep.machines.experts import events as ev
+from elastic_ep.machines.experts.repair import RepairMachine
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.registry import arguments
-from elastic_ep.machines.repair import RepairMachine
-from elastic_ep.machines.routing import RoutingMachine
-from elastic_ep.machines.routing_events import RoutingConfig
-from elastic_ep.messages import Member
+from elastic_ep.machines.requests.events import RoutingConfig
+from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import launch_placement
 from elastic_ep.placement_picture import NothingLost, draw, main, moments
+from elastic_ep.wire.messages import Member
 
 RANKS, EXPERTS = 4, 4
 SVG = "{http://www.w3.org/2000/svg}"

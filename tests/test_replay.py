@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from elastic_ep.log import EventLog
-from elastic_ep.machines import membership_events as ev
-from elastic_ep.machines import routing_events as routing
+from elastic_ep.event_log.log import EventLog
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.machines.progress import ProgressMachine
+from elastic_ep.machines.experts.repair import RepairMachine
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.registry import arguments
-from elastic_ep.machines.repair import RepairMachine
-from elastic_ep.machines.routing import RoutingMachine
-from elastic_ep.machines.routing_events import RoutingConfig
-from elastic_ep.messages import Member, RankState, SamplingParams, Token
+from elastic_ep.machines.requests import events as routing
+from elastic_ep.machines.requests.events import RoutingConfig
+from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import launch_placement
 from elastic_ep.replay import DIFFERS, SAME, UNREADABLE, main
+from elastic_ep.wire.messages import Member, RankState, SamplingParams, Token
 
 
 @pytest.fixture

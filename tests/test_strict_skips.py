@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench.bound import run
+from tests.kit.bound import run
 
 PLUGIN = Path(__file__).parent / "skip_plugin.py"
 LACKING = [

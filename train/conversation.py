@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from tokenizers import Tokenizer
 
-from elastic_ep.problems import Problem
+from train.problems import Problem
 from train.tokenizer import prompt
 
 LENGTH = 384

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from elastic_ep.problems import Problem, held_out
 from train.network import Network, Past, load
+from train.problems import Problem, held_out
 from train.tokenizer import prompt
 
 END = 0

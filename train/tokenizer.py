@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from elastic_ep.problems import problem
+from train.problems import problem
 
 SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 VOCABULARY = 640

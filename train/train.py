@@ -26,10 +26,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from elastic_ep.problems import held_out, problem
 from train.conversation import ANSWER, LENGTH, conversation
 from train.evaluate import accuracy, evaluate
 from train.network import Network, Shape, export, rounded
+from train.problems import held_out, problem
 from train.tokenizer import save_tokenizer, train_tokenizer
 
 QUESTION_WEIGHT = 0.1

@@ -14,9 +14,9 @@ from enum import Enum
 from html import escape
 from pathlib import Path
 
-from elastic_ep.machines.group import GROUP
-from elastic_ep.machines.rank_lifecycle import RANK
-from elastic_ep.machines.request import REQUEST
+from elastic_ep.machines.membership.group import GROUP
+from elastic_ep.machines.rank.lifecycle import RANK
+from elastic_ep.machines.requests.lifecycle import REQUEST
 from elastic_ep.machines.tables import Table
 
 FOLDER = Path("statecharts")

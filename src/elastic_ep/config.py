@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from elastic_ep.codec import decode, encode
 from elastic_ep.placement import Placement
-from elastic_ep.slot_messages import PeerWeights
+from elastic_ep.wire.codec import decode, encode
+from elastic_ep.wire.slot_messages import PeerWeights
 
 PAGE_SIZE = 16
 """Tokens in a page of KV cache."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from elastic_ep.codec import from_plain
-from elastic_ep.log_reader import Differs, Log, Unreadable
-from elastic_ep.machines.repair_events import MembersChanged, Replace
-from elastic_ep.messages import Member, PlacementChanged
+from elastic_ep.event_log.reader import Differs, Log, Unreadable
+from elastic_ep.machines.experts.events import MembersChanged, Replace
 from elastic_ep.placement import Placement
+from elastic_ep.wire.codec import from_plain
+from elastic_ep.wire.messages import Member, PlacementChanged
 
 _CELL, _LEFT, _TOP, _GAP, _BOTTOM = 15, 34, 64, 46, 46
 _STYLE = (

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elastic_ep.codec import from_plain, to_plain
-from elastic_ep.log_reader import Differs, Line, Log, Unreadable
-from elastic_ep.machines.membership_events import GroupState, RankMoved
+from elastic_ep.event_log.reader import Differs, Line, Log, Unreadable
+from elastic_ep.machines.membership.events import GroupState, RankMoved
 from elastic_ep.machines.registry import MACHINES
 from elastic_ep.machines.snapshot import capture
 from elastic_ep.machines.snapshot import to_plain as state_to_plain
-from elastic_ep.messages import Member, RankState
-from elastic_ep.privacy import without_text
+from elastic_ep.wire.codec import from_plain, to_plain
+from elastic_ep.wire.messages import Member, RankState
+from elastic_ep.wire.privacy import without_text
 
 SAME, DIFFERS, UNREADABLE = 0, 1, 2
 

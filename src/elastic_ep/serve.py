@@ -23,37 +23,37 @@ import anyio
 import structlog
 
 from elastic_ep import logs, titles
-from elastic_ep.api.app import READING, create_app
-from elastic_ep.api.app import Server as HttpServer
-from elastic_ep.api.app import serve as serve_http
-from elastic_ep.api.backend import LossCause
-from elastic_ep.api.cors import Cors
-from elastic_ep.api.metrics import Metrics
-from elastic_ep.api.settings import ApiSettings
 from elastic_ep.config import ConfigError, EventLogMode, ServeConfig
-from elastic_ep.control.controller import Controller
-from elastic_ep.control.device_guard import DeviceGuard
-from elastic_ep.control.launcher import ForkServerFailed, Launcher, LauncherOptions
-from elastic_ep.control.loop_watch import HeldReport, make_loop
-from elastic_ep.control.mps import mps_daemon
-from elastic_ep.control.processes import RankProcesses
-from elastic_ep.control.rebalance import Rebalancer
-from elastic_ep.control.router import Notice, Router
-from elastic_ep.control.scheduling import make_prompt
-from elastic_ep.control.wire import ControllerWire
-from elastic_ep.display import LaunchDisplay
+from elastic_ep.event_log.log import EventLog
 from elastic_ep.exchange.windows import Windows, WindowsError
-from elastic_ep.group_backend import GroupBackend
-from elastic_ep.log import EventLog
-from elastic_ep.machines import membership_events as ev
-from elastic_ep.machines import routing_events as routing
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.machines.membership_events import MembershipConfig
-from elastic_ep.machines.progress import ProgressConfig, ProgressMachine
+from elastic_ep.gateway.app import READING, create_app
+from elastic_ep.gateway.app import Server as HttpServer
+from elastic_ep.gateway.app import serve as serve_http
+from elastic_ep.gateway.backend import GroupBackend
+from elastic_ep.gateway.cors import Cors
+from elastic_ep.gateway.router import Notice, Router
+from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.group.controller import Controller
+from elastic_ep.group.display import LaunchDisplay
+from elastic_ep.group.metrics import Metrics
+from elastic_ep.group.port import LossCause
+from elastic_ep.group.processes import RankProcesses
+from elastic_ep.group.rebalance import Rebalancer
+from elastic_ep.host.device_guard import DeviceGuard
+from elastic_ep.host.launcher import ForkServerFailed, Launcher, LauncherOptions
+from elastic_ep.host.mps import mps_daemon
+from elastic_ep.host.scheduling import make_prompt
+from elastic_ep.loop_watch import HeldReport, make_loop
+from elastic_ep.machines.experts.repair import RepairMachine
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.events import MembershipConfig
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.machines.membership.progress import ProgressConfig, ProgressMachine
 from elastic_ep.machines.registry import arguments
-from elastic_ep.machines.repair import RepairMachine
-from elastic_ep.machines.routing_events import RoutingConfig
-from elastic_ep.serve_plan import ServePlan, make_plan
+from elastic_ep.machines.requests import events as routing
+from elastic_ep.machines.requests.events import RoutingConfig
+from elastic_ep.plan import ServePlan, make_plan
+from elastic_ep.wire.sockets import ControllerWire
 
 SWITCH_INTERVAL_S = 0.0005
 """A death notice waits at most so long for the interpreter lock."""
@@ -64,9 +64,9 @@ EXAMPLE_QUESTION = (
     "Tom has 12 apples. Tom buys 30 more apples. Then 7 of the apples break. "
     "How many apples does Tom have now?"
 )
-RANK_ENTRY = "elastic_ep.control.rank:main"
-_OF_ALL = ("torch", "elastic_ep.control.rank")
-_OF_GPUS = ("elastic_ep.model.cuda.build", "elastic_ep.model.cuda.preload")
+RANK_ENTRY = "elastic_ep.rank.process:main"
+_OF_ALL = ("torch", "elastic_ep.rank.process")
+_OF_GPUS = ("elastic_ep.engine.ops_cuda.build", "elastic_ep.engine.ops_cuda.preload")
 _PRELOAD = {"cpu": _OF_ALL, "cuda": _OF_ALL + _OF_GPUS}
 """What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""
 NOTHING_SERVES, START_FAILED = 1, 2

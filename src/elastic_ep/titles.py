@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from setproctitle import setproctitle, setthreadtitle
 
-from elastic_ep.messages import Member, RankState
+from elastic_ep.wire.messages import Member, RankState
 
 _NAME_BYTES = 15
 """Linux keeps so much of a thread's name."""

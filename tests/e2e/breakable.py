@@ -7,8 +7,8 @@ import signal
 import sys
 from typing import Any
 
-from elastic_ep.control import rank
-from elastic_ep.control.forward import ForwardThread
+from elastic_ep.rank import process as rank
+from elastic_ep.rank.forward import ForwardThread
 from elastic_ep.run import parse
 from elastic_ep.serve import serve
 

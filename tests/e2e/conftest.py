@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from bench.common import Server, server
+
+from tests.kit.served import Server, server
 
 
 @pytest.fixture(scope="module")

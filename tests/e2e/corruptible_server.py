@@ -12,9 +12,9 @@ from types import FrameType
 import torch
 
 from elastic_ep.config import RankConfig
-from elastic_ep.control import rank
-from elastic_ep.control.slots import SlotWorker
-from elastic_ep.model.step_runner import StepRunner
+from elastic_ep.engine.step_runner import StepRunner
+from elastic_ep.rank import process as rank
+from elastic_ep.rank.slots import SlotWorker
 
 SPOILT = (0, 0)
 """Layer, and slot of the rank."""

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import NoReturn
 
-from elastic_ep.control import rank as rank_process
+from elastic_ep.rank import process as rank_process
 
 
 def build(*_arguments: object) -> NoReturn:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from bench.common import Server, http, server, status, until_full
 from tokenizers import Tokenizer
+from train.problems import held_out
 
-from elastic_ep.log_files import CURRENT
+from elastic_ep.event_log.files import CURRENT
 from elastic_ep.placement_picture import NothingLost, moments
-from elastic_ep.problems import held_out
 from elastic_ep.replay import SAME, main
 from elastic_ep.run import BUNDLED_MODEL
+from tests.kit.served import Server, http, server, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

@@ -14,10 +14,10 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from bench.common import Server, chat, http, status, until_full
+from train.problems import held_out
 
-from elastic_ep.problems import held_out
 from elastic_ep.replay import main as replay
+from tests.kit.served import Server, chat, http, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from bench.common import Server, http, server, shaped_model, status, until_full
 
 from elastic_ep.models import mixtral, olmoe, qwen3_moe
 from elastic_ep.models.registry import FAMILIES
+from tests.kit.served import Server, http, server, shaped_model, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 

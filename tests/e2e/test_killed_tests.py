@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from bench.bound import Bound
+
+from tests.kit.bound import Bound
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_S = 20.0
@@ -21,7 +22,7 @@ DEADLINE_S = 20.0
 STARTS_A_SERVER = """
 import signal
 from pathlib import Path
-from bench.common import server
+from tests.kit.served import server
 
 def test_that_never_ends():
     with server(["--ranks", "2"], Path(__file__).parent):
@@ -31,7 +32,7 @@ def test_that_never_ends():
 STARTS_PROCESSES = """
 import multiprocessing, signal, sys, time
 from pathlib import Path
-from bench.bound import Bound, tied
+from tests.kit.bound import Bound, tied
 
 def test_that_never_ends():
     programs = [Bound([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)]
@@ -105,7 +106,7 @@ def starts(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, called
 
 
-SHORT = {("bench/common.py", "subprocess.run"), ("bench/gpu.py", "subprocess.run")}
+SHORT = {("tests/kit/served.py", "subprocess.run"), ("bench/gpu.py", "subprocess.run")}
 """Programs that ask for a fact and end by themselves."""
 OWN = {("bench/gpu_failover.py", "subprocess.run"), ("bench/gpu_rank.py", "os.fork")}
 """The MPS daemon of a bench, and ranks of a fork server that is bound itself and kills them at its end."""
@@ -116,6 +117,6 @@ def test_nothing_is_started_that_could_outlive_the_test_or_bench() -> None:
     for folder in ("tests", "bench"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             name = str(file.relative_to(ROOT))
-            if name != "bench/bound.py":
+            if name != "tests/kit/bound.py":
                 found |= {(name, called) for _, called in starts(ast.parse(file.read_text()))}
-    assert found <= SHORT | OWN, "use bench.bound"
+    assert found <= SHORT | OWN, "use tests.kit.bound"

@@ -19,11 +19,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from bench.common import Server, chat, http, server, status, until_full
+from train.problems import held_out
 
-from elastic_ep.api.backend import LossCause
-from elastic_ep.problems import held_out
+from elastic_ep.group.port import LossCause
 from elastic_ep.replay import replay
+from tests.kit.served import Server, chat, http, server, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 

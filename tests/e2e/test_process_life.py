@@ -15,12 +15,12 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from bench.bound import run
-from bench.common import chat, http, server, status, until_full
+from train.problems import held_out
 
-from elastic_ep.problems import held_out
 from elastic_ep.replay import replay
 from elastic_ep.run import BUNDLED_MODEL
+from tests.kit.bound import run
+from tests.kit.served import chat, http, server, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import aiohttp
 import pytest
-from bench.common import Server, chat, http, server, status, until_full
+from train.problems import held_out
 
-from elastic_ep.problems import held_out
 from elastic_ep.replay import replay
-from elastic_ep.state.transfer import available
-
-from .test_repair import answers, experts, verify
+from elastic_ep.weights.transfer import available
+from tests.e2e.test_repair import answers, experts, verify
+from tests.kit.served import Server, chat, http, server, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from bench.common import Server, chat, http, server, status
+from train.problems import held_out
 
-from elastic_ep.problems import held_out
 from elastic_ep.replay import replay
+from tests.kit.served import Server, chat, http, server, status
 
 RANKS, EXPERTS, SLOTS = 8, 16, 8
 QUESTIONS = [problem.question for problem in held_out(16)]

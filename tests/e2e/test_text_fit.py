@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bench.common import http, server, status
 from tokenizers import AddedToken, Tokenizer
+from train.problems import held_out
 
-from elastic_ep.problems import held_out
 from elastic_ep.run import BUNDLED_MODEL
+from tests.kit.served import http, server, status
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 

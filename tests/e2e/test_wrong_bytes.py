@@ -10,10 +10,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from bench.common import Server, chat, http, server, status, until_full
 
-from e2e.corruptible_server import BORN_SPOILT, SPOILT
 from elastic_ep.replay import replay
+from tests.e2e.corruptible_server import BORN_SPOILT, SPOILT
+from tests.kit.served import Server, chat, http, server, status, until_full
 
 RANKS = 4
 DEADLINE_S = 30.0

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 from elastic_ep.exchange.base import NO_EXPERT, Exchange, ExchangeShape, Received
-from elastic_ep.messages import Member
-
-from .hubs import Hub
+from elastic_ep.wire.messages import Member
+from tests.exchange.hubs import Hub
 
 DEADLINE_S = 30.0
 T = TypeVar("T")

@@ -15,9 +15,8 @@ import torch
 
 from elastic_ep.exchange.base import NO_EXPERT, ExchangeShape
 from elastic_ep.exchange.shm import ShmExchange
-from elastic_ep.messages import Member
-
-from .group import Batch, Routing, random_batch, reference, run_step
+from elastic_ep.wire.messages import Member
+from tests.exchange.group import Batch, Routing, random_batch, reference, run_step
 
 BATCHES = 5
 """Different batches a rank has; a step uses one of them."""

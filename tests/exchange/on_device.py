@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bench.file_store import FileStore
 
 from elastic_ep.exchange.base import DeviceExchange, Exchange, ExchangeShape, Received
 from elastic_ep.exchange.mooncake import MooncakeExchange, load_buffer_class
 from elastic_ep.exchange.mooncake_needs import HIDDEN_MULTIPLE
 from elastic_ep.exchange.step_words import StepWords
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
+from tests.kit.file_store import FileStore
 
 WIRE = torch.bfloat16
 

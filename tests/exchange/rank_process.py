@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from elastic_ep.exchange.base import Exchange, ExchangeShape, Received
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
 
 FORWARD, CONNECT, CONTROL = LANES = ("forward", "connect", "control")
 

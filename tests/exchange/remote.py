@@ -10,12 +10,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from bench.bound import tied
 
 from elastic_ep.exchange.base import ExchangeShape, Received
-from elastic_ep.messages import Member
-
-from .rank_process import CONNECT, CONTROL, FORWARD, LANES, Failure, Opener, rank_main
+from elastic_ep.wire.messages import Member
+from tests.exchange.rank_process import CONNECT, CONTROL, FORWARD, LANES, Failure, Opener, rank_main
+from tests.kit.bound import tied
 
 START_S = 180.0
 """Mooncake compiles its kernels when the first process of a machine warms up."""

@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.exchange.base import TILE, Exchange, ExchangeShape
-from elastic_ep.messages import Member
-
-from .group import DEADLINE_S, Batch, Group, Routing, random_batch, reference, results, until
-from .hubs import LOOPBACK, MOONCAKE, SHM, Hub, Kind, end_processes
+from elastic_ep.wire.messages import Member
+from tests.exchange.group import DEADLINE_S, Batch, Group, Routing, random_batch, reference, results, until
+from tests.exchange.hubs import LOOPBACK, MOONCAKE, SHM, Hub, Kind, end_processes
 
 ON_GPU = [
     pytest.mark.gpu,

@@ -14,14 +14,13 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import pytest
-from bench.bound import tied
 
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.windows import Windows
-from elastic_ep.messages import Member
-
-from .group import DEADLINE_S
-from .killable import Death, Done, Lost, Moment, Run, Start, rank_main
+from elastic_ep.wire.messages import Member
+from tests.exchange.group import DEADLINE_S
+from tests.exchange.killable import Death, Done, Lost, Moment, Run, Start, rank_main
+from tests.kit.bound import tied
 
 SHAPE = ExchangeShape(
     num_ranks=4, max_tokens=48, hidden=256, top_k=2, slots_per_rank=2, operations_per_step=4

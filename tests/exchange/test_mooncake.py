@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.file_store import FileStore
 
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake import (
@@ -14,7 +13,8 @@ from elastic_ep.exchange.mooncake import (
     MooncakeUnavailable,
     load_buffer_class,
 )
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
+from tests.kit.file_store import FileStore
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from bench.file_store import FileStore
 
 from elastic_ep.exchange import mooncake
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.exchange.store import IncarnationStore, PeerGone
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
+from tests.kit.file_store import FileStore
 
 SHAPE = ExchangeShape(num_ranks=3, max_tokens=4, hidden=128, top_k=2, slots_per_rank=2, operations_per_step=2)
 ME, PEER, OTHER = Member(0, 0), Member(1, 2), Member(2, 0)

@@ -9,16 +9,15 @@ from functools import partial
 
 import pytest
 import torch
-from bench.solo_exchange import SoloDeviceExchange
 
 from elastic_ep.exchange.base import ExchangeShape
-from elastic_ep.messages import Member
-
-from . import test_contract as contract
-from .group import Routing, random_batch, reference, run_step
-from .hubs import MOONCAKE, SHM_PROCESSES, Kind, ShmProcesses, end_processes
-from .on_device import HostEnd
-from .remote import ProcessGone
+from elastic_ep.wire.messages import Member
+from tests.exchange import test_contract as contract
+from tests.exchange.group import Routing, random_batch, reference, run_step
+from tests.exchange.hubs import MOONCAKE, SHM_PROCESSES, Kind, ShmProcesses, end_processes
+from tests.exchange.on_device import HostEnd
+from tests.exchange.remote import ProcessGone
+from tests.kit.solo_exchange import SoloDeviceExchange
 
 SHAPE = ExchangeShape(num_ranks=2, max_tokens=4, hidden=3, top_k=2, slots_per_rank=1, operations_per_step=2)
 

@@ -8,10 +8,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from bench.file_store import FileStore
 
 from elastic_ep.exchange.store import IncarnationStore, PeerGone, members_named
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
+from tests.kit.file_store import FileStore
 
 LONG = timedelta(seconds=30)
 

@@ -6,12 +6,12 @@ import os
 import sys
 
 import pytest
-from bench.bound import run
 
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.windows import Windows, WindowsError
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
+from tests.kit.bound import run
 
 SHAPE = ExchangeShape(
     num_ranks=8, max_tokens=64, hidden=128, top_k=4, slots_per_rank=4, operations_per_step=8

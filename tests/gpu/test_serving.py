@@ -13,10 +13,10 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from bench.common import Server, chat, http, server, status, until_full
+from train.problems import held_out
 
-from elastic_ep.control.mps import PROGRAM
-from elastic_ep.problems import held_out
+from elastic_ep.host.mps import PROGRAM
+from tests.kit.served import Server, chat, http, server, status, until_full
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

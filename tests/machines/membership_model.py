@@ -19,12 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from model_rank import RankModel, Violation, freeze, lost_between
-
-from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.messages import (
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.wire.messages import (
     Beat,
     Member,
     Numbered,
@@ -34,6 +32,7 @@ from elastic_ep.messages import (
     Snapshot,
     SnapshotRequest,
 )
+from tests.machines.model_rank import RankModel, Violation, freeze, lost_between
 
 ALIVE, DOOMED, DEAD, NOTICED, GONE = range(5)
 """A process: running; running but fenced; dead and nobody knows; noticed; nothing left of it."""

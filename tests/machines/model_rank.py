@@ -6,13 +6,22 @@ import copy
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
-from elastic_ep.control.mailbox import Mailbox
-from elastic_ep.machines import member as rk
-from elastic_ep.machines import membership_events as ev
-from elastic_ep.machines.member import MemberMachine
-from elastic_ep.machines.membership import MembershipMachine
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.machines.rank import member as rk
+from elastic_ep.machines.rank.member import MemberMachine
 from elastic_ep.machines.tables import TableMachine
-from elastic_ep.messages import Abort, Commit, Member, Numbered, RankState, Snapshot, SnapshotRequest, View
+from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.wire.messages import (
+    Abort,
+    Commit,
+    Member,
+    Numbered,
+    RankState,
+    Snapshot,
+    SnapshotRequest,
+    View,
+)
 
 
 class Violation(Exception):

@@ -23,14 +23,13 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from membership_model import GONE, UNSUBSCRIBED, Bounds, Model, World
-from model_rank import Violation
-
-from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.messages import Member
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.placement import launch_placement
+from elastic_ep.wire.messages import Member
+from tests.machines.membership_model import GONE, UNSUBSCRIBED, Bounds, Model, World
+from tests.machines.model_rank import Violation
 
 MODEL_CONFIG = ev.MembershipConfig(
     attempt_deadline_ms=10,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.machines.bisection import Bisection
+from elastic_ep.machines.rank.bisection import Bisection
 
 EXHAUSTIVE = 11
 """Batches up to this size are tried with every set of bad items."""

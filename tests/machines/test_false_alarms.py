@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.lived_time import LivedTime
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.machines.progress import ProgressConfig, ProgressMachine, Pulse, Starved, Suspect
-from elastic_ep.messages import Heartbeat, Member, RankState
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.machines.membership.progress import ProgressConfig, ProgressMachine, Pulse, Starved, Suspect
 from elastic_ep.placement import launch_placement
+from elastic_ep.wire.messages import Heartbeat, Member, RankState
 
 CONFIG = ProgressConfig(deadline_ms=1_000)
 SLICE_MS = 20

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.machines.member import (
+from elastic_ep.machines.rank.member import (
     Adopt,
     AdoptPlacement,
     AskSnapshot,
@@ -20,7 +20,8 @@ from elastic_ep.machines.member import (
     MemberMachine,
     ReleaseHold,
 )
-from elastic_ep.messages import (
+from elastic_ep.placement import Change, launch_placement
+from elastic_ep.wire.messages import (
     Abort,
     Beat,
     Commit,
@@ -33,7 +34,6 @@ from elastic_ep.messages import (
     Snapshot,
     View,
 )
-from elastic_ep.placement import Change, launch_placement
 
 A, B, C, C2 = Member(0, 1), Member(1, 1), Member(2, 1), Member(2, 2)
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from model_rank import freeze
 
-from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines.contract import Tick, UnexpectedEvent
-from elastic_ep.machines.membership import STEP_GAP_AFTER_TOTAL_LOSS, MembershipMachine
-from elastic_ep.machines.rank_lifecycle import RANK
-from elastic_ep.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.machine import STEP_GAP_AFTER_TOTAL_LOSS, MembershipMachine
+from elastic_ep.machines.rank.lifecycle import RANK
 from elastic_ep.placement import EMPTY, Change, launch_placement
+from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
+from tests.machines.model_rank import freeze
 
 CONFIG = ev.MembershipConfig(
     attempt_deadline_ms=100,

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import pytest
 
-from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.messages import Abort, Commit, Drain, Member, Prepare, Published, RankState, View
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.placement import launch_placement
+from elastic_ep.wire.messages import Abort, Commit, Drain, Member, Prepare, Published, RankState, View
 
 FOLDER = Path(__file__).parents[1] / "scenarios" / "membership"
 

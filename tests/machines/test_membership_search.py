@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from membership_model import Bounds, Model
-from search import CASES, Case
 
-from elastic_ep.control.mailbox import Mailbox
-from elastic_ep.machines import membership_events as ev
-from elastic_ep.machines.member import Effect, Mask, MemberMachine
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.messages import Abort, Beat, Numbered, Prepare, Snapshot
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.machines.rank.member import Effect, Mask, MemberMachine
+from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.wire.messages import Abort, Beat, Numbered, Prepare, Snapshot
+from tests.machines.membership_model import Bounds, Model
+from tests.machines.search import CASES, Case
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

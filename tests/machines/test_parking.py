@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from test_membership import CONFIG, machine_of
 
-from elastic_ep.machines import membership_events as ev
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.messages import Abort, Member, Prepare, RankState
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.wire.messages import Abort, Member, Prepare, RankState
+from tests.machines.test_membership import CONFIG, machine_of
 
 RANKS = 3
 JOINER, OTHER = Member(2, 2), Member(0, 1)

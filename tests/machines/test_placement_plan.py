@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.machines.placement import PlanInput, plan, rank_loads
+from elastic_ep.machines.experts.planner import PlanInput, plan, rank_loads
 from elastic_ep.placement import EMPTY, Placement, launch_placement
 
 FIRST_EXAMPLE = (90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86)

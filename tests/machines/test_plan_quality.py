@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from elastic_ep.machines.placement import PlanInput, plan
+from elastic_ep.machines.experts.planner import PlanInput, plan
 from elastic_ep.placement import launch_placement
 
 FIGURES = [

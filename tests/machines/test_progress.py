@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.machines.lived_time import LivedTime
-from elastic_ep.machines.progress import ProgressConfig, ProgressMachine, Pulse, Starved, Suspect
-from elastic_ep.messages import Heartbeat, Member
+from elastic_ep.machines.membership.progress import ProgressConfig, ProgressMachine, Pulse, Starved, Suspect
+from elastic_ep.wire.messages import Heartbeat, Member
 
 CONFIG = ProgressConfig(deadline_ms=1_000, busy_factor=30, idle_factor=5)
 PULSE_MS = 100

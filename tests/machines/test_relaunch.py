@@ -6,9 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_ep.machines.membership_events import MembershipConfig
-from elastic_ep.machines.relaunch import Death, early_deaths, explain, killed_from_outside, pause_ms
-from elastic_ep.machines.start_failure import alike, normalised
+from elastic_ep.machines.membership.events import MembershipConfig
+from elastic_ep.machines.membership.relaunch import (
+    Death,
+    early_deaths,
+    explain,
+    killed_from_outside,
+    pause_ms,
+)
+from elastic_ep.machines.membership.start_failure import alike, normalised
 
 CONFIGS = st.builds(
     MembershipConfig,

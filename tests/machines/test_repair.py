@@ -10,11 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from elastic_ep.machines import repair_events as ev
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.repair import RepairMachine
-from elastic_ep.messages import Member
+from elastic_ep.machines.experts import events as ev
+from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.placement import EMPTY, Placement, launch_placement
+from elastic_ep.wire.messages import Member
 
 SPOILT = 100
 

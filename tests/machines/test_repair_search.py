@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
-from test_repair import Group
 
-from elastic_ep.machines.repair_events import RepairConfig
+from elastic_ep.machines.experts.events import RepairConfig
+from tests.machines.test_repair import Group
 
 pytestmark = pytest.mark.timeout(300)
 

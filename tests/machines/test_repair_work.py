@@ -6,12 +6,12 @@ from collections import deque
 
 import pytest
 
-from elastic_ep.machines import repair
-from elastic_ep.machines import repair_events as ev
-from elastic_ep.machines.moves import Layer
-from elastic_ep.machines.repair import RepairMachine
-from elastic_ep.messages import Member
+from elastic_ep.machines.experts import events as ev
+from elastic_ep.machines.experts import repair
+from elastic_ep.machines.experts.moves import Layer
+from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.placement import launch_placement
+from elastic_ep.wire.messages import Member
 
 LAYERS, EXPERTS = 12, 32
 

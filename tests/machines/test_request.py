@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elastic_ep.machines.contract import UnexpectedEvent
-from elastic_ep.machines.request import REQUEST, RequestState
+from elastic_ep.machines.requests.lifecycle import REQUEST, RequestState
 from elastic_ep.machines.tables import TableMachine
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.machines import routing_events as ev
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.routing import RoutingMachine
-from elastic_ep.messages import Assign, Cancel, FailureCode, Member, SamplingParams, Token
+from elastic_ep.machines.requests import events as ev
+from elastic_ep.machines.requests.routing import RoutingMachine
+from elastic_ep.wire.messages import Assign, Cancel, FailureCode, Member, SamplingParams, Token
 
 TIMEOUT_MS = 1_000
 MOVES = st.lists(

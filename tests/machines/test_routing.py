@@ -11,11 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from elastic_ep.machines import routing_events as ev
 from elastic_ep.machines.contract import UnexpectedEvent
-from elastic_ep.machines.request import RequestState
-from elastic_ep.machines.routing import RoutingMachine
-from elastic_ep.messages import Assign, Cancel, FailureCode, Member, SamplingParams, Token
+from elastic_ep.machines.requests import events as ev
+from elastic_ep.machines.requests.lifecycle import RequestState
+from elastic_ep.machines.requests.routing import RoutingMachine
+from elastic_ep.wire.messages import Assign, Cancel, FailureCode, Member, SamplingParams, Token
 
 A, A2, B, C = Member(0, 1), Member(0, 2), Member(1, 1), Member(2, 1)
 

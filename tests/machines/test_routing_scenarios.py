@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic_ep.machines import routing_events as ev
-from elastic_ep.machines.routing import RoutingMachine
-from elastic_ep.messages import Assign, Cancel, Member, SamplingParams, Token
+from elastic_ep.machines.requests import events as ev
+from elastic_ep.machines.requests.routing import RoutingMachine
+from elastic_ep.wire.messages import Assign, Cancel, Member, SamplingParams, Token
 
 FOLDER = Path(__file__).parents[1] / "scenarios" / "routing"
 

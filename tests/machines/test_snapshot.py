@@ -13,26 +13,23 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-import test_membership
-import test_progress
-import test_repair
-import test_routing
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from elastic_ep.codec import from_plain
-from elastic_ep.machines import routing_events as routing
 from elastic_ep.machines.contract import UnexpectedEvent
-from elastic_ep.machines.membership import MembershipMachine
-from elastic_ep.machines.progress import ProgressMachine
+from elastic_ep.machines.experts.repair import RepairMachine
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.registry import MACHINES
-from elastic_ep.machines.repair import RepairMachine
-from elastic_ep.machines.routing import RoutingMachine
+from elastic_ep.machines.requests import events as routing
+from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.machines.snapshot import MalformedState, State, capture, restore
 from elastic_ep.machines.snapshot import to_plain as state_to_plain
-from elastic_ep.messages import Member, SamplingParams
 from elastic_ep.placement import launch_placement
-from elastic_ep.privacy import blanks, expanded, without_text
+from elastic_ep.wire.codec import from_plain
+from elastic_ep.wire.messages import Member, SamplingParams
+from elastic_ep.wire.privacy import blanks, expanded, without_text
+from tests.machines import test_membership, test_progress, test_repair, test_routing
 
 MACHINE_TYPES: dict[str, Any] = {
     "membership": MembershipMachine,

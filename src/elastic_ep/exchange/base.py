@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
 
 if TYPE_CHECKING:  # the run process lays out the windows and never imports torch
     import torch

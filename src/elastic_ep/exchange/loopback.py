@@ -7,7 +7,7 @@ import threading
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.pull import PullExchange
 from elastic_ep.exchange.windows import Windows
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
 
 
 class LoopbackHub:

@@ -19,7 +19,7 @@ meets it.
 
 HAZARD: under MPS the ranks also share their faults. A rank killed while its kernels ran took all others with it (an
 illegal memory access in each) 10 times of 13, unless its memory stayed until they had ended: then 0 of 8 times (see
-control/device_hold.py). Killed between two steps, never (20 kills); without MPS never (16 kills).
+host/device_hold.py). Killed between two steps, never (20 kills); without MPS never (16 kills).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from elastic_ep.exchange.mooncake_needs import CPU_WHEEL, CUDA_WHEEL, EXPERTS_MU
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_words import StepWords
 from elastic_ep.exchange.store import IncarnationStore, PeerGone, Store
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
 
 _WIRE_MULTIPLE = 256
 """What combine's kernel takes; smaller hidden sizes are padded with zeros on the way."""

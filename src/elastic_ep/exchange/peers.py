@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
 
 _NEVER = -1
 

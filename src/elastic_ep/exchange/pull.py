@@ -30,7 +30,7 @@ import torch
 from elastic_ep.exchange.base import TILE, ExchangeShape, Received
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.windows import LINE, Windows
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
 
 STRIDE = LINE // 8
 """Words (int64) from one rank's first to the next rank's."""

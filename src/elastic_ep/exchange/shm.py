@@ -15,7 +15,7 @@ from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.futex import Fence, Futex, yielder
 from elastic_ep.exchange.pull import STRIDE, PullExchange
 from elastic_ep.exchange.windows import Windows
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
 
 _LOOK_AGAIN_S = 0.002
 """The longest sleep: if two ranks that arrive last at once ever miss each other, this is what it costs."""

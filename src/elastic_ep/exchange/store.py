@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
-from elastic_ep.messages import Member
+from elastic_ep.wire.messages import Member
 
 _BETWEEN_RANKS = re.compile(r"(.+)/(\d+)/(\d+)")
 _BETWEEN_MEMBERS = re.compile(r".+/(\d+)\.(\d+)/(\d+)\.(\d+)")

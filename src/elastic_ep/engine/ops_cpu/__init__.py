@@ -1,0 +1,1 @@
+"""The operations on the CPU, in plain torch."""

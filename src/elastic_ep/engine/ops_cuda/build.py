@@ -1,0 +1,74 @@
+"""Builds a rank's engine on a GPU: exchange, weights, runner. On the forward thread, whose stream it sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from elastic_ep.config import EngineLimits, RankConfig
+from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
+from elastic_ep.engine.ops_cuda.memory import Budget, needs_of
+from elastic_ep.engine.ops_cuda.runner import CudaRunner
+from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.exchange.mooncake import MooncakeExchange, buffer_bytes
+from elastic_ep.exchange.step_words import StepWords
+from elastic_ep.exchange.store import Store
+from elastic_ep.models.registry import load_spec
+from elastic_ep.models.spec import ModelSpec
+from elastic_ep.placement import Placement
+from elastic_ep.weights.bank import load_weights
+from elastic_ep.wire.messages import Member
+
+DTYPE = torch.bfloat16
+"""What the exchange carries. A row's bits do not depend on its batch, so a stream that moves goes on as it would have."""
+
+
+def build_cuda_engine(
+    config: RankConfig, store: Store, opened: Callable[[], None]
+) -> tuple[CudaRunner, MooncakeExchange]:
+    """The ranks leave each other their buffers' addresses in `store`; `opened` is called before the first kernel.
+
+    Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user; the runner's warm-up the latter too.
+    """
+    spec = load_spec(Path(config.model))
+    placement, limits = config.placement, config.limits
+    shape = exchange_shape(spec, limits, placement)
+    size = buffer_bytes(shape)  # refuses a machine that cannot do it before anything touches a device
+    device = torch.device("cuda", config.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+    budget = Budget(needs_of(spec, limits, placement, shape, size), limits, placement, device)
+    torch.cuda.mem_get_info(device)  # makes the device's context, if nothing has made it
+    opened()
+    budget.check()
+    with budget.kept():
+        return _build(config, store, spec, shape, budget)
+
+
+def exchange_shape(spec: ModelSpec, limits: EngineLimits, placement: Placement) -> ExchangeShape:
+    return spec.exchange_shape(-(-limits.max_num_batched_tokens // TILE_ROWS) * TILE_ROWS, placement)
+
+
+def _build(
+    config: RankConfig, store: Store, spec: ModelSpec, shape: ExchangeShape, budget: Budget
+) -> tuple[CudaRunner, MooncakeExchange]:
+    # Step words are a file that all ranks map, so all of them are on one host.
+    directory = Path(config.directory) / "mooncake"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    words = StepWords(directory, config.num_ranks, config.rank)
+    member = Member(config.rank, config.incarnation)
+    exchange = MooncakeExchange(shape, member, store, words=words, timeout_ms=config.kernel_wait_ms)
+    weights = load_weights(
+        Path(config.model),
+        spec,
+        config.placement,
+        config.rank,
+        load_format=config.load_format,
+        seed=config.seed,
+        device=budget.device,
+        dtype=DTYPE,
+    )
+    runner = CudaRunner(config.limits, weights, config.placement, config.rank, exchange, budget=budget)
+    return runner, exchange

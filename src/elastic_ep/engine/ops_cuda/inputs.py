@@ -1,0 +1,162 @@
+"""What changes from step to step, in device memory at addresses that never change: a captured graph reads it there."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from elastic_ep.config import EngineLimits
+from elastic_ep.engine.scheduler import Chunk
+
+_ALIGN = 32
+"""Elements, so that every part is as well aligned as an allocation: Triton compiles for alignment."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a graph is captured for. `rows` of tokens, padding included, a multiple of the tile."""
+
+    rows: int
+    decode: bool
+    """Every chunk is one token: row i belongs to sequence i."""
+
+
+class StepInputs:
+    """All int32. R the most rows, S the most sequences (both in whole tiles), P the pages of the longest sequence.
+
+    Padding: token 0 at position 0, written nowhere; sequences of no tokens.
+    """
+
+    def __init__(self, limits: EngineLimits, tile: int, device: torch.device) -> None:
+        def tiles(count: int) -> int:
+            return -(-count // tile) * tile
+
+        self._tile = tile
+        self._page = limits.page_size
+        self.max_rows = tiles(limits.max_num_batched_tokens)
+        self.max_sequences = tiles(limits.max_num_seqs)
+        rows, sequences = self.max_rows, self.max_sequences
+        sizes = [rows, rows, rows, sequences, sequences, sequences + 1, 1]
+        starts = np.cumsum([0, *(-(-size // _ALIGN) * _ALIGN for size in sizes)]).tolist()
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(starts[-1], dtype=torch.int32, pin_memory=pinned)
+        self._device = torch.zeros(starts[-1], dtype=torch.int32, device=device)
+        here, there = self._host.numpy(), self._device
+        parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        (
+            self._tokens,
+            self._positions,
+            self._slots,
+            self._last_rows,
+            self._lengths,
+            self._bounds,
+            self._count,
+        ) = (here[part] for part in parts)
+        self.tokens, self.positions, self.slots, self.last_rows, self.lengths, self.bounds, self.count = (
+            there[part] for part in parts
+        )
+        """[R] tokens, positions and places in the KV cache (-1: none); [S] the last row and the context of each sequence
+        (0: no sequence); [S + 1] where its rows begin; [1] the rows that are real."""
+        pages = -(-limits.max_model_len // limits.page_size)
+        self._host_tables = torch.zeros(sequences, pages, dtype=torch.int32, pin_memory=pinned)
+        self._tables: npt.NDArray[np.int32] = self._host_tables.numpy()
+        self.tables = torch.zeros(sequences, pages, dtype=torch.int32, device=device)
+        """[S, P] page numbers."""
+        self._numbers = np.arange(sequences, dtype=np.int32)
+        self._decodes: tuple[int, int] | None = None
+        """If the last step was one of decodes: its rows, padding included, and its sequences."""
+        self._written: list[tuple[list[int], int]] = [([], 0) for _ in range(sequences)]
+        """The list that each table was written from, and how long it was. Kept, so that no other one is taken for it."""
+
+    def shape_of(self, chunks: Seq[Chunk]) -> StepShape:
+        """A step without chunks is a decode of nobody."""
+        total = sum([length for _, _, length in chunks])
+        rows = max(1, -(-total // self._tile)) * self._tile
+        return StepShape(rows, decode=total == len(chunks))
+
+    def fill(self, chunks: Seq[Chunk], shape: StepShape) -> None:
+        """Queue the copies to the device. The step before must have ended: its copies read the same host memory."""
+        decodes = (shape.rows, len(chunks)) if shape.decode else None
+        before, self._decodes = self._decodes, None  # nobody knows what is there if this raises half-way
+        if decodes is None or decodes != before:
+            self._frame(chunks, shape)
+        if shape.decode:
+            self._fill_decodes(chunks)
+        self._decodes = decodes
+        self._device.copy_(self._host, non_blocking=True)
+        if self._write_tables(chunks):
+            self.tables.copy_(self._host_tables, non_blocking=True)
+
+    def _frame(self, chunks: Seq[Chunk], shape: StepShape) -> None:
+        """All but what `_fill_decodes` fills in if every chunk is one token."""
+        self._tokens[: shape.rows] = 0
+        self._positions[: shape.rows] = 0
+        self._slots[: shape.rows] = -1
+        self._lengths[:] = 0
+        self._last_rows[:] = 0
+        count = end = len(chunks)
+        if shape.decode:
+            self._bounds[:count] = self._last_rows[:count] = self._numbers[:count]
+        else:
+            end = self._fill_chunks(chunks)
+        self._bounds[count:] = end
+        self._count[0] = end
+
+    def _fill_decodes(self, chunks: Seq[Chunk]) -> None:
+        """What differs between two steps of as many decodes.
+
+        The device is idle meanwhile, and caches are cold after the wait for a step: few small operations of numpy.
+        """
+        page, rows = self._page, len(chunks)
+        tokens, positions, slots, lengths = array("i"), array("i"), array("i"), array("i")
+        for sequence, start, _ in chunks:
+            tokens.append(sequence.tokens[start])
+            positions.append(start)
+            slots.append(sequence.pages[start // page] * page + start % page)
+            lengths.append(start + 1)
+        self._tokens.data[:rows] = tokens
+        self._positions.data[:rows] = positions
+        self._slots.data[:rows] = slots
+        self._lengths.data[:rows] = lengths
+
+    def _fill_chunks(self, chunks: Seq[Chunk]) -> int:
+        """The rows that are real."""
+        end = 0
+        for index, chunk in enumerate(chunks):
+            begin, end = end, end + chunk.length
+            self._fill_chunk(chunk, slice(begin, end))
+            self._bounds[index] = begin
+            self._lengths[index] = chunk.start + chunk.length
+            self._last_rows[index] = end - 1
+        return end
+
+    def _fill_chunk(self, chunk: Chunk, rows: slice) -> None:
+        sequence, page = chunk.sequence, self._page
+        positions = np.arange(chunk.start, chunk.start + chunk.length, dtype=np.int32)
+        pages = np.array(
+            sequence.pages[chunk.start // page : (chunk.start + chunk.length - 1) // page + 1], np.int32
+        )
+        self._tokens[rows] = sequence.tokens[chunk.start : chunk.start + chunk.length]
+        self._positions[rows] = positions
+        self._slots[rows] = pages[positions // page - chunk.start // page] * page + positions % page
+
+    def _write_tables(self, chunks: Seq[Chunk]) -> bool:
+        """Whether a table changed: every few steps one does. What lies beyond a sequence's pages is never read.
+
+        A sequence's list of pages only ever grows; one that has given its pages back gets another list.
+        """
+        changed = False
+        for row, ((sequence, _, _), (written, count)) in enumerate(zip(chunks, self._written, strict=False)):
+            pages = sequence.pages
+            if pages is written and len(pages) == count:
+                continue
+            begin = count if pages is written else 0
+            self._tables[row, begin : len(pages)] = pages[begin:]
+            self._written[row] = (pages, len(pages))
+            changed = True
+        return changed

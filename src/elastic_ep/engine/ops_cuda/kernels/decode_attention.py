@@ -1,0 +1,193 @@
+"""Decode: one query a sequence, its context split over many programs, whose results are merged first to last.
+
+The split is flash-decoding's; its size is fixed, so that a sequence's bits do not depend on the batch. As in stream-K's
+products, the program that happens to end last merges: it adds up the same numbers in the same order, so the bits do not
+tell who did it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from elastic_ep.engine.ops_cuda.kernels.launch import jit, power_of_2
+from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut, attend_split, exponent_scale, merge
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """The same for every batch: on a device, other `warps` add up in another order, and give other bits."""
+
+    warps: int = 4
+    stages: int = 3
+    """Of the loop over blocks."""
+
+
+@jit
+def _decode_kernel(
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    tables: tl.tensor,
+    lengths: tl.tensor,
+    parts: tl.tensor,
+    tops: tl.tensor,
+    totals: tl.tensor,
+    out: tl.tensor,
+    ended: tl.tensor,
+    scale: tl.tensor,
+    table_stride: tl.tensor,
+    splits: tl.tensor,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)  # slowest: the programs that find nothing to do come last
+    length = tl.load(lengths + row).to(tl.int32)
+    first = split * SPLIT
+    lane = tl.arange(0, BLOCK_D)
+    group = tl.arange(0, R)
+    query = row * (HK * G) + head * G + group
+    mask = (group < G)[:, None] & (lane < D)[None, :]
+    if first < length:
+        acc, top, total = attend_split(
+            tl.trans(tl.load(q + query[:, None] * D + lane[None, :], mask=mask, other=0.0)),
+            keys + head.to(tl.int64) * (PAGE * D),
+            values + head.to(tl.int64) * (PAGE * D),
+            tables + row * table_stride,
+            first,
+            tl.minimum(first + SPLIT, length),
+            tl.zeros([R], tl.int32) + length,
+            scale,
+            HK * PAGE * D,
+            D,
+            BLOCK_D,
+            R,
+            PAGE,
+            BLOCK,
+        )
+        at = query * splits + split
+        tl.store(parts + at[:, None] * BLOCK_D + lane[None, :], tl.trans(acc), mask=(group < G)[:, None])
+        tl.store(tops + at, top, mask=group < G)
+        tl.store(totals + at, total, mask=group < G)
+        count = tl.cdiv(length, SPLIT)
+        tl.debug_barrier()  # the stores of all threads come before the one that counts them
+        if tl.atomic_add(ended + row * HK + head, 1) == count - 1:
+            _merge_group(parts, tops, totals, out, query, splits, count, G, D, BLOCK_D, R)
+            tl.store(ended + row * HK + head, 0)
+    padding = (length == 0) & (split == 0)
+    if padding:
+        nothing = tl.zeros([R, BLOCK_D], q.dtype.element_ty)
+        tl.store(out + query[:, None] * D + lane[None, :], nothing, mask=mask)
+
+
+@jit
+def _merge_group(
+    parts: tl.tensor,
+    tops: tl.tensor,
+    totals: tl.tensor,
+    out: tl.tensor,
+    query: tl.tensor,
+    splits: tl.tensor,
+    count: tl.tensor,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    R: tl.constexpr,
+) -> None:
+    """The first G of the rows `query` [R] from all `count` splits, each of which some program has stored."""
+    lane = tl.arange(0, BLOCK_D)
+    real = (tl.arange(0, R) < G)[:, None]
+    acc = tl.zeros([R, BLOCK_D], tl.float32)
+    top = tl.full([R, 1], -float("inf"), tl.float32)
+    total = tl.zeros([R, 1], tl.float32)
+    for split in tl.range(0, count, num_stages=3):
+        at = (query * splits + split)[:, None]
+        new_acc = tl.load(parts + at * BLOCK_D + lane[None, :], mask=real, other=0.0)
+        new_top = tl.load(tops + at, mask=real, other=0.0)
+        new_total = tl.load(totals + at, mask=real, other=0.0)
+        acc, top, total = merge(acc, top, total, new_acc, new_top, new_total)
+    result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
+    at = query[:, None] * D + lane[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=real & (lane < D)[None, :])
+
+
+COUNTERS = 1 << 16
+
+
+@cache
+def _ended(device: torch.device) -> torch.Tensor:
+    """[COUNTERS] int32 of zeros, and zeros again after each call: calls of one device must follow one another."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    cut: Cut | None = None,
+    plan: DecodePlan | None = None,
+) -> torch.Tensor:
+    """One token a sequence, the last of its context: [B, Hq, D] like q.
+
+    `q` [B, Hq, D], contiguous. `keys` and `values` [pages, Hk, page size, D], contiguous: the keys that one program
+    reads for its head then lie page by page in one piece. Hk divides Hq. `block_tables` [B, most pages] int32, rows
+    of any stride: page numbers, needed up to the context alone. `context_lens` [B] int32 or int64, the token itself
+    included; 0 is padding and gives zeros. Raises ValueError for more than `COUNTERS` pairs of sequence and key head.
+
+    The launch grows with `most pages`: a table cut to what the longest context may need saves empty programs.
+    """
+    sequences, heads, dim = q.shape
+    _, kv_heads, page, _ = keys.shape
+    out = torch.empty_like(q)
+    if not sequences:
+        return out
+    if sequences * kv_heads > COUNTERS:
+        raise ValueError(f"{sequences} sequences of {kv_heads} key heads are more than {COUNTERS}")
+    cut, plan = cut or CUT[q.dtype], plan or DecodePlan()
+    group, block_d = heads // kv_heads, max(power_of_2(dim), 16)
+    splits = triton.cdiv(block_tables.shape[1] * page, cut.split)
+    parts = q.new_empty(sequences, heads, splits, block_d, dtype=torch.float32)
+    tops = q.new_empty(sequences, heads, splits, dtype=torch.float32)
+    totals = torch.empty_like(tops)
+    _decode_kernel[(kv_heads, sequences, splits)](
+        q,
+        keys,
+        values,
+        block_tables,
+        context_lens,
+        parts,
+        tops,
+        totals,
+        out,
+        _ended(q.device),
+        exponent_scale(dim),
+        block_tables.stride(0),
+        splits,
+        HK=kv_heads,
+        G=group,
+        D=dim,
+        BLOCK_D=block_d,
+        R=max(power_of_2(group), 16),
+        PAGE=page,
+        SPLIT=cut.split,
+        BLOCK=cut.block,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+        enable_fp_fusion=False,
+    )
+    return out

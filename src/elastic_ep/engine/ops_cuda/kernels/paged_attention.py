@@ -1,0 +1,119 @@
+"""Attention over a paged KV cache: what decode_attention.py and prefill_attention.py share, so that their bits agree.
+
+A context is cut into splits, a split into blocks of keys, as `CUT` says, whatever the batch. A split is an
+online softmax over its blocks (FlashAttention-2); the splits' results are merged one after the other, first to last.
+Decode does the splits in parallel and merges them when all are done (flash-decoding); prefill does them in a row and
+merges as it goes. Both go through the same two functions, `attend_split` and `merge`, and what a query may not see
+adds exact zeros. So a token's result depends on its query and its context alone: not on its batch, nor on whether it
+was computed in a prompt of any cutting or one by one, which is what a request that moves to another rank relies on.
+
+The products are transposed, as in expert_ffn.py: keys and values are the left operand, the query rows (tokens times
+the heads that share a key-value head) the right one, as few as 16. Block tables are vLLM's (PagedAttention).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+
+from elastic_ep.engine.ops_cuda.kernels.launch import dot, jit
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a context is cut. The bits depend on it: decode and prefill must be given the same."""
+
+    split: int
+    """Keys, a multiple of `block`."""
+    block: int
+    """Keys."""
+
+
+CUT = {torch.bfloat16: Cut(split=512, block=64), torch.float32: Cut(split=512, block=32)}
+"""By dtype."""
+
+
+def exponent_scale(dim: int) -> float:
+    """Of the scores: with it they are exponents of two."""
+    return 1.4426950408889634 * float(dim**-0.5)
+
+
+@jit
+def _pages(
+    table: tl.tensor, start: tl.tensor, end: tl.tensor, PAGE: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """Page of each key of a block [BLOCK] int32; 0 from `end` on."""
+    key = start + tl.arange(0, BLOCK)
+    return tl.load(table + key // PAGE, mask=key < end, other=0)
+
+
+@jit
+def attend_split(
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    table: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    last_seen: tl.tensor,
+    scale: tl.tensor,
+    page_stride: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Keys first..end for q [BLOCK_D, R], row r up to key `last_seen`[r]: sum [BLOCK_D, R], maximum [R], total [R].
+
+    `keys` and `values` point to the head's place in page 0. The sum is not yet divided by the total; a row that sees
+    none of the keys has sum 0, maximum -inf, total 0.
+    """
+    lane = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D, R], tl.float32)
+    weight = tl.zeros([BLOCK, R], tl.float32)
+    top = tl.full([R], -float("inf"), tl.float32)
+    # Page numbers are read a block before their keys, which the compiler then takes for loads without a load before
+    # them: it keeps more of them in flight.
+    page = _pages(table, first, end, PAGE, BLOCK)
+    for start in range(first, end, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        exists = key < end
+        at = (page.to(tl.int64) * page_stride + key % PAGE * D)[:, None] + lane[None, :]
+        real = exists[:, None]
+        if D != BLOCK_D:
+            real = real & (lane < D)[None, :]
+        k = tl.load(keys + at, mask=real, other=0.0)
+        v = tl.load(values + at, mask=real, other=0.0)
+        page = _pages(table, start + BLOCK, end, PAGE, BLOCK)
+        score = dot(k, q, tl.zeros([BLOCK, R], tl.float32)) * scale
+        score = tl.where(exists[:, None] & (key[:, None] <= last_seen[None, :]), score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=0))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        fade = tl.exp2(top - base)
+        p = tl.exp2(score - base[None, :])
+        weight = tl.fma(weight, tl.broadcast_to(fade[None, :], [BLOCK, R]), p)
+        acc = dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :])
+        top = new_top
+    return acc, top, tl.sum(weight, axis=0)
+
+
+@jit
+def merge(
+    acc: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    new_acc: tl.tensor,
+    new_top: tl.tensor,
+    new_total: tl.tensor,
+) -> tl.tensor:
+    """Two results of `attend_split` as one; acc [BLOCK_D, R] or, for one row, all [BLOCK_D]."""
+    both = tl.maximum(top, new_top)
+    base = tl.where(both == -float("inf"), 0.0, both)
+    fade = tl.exp2(top - base)
+    new_fade = tl.exp2(new_top - base)
+    total = tl.fma(total, fade, new_total * new_fade)
+    acc = tl.fma(acc, tl.broadcast_to(fade, acc.shape), new_acc * tl.broadcast_to(new_fade, acc.shape))
+    return acc, both, total

@@ -1,0 +1,147 @@
+"""Chunked prefill: the newest tokens of each sequence, in tiles of one sequence's tokens.
+
+Which tiles there are follows from `cu_seqlens` on the device; the launch covers the most that there can be.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from elastic_ep.engine.ops_cuda.kernels.launch import jit, power_of_2
+from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut, attend_split, exponent_scale, merge
+
+_ROWS = {torch.bfloat16: 64, torch.float32: 16}
+"""Of a tile: tokens times the heads that share a key-value head. Two sums of that many rows must fit the registers."""
+
+
+@jit
+def _prefill_kernel(
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    tables: tl.tensor,
+    bounds: tl.tensor,
+    lengths: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    table_stride: tl.tensor,
+    sequences: tl.tensor,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    R: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+) -> None:
+    head = tl.program_id(0)
+    tile = tl.program_id(1)
+    sequence = tl.arange(0, BLOCK_B)
+    known = sequence < sequences
+    begin = tl.load(bounds + sequence, mask=known, other=0).to(tl.int32)
+    size = tl.load(bounds + sequence + 1, mask=known, other=0).to(tl.int32) - begin
+    tiles = (size + TOKENS - 1) // TOKENS
+    end = tl.cumsum(tiles, axis=0)
+    mine = tl.sum((end <= tile).to(tl.int32), axis=0)
+    here = sequence == mine
+    if mine < sequences:
+        offset = (tile - tl.sum(tl.where(here, end - tiles, 0), axis=0)) * TOKENS
+        begin_token = tl.sum(tl.where(here, begin, 0), axis=0)
+        tokens = tl.sum(tl.where(here, size, 0), axis=0)
+        length = tl.load(lengths + mine).to(tl.int32)
+
+        lane = tl.arange(0, BLOCK_D)
+        row = tl.arange(0, R)
+        token = offset + row // G
+        real = (row < TOKENS * G) & (token < tokens)
+        position = length - tokens + token
+        q_row = (begin_token + token).to(tl.int64) * (HK * G) + head * G + row % G
+        at = q_row[:, None] * D + lane[None, :]
+        mask = real[:, None] & (lane < D)[None, :]
+        query = tl.trans(tl.load(q + at, mask=mask, other=0.0))
+        last_seen = tl.where(real, position, -1)
+
+        acc = tl.zeros([BLOCK_D, R], tl.float32)
+        top = tl.full([1, R], -float("inf"), tl.float32)
+        total = tl.zeros([1, R], tl.float32)
+        seen = length - tokens + tl.minimum(offset + TOKENS, tokens)
+        for first in range(0, seen, SPLIT):
+            new_acc, new_top, new_total = attend_split(
+                query,
+                keys + head.to(tl.int64) * (PAGE * D),
+                values + head.to(tl.int64) * (PAGE * D),
+                tables + mine.to(tl.int64) * table_stride,
+                first,
+                tl.minimum(first + SPLIT, seen),
+                last_seen,
+                scale,
+                HK * PAGE * D,
+                D,
+                BLOCK_D,
+                R,
+                PAGE,
+                BLOCK,
+            )
+            acc, top, total = merge(acc, top, total, new_acc, new_top[None, :], new_total[None, :])
+        result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
+        tl.store(out + at, tl.trans(result.to(out.dtype.element_ty)), mask=mask)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    cut: Cut | None = None,
+) -> torch.Tensor:
+    """The last tokens of each sequence, each seeing its context up to itself: [T, Hq, D] like q.
+
+    `q` [T, Hq, D], contiguous: sequence b has rows `cu_seqlens`[b] to `cu_seqlens`[b + 1], none or more, and they are
+    the last of its `context_lens`[b] tokens, whose keys and values are all in the cache. Both int32 or int64, [B + 1]
+    and [B], B at most 1024. Rows beyond the last sequence are undefined. The rest, and `cut`, as in
+    `decode_attention`.
+    """
+    tokens, heads, dim = q.shape
+    _, kv_heads, page, _ = keys.shape
+    sequences = len(context_lens)
+    out = torch.empty_like(q)
+    if not tokens or not sequences:
+        return out
+    group = heads // kv_heads
+    rows = max(power_of_2(group), _ROWS[q.dtype])
+    per_tile = rows // group
+    cut = cut or CUT[q.dtype]
+    _prefill_kernel[(kv_heads, triton.cdiv(tokens, per_tile) + sequences)](
+        q,
+        keys,
+        values,
+        block_tables,
+        cu_seqlens,
+        context_lens,
+        out,
+        exponent_scale(dim),
+        block_tables.stride(0),
+        sequences,
+        HK=kv_heads,
+        G=group,
+        D=dim,
+        BLOCK_D=max(power_of_2(dim), 16),
+        R=rows,
+        TOKENS=per_tile,
+        PAGE=page,
+        SPLIT=cut.split,
+        BLOCK=cut.block,
+        BLOCK_B=power_of_2(sequences),
+        num_warps=8 if q.dtype == torch.bfloat16 else 4,
+        num_stages=2,
+        enable_fp_fusion=False,
+    )
+    return out

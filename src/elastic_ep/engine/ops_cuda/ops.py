@@ -1,0 +1,130 @@
+"""The operations in kernels. They read all that changes from step to step from device memory, and never wait.
+
+So a forward pass may be captured as it is, and whatever it is called for (one sequence, many, none) is a matter of its
+inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from elastic_ep.config import EngineLimits
+from elastic_ep.engine.ops_cpu.layers import rotary_angles
+from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
+from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
+from elastic_ep.engine.ops_cuda.kernels.gate import gate
+from elastic_ep.engine.ops_cuda.kernels.norm_rope import add_rms_norm, norm_rope_write
+from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
+from elastic_ep.engine.ops_cuda.linear import linear, wide_linear
+from elastic_ep.engine.routing_table import RoutingTable
+from elastic_ep.exchange.base import Received
+from elastic_ep.models.spec import ModelSpec, QkNorm
+from elastic_ep.weights.bank import Parts
+
+
+class CudaOps:
+    """`Ops`. `load` [layers, slots] int32 counts rows."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        limits: EngineLimits,
+        inputs: StepInputs,
+        num_ranks: int,
+        slots: int,
+        tile: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.routing = RoutingTable(spec.moe_layers, spec.moe.experts, device)
+        self._spec = spec
+        self._inputs = inputs
+        self._tile = tile
+        self._rows_per_expert = num_ranks * spec.moe.top_k / spec.moe.experts
+        kind = spec.attention
+        size = (limits.num_pages + 1, kind.kv_heads, limits.page_size, kind.head_dim)
+        self._caches = torch.zeros(len(spec.layers), 2, *size, dtype=dtype, device=device)
+        angles = rotary_angles(kind.head_dim, kind.rope_theta, limits.max_model_len)
+        self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
+        self.load = torch.zeros(spec.moe_layers, slots, dtype=torch.int32, device=device)
+        self._counts: list[torch.Tensor] = []
+        """Of the step's layers so far: the rows [slots] that this rank's experts had."""
+        self._shape = StepShape(0, decode=True)
+
+    def begin(self, step: StepShape | None) -> None:
+        """A step without tokens has a shape like any other: its rows are padding."""
+        assert step is not None
+        self._shape = step
+        self._counts = []
+
+    def embed(self, table: torch.Tensor) -> torch.Tensor:
+        return table.index_select(0, self._inputs.tokens[: self._shape.rows])
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(x, residual, weight, self._spec.rms_norm_eps)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight, self._tile)
+
+    def rope_and_write(self, qkv: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
+        inputs, rows, kind = self._inputs, self._shape.rows, self._spec.layers[index].attention
+        keys, values = self._caches[index]
+        norm = layer["qk_norm"] if kind.qk_norm is QkNorm.HEAD else None
+        if kind.qk_norm is QkNorm.PROJECTION:
+            qkv = self._norm_projections(qkv, layer["qk_norm"].view(-1), kind.heads * kind.head_dim)
+        return norm_rope_write(
+            qkv,
+            norm,
+            self._cos,
+            self._sin,
+            inputs.positions[:rows],
+            inputs.slots[:rows],
+            keys,
+            values,
+            self._spec.rms_norm_eps,
+            clip=kind.clip_qkv,
+        )
+
+    def _norm_projections(self, qkv: torch.Tensor, weight: torch.Tensor, queries: int) -> torch.Tensor:
+        q, k, v = qkv.split([queries, len(weight) - queries, qkv.shape[1] - len(weight)], dim=1)
+        q, _ = self.add_norm(q.contiguous(), None, weight[:queries])
+        k, _ = self.add_norm(k.contiguous(), None, weight[queries:])
+        return torch.cat((q, k, v), dim=1)
+
+    def attend(self, queries: torch.Tensor, index: int) -> torch.Tensor:
+        inputs, rows = self._inputs, self._shape.rows
+        keys, values = self._caches[index]
+        if self._shape.decode:
+            out = decode_attention(queries, keys, values, inputs.tables[:rows], inputs.lengths[:rows])
+        else:
+            out = prefill_attention(queries, keys, values, inputs.tables, inputs.bounds, inputs.lengths)
+        return out.view(rows, -1)
+
+    def gate(self, h: torch.Tensor, layer: Parts, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ffn = self._spec.layers[index].ffn
+        return gate(
+            wide_linear(h, layer["gate"], self._tile),
+            self.routing.physical[index],
+            ffn.top_k,
+            renormalise=ffn.renormalise,
+            num_tokens=self._inputs.count,
+        )
+
+    def tokens(self, h: torch.Tensor) -> torch.Tensor:
+        return h
+
+    def experts(self, received: Received, layer: Parts, index: int) -> torch.Tensor:
+        self._counts.append(received.counts)
+        expected = max(1, round(self._shape.rows * self._rows_per_expert))
+        return expert_ffn(
+            received.packed, received.counts, layer["gate_up"], layer["down"], expected_rows=expected
+        )
+
+    def logits(self, h: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Row i is of the last token of sequence i; rows of no sequence are undefined."""
+        self.load += torch.stack(self._counts)
+        last = h if self._shape.decode else h.index_select(0, self._inputs.last_rows)
+        return wide_linear(last, head, self._tile)

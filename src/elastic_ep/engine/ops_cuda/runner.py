@@ -1,0 +1,204 @@
+"""A rank's engine on a GPU: the same steps as on the processor, in graphs, and one wait for the device a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import nullcontext
+
+import torch
+
+from elastic_ep.config import EngineLimits
+from elastic_ep.engine.interrupted import CountedCarrier
+from elastic_ep.engine.ops_cuda.draws import Drawn, Draws
+from elastic_ep.engine.ops_cuda.graphs import GRAPH_ROWS, StepGraphs
+from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
+from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
+from elastic_ep.engine.ops_cuda.load import DeviceLoad
+from elastic_ep.engine.ops_cuda.memory import Budget
+from elastic_ep.engine.ops_cuda.ops import CudaOps
+from elastic_ep.engine.sampler import Sampled, is_plain_greedy
+from elastic_ep.engine.scheduler import Chunk, Sequence
+from elastic_ep.engine.step_runner import StepRunner
+from elastic_ep.engine.transformer import Transformer
+from elastic_ep.exchange.base import DeviceExchange
+from elastic_ep.placement import Placement
+from elastic_ep.weights.bank import Weights
+from elastic_ep.wire.messages import SamplingParams
+
+_EXAMPLES = [
+    Sequence(0, [0, 0], 1, params, 0, 0)
+    for params in (
+        SamplingParams(1, temperature=0.7, top_p=0.8, top_k=20, min_p=0.01, repetition_penalty=1.1),
+        SamplingParams(1, logprobs=1),
+    )
+]
+"""What is drawn at warm-up, so that no step is the first to load the kernels for it."""
+
+
+class CudaRunner(StepRunner):
+    """Forward thread only, on its current stream, which must stay the same.
+
+    `tile` rows are computed at least. Without `graphs` every step is eager, as on a processor through Triton's
+    interpreter. A poisoned step leaves nothing that must be cleaned: what it wrote to the KV cache is overwritten
+    before it is read, and what is not read is not multiplied either. `budget` explains a lack of memory.
+    """
+
+    launches_ahead = True
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        weights: Weights,
+        placement: Placement,
+        rank: int,
+        exchange: DeviceExchange,
+        *,
+        tile: int = TILE_ROWS,
+        graphs: bool = True,
+        budget: Budget | None = None,
+    ) -> None:
+        device = weights.embed.device
+        self._inputs = StepInputs(limits, tile, device)
+        self._ops = CudaOps(
+            weights.spec,
+            limits,
+            self._inputs,
+            placement.num_ranks,
+            placement.slots_per_rank,
+            tile,
+            weights.embed.dtype,
+            device,
+        )
+        self._model = Transformer(weights, self._ops)
+        self._device_exchange = exchange
+        self._carrier = CountedCarrier(exchange)
+        self._graphs = StepGraphs(self._body) if graphs else None
+        self._budget = budget
+        self._tile = tile
+        self._device = device
+        pinned = device.type == "cuda"
+        self._copies = torch.cuda.Stream(device) if pinned else None
+        self._tokens = torch.zeros(self._inputs.max_sequences, dtype=torch.int64, pin_memory=pinned)
+        self._rows: list[int] = []
+        """Of the step's results: those that are sampled from."""
+        self._met = self._launched = False
+        """How far the launch of this step has come: hosts have met, all operations are queued."""
+        self._drawn: Drawn | None = None
+        """None: the most likely token of each."""
+        load = DeviceLoad(placement, rank, self._ops.load)
+        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load)
+
+    def set_routing(self, active_ranks: Collection[int], placement: Placement | None = None) -> bool:
+        covered = super().set_routing(active_ranks, placement)
+        # Without a copy of every expert nothing is computed, hence nothing sent to anyone.
+        self._device_exchange.route_to(active_ranks if covered else ())
+        return covered
+
+    def copy_expert(self, layer: int, physical: int, logical: int) -> int:
+        """On a stream of its own.
+
+        HAZARD: this is the slots' thread, whose current device is 0. What `torch.cuda.stream` puts back at its end is
+        that device's stream, which makes a context there, on another rank's GPU.
+        """
+        if self._copies is None:
+            return super().copy_expert(layer, physical, logical)
+        with torch.cuda.device(self._copies.device), torch.cuda.stream(self._copies):
+            return super().copy_expert(layer, physical, logical)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and capture every shape, all peers being inactive: the first step in the group must not be slow.
+
+        Nothing of a step is allocated before, so here it shows whether there is room for it. Raises NotEnoughMemory.
+        """
+        with self._budget.kept() if self._budget is not None else nullcontext():
+            for number, shape in enumerate(self._shapes()):
+                self._warm_up(shape, draw=number == 0)
+
+    def _warm_up(self, shape: StepShape, *, draw: bool) -> None:
+        self._exchange.begin_step(-1)
+        self._inputs.fill((), shape)
+        logits, tokens = self._body(shape)
+        self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+        if draw:
+            Draws(_EXAMPLES[: len(logits)], self._device).run(logits).to_host()
+        self._device_exchange.read_masks()
+        self._exchange.end_step()
+        if self._graphs is not None and shape.rows <= GRAPH_ROWS:
+            self._graphs.capture(shape)
+
+    def _shapes(self) -> Iterator[StepShape]:
+        for decode, most in ((True, self._inputs.max_sequences), (False, self._inputs.max_rows)):
+            for rows in range(self._tile, most + 1, self._tile):
+                yield StepShape(rows, decode)
+
+    def _body(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [S, V] float32 and the most likely tokens [S]."""
+        logits = self._model.forward(shape, self._carrier)
+        return logits, logits.argmax(dim=-1)
+
+    def _launch(self, chunks: list[Chunk]) -> None:
+        self._met = self._launched = False
+        self._carrier.begin()
+        draws = self._prepare_draws(chunks)
+        shape = self._inputs.shape_of(chunks)
+        self._inputs.fill(chunks, shape)
+        self._meet()
+        logits, tokens = self._run(shape)
+        # Queued: the wait for the masks is the wait for what is sampled too.
+        self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        if draws is not None:
+            self._drawn = draws.run(logits).to_host()
+        elif self._rows:
+            self._drawn = None
+            self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+        self._device_exchange.read_masks()
+
+    def _meet(self) -> None:
+        self._device_exchange.meet()
+        self._met = True
+
+    def _run(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self._graphs.run(shape) if self._graphs is not None else self._body(shape)
+        self._launched = True
+        return out
+
+    def _complete(self) -> None:
+        """HAZARD: a device that is broken for good raises in whatever it is asked next: here, and not at a sequence."""
+        if not self._launched:
+            self._synchronise()  # the inputs' host memory may still be read
+            shape = self._inputs.shape_of(())
+            self._inputs.fill((), shape)
+            if not self._met:
+                self._meet()
+            if self._carrier.performed:
+                embed = self.weights.embed
+                self._model.complete(shape, embed.new_zeros(shape.rows, embed.shape[1]), self._carrier)
+            else:
+                self._run(shape)
+        self._device_exchange.read_masks()
+
+    def prove_well(self) -> None:
+        """The step that failed was completed, by the same kernels: what is left to see is whether the device says so."""
+        self._synchronise()
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _prepare_draws(self, chunks: Seq[Chunk]) -> Draws | None:
+        """None where the most likely tokens will do. Before the launch: what is copied here would wait for it."""
+        if all(is_plain_greedy(chunk.sequence.params) for chunk in chunks):
+            return None
+        rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        return Draws([chunks[row].sequence for row in rows], self._device, rows) if rows else None
+
+    def _discard(self) -> None:
+        pass
+
+    def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
+        if self._drawn is not None:
+            return self._drawn.sampled(sequences)
+        tokens = self._tokens.tolist()
+        return [Sampled(tokens[row]) for row in self._rows]

@@ -1,0 +1,290 @@
+"""What a rank's engine does whatever it computes on: requests in, one lockstep step at a time, tokens out."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from elastic_ep.config import EngineLimits
+from elastic_ep.engine.admission import refusal
+from elastic_ep.engine.expert_load import ExpertLoad
+from elastic_ep.engine.routing_table import RoutingTable
+from elastic_ep.engine.sampler import Sampled
+from elastic_ep.engine.scheduler import Chunk, Scheduler, Sequence
+from elastic_ep.exchange.base import Exchange
+from elastic_ep.machines.rank.bisection import Bisection
+from elastic_ep.placement import Placement
+from elastic_ep.weights.bank import Weights
+from elastic_ep.wire.messages import Assign, Token
+from elastic_ep.wire.slot_messages import SlotSum
+
+log = structlog.get_logger()
+_REASON_CHARACTERS = 300
+_Appended = tuple[int, int, Sampled, str | None]
+"""Request, index, what was sampled, and finish as in `Token`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`masked` names the ranks that poisoned the step; it then committed nothing.
+
+    `failed` names the request that cannot be computed, with the reason; the step then committed nothing either.
+    """
+
+    failed: Seq[tuple[int, str]] = ()
+    sampled: Seq[_Appended] = ()
+    masked: frozenset[int] = frozenset()
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """Made when asked for, which can wait until the device has something to do."""
+        return tuple(
+            [
+                Token(request_id, index, one.token, finish, one.logprob, one.top)
+                for request_id, index, one, finish in self.sampled
+            ]
+        )
+
+
+class StepRunner(ABC):
+    """Forward thread only, except where said. Raises ValueError if the limits do not fit together.
+
+    An exception while a step is computed is laid at a sequence of it, which is found by running the batch again in
+    halves; that request fails, and nobody else notices. But it is the rank's, and comes out of `run_step`, if the step
+    cannot be completed for the peers, if something known to be good fails too, or if there was no sequence.
+    """
+
+    launches_ahead = False
+    """Whether `_launch` returns before the work is done: the device then works while the host does other things."""
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        weights: Weights,
+        placement: Placement,
+        rank: int,
+        exchange: Exchange,
+        routing: RoutingTable,
+        load: ExpertLoad,
+    ) -> None:
+        self._limits = limits
+        self._vocab_size = weights.spec.vocab_size
+        self._eos = frozenset(weights.spec.eos_token_ids)
+        self._placement = placement
+        self._rank = rank
+        self._exchange = exchange
+        self._scheduler = Scheduler(limits)
+        self.weights = weights
+        self._routing = routing
+        self.load = load
+        self._again: Bisection[Chunk] = Bisection()
+        """Batches that have to run again before anything else is scheduled."""
+        self._computing: list[Chunk] = []
+        self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Do once, without peers, what a first step would be slow for."""
+
+    @abstractmethod
+    def _launch(self, chunks: list[Chunk]) -> None:
+        """All exchange operations of a step; of no chunks, too."""
+
+    @abstractmethod
+    def _complete(self) -> None:
+        """What `_launch` has left to do for the peers when it raised. Raises what makes the rank useless to them."""
+
+    @abstractmethod
+    def prove_well(self) -> None:
+        """Compute something that is known to be good, without peers, between two steps. Raises if even that fails."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """The step that was launched last is poisoned, or has failed."""
+
+    @abstractmethod
+    def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
+        """From the step launched last, which has ended: a token for each of its sequences that samples, at least one.
+
+        Changes nothing if it raises.
+        """
+
+    @property
+    def running(self) -> int:
+        return len(self._scheduler.running) + len(self._scheduler.suspects)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    @property
+    def kv_pages(self) -> int:
+        """Pages of the KV cache in use. Any thread."""
+        pages = self._scheduler.pages
+        return pages.num_pages - pages.free
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The requests that wait, in order."""
+        return tuple([sequence.request_id for sequence in self._scheduler.waiting])
+
+    @property
+    def suspects(self) -> tuple[int, ...]:
+        """When `run_step` has raised: the requests that may have broken this rank's device for good.
+
+        Only a device remembers a fault. Where there is none, what was raised is no sequence's.
+        """
+        return tuple([chunk.sequence.request_id for chunk in self._computing]) if self.launches_ahead else ()
+
+    @property
+    def preemptions(self) -> int:
+        return self._scheduler.preemptions
+
+    def set_routing(self, active_ranks: Collection[int], placement: Placement | None = None) -> bool:
+        """Route to the copies on `active_ranks` from the next step on, by a new `placement` if given.
+
+        False if some expert has no copy there; the table then stays as it was and no step may schedule work.
+        """
+        if placement is not None:
+            self._placement = placement
+            self.load.adopt(placement)
+        return self._routing.update(self._placement, active_ranks, self._rank)
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self._placement.slots_per_rank
+
+    def copy_expert(self, layer: int, physical: int, logical: int) -> int:
+        """Fill a slot of this rank that nobody addresses; the checksum of its bytes then. Any thread, one at a time."""
+        slot = physical % self._placement.slots_per_rank
+        self.weights.load_expert(layer, slot, logical)
+        return self.weights.checksum(layer, slot)
+
+    def slot_sums(self) -> list[SlotSum]:
+        """The checksums of all slots. Any thread, one at a time, and not during `copy_expert`."""
+        width = self._placement.slots_per_rank
+        places = itertools.product(range(len(self._placement.slots)), range(width))
+        return [
+            SlotSum(layer, self._rank * width + slot, self.weights.checksum(layer, slot))
+            for layer, slot in places
+        ]
+
+    def add(self, assign: Assign) -> str:
+        """Take over a request from position len(prompt) + len(emitted) on. Else the reason why it cannot be run."""
+        try:
+            reason = refusal(assign, self._vocab_size, self._limits.max_model_len)
+            if not reason:
+                self.cancel(assign.request_id)
+                self._scheduler.add(Sequence.of(assign, self._eos, self._limits.max_model_len))
+        except Exception as error:
+            log.exception("a request cannot be taken over", request=assign.request_id)
+            return _words(error)
+        return reason
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request. Unknown ids are no error."""
+        sequence = self._scheduler.find(request_id)
+        if sequence is not None:
+            self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._again.forget(lambda chunk: chunk.sequence is sequence)
+
+    @torch.inference_mode()
+    def run_step(self, step: int, schedule: bool, launched: Callable[[], None] = lambda: None) -> StepResult:
+        """One step: always the same number of exchange operations, tokens only if nothing was masked meanwhile.
+
+        `launched` is called before the wait for the results.
+
+        A poisoned step's batch runs again as it was: its KV entries are overwritten. What came in meanwhile (a lost
+        rank's requests, with all their tokens to compute) waits for the step after, so that the clients of this one do
+        not wait for it.
+        """
+        self._exchange.begin_step(step)
+        chunks = self._computing = (self._again.take() or self._scheduler.schedule()) if schedule else []
+        failure = self._compute(chunks)
+        launched()
+        masked = self._exchange.end_step()
+        if masked:  # whatever has failed, may have failed for that
+            if chunks:
+                self._discard()
+                self._again.again(chunks)
+            return StepResult(masked=masked)
+        if not chunks:
+            return StepResult()
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        sampled: list[Sampled] = []
+        if failure is None and sequences:
+            try:
+                sampled = self._sample(sequences)
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            return self._failed(chunks, failure)
+        self._scheduler.commit(chunks)
+        return self._append(sequences, sampled)
+
+    def _compute(self, chunks: list[Chunk]) -> Exception | None:
+        """Launch the step. What it raised, if its operations could be completed all the same."""
+        try:
+            self._launch(chunks)
+        except Exception as error:
+            if not chunks:
+                raise
+            self._complete()
+            return error
+        return None
+
+    def _failed(self, chunks: list[Chunk], failure: Exception) -> StepResult:
+        """The step has ended, and one of its sequences is to blame."""
+        self._discard()
+        culprit = self._again.failed(chunks)
+        if culprit is None:
+            log.warning(
+                "a step failed: its batch runs again in halves", batch=len(chunks), why=_words(failure)
+            )
+            return StepResult()
+        self.prove_well()
+        request_id = culprit.sequence.request_id
+        log.error("a request cannot be computed, and ends", request=request_id, exc_info=failure)
+        self._drop(culprit.sequence)
+        return StepResult(failed=[(request_id, f"computing it raised {_words(failure)}")])
+
+    def _append(self, sequences: Seq[Sequence], sampled: Seq[Sampled]) -> StepResult:
+        """The device is idle meanwhile: one loop, without a call for each token."""
+        appended: list[_Appended] = []
+        failed: list[tuple[int, str]] = []
+        for sequence, one in zip(sequences, sampled, strict=True):
+            try:
+                tokens, token = sequence.tokens, one.token
+                index = len(tokens) - sequence.prompt_len
+                tokens.append(token)
+                finish = None
+                if token in sequence.stops:
+                    finish = "stop"
+                elif len(tokens) >= sequence.most:
+                    finish = "length"
+                if finish is not None:
+                    self._scheduler.remove(sequence)
+            except Exception as error:  # that sequence's alone, as its name is known
+                log.exception("a request cannot be continued, and ends", request=sequence.request_id)
+                self._drop(sequence)
+                failed.append((sequence.request_id, f"continuing it raised {_words(error)}"))
+                continue
+            appended.append((sequence.request_id, index, one, finish))
+        return StepResult(failed, appended)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]

@@ -1,0 +1,1 @@
+"""What every machine heard and said, in files that replay reads."""

@@ -1,0 +1,258 @@
+"""What the event log's thread does: encodes lines, numbers and chains them, begins new files and deletes old ones.
+
+A line is a JSON object. It carries its number and a checksum over all lines of the run up to it, so an edited, deleted
+or inserted line is found. A file begins with what the run was and, from the second on, with the state of every machine:
+replay can begin at any of them, when older ones have been deleted. That is said in the log before it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import structlog
+
+from elastic_ep.config import EventLogMode
+from elastic_ep.event_log.files import LogFiles
+from elastic_ep.machines import snapshot
+from elastic_ep.wire import codec, privacy
+
+FORMAT = 2
+"""Of the lines. 1 had one file a run, and all tokens in it."""
+BATCH_S = 0.05
+"""A kill of the run process loses about so much of the log's end."""
+SLICE_S, PAUSE_S = 1e-4, 2e-5
+"""The thread encodes for so long, then lets others run."""
+MAX_PENDING = 50_000
+"""Lines that wait for a disk that hangs, before the log ends: some tens of MB."""
+PATIENCE_S = 5.0
+_BUFFERED_BYTES = 1 << 18
+_NOTE_BYTES = 256
+"""More than it takes to say that a file is deleted, or what is the same in each first line."""
+_ROW = 4096
+
+Item: TypeAlias = tuple[int, str, Any, Any]
+"""(time, machine, event, effects); a note has no machine: (time, "", kind, facts)."""
+
+# Made once: json.dumps with separators makes an encoder for every call.
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+_operators = structlog.get_logger()
+
+
+class _States(NamedTuple):
+    """Between two items: a new file begins here."""
+
+    t_ns: int
+    states: Mapping[str, snapshot.State]
+
+
+class TooSmall(OSError):
+    """The limit leaves no room for a line."""
+
+
+class LogWriter:
+    """One thread calls it. Raises OSError when the folder cannot be made or written."""
+
+    def __init__(self, folder: Path, mode: EventLogMode, max_bytes: int) -> None:
+        self.wanted = 0
+        """So many files are to begin after the first: put the machines' states once for each, then one begins."""
+        self._files = LogFiles(folder, max_bytes)
+        self._mode = mode
+        private = mode is not EventLogMode.FULL
+        self._plain = privacy.without_text if private else codec.to_plain
+        self._blanks = privacy.blanks if private else None
+        self._run = ""
+        self._turns = 0
+        self._number = 0
+        self._checksum = 0
+        self._lines: list[bytes] = []
+        self._bytes = 0
+        self._pending: deque[Item | _States | threading.Event] = deque()
+        self._ended = False
+        self._wake = threading.Event()
+        self._hurry = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._main, name="event log", daemon=True)
+
+    @property
+    def path(self) -> Path:
+        """Of the file that is written to."""
+        return self._files.path
+
+    def begin(self, t_ns: int, run: Mapping[str, Any]) -> None:
+        """Write the first line; the thread begins."""
+        self._run = "".join(_pieces({"format": FORMAT, "mode": self._mode, "began_ns": t_ns, **run}))
+        self._begin_file(t_ns, "{}")
+        self._thread.start()
+
+    def put(self, item: Item) -> None:
+        """Does not block."""
+        if self._ended:
+            return
+        if len(self._pending) >= MAX_PENDING:
+            self._end("the disk does not keep up")
+            return
+        self._pending.append(item)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def put_states(self, t_ns: int, states: Mapping[str, snapshot.State]) -> None:
+        self._pending.append(_States(t_ns, states))
+        self._wake.set()
+
+    def flush(self) -> None:
+        """Return when what was put is written, or the log has ended."""
+        if self._thread.is_alive():
+            written = threading.Event()
+            self._pending.append(written)
+            self._hurry.set()
+            self._wake.set()
+            written.wait(PATIENCE_S)
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._hurry.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(PATIENCE_S)
+        if self._thread.is_alive():
+            self._end("the disk does not keep up")
+            return
+        self._ended = True
+        self._files.close()
+        if self._files.empty:
+            self._files.remove()
+
+    # The thread
+
+    def _main(self) -> None:
+        """Lines are encoded some at a time: one by one, between other work, each costs twice as much."""
+        while not self._ended:
+            self._wake.wait()
+            self._hurry.wait(BATCH_S)
+            self._hurry.clear()
+            self._wake.clear()
+            closing = self._closing
+            try:
+                self._take()
+            except OSError as error:
+                self._end(error.strerror or str(error))
+            except Exception as error:
+                _operators.exception("an event cannot be encoded")
+                self._end(repr(error))
+            if closing:
+                break
+        while self._pending:
+            item = self._pending.popleft()
+            if isinstance(item, threading.Event):
+                item.set()
+
+    def _take(self) -> None:
+        """HAZARD: the event loop gives the interpreter lock away at each system call, and has to wait for it as long as
+        this thread keeps it. So it is given back often, and for long enough to be taken.
+        """
+        pause_at = time.monotonic() + SLICE_S
+        for _ in range(len(self._pending)):
+            if time.monotonic() >= pause_at and not self._closing:
+                time.sleep(PAUSE_S)
+                pause_at = time.monotonic() + SLICE_S
+            item = self._pending.popleft()
+            if isinstance(item, threading.Event):
+                try:
+                    self._write()
+                finally:
+                    item.set()  # also when the disk is full: nobody is to wait for it
+            elif isinstance(item, _States):
+                self._turn(item)
+            else:
+                self._add(self._line(*item))
+        self._write()
+        self.wanted = self._turns + self._files.long
+
+    def _end(self, why: str) -> None:
+        if not self._ended:
+            self._ended = True
+            _operators.warning("the event log ends here", path=str(self.path), why=why)
+
+    # Lines
+
+    def _line(self, t_ns: int, machine: str, what: Any, more: Any) -> dict[str, Any]:
+        if not machine:
+            return {"t_ns": t_ns, "note": what, **more}
+        effects = [self._plain(effect) for effect in more]
+        return {"t_ns": t_ns, "machine": machine, "heard": self._plain(what), "effects": effects}
+
+    def _turn(self, put: _States) -> None:
+        """Begin a new file, with the machines' states."""
+        plain = {name: snapshot.to_plain(state, self._blanks) for name, state in put.states.items()}
+        states = "".join(_pieces(plain))
+        self._make_room(len(self._run) + len(states) + _NOTE_BYTES, put.t_ns)  # which is said in the old file
+        self._write()
+        self._files.turn()
+        self._begin_file(put.t_ns, states)
+        self._turns += 1
+
+    def _begin_file(self, t_ns: int, states: str) -> None:
+        files = self._files
+        place = f'"segment":{files.number},"after":{self._checksum},"dropped":{files.dropped}'
+        self._chain(f'{{"t_ns":{t_ns},"run":{self._run},{place},"states":{states}}}'.encode())
+        self._write()
+        files.head_written()
+
+    def _add(self, fields: Mapping[str, Any]) -> None:
+        text = _encode(fields).encode()
+        self._make_room(len(text), int(fields["t_ns"]))
+        self._chain(text)
+
+    def _make_room(self, size: int, t_ns: int) -> None:
+        """For a line, and for one more that says what is deleted."""
+        while not self._files.room(self._bytes + size + 2 * _NOTE_BYTES):
+            oldest = self._files.oldest
+            if oldest is None:
+                raise TooSmall(0, f"--event-log-max-mb has no room for {size / 1e6:.1f} MB more")
+            self._chain(_encode({"t_ns": t_ns, "note": "segment_dropped", "segment": oldest}).encode())
+            self._write()
+            self._files.drop_oldest()
+
+    def _chain(self, text: bytes) -> None:
+        body = b'{"n":%d,%s' % (self._number, text[1:])
+        self._number += 1
+        self._checksum = zlib.crc32(body, self._checksum)
+        self._lines.append(b'%s,"crc":%d}\n' % (body[:-1], self._checksum))
+        self._bytes += len(self._lines[-1])
+        if self._bytes >= _BUFFERED_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        data = b"".join(self._lines)
+        self._lines.clear()
+        self._bytes = 0
+        self._files.write(data)
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """HAZARD: the encoder is a call that keeps the interpreter lock, and the event loop with it: so bit by bit."""
+    if type(value) is dict:
+        for place, (key, item) in enumerate(value.items()):
+            yield f"{',' if place else '{'}{_encode(key)}:"
+            yield from _pieces(item)
+        yield "}" if value else "{}"
+    elif type(value) is not list and type(value) is not tuple:
+        yield _encode(value)
+    elif any(type(item) in (list, tuple, dict) for item in value):
+        for place, item in enumerate(value):
+            yield "," if place else "["
+            yield from _pieces(item)
+        yield "]"
+    else:
+        for start in range(0, len(value), _ROW):
+            yield f"{',' if start else '['}{_encode(value[start : start + _ROW])[1:-1]}"
+        yield "]" if value else "[]"

@@ -1,0 +1,129 @@
+"""Puts the HTTP API together and serves it."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from elastic_ep.gateway.admin import AdminHandlers
+from elastic_ep.gateway.errors import ApiError, Handler, error_middleware
+from elastic_ep.gateway.openai import OpenAiHandlers
+from elastic_ep.gateway.reading import BodyReader, Reading
+from elastic_ep.gateway.request_id import send_request_id
+from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
+from elastic_ep.group.metrics import Metrics
+from elastic_ep.group.port import Backend
+
+log = structlog.get_logger()
+_OPEN_PATHS = frozenset({"/live", "/health", "/metrics"})
+
+
+READING = web.AppKey("reading", Reading)
+
+
+def create_app(
+    backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics, load_text: Callable[[], Text]
+) -> web.Application:
+    """The application. Serve it with `serve`, or a runner with `handler_cancellation=True`: without it
+    aiohttp lets handlers run on after their client has gone.
+
+    `load_text`, which must be picklable, makes the like of `text` in the process that reads large bodies. That one is
+    started by the first large body, or by `app[READING].worker.warm()`.
+    """
+    middlewares = [error_middleware(metrics.http_error), settings.cors.middleware()]
+    if settings.api_keys:
+        middlewares.append(_key_middleware(settings.api_keys))
+    app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
+    app.on_response_prepare.append(send_request_id)
+    app.on_response_prepare.append(settings.cors.send_headers)
+    reading = app[READING] = Reading(BodyReader(settings, text), TextWorker(WorkerSetup(settings, load_text)))
+    app.on_cleanup.append(_close_worker)
+    app.add_routes(OpenAiHandlers(backend, settings, text, metrics, reading).routes())
+    app.add_routes(AdminHandlers(backend, settings, metrics, reading).routes())
+    return app
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that listens. `url` has the real port, also when 0 was asked for."""
+
+    url: str
+    port: int
+    _runner: web.AppRunner
+
+    async def close(self) -> None:
+        """Stop listening, let responses under way finish as long as `serve` was told, then cut them off."""
+        await self._runner.cleanup()
+
+
+async def serve(app: web.Application, host: str, port: int, *, grace_s: float = 1.0) -> Server:
+    """Listen on `host`:`port` (0 picks one). Raises OSError when the port is taken.
+
+    Handlers are cancelled when their client disconnects, and `grace_s` seconds after `Server.close`.
+    """
+    logger = logging.getLogger("elastic_ep.http")
+    logger.addFilter(_is_ours)
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=grace_s,
+        logger=logger,
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except BaseException:
+        await runner.cleanup()
+        raise
+    bound: int = runner.addresses[0][1]
+    shown = f"[{host}]" if ":" in host else host
+    return Server(f"http://{shown}:{bound}", bound, runner)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """aiohttp takes what a client has broken in its own request, or its leaving, for an error of the server."""
+    error = record.exc_info[1] if record.exc_info else None
+    theirs = isinstance(error, (web.RequestPayloadError, HttpProcessingError, ConnectionError))
+    if theirs:
+        log.debug("request refused", why=f"{type(error).__name__}: {error}")
+    return not theirs
+
+
+async def _close_worker(app: web.Application) -> None:
+    await app[READING].worker.close()
+
+
+def _key_middleware(keys: tuple[str, ...]) -> Any:
+    accepted = [key.encode() for key in keys]
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path not in _OPEN_PATHS:
+            # The scheme's name is case-insensitive (RFC 9110).
+            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+            # aiohttp decodes headers with surrogateescape.
+            given = token.encode("utf-8", "surrogateescape")
+            # Compare with all of them, and in constant time: nothing can be learnt from how long it takes.
+            known = sum(hmac.compare_digest(given, key) for key in accepted)
+            if scheme.lower() != "bearer" or not known:
+                raise ApiError(
+                    "A valid API key is needed, as 'Authorization: Bearer KEY'.",
+                    status=401,
+                    kind="authentication_error",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        return await handler(request)
+
+    return middleware

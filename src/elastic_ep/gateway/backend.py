@@ -1,0 +1,117 @@
+"""The group as the HTTP API sees it: requests in, status out."""
+
+from __future__ import annotations
+
+from elastic_ep.gateway.router import RoutedStream, Router
+from elastic_ep.group.controller import Controller
+from elastic_ep.group.experts import experts_status, verify
+from elastic_ep.group.metrics import Metrics
+from elastic_ep.group.port import (
+    EngineStatus,
+    ExpertsStatus,
+    FaultToleranceStatus,
+    Health,
+    Rebalancing,
+    Relaunch,
+    Stopping,
+    UnknownRank,
+    Verification,
+)
+from elastic_ep.group.rebalance import Rebalancer
+from elastic_ep.wire.messages import RankState, SamplingParams
+
+
+class GroupBackend:
+    """`api.backend.Backend`."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        router: Router,
+        rebalancer: Rebalancer,
+        metrics: Metrics,
+        num_pages: int,
+    ) -> None:
+        """`num_pages` is the size of each rank's KV cache."""
+        self._controller = controller
+        self._router = router
+        self._rebalancer = rebalancer
+        self._metrics = metrics
+        self._num_pages = num_pages
+        metrics.refresh = self._refresh
+        for rank, slot in controller.machine.slots.items():
+            metrics.rank_state(rank, slot.state)
+
+    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
+        return self._router.submit(prompt, params, seed, choice)
+
+    def health(self) -> Health:
+        outlook = self._controller.outlook()
+        state = self._controller.machine.state
+        return Health(outlook.well, state, self._router.serving_ranks(), outlook.reason)
+
+    def relaunch(self, rank: int | None) -> Relaunch:
+        machine = self._controller.machine
+        if rank is not None and rank not in machine.slots:
+            raise UnknownRank(f"There is no rank {rank}: they are 0 to {machine.num_ranks - 1}.")
+        if machine.stopping or machine.verdict:
+            raise Stopping
+        asked = sorted(machine.slots) if rank is None else [rank]
+        relaunched = self._controller.relaunch(asked)
+        return Relaunch(relaunched, tuple(other for other in asked if other not in relaunched))
+
+    def experts(self) -> ExpertsStatus:
+        controller = self._controller
+        ranks = [seat.rank for seat in controller.machine.view.seats]
+        return experts_status(controller.repair.placement, ranks, controller.repairs.proofs)
+
+    async def verify(self) -> Verification:
+        controller = self._controller
+        members = controller.machine.view.members
+        return await verify(controller.repair.placement, members, controller.repairs.proofs)
+
+    async def rebalance(self) -> Rebalancing:
+        return await self._rebalancer.rebalance()
+
+    def status(self) -> FaultToleranceStatus:
+        machine = self._controller.machine
+        return FaultToleranceStatus(
+            state=machine.public_state,
+            epoch=machine.view.epoch,
+            step=self._controller.step,
+            tolerates=machine.tolerates,
+            engines=tuple(self._engine_status(rank) for rank in sorted(machine.slots)),
+            idle=machine.idle,
+        )
+
+    def _engine_status(self, rank: int) -> EngineStatus:
+        slot = self._controller.machine.slots[rank]
+        facts = self._controller.facts.get(slot.member)
+        dead = slot.state in (RankState.FAILED, RankState.STOPPED)
+        healthy = slot.state in (RankState.SERVING, RankState.DRAINING) and not slot.fenced
+        return EngineStatus(
+            id=rank,
+            status="dead" if dead else "healthy" if healthy else "unhealthy",
+            state=slot.state,
+            incarnation=slot.member.incarnation,
+            pid=facts.pid if facts else None,
+            running=facts.running if facts else 0,
+            waiting=facts.waiting if facts else 0,
+            reason="" if healthy else self._controller.reason(rank),
+            last_loss=self._controller.ledger.last(rank),
+            kv_cache_usage=self._kv_cache_usage(rank),
+        )
+
+    def _kv_cache_usage(self, rank: int) -> float:
+        facts = self._controller.facts.get(self._controller.machine.slots[rank].member)
+        return facts.kv_pages / self._num_pages if facts else 0.0
+
+    def _refresh(self) -> None:
+        """What is read where it is, and not told at every change."""
+        controller, metrics = self._controller, self._metrics
+        machine = controller.machine
+        metrics.requests(self._router.running, self._router.waiting)
+        metrics.messages_dropped(controller.wire.dropped)
+        metrics.group(machine.public_state, idle=machine.idle, tolerates=machine.tolerates)
+        usage = {rank: self._kv_cache_usage(rank) for rank in machine.slots}
+        metrics.kv_cache(usage, members=[seat.rank for seat in machine.view.seats])

@@ -1,0 +1,129 @@
+"""Submitting a job and following one choice: tokens in, text that may be shown out.
+
+This is the path every generated token takes through the run process, so it is kept short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from time import monotonic
+
+from elastic_ep.gateway.requests import Job, Output
+from elastic_ep.gateway.spelled import SpelledToken
+from elastic_ep.gateway.text.stop_strings import StopStrings
+from elastic_ep.gateway.text.text import Text
+from elastic_ep.group.metrics import Metrics
+from elastic_ep.group.port import Backend, Stream
+from elastic_ep.wire.messages import Token
+
+
+class ChoiceReader:
+    """Turns the tokens of one choice into text, cut at stop strings.
+
+    `finish` is None until the end, then OpenAI's finish_reason, or "abort". `generated` counts tokens, the
+    end-of-sequence token and those of a stop string included, and nothing that came after them. With
+    `keep_tokens`, `tokens` collects them for logprobs and token ids; whoever shows them empties it.
+    """
+
+    __slots__ = (
+        "_include_stop", "_length", "_min_tokens", "_peek", "_push", "_rest", "_stops", "_text", "finish",
+        "generated", "keep_tokens", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, text: Text, output: Output, prompt: Sequence[int] = ()) -> None:
+        """The text goes on from that of `prompt`."""
+        detokenizer = text.detokenizer(prompt, skip_special_tokens=output.skip_special_tokens)
+        self._text = text
+        self._length = 0
+        """Characters of the tokens so far, those of stop strings included."""
+        self._peek = detokenizer.peek
+        self._push = detokenizer.push
+        self._rest = detokenizer.finish
+        self._include_stop = output.include_stop
+        self._stops = StopStrings(output.stop, include=output.include_stop) if output.stop else None
+        self._min_tokens = output.min_tokens
+        self.keep_tokens = output.logprobs is not None or output.token_ids
+        self.tokens: list[SpelledToken] = []
+        self.generated = 0
+        self.finish: str | None = None
+
+    def feed(self, batch: tuple[Token, ...]) -> str:
+        """The text that may be shown now."""
+        shown = ""
+        for token in batch:
+            self.generated += 1
+            if self.keep_tokens:
+                self.tokens.append(self._spell(token))
+            if token.finish is not None:
+                return shown + self._end(token, token.finish)
+            piece = self._push(token.token)
+            self._length += len(piece)
+            if self._stops is not None and self.generated > self._min_tokens:
+                piece, found = self._stops.push(piece)
+                if found:
+                    self.finish = "stop"
+                    return shown + piece
+            shown += piece
+        return shown
+
+    def _spell(self, token: Token) -> SpelledToken:
+        top = tuple(self._bytes(one.token) for one in token.top)
+        return SpelledToken(token, self._bytes(token.token), top, self._length)
+
+    def _bytes(self, token: int) -> bytes:
+        return self._text.token_bytes(token) if self._text.is_special(token) else self._peek(token)
+
+    def _end(self, token: Token, finish: str) -> str:
+        # The token that ended the sequence is not part of the text unless asked for; one at the length limit is.
+        piece = self._push(token.token) if self._include_stop or finish != "stop" else ""
+        piece += self._rest()
+        self.finish = finish
+        if self._stops is None:
+            return piece
+        if self.generated <= self._min_tokens:
+            return self._stops.finish() + piece
+        piece, found = self._stops.push(piece)
+        if found:
+            self.finish = "stop"
+            return piece
+        return piece + self._stops.finish()
+
+
+class Clock:
+    """Records time to first token and between batches of one choice."""
+
+    __slots__ = ("_last", "_metrics", "_started")
+
+    def __init__(self, metrics: Metrics, started: float) -> None:
+        """`started` is when the HTTP request was read, `time.monotonic()` seconds."""
+        self._metrics = metrics
+        self._started = started
+        self._last = 0.0
+
+    def batch(self, tokens: int) -> None:
+        now = monotonic()
+        if self._last:
+            self._metrics.tokens(tokens, now - self._last)
+        else:
+            self._metrics.first_token(tokens, now - self._started)
+        self._last = now
+
+
+async def submit(backend: Backend, job: Job) -> list[Stream]:
+    """A stream for each choice, in order of index; all or none. Raises `Busy` and `Stopping`.
+
+    Each costs the event loop what its prompt is long, so others have their turn between each two.
+    """
+    streams: list[Stream] = []
+    try:
+        for part in job.parts:
+            for choice in range(job.n):
+                if streams:
+                    await asyncio.sleep(0)
+                streams.append(backend.submit(part.prompt, part.params, part.seed, choice))
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+    return streams

@@ -1,0 +1,123 @@
+"""From the bytes of a request body to what is done with it, without holding up the event loop.
+
+The work (JSON, fields, chat template, tokenizer) grows with the body, and most of it keeps the interpreter lock,
+so a thread would not help. A small body is read on the event loop, as many a turn of it as take a few milliseconds;
+any other by a process of its own (`text_worker.py`), by the same code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any, Literal
+
+from elastic_ep.gateway.bodies import detokenize_fields, tokenize_fields
+from elastic_ep.gateway.fields import parse_object, read_fields
+from elastic_ep.gateway.requests import Job, JobReader
+from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text_worker import TextWorker
+
+INLINE_BYTES = 8192
+"""A body of so many bytes takes a few milliseconds. HAZARD: work that a small body can make long (a template of the
+client's own, a pattern to compile) does not belong on the event loop either: see `_may_take_long`."""
+
+TURN_S = 0.003
+"""So much is read in a turn of the event loop, and at least one body."""
+
+JobTask = Literal["completion", "chat"]
+AnswerTask = Literal["tokenize", "detokenize"]
+
+
+class BodyReader:
+    """All that is done with a body before anything is generated. Every method raises `ApiError`."""
+
+    def __init__(self, settings: ApiSettings, text: Text) -> None:
+        self._settings = settings
+        self._text = text
+        self._jobs = JobReader(settings, text)
+
+    def read(self, task: str, raw: bytes) -> Job | bytes:
+        """A job for "completion" and "chat", the whole answer as JSON for "tokenize" and "detokenize"."""
+        return self._read(task, parse_object(raw))
+
+    def read_if_short(self, task: str, raw: bytes) -> Job | bytes | None:
+        """The same; None if it may be much work however short the body is."""
+        body = parse_object(raw)
+        return None if _may_take_long(body) else self._read(task, body)
+
+    def _read(self, task: str, body: dict[str, Any]) -> Job | bytes:
+        match task:
+            case "completion":
+                return self._jobs.completion(body)
+            case "chat":
+                return self._jobs.chat(body)
+            case "tokenize":
+                return self._tokenize(body)
+            case "detokenize":
+                return self._detokenize(body)
+        raise ValueError(task)
+
+    def _tokenize(self, body: dict[str, Any]) -> bytes:
+        values = read_fields(body, tokenize_fields())
+        special = values["add_special_tokens"]
+        tokens = self._jobs.encode(values["prompt"], "prompt", add_special_tokens=special)
+        longest = self._settings.max_model_len
+        return _json({"tokens": tokens, "count": len(tokens), "max_model_len": longest})
+
+    def _detokenize(self, body: dict[str, Any]) -> bytes:
+        values = read_fields(body, detokenize_fields(self._settings))
+        return _json({"prompt": self._text.decode(values["tokens"])})
+
+
+class Reading:
+    """Reads bodies for the HTTP handlers. Every method raises `ApiError` and `Busy`."""
+
+    def __init__(self, reader: BodyReader, worker: TextWorker) -> None:
+        self._reader = reader
+        self.worker = worker
+        self._spent_s = 0.0
+        """On reading, in this turn of the event loop."""
+
+    async def job(self, task: JobTask, raw: bytes) -> Job:
+        found = await self._read(task, raw)
+        assert isinstance(found, Job)
+        return found
+
+    async def answer(self, task: AnswerTask, raw: bytes) -> bytes:
+        found = await self._read(task, raw)
+        assert isinstance(found, bytes)
+        return found
+
+    async def _read(self, task: str, raw: bytes) -> Job | bytes:
+        if len(raw) > INLINE_BYTES:
+            return await self.worker.read(task, raw)
+        # Of many bodies that come at once, others have their turn now and then.
+        while self._spent_s >= TURN_S:  # noqa: ASYNC110  # the next turn is what is waited for
+            await asyncio.sleep(0)
+        began = time.monotonic()
+        try:
+            found = self._reader.read_if_short(task, raw)
+        finally:
+            self._spent(time.monotonic() - began)
+        if found is not None:
+            return found
+        return await self.worker.read(task, raw)
+
+    def _spent(self, seconds: float) -> None:
+        if not self._spent_s:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._spent_s += seconds
+
+    def _next_turn(self) -> None:
+        self._spent_s = 0.0
+
+
+def _may_take_long(body: dict[str, Any]) -> bool:
+    """A template is a program."""
+    return body.get("chat_template") is not None
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode("ascii")

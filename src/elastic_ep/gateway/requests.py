@@ -1,0 +1,296 @@
+"""From a request body to a `Job`: prompts as tokens, sampling parameters, everything checked."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from elastic_ep.gateway.bodies import chat_fields, completion_fields
+from elastic_ep.gateway.conversation import add_generation_prompt
+from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
+from elastic_ep.gateway.fields import Field, String, bad_value, read_fields, unknown_fields, unsupported
+from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.gateway.text.text import CannotContinue, ChatTemplateError, PromptTooLong, Text
+from elastic_ep.models.config_json import shown
+from elastic_ep.wire.messages import SamplingParams
+
+log = structlog.get_logger()
+# Below this the division by the temperature leaves one candidate anyway, or overflows: greedy, as in vLLM.
+_GREEDY_BELOW = 1e-5
+_COMPLETION_MAX_TOKENS = 16
+_MOST_UNKNOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One prompt of a job. `echo` is the text to show before the generated one."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    echo: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is shown of the generated tokens. `stop` counts from the token after the `min_tokens`-th on."""
+
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    token_ids: bool = False
+    prompt_token_ids: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A valid request: `n` choices for each part; choice j of part i has index i * n + j."""
+
+    parts: tuple[Part, ...]
+    n: int
+    stream: bool
+    output: Output
+    request_id: str | None = None
+    """What the client calls it."""
+    unknown: tuple[str, ...] = ()
+    """Fields that were ignored because nobody knows them, the first of them."""
+
+
+class JobReader:
+    """Makes jobs from bodies. Every method raises `ApiError`, and takes as long as the body is: see `reading.py`."""
+
+    def __init__(self, settings: ApiSettings, text: Text) -> None:
+        self._settings = settings
+        self._text = text
+        self._completion_fields = completion_fields(settings)
+        self._chat_fields = chat_fields(settings)
+        # Every token covers some bytes of the text; what normalisation shrinks away is covered by the 4.
+        self._max_prompt_bytes = 4 * text.max_token_bytes * settings.max_model_len
+
+    def completion(self, body: dict[str, Any]) -> Job:
+        values = read_fields(_without_cut_tokens(body), self._completion_fields)
+        self._check_model(values["model"])
+        logprobs = values["logprobs"]
+        if values["echo"] and logprobs is not None:
+            raise unsupported(
+                "echo", "cannot be honoured with 'logprobs': prompts have no log-probabilities here."
+            )
+        if values["best_of"] not in (None, values["n"]):
+            raise unsupported("best_of", "cannot be honoured here with a value other than n.")
+        prompts = values["prompt"]
+        self._check_choices(len(prompts), values["n"])
+        default = min(_COMPLETION_MAX_TOKENS, self._settings.defaults.max_tokens or _COMPLETION_MAX_TOKENS)
+        parts = []
+        for prompt in prompts:
+            special = values["add_special_tokens"]
+            text = isinstance(prompt, str)
+            encoded = tuple(self.encode(prompt, "prompt", add_special_tokens=special) if text else prompt)
+            ids = self._cut(encoded, values, values["max_tokens"])
+            limit = self._max_tokens(ids, values["max_tokens"], "prompt", default=default)
+            self._check_known(ids, "prompt")
+            as_given = text and ids == encoded
+            echo = (prompt if as_given else self._text.decode(ids)) if values["echo"] else ""
+            parts.append(Part(ids, self._sampling(values, limit, logprobs), _seed(values["seed"]), echo))
+        return _job(values, tuple(parts), logprobs, _unknown(body, self._completion_fields))
+
+    def chat(self, body: dict[str, Any]) -> Job:
+        values = read_fields(body, self._chat_fields)
+        self._check_model(values["model"])
+        if values["top_logprobs"] and not values["logprobs"]:
+            raise bad_value("top_logprobs", "needs 'logprobs' to be true.")
+        logprobs = values["top_logprobs"] if values["logprobs"] else None
+        self._check_choices(1, values["n"])
+        prompt = self._render(values)
+        encoded = self.encode(prompt, "messages", add_special_tokens=values["add_special_tokens"])
+        asked = values["max_completion_tokens"]
+        asked = values["max_tokens"] if asked is None else asked
+        ids = self._cut(tuple(encoded), values, asked)
+        default = self._settings.defaults.max_tokens or self._settings.max_model_len
+        limit = self._max_tokens(ids, asked, "messages", default=default)
+        self._check_known(ids, "messages")
+        part = Part(ids, self._sampling(values, limit, logprobs), _seed(values["seed"]))
+        return _job(values, (part,), logprobs, _unknown(body, self._chat_fields))
+
+    def _cut(self, prompt: tuple[int, ...], values: dict[str, Any], asked: int | None) -> tuple[int, ...]:
+        """What 'truncate_prompt_tokens' leaves of a prompt to which `asked` tokens are to be generated."""
+        keep = values["truncate_prompt_tokens"]
+        if keep is None:
+            return prompt
+        if keep == 0:
+            raise bad_value("truncate_prompt_tokens", "must be at least 1, or -1.")
+        if keep < 0:
+            keep = max(1, self._settings.max_model_len - (asked or 1))
+        return prompt[-keep:] if values["truncation_side"] == "left" else prompt[:keep]
+
+    def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text that may be far too long: that is seen without tokenising it."""
+        if len(text) > self._max_prompt_bytes:
+            raise self._too_long(len(text), param)
+        try:
+            return self._text.encode(text, add_special_tokens=add_special_tokens)
+        # The tokenizers library raises bare Exception, for example for a character it has no token for.
+        except Exception as error:
+            raise bad_value(param, f"cannot be tokenised: {error}") from error
+
+    def _render(self, values: dict[str, Any]) -> str:
+        template = values["chat_template"] or None
+        documents = values["documents"]
+        try:
+            if documents and not self._text.template_uses("documents", template):
+                raise unsupported(
+                    "documents", "cannot be honoured here: the chat template does not show documents."
+                )
+            prompt = self._text.render_chat(
+                values["messages"],
+                add_generation_prompt=add_generation_prompt(values),
+                continue_final_message=values["continue_final_message"],
+                documents=documents,
+                chat_template=template,
+                variables=values["chat_template_kwargs"],
+                max_characters=self._max_prompt_bytes,
+            )
+        except PromptTooLong as error:
+            raise self._too_long(error.characters, "messages") from error
+        except CannotContinue as error:
+            raise ApiError(str(error), param="continue_final_message", code="chat_template_error") from error
+        except ChatTemplateError as error:
+            param = "chat_template" if template else "messages"
+            raise ApiError(str(error), param=param, code="chat_template_error") from error
+        # What only the template knows can carry what `String` keeps out of messages.
+        return String().read(prompt, "chat_template_kwargs" if values["chat_template_kwargs"] else "messages")
+
+    def _too_long(self, characters: int, param: str) -> ApiError:
+        at_least = characters // self._text.max_token_bytes
+        return prompt_too_long(self._settings.max_model_len, f"at least {at_least}", param)
+
+    def _check_known(self, prompt: tuple[int, ...], param: str) -> None:
+        """Refuse tokens that the tokenizer has and the model has not: a rank has no embedding for them."""
+        known = self._settings.vocab_size
+        if max(prompt) < known:
+            return
+        token = next(token for token in prompt if token >= known)
+        raise ApiError(
+            f"'{param}' holds the token {self._text.token_name(token)!r}, whose id {token} the tokenizer knows and the "
+            f"model does not: it has a vocabulary of {known}.",
+            param=param,
+            code="token_unknown_to_model",
+        )
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._settings.model_name:
+            raise unknown_model(name)
+
+    def _check_choices(self, prompts: int, n: int) -> None:
+        if prompts * n > self._settings.max_choices:
+            most = self._settings.max_choices
+            raise bad_value("n", f"times the number of prompts must be at most {most}, not {prompts * n}.")
+
+    def _max_tokens(self, prompt: tuple[int, ...], asked: int | None, param: str, *, default: int) -> int:
+        """How many tokens may be generated: what was asked for, or `default` as far as the context goes."""
+        longest = self._settings.max_model_len
+        if not prompt:
+            raise bad_value(param, "must not be empty: it has no tokens.")
+        if len(prompt) >= longest:
+            raise prompt_too_long(longest, str(len(prompt)), param)
+        if asked is None:
+            return min(default, longest - len(prompt))
+        if len(prompt) + asked > longest:
+            raise ApiError(
+                f"This model's maximum context length is {longest} tokens. You asked for "
+                f"{len(prompt) + asked} ({len(prompt)} in the {param}, {asked} to generate).",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return asked
+
+    def _sampling(self, values: dict[str, Any], max_tokens: int, logprobs: int | None) -> SamplingParams:
+        temperature = values["temperature"]
+        ends = () if values["ignore_eos"] else self._settings.eos_token_ids
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
+            top_p=values["top_p"],
+            top_k=max(values["top_k"], 0),
+            min_p=values["min_p"],
+            repetition_penalty=values["repetition_penalty"],
+            presence_penalty=values["presence_penalty"],
+            frequency_penalty=values["frequency_penalty"],
+            ignore_eos=values["ignore_eos"],
+            stop_token_ids=(*values["stop_token_ids"], *ends),
+            logprobs=logprobs,
+            min_tokens=values["min_tokens"],
+            logit_bias=values["logit_bias"],
+            allowed_token_ids=values["allowed_token_ids"],
+        )
+
+
+def _seed(given: int | None) -> int:
+    return random.getrandbits(63) if given is None else given & (2**63 - 1)
+
+
+def _job(
+    values: dict[str, Any], parts: tuple[Part, ...], logprobs: int | None, unknown: tuple[str, ...]
+) -> Job:
+    options = values["stream_options"] or {}
+    if any(options.values()) and not values["stream"]:
+        raise bad_value("stream_options", "is only allowed when 'stream' is true.")
+    token_ids = values["return_token_ids"]
+    return Job(
+        parts=parts,
+        n=values["n"],
+        stream=values["stream"],
+        output=Output(
+            stop=values["stop"],
+            min_tokens=values["min_tokens"],
+            include_stop=values["include_stop_str_in_output"] or values["no_stop_trim"],
+            skip_special_tokens=values["skip_special_tokens"],
+            logprobs=logprobs,
+            token_ids=token_ids,
+            prompt_token_ids=token_ids or values.get("return_prompt_token_ids", False),
+            include_usage=options.get("include_usage", False),
+            continuous_usage=options.get("continuous_usage_stats", False),
+        ),
+        request_id=values["request_id"] or values["rid"],
+        unknown=unknown,
+    )
+
+
+def _without_cut_tokens(body: dict[str, Any]) -> dict[str, Any]:
+    """`body` with prompts of token ids as long as 'truncate_prompt_tokens' leaves them: the rest is not looked at."""
+    keep, prompt = body.get("truncate_prompt_tokens"), body.get("prompt")
+    if type(keep) is not int or keep < 1 or not isinstance(prompt, list):
+        return body
+    part = slice(None, keep) if body.get("truncation_side") == "right" else slice(-keep, None)
+    if prompt and isinstance(prompt[0], list):
+        cut = [one[part] if isinstance(one, list) else one for one in prompt]
+    else:
+        cut = prompt if prompt and isinstance(prompt[0], str) else prompt[part]
+    return {**body, "prompt": cut}
+
+
+def _unknown(body: dict[str, Any], table: tuple[Field, ...]) -> tuple[str, ...]:
+    return tuple(name[:100] for name in itertools.islice(unknown_fields(body, table), _MOST_UNKNOWN))
+
+
+class UnknownNames:
+    """A line in the log for each field that was ignored because nobody knows it, once."""
+
+    _MOST = 200
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def note(self, path: str, names: Iterable[str]) -> None:
+        for name in names:
+            if len(self._said) < self._MOST and name not in self._said:
+                self._said.add(name)
+                log.warning("unknown request field ignored", field=shown(name), path=path)

@@ -1,0 +1,217 @@
+"""The JSON of OpenAI's two generating endpoints, whole and as server-sent events.
+
+A chunk differs from the one before only in its text, so everything around the text is made once a choice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from elastic_ep.gateway.requests import Output
+from elastic_ep.gateway.spelled import SpelledToken
+
+_LEAST_LOGPROB = -9999.0  # as OpenAI writes minus infinity, which JSON cannot
+_dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_escape = json.encoder.encode_basestring_ascii
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What every object of one response shares."""
+
+    id: str
+    created: int
+    model: str
+    output: Output
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    def plain(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+class Shape(Protocol):
+    """One endpoint's way to write choices."""
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+    prompt_ids_of_choice: bool
+    """Where prompt_token_ids stand: with a choice, as each may have another prompt, or beside the choices."""
+
+    def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
+        """A choice of a response that is not streamed."""
+        ...
+
+    def opening(self, index: int) -> str | None:
+        """A choice to stream before any text, as JSON but for its end."""
+        ...
+
+    def chunk_parts(self, index: int) -> tuple[str, str]:
+        """What stands before and after the text in a streamed choice, up to its logprobs, as JSON."""
+        ...
+
+    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> Any:
+        """The logprobs object of `tokens`; the generated text begins at character `offset` of what is shown."""
+        ...
+
+
+class CompletionShape:
+    prefix = "cmpl-"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+    prompt_ids_of_choice = True
+
+    def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def opening(self, index: int) -> str | None:
+        return None
+
+    def chunk_parts(self, index: int) -> tuple[str, str]:
+        return f'{{"index":{index},"text":', ""
+
+    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> Any:
+        return {
+            "tokens": [_text(one.raw) for one in tokens],
+            "token_logprobs": [_finite(one.token.logprob) for one in tokens],
+            "top_logprobs": [self._top(one) for one in tokens],
+            "text_offset": [offset + one.start for one in tokens],
+        }
+
+    def _top(self, spelled: SpelledToken) -> dict[str, float]:
+        """By text; the sampled token is always among them, and of two with one text the likelier stays."""
+        top: dict[str, float] = {}
+        for one, raw in zip(spelled.token.top, spelled.top, strict=True):
+            top.setdefault(_text(raw), _finite(one.logprob))
+        top.setdefault(_text(spelled.raw), _finite(spelled.token.logprob))
+        return top
+
+
+class ChatShape:
+    prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    prompt_ids_of_choice = False
+
+    def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+
+    def opening(self, index: int) -> str | None:
+        return f'{{"index":{index},"delta":{{"role":"assistant","content":""}}'
+
+    def chunk_parts(self, index: int) -> tuple[str, str]:
+        return f'{{"index":{index},"delta":{{"content":', "}"
+
+    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> Any:
+        content = []
+        for spelled in tokens:
+            others = zip(spelled.token.top, spelled.top, strict=True)
+            top = [_entry(raw, one.logprob) for one, raw in others]
+            content.append({**_entry(spelled.raw, spelled.token.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+
+class ChunkWriter:
+    """Makes the server-sent events of one choice."""
+
+    __slots__ = ("_after", "_before", "_end", "_plain", "_prompt_tokens", "opening")
+
+    def __init__(self, shape: Shape, answer: Answer, index: int, prompt: Sequence[int]) -> None:
+        output = answer.output
+        head = (
+            f'data: {{"id":{_escape(answer.id)},"object":"{shape.chunk_object}",'
+            f'"created":{answer.created},"model":{_escape(answer.model)},"choices":['
+        )
+        self._prompt_tokens = len(prompt)
+        self._end: str | None = ',"usage":null}\n\n' if output.include_usage else "}\n\n"
+        """None: every chunk has other figures."""
+        if output.continuous_usage:
+            self._end = None
+        before, self._after = shape.chunk_parts(index)
+        self._before = head + before
+        self._plain = f'{self._after},"logprobs":null,"finish_reason":null}}]'
+        first = shape.opening(index)
+        if first is None and output.prompt_token_ids:
+            first = f'{before}""{self._after}'
+        self.opening = b"" if first is None else self._first(head + first, shape, output, prompt)
+
+    def text(self, text: str, generated: int) -> bytes:
+        """A chunk with nothing but text. `generated` tokens so far."""
+        return (self._before + _escape(text) + self._plain + (self._end or self._usage(generated))).encode(
+            "ascii"
+        )
+
+    def full(
+        self,
+        text: str,
+        generated: int,
+        logprobs: Any,
+        finish: str | None,
+        token_ids: Sequence[int] | None = None,
+    ) -> bytes:
+        ids = "" if token_ids is None else f',"token_ids":{_dumps(list(token_ids))}'
+        rest = f'{self._after},"logprobs":{_dumps(logprobs)},"finish_reason":{_dumps(finish)}{ids}}}]'
+        return f"{self._before}{_escape(text)}{rest}{self._end or self._usage(generated)}".encode("ascii")
+
+    def _first(self, start: str, shape: Shape, output: Output, prompt: Sequence[int]) -> bytes:
+        ids = f',"prompt_token_ids":{_dumps(list(prompt))}' if output.prompt_token_ids else ""
+        mine, beside = (ids, "") if shape.prompt_ids_of_choice else ("", ids)
+        rest = f'{start},"logprobs":null,"finish_reason":null{mine}}}]{beside}'
+        return f"{rest}{self._end or self._usage(0)}".encode("ascii")
+
+    def _usage(self, generated: int) -> str:
+        return f',"usage":{_dumps(Usage(self._prompt_tokens, generated).plain())}}}\n\n'
+
+
+def usage_chunk(shape: Shape, answer: Answer, usage: Usage) -> bytes:
+    """The last chunk of `stream_options.include_usage`: no choices, but the totals."""
+    return sse({**_envelope(answer, shape.chunk_object), "choices": [], "usage": usage.plain()})
+
+
+def whole(
+    shape: Shape,
+    answer: Answer,
+    choices: Sequence[dict[str, Any]],
+    usage: Usage,
+    prompt: Sequence[int] | None = None,
+) -> bytes:
+    """The body of a response that is not streamed. `prompt`: the token ids of all choices'."""
+    body = {**_envelope(answer, shape.whole_object), "choices": list(choices), "usage": usage.plain()}
+    if prompt is not None:
+        body["prompt_token_ids"] = list(prompt)
+    return _dumps(body).encode("ascii")
+
+
+def sse(body: dict[str, Any]) -> bytes:
+    return f"data: {_dumps(body)}\n\n".encode("ascii")
+
+
+def _envelope(answer: Answer, kind: str) -> dict[str, Any]:
+    return {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model}
+
+
+def _finite(logprob: float | None) -> float:
+    """JSON has neither NaN nor infinity."""
+    return logprob if logprob is not None and logprob > _LEAST_LOGPROB else _LEAST_LOGPROB
+
+
+def _entry(raw: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": _text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _text(raw: bytes) -> str:
+    """Part of a character shows as U+FFFD."""
+    return raw.decode("utf-8", "replace")

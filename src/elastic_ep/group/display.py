@@ -1,0 +1,60 @@
+"""What a terminal shows while ranks come up: one line a rank, its state live. Log lines scroll by above it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.wire.messages import RankState
+
+_COLOURS = {
+    RankState.LAUNCHING: "dim",
+    RankState.INIT_CUDA: "yellow",
+    RankState.INIT_DIST: "yellow",
+    RankState.JOINING: "cyan",
+    RankState.SERVING: "green",
+    RankState.DRAINING: "magenta",
+    RankState.STOPPED: "dim",
+    RankState.FAILED: "red",
+}
+
+
+class LaunchDisplay:
+    """A live table on a terminal; elsewhere nothing: the log says who serves."""
+
+    def __init__(self, machine: MembershipMachine) -> None:
+        self._machine = machine
+        self._console = Console(file=sys.stderr)
+        self._started = time.monotonic()
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Callable[[], None]:
+        if self._console.is_terminal:
+            self._live.start()
+        return self.refresh
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def refresh(self) -> None:
+        if self._console.is_terminal:
+            self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Table:
+        table = Table(title=f"group: {self._machine.public_state}   {time.monotonic() - self._started:.1f} s")
+        for heading in ("rank", "incarnation", "state", "reason"):
+            table.add_column(heading)
+        for rank, slot in self._machine.slots.items():
+            colour = _COLOURS[slot.state]
+            table.add_row(
+                str(rank), str(slot.member.incarnation), f"[{colour}]{slot.state}[/]", escape(slot.reason)
+            )
+        return table

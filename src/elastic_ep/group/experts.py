@@ -1,0 +1,55 @@
+"""Who holds which expert, and whether the bytes are right: what operators ask of placement and proofs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from elastic_ep.group.audit import Proofs
+from elastic_ep.group.port import CorruptSlot, ExpertsStatus, LayerStatus, SlotStatus, Verification
+from elastic_ep.placement import EMPTY, Placement
+from elastic_ep.wire.messages import Member
+
+VERIFY_DEADLINE_S = 30.0
+
+
+def experts_status(placement: Placement, ranks: Collection[int], proofs: Proofs) -> ExpertsStatus:
+    """`ranks` take part now."""
+    layers = tuple(_layer(placement, layer, ranks, proofs) for layer in range(len(placement.slots)))
+    return ExpertsStatus(placement.version, min(layer.tolerates for layer in layers), layers)
+
+
+def _layer(placement: Placement, layer: int, ranks: Collection[int], proofs: Proofs) -> LayerStatus:
+    slots = []
+    for physical, logical in enumerate(placement.slots[layer]):
+        rank = placement.rank_of(physical)
+        known = proofs.sums.get((layer, physical)) if logical != EMPTY and rank in ranks else None
+        slots.append(
+            SlotStatus(
+                physical,
+                rank,
+                None if logical == EMPTY else logical,
+                rank in ranks,
+                None if known is None else f"{known:08x}",
+            )
+        )
+    return LayerStatus(layer, max(0, min(placement.copies(layer, ranks)) - 1), tuple(slots))
+
+
+async def verify(placement: Placement, members: Collection[Member], proofs: Proofs) -> Verification:
+    """Ask all members; what differs was taken out of the placement when their answers came in.
+
+    Whoever dies before it answers is silent, and nobody waits for it any longer.
+    """
+    found_before = len(proofs.corrupt)
+    silent = await proofs.ask_and_wait(members, VERIFY_DEADLINE_S)
+    answered = {member.rank for member in members} - {member.rank for member in silent}
+    checked = sum(
+        logical != EMPTY
+        for row in placement.slots
+        for p, logical in enumerate(row)
+        if placement.rank_of(p) in answered
+    )
+    differ = tuple(
+        CorruptSlot(*place, placement.rank_of(place[1])) for place in proofs.corrupt[found_before:]
+    )
+    return Verification(checked, differ, tuple(sorted(member.rank for member in silent)))

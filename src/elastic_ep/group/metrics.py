@@ -1,0 +1,245 @@
+"""Prometheus metrics of the whole run process, behind plain methods.
+
+Names follow vLLM where it has them, with this project's prefix. Everything belongs to one registry made here,
+so two servers in one process do not meet.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from elastic_ep.group.port import LossCause, Rebalancing
+from elastic_ep.machines.membership.events import GroupState
+from elastic_ep.wire.messages import RankState
+
+_PREFIX = "elastic_ep:"
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_PAUSE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+FINISH_REASONS = ("stop", "length", "abort")
+ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503, 504)
+"""Of what the server answers itself."""
+
+
+class _FastHistogram(Collector):
+    """A histogram whose `observe` costs a bisection and two additions, not a lock and a walk of the buckets.
+
+    For what happens at every token; only the event loop's thread writes and reads it.
+    """
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Metric]:
+        buckets = []
+        total = 0
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+
+
+class _FastCounter(Collector):
+    """A counter that is a plain number."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name = name
+        self._text = text
+        self.value = 0
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(self._name, self._text, value=self.value)
+
+
+class Metrics:
+    """What the server counts. Call from the event loop's thread only. All durations are seconds."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.refresh: Callable[[], None] = lambda: None
+        """Called before every `render`, to set what is read and not counted."""
+        self._make_request_metrics()
+        self._make_group_metrics()
+        self._make_series()
+
+    def _make_request_metrics(self) -> None:
+        self._prompt_tokens = self._fast_counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self._generation_tokens = self._fast_counter("generation_tokens", "Generated tokens.")
+        self._first_token = self._fast_histogram(
+            "time_to_first_token_seconds", "From reading a request to its first token.", _FIRST_TOKEN_SECONDS
+        )
+        self._between_tokens = self._fast_histogram(
+            "inter_token_latency_seconds", "Between deliveries of tokens of one stream.", _TOKEN_SECONDS
+        )
+        self._finished = self._counter("request_success", "Finished choices.", "finished_reason")
+        self._http_errors = self._counter("http_errors", "Error answers over HTTP.", "status")
+        self._disconnects = self._counter("client_disconnects", "Requests that their client left.")
+        self._running = self._gauge("num_requests_running", "Requests that a rank works on.")
+        self._waiting = self._gauge("num_requests_waiting", "Requests that wait for a rank.")
+        self._replayed = self._counter("requests_replayed", "Requests taken over from a lost rank.")
+        self._moved = self._counter("requests_moved", "Requests moved from a rank's queue to a free seat.")
+
+    def _make_group_metrics(self) -> None:
+        self._rank_state = self._gauge("rank_state", "1 for the state that a rank is in.", "rank", "state")
+        self._epoch = self._gauge("epoch", "Epoch of the newest view.")
+        self._rank_losses = self._counter("rank_losses", "Ranks lost.", "cause")
+        self._failover_stall = self._histogram(
+            "failover_stall_seconds", "Longest gap between a survivor's steps around a loss."
+        )
+        self._rejoin_pause = self._histogram(
+            "rejoin_pause_seconds", "Longest gap between a member's steps around a join."
+        )
+        self._poisoned_steps = self._counter("poisoned_steps", "Steps run again because a peer was masked.")
+        self._rebalances = self._counter("eplb_rebalances", "Rebalancings of experts by load.")
+        self._imbalance = self._gauge(
+            "expert_load_imbalance", "Max/mean expected load of a rank, as last planned."
+        )
+        self._copies = self._counter("expert_copies", "Expert copies made.", "source")
+        self._failed_copies = self._counter(
+            "expert_copy_failures", "Copies of experts that a rank could not make; they are tried again."
+        )
+        self._dropped_messages = self._fast_counter("dropped_messages", "Malformed or foreign messages.")
+
+        self._group_state = self._gauge("group_state", "1 for the state that the group is in.", "state")
+        self._group_idle = self._gauge("group_idle", "1 while there is nothing to do.")
+        self._tolerates = self._gauge("tolerates", "More ranks that can be lost with every expert alive.")
+        self._kv_usage = self._gauge(
+            "kv_cache_usage_perc", "Share of the serving ranks' KV cache in use; 1 is all."
+        )
+        self._rank_kv_usage = self._gauge(
+            "rank_kv_cache_usage_perc", "Share of a rank's KV cache in use.", "rank"
+        )
+
+    def _make_series(self) -> None:
+        """Those with labels exist from the start: to what appears with its first event, increase() is blind."""
+        for counter, values in (
+            (self._finished, FINISH_REASONS),
+            (self._http_errors, map(str, ERROR_STATUSES)),
+            (self._rank_losses, LossCause),
+            (self._copies, ("peer", "checkpoint")),
+        ):
+            for value in values:
+                counter.labels(value)
+
+    # What the HTTP layer records.
+
+    def prompt_tokens(self, count: int) -> None:
+        self._prompt_tokens.value += count
+
+    def first_token(self, count: int, seconds: float) -> None:
+        """The first `count` tokens of a choice, `seconds` after its request."""
+        self._generation_tokens.value += count
+        self._first_token.observe(seconds)
+
+    def tokens(self, count: int, seconds: float) -> None:
+        """`count` more tokens of a choice, `seconds` after the ones before."""
+        self._generation_tokens.value += count
+        self._between_tokens.observe(seconds)
+
+    def finished(self, reason: str) -> None:
+        """A choice ended: "stop", "length" or "abort"."""
+        self._finished.labels(reason).inc()
+
+    def http_error(self, status: int) -> None:
+        self._http_errors.labels(str(status)).inc()
+
+    def disconnect(self) -> None:
+        self._disconnects.inc()
+
+    # What the control plane records.
+
+    def requests(self, running: int, waiting: int) -> None:
+        self._running.set(running)
+        self._waiting.set(waiting)
+
+    def request_replayed(self, count: int = 1) -> None:
+        self._replayed.inc(count)
+
+    def request_moved(self, count: int = 1) -> None:
+        self._moved.inc(count)
+
+    def rank_state(self, rank: int, state: RankState) -> None:
+        for other in RankState:
+            self._rank_state.labels(str(rank), other.value).set(1.0 if other is state else 0.0)
+
+    def group(self, state: GroupState, *, idle: bool, tolerates: int) -> None:
+        for other in GroupState:
+            if other is not GroupState.PAUSED:  # to operators that is idle
+                self._group_state.labels(other.value).set(1.0 if other is state else 0.0)
+        self._group_idle.set(idle)
+        self._tolerates.set(tolerates)
+
+    def kv_cache(self, usage: Mapping[int, float], members: Sequence[int]) -> None:
+        """`usage` of each rank, 0 to 1; `members` are those that serve."""
+        for rank, share in usage.items():
+            self._rank_kv_usage.labels(str(rank)).set(share)
+        shares = [usage[rank] for rank in members]
+        self._kv_usage.set(sum(shares) / len(shares) if shares else 0.0)
+
+    def epoch(self, epoch: int) -> None:
+        self._epoch.set(epoch)
+
+    def rank_lost(self, cause: LossCause) -> None:
+        self._rank_losses.labels(cause.value).inc()
+
+    def failover_stall(self, seconds: float) -> None:
+        self._failover_stall.observe(seconds)
+
+    def rejoin_pause(self, seconds: float) -> None:
+        self._rejoin_pause.observe(seconds)
+
+    def step_poisoned(self) -> None:
+        self._poisoned_steps.inc()
+
+    def rebalanced(self, outcome: Rebalancing) -> None:
+        self._rebalances.inc()
+        self._imbalance.set(outcome.imbalance)
+
+    def expert_copied(self, source: str, count: int = 1) -> None:
+        """`source`: "peer" or "checkpoint"."""
+        self._copies.labels(source).inc(count)
+
+    def expert_copy_failed(self) -> None:
+        self._failed_copies.inc()
+
+    def messages_dropped(self, total: int) -> None:
+        """So many since the start."""
+        self._dropped_messages.value = total
+
+    def render(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        self.refresh()
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(_PREFIX + name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(_PREFIX + name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(_PREFIX + name, text, registry=self.registry, buckets=_PAUSE_SECONDS)
+
+    def _fast_counter(self, name: str, text: str) -> _FastCounter:
+        made = _FastCounter(_PREFIX + name, text)
+        self.registry.register(made)
+        return made
+
+    def _fast_histogram(self, name: str, text: str, bounds: Sequence[float]) -> _FastHistogram:
+        made = _FastHistogram(_PREFIX + name, text, bounds)
+        self.registry.register(made)
+        return made

@@ -1,0 +1,240 @@
+"""What the HTTP layer needs of the rest of the run process. The router's shell implements it; tests fake it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from elastic_ep.wire.messages import FailureCode, SamplingParams, Token
+
+
+# Not frozen dataclasses: contextlib and asyncio assign __traceback__ and __context__ on exceptions.
+class Busy(Exception):
+    """Too many requests are queued already: 429, try again after `retry_after_s` seconds."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"too many requests, retry after {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class Stopping(Exception):
+    """The server takes no new requests because it is shutting down: 503."""
+
+
+class Refused(Exception):
+    """This request cannot be run, whoever tries: 400."""
+
+
+class Unavailable(Exception):
+    """Nothing will serve unless an operator acts: 503, try again after `retry_after_s` seconds."""
+
+    def __init__(self, reason: str, retry_after_s: int) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an admitted request ended before its time."""
+
+    code: FailureCode
+    detail: str
+
+
+class LossCause(StrEnum):
+    """Why a rank was lost: all that there are, so that each has its series in the metrics from the start."""
+
+    KILLED = "killed"
+    """By a signal from outside."""
+    CRASH = "crash"
+    """By a signal that a process gives itself: a segmentation fault, an abort."""
+    HANG = "hang"
+    EXCEPTION = "exception"
+    """It said itself what went wrong."""
+    EXIT = "exit"
+    TIMEOUT = "timeout"
+    """Fenced: it did not start, connect or promise in time."""
+    PROTOCOL = "protocol"
+    """Fenced: it said what it must not say."""
+    LAUNCH_FAILED = "launch_failed"
+    UNKNOWN = "unknown"
+    """Its fork server ended first, so nobody has its exit status."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastLoss:
+    """The last time that a rank was lost.
+
+    `at` is ISO 8601 in UTC, `state` the one that it was lost in, `requests` how many it had, `stall_s` the longest gap
+    between two steps of a survivor beyond a usual step (None: nobody had work), `back_after_s` None while it is away.
+    """
+
+    incarnation: int
+    at: str
+    state: str
+    cause: str
+    why: str
+    requests: int
+    stall_s: float | None
+    back_after_s: float | None
+
+
+class UnknownRank(Exception):
+    """There is no such rank: 404. The message says which there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The body of `GET /health`: of the service as a whole.
+
+    `healthy`: a request is answered now, or within the pause that a loss normally makes. `reason` says why nobody serves
+    at this moment; empty if somebody does.
+    """
+
+    healthy: bool
+    state: str
+    serving_ranks: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Relaunch:
+    """The body of `POST /v1/fault_tolerance/relaunch`: ranks launched (or to be, as soon as their process is gone), and
+    those that were there already and are left alone."""
+
+    relaunched: tuple[int, ...]
+    running: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """One rank in `GET /v1/fault_tolerance/status`.
+
+    `status` is "healthy", "unhealthy" or "dead"; `state` the lifecycle's own word (`RankState`); `pid` None
+    when no process exists; `reason` says why a rank is not healthy; `last_loss` stays when the rank is back;
+    `kv_cache_usage` is the share of its KV cache that is in use, 0 to 1.
+    """
+
+    id: int
+    status: str
+    state: str
+    incarnation: int
+    pid: int | None
+    running: int
+    waiting: int
+    reason: str
+    last_loss: LastLoss | None = None
+    kv_cache_usage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FaultToleranceStatus:
+    """The body of `GET /v1/fault_tolerance/status`.
+
+    `state` is the group's lifecycle word, `tolerates` how many more ranks can be lost, in the worst case,
+    with every expert still alive. `idle`: there is nothing to do, so no steps are run; the next request starts them.
+    """
+
+    state: str
+    epoch: int
+    step: int
+    tolerates: int
+    engines: tuple[EngineStatus, ...]
+    idle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStatus:
+    """One physical expert. `logical` is None for an empty slot; `alive` whether its rank takes part."""
+
+    physical: int
+    rank: int
+    logical: int | None
+    alive: bool
+    checksum: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatus:
+    layer: int
+    tolerates: int
+    slots: tuple[SlotStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsStatus:
+    """The body of `GET /v1/fault_tolerance/experts`: who holds what. `version` counts changes since the launch."""
+
+    version: int
+    tolerates: int
+    layers: tuple[LayerStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CorruptSlot:
+    layer: int
+    physical: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The body of `POST /v1/fault_tolerance/verify`: slots re-checked, those that differ, ranks that did not answer."""
+
+    checked: int
+    differ: tuple[CorruptSlot, ...]
+    silent: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalancing:
+    """The body of `POST /rebalance`: copies planned and made, max/mean load of a rank before and as expected."""
+
+    planned: int
+    made: int
+    imbalance_before: float
+    imbalance: float
+    version: int
+
+
+class Stream(Protocol):
+    """The tokens of one request, in batches of what is ready. Ends after the token whose `finish` is set, or without
+    one when `failure` is."""
+
+    @property
+    def failure(self) -> Failure | None: ...
+
+    def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]: ...
+
+    async def __anext__(self) -> tuple[Token, ...]: ...
+
+    def cancel(self) -> None:
+        """Stop generating. Idempotent, and no error after the end."""
+
+
+class Backend(Protocol):
+    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> Stream:
+        """Queue one request. Noise is a function of (`seed`, `choice`, position); 0 <= seed < 2**63.
+
+        Raises `Busy`, `Refused`, `Unavailable` and `Stopping`.
+        """
+        ...
+
+    def status(self) -> FaultToleranceStatus: ...
+
+    def health(self) -> Health: ...
+
+    def relaunch(self, rank: int | None) -> Relaunch:
+        """Launch `rank`, or every rank (None), now if it is dead, however long it was to wait. Idempotent.
+
+        Raises `UnknownRank` and `Stopping`.
+        """
+        ...
+
+    def experts(self) -> ExpertsStatus: ...
+
+    async def verify(self) -> Verification: ...
+
+    async def rebalance(self) -> Rebalancing: ...

@@ -1,0 +1,106 @@
+"""Load-aware rebalancing while serving: plans off the event loop, has the repair machine carry them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import anyio
+import anyio.to_process
+import structlog
+
+from elastic_ep.group.port import Rebalancing
+from elastic_ep.group.repairs import Repairs
+from elastic_ep.machines.experts.events import PlanEnded, Planned
+from elastic_ep.machines.experts.planner import Plan, PlanInput, plan
+from elastic_ep.wire.messages import Member
+
+CARRY_OUT_DEADLINE_S = 60.0
+log = structlog.get_logger()
+
+
+class Rebalancer:
+    """`every` steps, or never for 0; `spare` slots of every rank and layer are left empty, for copies to pass through."""
+
+    def __init__(
+        self,
+        repairs: Repairs,
+        members: Callable[[], frozenset[Member]],
+        every: int,
+        spare: int,
+        report: Callable[[Rebalancing], None],
+    ) -> None:
+        self._repairs = repairs
+        self._members = members
+        self._every = every
+        self._spare = spare
+        self._report = report
+        self._next_step = every
+        self._due = anyio.Event()
+        self._one_at_a_time = anyio.Lock()
+        self._ended = anyio.Event()
+        self._outcome = PlanEnded(0, 0)
+        self._plans = 0
+        repairs.on_plan_ended = self._on_ended
+
+    def step_seen(self, step: int) -> None:
+        if self._every and step >= self._next_step:
+            self._next_step = step + self._every
+            self._due.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due = anyio.Event()
+            try:
+                await self.rebalance()
+            # Killed, perhaps for want of memory: the next one is a new one.
+            except anyio.BrokenWorkerProcess as error:
+                log.warning("the experts stay where they are: no plan was made", why=str(error))
+
+    async def rebalance(self) -> Rebalancing:
+        """Plan for the load of late and carry it out, or as much of it as costs no tolerance."""
+        async with self._one_at_a_time:
+            members = tuple(sorted(self._members()))
+            placement = self._repairs.placement
+            if not members:
+                return Rebalancing(0, 0, 1.0, 1.0, placement.version)
+            loads = self._repairs.loads.total(len(placement.slots), placement.num_experts)
+            given = PlanInput(
+                placement=placement,
+                ranks=tuple(member.rank for member in members),
+                loads=loads,
+                spare=self._affordable_spare(len(members)),
+                max_moves=len(members) * len(placement.slots),
+            )
+            found = await anyio.to_process.run_sync(partial(plan, given), cancellable=True)
+            outcome = await self._carry_out(members, found) if found.moves else PlanEnded(0, 0)
+            version = self._repairs.placement.version
+            done = Rebalancing(found.moves, outcome.made, found.imbalance_before, found.imbalance, version)
+            self._report(done)
+            return done
+
+    async def _carry_out(self, members: tuple[Member, ...], found: Plan) -> PlanEnded:
+        """HAZARD: the plan before may be under way still, its asker gone; this one ends it, and hears of that end too."""
+        self._plans += 1
+        self._ended = anyio.Event()
+        self._outcome = PlanEnded(0, found.moves, self._plans)
+        self._repairs.feed(Planned(members, found.slots, self._plans))
+        with anyio.move_on_after(CARRY_OUT_DEADLINE_S):
+            await self._ended.wait()
+        return self._outcome
+
+    def _affordable_spare(self, living: int) -> int:
+        """Tolerance comes first: without it no slot is left empty."""
+        placement = self._repairs.placement
+        room = living * (placement.slots_per_rank - self._spare)
+        enough = all(
+            room >= self._repairs.machine.floor(layer) * placement.num_experts
+            for layer in range(len(placement.slots))
+        )
+        return self._spare if enough else 0
+
+    def _on_ended(self, ended: PlanEnded) -> None:
+        if ended.plan == self._plans:
+            self._outcome = ended
+            self._ended.set()

@@ -1,0 +1,241 @@
+"""The fork server: imports what ranks need once, then forks them in milliseconds.
+
+``python -m elastic_ep.host.fork_server``, started by the launcher. It stays single-threaded and never touches
+a device, so its forks are sound. It ends when the launcher's end of the control socket closes; then it kills its
+ranks and removes the run's private directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import structlog
+
+from elastic_ep import logs, titles
+from elastic_ep.config import LogConfig
+from elastic_ep.host import life_line
+from elastic_ep.host.death_watch import hold_until_death
+from elastic_ep.host.fork_messages import (
+    PACKET_BYTES,
+    Exited,
+    Fork,
+    Forked,
+    ForkMessage,
+    Ready,
+    Refused,
+    pack,
+    status_text,
+    unpack,
+)
+from elastic_ep.host.private_directory import NotPrivate, check_private, remove
+from elastic_ep.host.robust_mutex import RobustMutexes
+from elastic_ep.host.scheduling import make_ordinary
+from elastic_ep.wire.messages import Member, RankState
+
+_REAP_S = 2.0
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    control_fd: int
+    mutex_fd: int
+    windows_fd: int
+    mutex_slots: int
+    entry: str
+    """"module:function", called as function(config_json, windows_fd, life_fd) -> exit status."""
+    preload: tuple[str, ...]
+    directory: Path
+    log: LogConfig
+    nice: int
+    """Added to the ranks' niceness, so that the run process preempts them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    member: Member
+    pid: int
+
+
+class ForkServer:
+    def __init__(self, options: ServerOptions) -> None:
+        self._options = options
+        self._control = socket.socket(fileno=options.control_fd)
+        self._control.set_inheritable(False)
+        self._children: dict[int, _Child] = {}
+        """By pidfd."""
+        self._poll = select.poll()
+
+    def serve(self) -> None:
+        """Serve until the launcher's end closes."""
+        self._poll.register(self._control, select.POLLIN)
+        self._send(Ready(os.getpid(), len(os.listdir("/proc/self/task"))))
+        while True:
+            for fd, _ in self._poll.poll():
+                if fd in self._children:
+                    self._reap(fd)
+                elif not self._receive():
+                    return
+
+    def clean_up(self) -> None:
+        """Kill and reap every rank, remove the directory."""
+        for pidfd in self._children:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        self._poll.unregister(self._control)
+        deadline = time.monotonic() + _REAP_S
+        while self._children and (left := deadline - time.monotonic()) > 0:
+            for fd, _ in self._poll.poll(left * 1000):
+                self._reap(fd)
+        remove(self._options.directory)
+
+    def _receive(self) -> bool:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:  # the launcher died with something of ours unread
+            return False
+        if not data:
+            return False
+        message = unpack(data)
+        assert isinstance(message, Fork), message
+        assert len(fds) == 2, "a rank needs its life line and its configuration"
+        life_fd, config_fd = fds
+        try:
+            self._fork(message, life_fd, config_fd)
+        finally:
+            os.close(life_fd)
+            os.close(config_fd)
+        return True
+
+    def _fork(self, message: Fork, life_fd: int, config_fd: int) -> None:
+        member = Member(message.rank, message.incarnation)
+        began = time.perf_counter_ns()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._send(Refused(*member, f"fork: {error.strerror}"))
+            return
+        if pid == 0:
+            self._become_rank(message, life_fd, config_fd)
+        fork_us = (time.perf_counter_ns() - began) // 1000
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._send(Refused(*member, f"pidfd_open: {error.strerror}"))
+            return
+        self._children[pidfd] = _Child(member, pid)
+        self._poll.register(pidfd, select.POLLIN)
+        self._send(Forked(*member, pid, fork_us), pidfd)
+
+    def _reap(self, pidfd: int) -> None:
+        child = self._children.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(child.pid, 0)
+        self._send(Exited(*child.member, status_text(os.waitstatus_to_exitcode(status))))
+
+    def _send(self, message: ForkMessage, *fds: int) -> None:
+        # If the launcher is gone, `serve` is about to see that.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._control, [pack(message)], fds)
+
+    def _become_rank(self, message: Fork, life_fd: int, config_fd: int) -> NoReturn:
+        """In the forked child. Nothing gets past this: it must never go on as a second fork server."""
+        status = 1
+        try:
+            life_line.bind(life_fd)
+            self._control.close()
+            for pidfd in self._children:
+                os.close(pidfd)
+            with open(config_fd, encoding="utf-8") as file:
+                file.seek(0)  # the launcher has written, and shares the position
+                config_json = file.read()
+            status = _run_rank(message, config_json, life_fd, self._options)
+        except SystemExit as leaving:
+            status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        except BaseException:
+            log.exception("the rank ends by an exception", rank=f"{message.rank}.{message.incarnation}")
+        finally:
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(status & 0xFF)
+
+
+def _run_rank(message: Fork, config_json: str, life_fd: int, options: ServerOptions) -> int:
+    # The terminal's Ctrl-C is for the run process alone. HAZARD: a process group, not a session: Linux schedules
+    # each session as one (autogroup), so niceness and short slices would count for nothing among ranks.
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    titles.show_rank(Member(message.rank, message.incarnation), RankState.LAUNCHING)
+    hold_until_death(RobustMutexes(options.mutex_fd, options.mutex_slots), message.slot)
+    os.nice(options.nice)  # of this thread and those that it starts
+    module, _, function = options.entry.partition(":")
+    status: int = getattr(importlib.import_module(module), function)(config_json, options.windows_fd, life_fd)
+    return status
+
+
+def _parse(arguments: list[str]) -> ServerOptions:
+    parser = argparse.ArgumentParser(prog="elastic_ep.host.fork_server")
+    for name in ("control-fd", "mutex-fd", "windows-fd", "mutex-slots", "nice"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--entry", required=True)
+    parser.add_argument("--preload", default="", help="modules, separated by commas")
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--log-level", required=True)
+    parser.add_argument("--log-format", required=True)
+    values = vars(parser.parse_args(arguments))
+    values["log"] = LogConfig(values.pop("log_level"), values.pop("log_format"))
+    values["preload"] = tuple(filter(None, values["preload"].split(",")))
+    return ServerOptions(**values)
+
+
+def preload(modules: tuple[str, ...]) -> None:
+    """Import `modules`; what they made is left out of garbage collection, so that ranks share its pages."""
+    for module in modules:
+        importlib.import_module(module)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
+def main(arguments: list[str]) -> int:
+    options = _parse(arguments)
+    logs.configure(options.log, "fork server")
+    titles.show(f"fork server {options.directory}", "eep-fork-server")
+    try:
+        check_private(options.directory)
+    except NotPrivate as error:
+        log.error(str(error))
+        return 2
+    make_ordinary()  # whatever the launcher's thread has asked for
+    # An import takes seconds, and nothing is sent to us before we say that we are ready.
+    life_line.bind(options.control_fd)
+    preload(options.preload)
+    life_line.release(options.control_fd)
+    server = ForkServer(options)
+    try:
+        server.serve()
+    finally:
+        server.clean_up()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""What the launcher reports. Of one member: `Launched`, `DeathNoticed`, `ProcessGone`, in this order; or
+`LaunchFailed` alone. Times are CLOCK_MONOTONIC nanoseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic_ep.wire.messages import Member
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReady:
+    """The fork server has imported everything. `threads` is 1 unless a preloaded module started some."""
+
+    pid: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLost:
+    """The fork server exited. Its ranks live on; a new one is started, unless it never got ready."""
+
+    pid: int
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """The process exists. It can be fenced; it cannot be watched before its Hello. `fork_us`: microseconds."""
+
+    member: Member
+    pid: int
+    fork_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFailed:
+    """There is no such process, or the kernel is killing it. The rank may be launched again."""
+
+    member: Member
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeathNoticed:
+    """The process is dead or surely dying. `cause`: "mutex", "mutex released", "pidfd" or "reaped"."""
+
+    member: Member
+    cause: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGone:
+    """Its memory, files and device work are gone. `status`: "signal 9", "exit status 1" or "unknown"."""
+
+    member: Member
+    status: str
+    at_ns: int
+
+
+LauncherEvent = ServerReady | ServerLost | Launched | LaunchFailed | DeathNoticed | ProcessGone

@@ -1,0 +1,1 @@
+"""Where each expert lies: placement, repair, planner."""

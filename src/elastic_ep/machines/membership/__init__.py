@@ -1,0 +1,1 @@
+"""Who is in the group: views and attempts, relaunch policy, progress."""

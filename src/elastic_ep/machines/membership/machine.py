@@ -1,0 +1,521 @@
+"""The membership machine: who takes part, from which step on.
+
+Loss needs no agreement: the newest view simply lacks the member. Gain takes two phases: every member promises
+not to begin some step before it hears the outcome, and the joiner's first step is the largest promise, which
+therefore nobody has begun. Parking is the same protocol without a joiner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from elastic_ep.machines.contract import Tick
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.events import Effect, Event, GroupState, MembershipConfig
+from elastic_ep.machines.membership.group import GROUP, TRIGGER_TO, Attempt, Slot
+from elastic_ep.machines.membership.outlook import Outlook, enough_slots, outlook, why_never
+from elastic_ep.machines.membership.relaunch import (
+    Death,
+    early_deaths,
+    explain,
+    killed_from_outside,
+    pause_ms,
+)
+from elastic_ep.machines.membership.start_failure import alike
+from elastic_ep.machines.rank.lifecycle import RANK, REPORTED_TRIGGERS
+from elastic_ep.machines.tables import TableMachine
+from elastic_ep.placement import Coverage, Placement
+from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
+
+STEP_GAP_AFTER_TOTAL_LOSS = 100_000
+"""Steps that a member may have begun unseen since the last `StepSeen`; far more than could have run."""
+
+_STARTING = (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
+
+
+@dataclass(eq=False)
+class MembershipMachine:
+    """Feed it with `step`; `view` and `slots` may be read."""
+
+    num_ranks: int
+    placement: Placement
+    config: MembershipConfig = field(default_factory=MembershipConfig)
+    transient: ClassVar = frozenset({"_effects", "_handlers"})
+
+    def __post_init__(self) -> None:
+        self.view = View(epoch=0, seats=())
+        self.slots = {rank: Slot(Member(rank, 1), TableMachine(RANK)) for rank in range(self.num_ranks)}
+        self.group = TableMachine(GROUP)
+        self.attempt: Attempt | None = None
+        self.attempts = 0
+        self.now_ms = 0
+        self.has_work = False
+        self.idle_since_ms = 0
+        self.highest_step = 0
+        self.first_joining_ms: int | None = None
+        self.stopping = False
+        self.verdict: ev.Verdict | None = None
+        """Why this run is over, if it is."""
+        self.unwell_since_ms: int | None = 0
+        """Since when nobody could serve a request; None: somebody can."""
+        self._all_stopped_said = False
+        self._coverage = Coverage.of(self.placement)
+        self._effects: list[Effect] = []
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            ev.Start: self._on_start,
+            Tick: self._on_tick,
+            ev.ProcessStarted: self._on_process_started,
+            ev.Reported: self._on_reported,
+            ev.Promised: self._on_promised,
+            ev.DeathNoticed: self._on_death,
+            ev.ProcessGone: self._on_gone,
+            ev.Suspected: self._on_suspected,
+            ev.WorkBegan: self._on_work_began,
+            ev.WorkEnded: self._on_work_ended,
+            ev.StepSeen: self._on_step_seen,
+            ev.Placed: self._on_placed,
+            ev.RelaunchRequested: self._on_relaunch_requested,
+            ev.StopRequested: self._on_stop,
+            ev.StopRanks: self._on_stop_ranks,
+            ev.StopForced: self._on_stop_forced,
+        }
+
+    # Reading
+
+    @property
+    def state(self) -> GroupState:
+        return GroupState(self.group.state)
+
+    @property
+    def idle(self) -> bool:
+        """The members are parked because there is nothing to do. They serve the next request at once."""
+        return self.state is GroupState.PAUSED
+
+    @property
+    def public_state(self) -> GroupState:
+        """For operators, to whom an idle group is as healthy as a busy one."""
+        return self._strength() if self.idle else self.state
+
+    @property
+    def covered(self) -> bool:
+        return self._coverage.by(seat.rank for seat in self.view.seats)
+
+    @property
+    def tolerates(self) -> int:
+        return max(0, self.placement.tolerates([seat.rank for seat in self.view.seats]))
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether a request could get a token now."""
+        return bool(self.view.seats) and self.covered and not self.stopping and self.verdict is None
+
+    def outlook(self, now_ms: int) -> Outlook:
+        """Whether the group serves, and if not, whether it will by itself."""
+        return outlook(self, now_ms)
+
+    def reason(self, rank: int, now_ms: int) -> str:
+        """Why a rank is not well, and if it waits for its next launch, how long it does."""
+        slot = self.slots[rank]
+        if not (slot.away or slot.relaunch_at_ms is not None) or self.verdict:
+            return slot.reason
+        wait_ms = max(0, slot.relaunch_at_ms - now_ms) if slot.relaunch_at_ms is not None else None
+        return explain(slot.reason, slot.early_deaths, wait_ms, self.config)
+
+    def next_deadline_ms(self) -> int | None:
+        """When a `Tick` may next have an effect."""
+        times = [slot.relaunch_at_ms for slot in self.slots.values() if slot.relaunch_at_ms is not None]
+        times += [due for slot in self.slots.values() if (due := self._init_due_ms(slot)) is not None]
+        if self.attempt:
+            times.append(self.attempt.deadline_ms)
+        elif self._would_park():
+            times.append(self.idle_since_ms + self.config.park_after_ms)
+        if self.first_joining_ms is not None and not self.view.epoch:
+            grace_ends_ms = self.first_joining_ms + self.config.forming_grace_ms
+            if grace_ends_ms > self.now_ms:
+                times.append(grace_ends_ms)
+        return min(times, default=None)
+
+    # The machine
+
+    def step(self, event: Event) -> list[Effect]:
+        self._effects = []
+        self._handlers[type(event)](event)
+        self._advance()
+        self._judge()
+        self._settle()
+        return self._effects
+
+    def check(self) -> None:
+        for seat in self.view.seats:
+            slot = self.slots[seat.rank]
+            assert slot.member == seat.member, f"rank {seat.rank} is seated under an old incarnation"
+            assert slot.state in (RankState.SERVING, RankState.DRAINING), (
+                f"{slot.member} seated in {slot.state}"
+            )
+        if self.attempt:
+            assert not self.attempt.joiners & self.view.members, "a joiner is already seated"
+            assert self.attempt.awaited <= self.attempt.joiners | self.view.members, "awaits a stranger"
+            assert self.attempt.awaited, "an attempt that awaits nobody has not ended"
+
+    def _on_start(self, _event: ev.Start) -> None:
+        for slot in self.slots.values():
+            slot.since_ms = self.now_ms
+            self._effects.append(ev.Launch(slot.member))
+
+    def _on_tick(self, event: Tick) -> None:
+        self.now_ms = max(self.now_ms, event.now_ms)
+        if self.attempt and self.now_ms >= self.attempt.deadline_ms:
+            self._time_out(self.attempt)
+        for slot in self.slots.values():
+            if slot.relaunch_at_ms is not None and self.now_ms >= slot.relaunch_at_ms:
+                self._relaunch(slot)
+            due_ms = self._init_due_ms(slot)
+            if due_ms is not None and self.now_ms >= due_ms:
+                slot.failed = f"stuck in {slot.state} for {self.config.init_deadline_ms / 1000:g} s"
+                self._fence(slot, slot.failed)
+
+    def _on_process_started(self, event: ev.ProcessStarted) -> None:
+        slot = self._current(event.member)
+        if slot and slot.state is RankState.LAUNCHING:
+            self._move(slot, "process_started")
+
+    def _on_reported(self, event: ev.Reported) -> None:
+        slot = self._current(event.member)
+        if slot is None or slot.gone:
+            return
+        if event.state is RankState.FAILED and not slot.fenced:
+            # Its death may have been noticed before its last words are read.
+            slot.reason = slot.failed = event.reason
+            slot.suspects = event.suspects
+        if slot.state in RANK.final:
+            return
+        if event.state is RankState.FAILED:
+            self._fence(slot, event.reason)
+        elif event.state in REPORTED_TRIGGERS and event.state is not slot.state:
+            self._move(slot, REPORTED_TRIGGERS[event.state])
+            if event.state is RankState.JOINING:
+                slot.start_failure = ""
+            if event.state is RankState.JOINING and self.first_joining_ms is None:
+                self.first_joining_ms = self.now_ms
+
+    def _on_promised(self, event: ev.Promised) -> None:
+        attempt = self.attempt
+        # A promise of another attempt is stale: counting it would let two members run one step under two views.
+        if attempt is None or event.attempt != attempt.number or event.member not in attempt.awaited:
+            return
+        self.slots[event.member.rank].missed_attempts = 0
+        self.attempt = replace(
+            attempt,
+            awaited=attempt.awaited - {event.member},
+            first_step=max(attempt.first_step, event.step),
+        )
+        if not self.attempt.awaited:
+            self._commit(self.attempt)
+
+    def _on_death(self, event: ev.DeathNoticed) -> None:
+        slot = self._current(event.member)
+        if slot is None or slot.state in RANK.final:
+            return
+        self._lose(slot, _end(slot, event.cause))
+
+    def _on_gone(self, event: ev.ProcessGone) -> None:
+        slot = self._current(event.member)
+        if slot is None or slot.gone:
+            return
+        if slot.state not in RANK.final:
+            self._lose(slot, _end(slot, f"died: {event.status}"))
+        slot.gone = True
+        if not slot.fenced and not slot.failed:
+            slot.reason = _end(slot, f"died: {event.status}")
+        if not self.stopping and slot.state is RankState.FAILED:
+            self._count_death(slot, event.status)
+            self._plan_relaunch(slot)
+
+    def _on_suspected(self, event: ev.Suspected) -> None:
+        slot = self._current(event.member)
+        if slot and slot.state not in RANK.final:
+            self._fence(slot, event.reason)
+
+    def _on_work_began(self, _event: ev.WorkBegan) -> None:
+        self.has_work = True
+
+    def _on_work_ended(self, _event: ev.WorkEnded) -> None:
+        self.has_work = False
+        self.idle_since_ms = self.now_ms
+
+    def _on_step_seen(self, event: ev.StepSeen) -> None:
+        self.highest_step = max(self.highest_step, event.step)
+
+    def _on_placed(self, event: ev.Placed) -> None:
+        self.placement = self.placement.changed(event.version, event.changes)
+        self._coverage = self._coverage.after(event.changes, self.placement)
+
+    def _on_relaunch_requested(self, event: ev.RelaunchRequested) -> None:
+        if self.stopping or self.verdict:
+            return
+        for slot in (self.slots[rank] for rank in event.ranks if rank in self.slots):
+            if slot.away or slot.relaunch_at_ms is not None:
+                self._relaunch(slot)
+            elif not slot.gone and (slot.fenced or slot.state in RANK.final):
+                slot.wanted_back = True
+
+    def _on_stop(self, _event: ev.StopRequested) -> None:
+        self.stopping = True
+        if self.attempt:
+            self._abort()
+        for slot in self.slots.values():
+            slot.relaunch_at_ms = None
+            if slot.state is RankState.SERVING:
+                self._move(slot, "drain")
+
+    def _on_stop_ranks(self, _event: ev.StopRanks) -> None:
+        for slot in self.slots.values():
+            if slot.state not in RANK.final:
+                if slot.state in (RankState.SERVING, RankState.DRAINING, RankState.JOINING):
+                    slot.told_to_stop = True
+                    self._effects.append(ev.SendTo(slot.member, Shutdown()))
+                else:
+                    self._fence(slot, ev.STOPPING)
+
+    def _on_stop_forced(self, _event: ev.StopForced) -> None:
+        for slot in self.slots.values():
+            if not slot.gone:
+                self._fence(slot, f"{ev.STOPPING}: deadline passed")
+
+    # Moves
+
+    def _current(self, member: Member) -> Slot | None:
+        """The slot, if this incarnation is its present one: news of an older one is dropped."""
+        slot = self.slots.get(member.rank)
+        return slot if slot and slot.member == member else None
+
+    def _init_due_ms(self, slot: Slot) -> int | None:
+        """When a rank that is starting up must have reached its next state."""
+        if slot.since_ms is None or slot.fenced or slot.state not in _STARTING:
+            return None
+        return slot.since_ms + self.config.init_deadline_ms
+
+    def _move(self, slot: Slot, trigger: str, reason: str = "") -> None:
+        if slot.lifecycle.fire(trigger):
+            slot.since_ms = self.now_ms
+            self._effects.append(ev.RankMoved(slot.member, slot.state, reason))
+
+    def _fence(self, slot: Slot, reason: str) -> None:
+        slot.fenced = slot.fenced or reason
+        self._effects.append(ev.Fence(slot.member, reason))
+
+    def _lose(self, slot: Slot, reason: str) -> None:
+        was_seated = self.view.seat(slot.member.rank) is not None
+        slot.died_in = slot.state
+        if slot.state in (RankState.SERVING, RankState.DRAINING):
+            slot.served_ms = self.now_ms - (slot.since_ms or 0)
+        slot.reason = reason
+        if self.stopping:
+            self._move(slot, "stopped", reason)
+        else:
+            self._move(slot, "lost", reason)
+        if self.attempt and slot.member in self.attempt.joiners | self.view.members:
+            self._abort()
+        if was_seated:
+            seats = tuple(seat for seat in self.view.seats if seat.member != slot.member)
+            self._publish_view(seats, self.view.park_at)
+            self._effects.append(ev.MemberDown(slot.member, reason))
+
+    def _count_death(self, slot: Slot, status: str) -> None:
+        death = Death(status, slot.served_ms, bool(slot.fenced), bool(slot.suspects))
+        slot.early_deaths = early_deaths(slot.early_deaths, death, self.config)
+        if slot.died_in in _STARTING:
+            slot.start_failure = slot.failed
+            if not slot.fenced and not killed_from_outside(status):
+                slot.start_failure = slot.reason
+
+    def _plan_relaunch(self, slot: Slot) -> None:
+        if self._all_failed_alike():
+            self._conclude(ev.StartFailed(slot.start_failure))
+        if self.verdict:
+            return
+        wait_ms = 0 if slot.wanted_back else pause_ms(slot.early_deaths, self.config)
+        if wait_ms is None:
+            slot.away = True
+        elif wait_ms == 0:
+            self._relaunch(slot)
+        else:
+            slot.relaunch_at_ms = self.now_ms + wait_ms
+
+    def _relaunch(self, slot: Slot) -> None:
+        slot.relaunch_at_ms = None
+        slot.member = Member(slot.member.rank, slot.member.incarnation + 1)
+        slot.gone = slot.away = slot.wanted_back = False
+        slot.fenced = slot.failed = ""
+        slot.suspects = ()
+        slot.died_in = slot.served_ms = None
+        self._move(slot, "relaunch")
+        self._effects.append(ev.Launch(slot.member))
+
+    def _all_failed_alike(self) -> bool:
+        """Before anybody had a seat, the last launch of every rank failed for the same reason."""
+        return not self.view.epoch and alike(slot.start_failure for slot in self.slots.values())
+
+    def _conclude(self, verdict: ev.Verdict) -> None:
+        """This run is over: nothing is launched any more, and whoever runs it has to end it."""
+        if self.verdict is None:
+            self.verdict = verdict
+            for slot in self.slots.values():
+                slot.relaunch_at_ms = None
+            if self.attempt:
+                self._abort()
+            self._effects.append(verdict)
+
+    def _abort(self) -> None:
+        assert self.attempt is not None
+        self._effects.append(ev.Publish(Abort(self.attempt.number)))
+        self.attempt = None
+        # Parking is a convenience: after an abort wait a while before asking again.
+        self.idle_since_ms = self.now_ms
+
+    def _time_out(self, attempt: Attempt) -> None:
+        """A joiner that did not connect is fenced at once, a member that did not promise when it is too often.
+
+        A member may be late, and whether it hangs is the progress watch's to judge. But one that cannot connect does
+        not hang, and would keep the joiners out for ever.
+
+        HAZARD: to connect takes both sides. While a joiner is awaited too, it may be what all the members wait for:
+        counted against them, one bad joiner would have them all fenced.
+        """
+        self._abort()
+        joiners = attempt.awaited & attempt.joiners
+        for member in sorted(joiners):
+            self._fence(self.slots[member.rank], "did not connect in time")
+        if not joiners:
+            for member in sorted(attempt.awaited):
+                self._miss(self.slots[member.rank])
+
+    def _miss(self, slot: Slot) -> None:
+        slot.missed_attempts += 1
+        if slot.missed_attempts >= self.config.missed_attempts_limit:
+            self._fence(slot, f"did not promise in time, {slot.missed_attempts} attempts in a row")
+
+    def _commit(self, attempt: Attempt) -> None:
+        self.attempt = None
+        seats, park_at = self.view.seats, self.view.park_at
+        # A member that has not begun yet promises little: the newcomer must not run up to it alone.
+        first_step = max(attempt.first_step, *(seat.first_step for seat in seats), 0)
+        if not attempt.joiners:
+            park_at = first_step
+        if not seats:
+            park_at = None
+            first_step = self.highest_step + STEP_GAP_AFTER_TOTAL_LOSS if self.view.epoch else 0
+        joined = tuple(Seat(*member, first_step) for member in sorted(attempt.joiners))
+        all_seats = tuple(sorted(seats + joined, key=lambda seat: seat.rank))
+        if attempt.joiners and self.has_work and self._coverage.by(seat.rank for seat in all_seats):
+            park_at = None
+        self.highest_step = max(self.highest_step, first_step)
+        self.view = View(self.view.epoch + 1, all_seats, park_at)
+        self._effects.append(ev.Publish(Commit(attempt.number, self.view)))
+        self.idle_since_ms = self.now_ms
+        for seat in joined:
+            self._move(self.slots[seat.rank], "admitted")
+            self._effects.append(ev.MemberUp(seat.member))
+
+    def _publish_view(self, seats: tuple[Seat, ...], park_at: int | None) -> None:
+        self.view = View(self.view.epoch + 1, seats, park_at if seats else None)
+        self._effects.append(ev.Publish(self.view))
+
+    # What follows from the state alone
+
+    def _advance(self) -> None:
+        """Begin or end what the state now calls for."""
+        if self.stopping:
+            self._say_all_stopped()
+            if self.view.park_at is not None:
+                self._publish_view(self.view.seats, None)
+            return
+        if self.verdict:
+            return
+        if self.attempt and not self.attempt.joiners and self.has_work and self.covered:
+            self._abort()
+        if self.attempt is None:
+            joiners = self._ready_joiners()
+            if joiners:
+                self._begin(joiners)
+            elif self._would_park() and (
+                not self.covered or self.now_ms >= self.idle_since_ms + self.config.park_after_ms
+            ):
+                self._begin(frozenset())
+        if self.view.park_at is not None and self.has_work and self.covered:
+            self._publish_view(self.view.seats, None)
+
+    def _would_park(self) -> bool:
+        wanted = bool(self.view.seats) and (not self.has_work or not self.covered)
+        return wanted and self.view.park_at is None and not self.stopping and self.verdict is None
+
+    def _ready_joiners(self) -> frozenset[Member]:
+        waiting = frozenset(
+            slot.member for slot in self.slots.values() if slot.state is RankState.JOINING and not slot.fenced
+        )
+        if self.view.seats or not waiting:
+            return waiting
+        # Forming: all together, unless somebody is hopelessly late.
+        missing = [s for s in self.slots.values() if s.member not in waiting and not s.away]
+        assert self.first_joining_ms is not None
+        late = self.now_ms >= self.first_joining_ms + self.config.forming_grace_ms
+        return waiting if not missing or late or self.view.epoch else frozenset()
+
+    def _begin(self, joiners: frozenset[Member]) -> None:
+        self.attempts += 1
+        self.attempt = Attempt(
+            number=self.attempts,
+            joiners=joiners,
+            awaited=joiners | self.view.members,
+            first_step=0,
+            deadline_ms=self.now_ms + self.config.attempt_deadline_ms,
+        )
+        self._effects.append(ev.Publish(Prepare(self.attempts, tuple(sorted(joiners)))))
+
+    def _say_all_stopped(self) -> None:
+        over = all(slot.gone for slot in self.slots.values())
+        if over and not self._all_stopped_said:
+            self._all_stopped_said = True
+            self._effects.append(ev.AllStopped())
+
+    def _judge(self) -> None:
+        """Whether somebody can serve, and whether anybody ever will."""
+        if self.can_serve:
+            self.unwell_since_ms = None
+        elif self.unwell_since_ms is None:
+            self.unwell_since_ms = self.now_ms
+        if self.stopping or self.config.relaunch_limit or enough_slots(self):
+            return
+        # While the first launches are under way it may turn out that they all fail alike.
+        if self.view.epoch or all(slot.gone or slot.state not in _STARTING for slot in self.slots.values()):
+            self._conclude(ev.NothingWillServe(why_never(self)))
+
+    def _settle(self) -> None:
+        """Name the state that the data amounts to; the table says whether that move is legal."""
+        target = self._target()
+        if target is not self.state:
+            self.group.fire(TRIGGER_TO[target])
+            self._effects.append(ev.GroupMoved(target))
+
+    def _target(self) -> GroupState:
+        if self.stopping:
+            return GroupState.STOPPING
+        if self.attempt and self.attempt.joiners:
+            return GroupState.ADMITTING
+        if not self.view.seats:
+            return GroupState.FORMING
+        if not self.covered:
+            return GroupState.HOLDING
+        if self.view.park_at is not None:
+            return GroupState.PAUSED
+        return self._strength()
+
+    def _strength(self) -> GroupState:
+        return GroupState.SERVING if len(self.view.seats) == self.num_ranks else GroupState.DEGRADED
+
+
+def _end(slot: Slot, otherwise: str) -> str:
+    """Why a process ended."""
+    return slot.fenced or (ev.AS_ASKED if slot.told_to_stop else otherwise)

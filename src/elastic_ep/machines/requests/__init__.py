@@ -1,0 +1,1 @@
+"""Where each request is and what became of it."""

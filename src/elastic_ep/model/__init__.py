@@ -1,1 +1,0 @@
-"""The model, its paged KV cache, its scheduler and its sampler."""

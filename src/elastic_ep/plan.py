@@ -1,0 +1,194 @@
+"""What the command line and the checkpoint amount to: checked once, before a process is started. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from elastic_ep.config import MOST_MODEL_LEN, PAGE_SIZE, ConfigError, EngineLimits, ServeConfig
+from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
+from elastic_ep.gateway.settings import SamplingDefaults
+from elastic_ep.gateway.text.content_form import ContentForm
+from elastic_ep.gateway.text.fit import TextFit, fit
+from elastic_ep.gateway.text.text import Text
+from elastic_ep.host.devices import choose_device
+from elastic_ep.host.mps import find_program
+from elastic_ep.models.config_json import CheckpointError
+from elastic_ep.models.registry import load_spec
+from elastic_ep.models.spec import ModelSpec
+from elastic_ep.placement import Placement, launch_placement
+from elastic_ep.weights.checkpoint import validate_checkpoint
+
+HEARTBEATS_PER_DEADLINE = 5
+"""Five in a deadline: one may be late without a verdict."""
+KERNEL_WAITS_PER_DEADLINE = 2
+"""A rank that is masked by its peers' kernels is fenced, so this is a deadline for hangs too."""
+SHARED_KERNEL_WAITS_PER_DEADLINE = 5
+"""With MPS, where a rank that comes back waits for its predecessor's kernels, and these for each of their peers."""
+KERNEL_WAIT_MS = 20_000
+"""Without fault tolerance."""
+SLOW_CLOCK = 1.5
+"""HAZARD: Mooncake's kernels count their timeout in cycles of the device's peak clock, so at a lower clock they wait
+longer than they were told. A hold that ends before they do lets the driver free memory under them, which faults every
+client of the MPS server."""
+DRAIN_MARGIN_S = 0.1
+"""What a dead rank's kernels take to end beyond their wait for peers."""
+KV_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+"""At most so much for the KV cache of a rank unless the command line says how many pages."""
+SHARED_KV_CACHE_BYTES = 1 << 30
+"""Likewise, of ranks that share a GPU."""
+_SEQUENCES = {"cpu": 16, "cuda": 64}
+"""That a rank runs at once, unless the command line says how many. On a GPU one costs a step what 64 cost: so survivors
+have seats for a lost rank's requests, too."""
+_TOKENS = {"cpu": 64, "cuda": 256}
+"""Of a step, likewise: those requests are computed anew in a quarter of the steps that 64 would need."""
+_KV_ITEM = {"cpu": 4, "cuda": 2}
+"""Bytes of an element of it: float32 and bfloat16."""
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """Everything that the command line and the checkpoint amount to."""
+
+    config: ServeConfig
+    folder: Path
+    model: ModelSpec
+    load_text: Callable[[], Text]
+    """Picklable: the process that reads large bodies loads its own."""
+    text: Text
+    defaults: SamplingDefaults
+    """For requests that do not say."""
+    text_fit: TextFit
+    limits: EngineLimits
+    placement: Placement
+    redundant: int
+    device: str
+    name: str
+
+    @property
+    def heartbeat_ms(self) -> int:
+        """0: none."""
+        if not self.config.fault_tolerance:
+            return 0
+        return round(self.config.hang_deadline_s * 1000 / HEARTBEATS_PER_DEADLINE)
+
+    @property
+    def kernel_wait_ms(self) -> int:
+        if not self.config.fault_tolerance:
+            return KERNEL_WAIT_MS
+        waits = SHARED_KERNEL_WAITS_PER_DEADLINE if self.config.mps else KERNEL_WAITS_PER_DEADLINE
+        return round(self.config.hang_deadline_s * 1000 / waits)
+
+    @property
+    def drain_s(self) -> float:
+        """How long a dead rank's kernels may run: at worst they wait for one peer after the other."""
+        return (self.config.ranks - 1) * self.kernel_wait_ms / 1000 * SLOW_CLOCK + DRAIN_MARGIN_S
+
+    @property
+    def shape(self) -> ExchangeShape:
+        return self.model.exchange_shape(self.limits.max_num_batched_tokens, self.placement)
+
+
+def make_plan(config: ServeConfig) -> ServePlan:
+    """Check all that can be checked before a process is started. Raises `ConfigError`."""
+    folder = Path(config.model)
+    try:
+        model = load_spec(folder)
+        if config.load_format == "auto":
+            validate_checkpoint(folder, model)
+        load_text = partial(Text.load, folder, _chat_template(config), _content_form(config))
+        text = load_text()
+        defaults = SamplingDefaults.from_folder(folder)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise ConfigError(_model_fault(folder, error)) from error
+    device = choose_device(config.device, model.hidden_size)
+    if config.mps:
+        if device != "cuda":
+            raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
+        find_program()
+    redundant = config.ep_num_redundant_experts
+    redundant = model.moe.experts if redundant is None else redundant
+    return ServePlan(
+        config=config,
+        folder=folder,
+        model=model,
+        load_text=load_text,
+        text=text,
+        defaults=defaults,
+        text_fit=fit(text, model),
+        limits=engine_limits(config, model, device),
+        placement=first_placement(config, model, redundant, device),
+        redundant=redundant,
+        device=device,
+        name=config.served_model_name
+        or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
+    )
+
+
+def _model_fault(folder: Path, error: Exception) -> str:
+    """One line that names the folder once, whatever names and values of its files are in it."""
+    said = "".join(one if one.isprintable() else " " for one in str(error))
+    return f"--model: {said}" if str(folder) in said else f"--model {folder}: {said}"
+
+
+def _chat_template(config: ServeConfig) -> str | None:
+    """What --chat-template says: a file, or a template on the command line. Raises `ConfigError`."""
+    given = config.chat_template
+    if given is None or any(mark in given for mark in "{}\n"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--chat-template {given}: {error}: give a file, or a template in Jinja's syntax"
+        ) from error
+
+
+def _content_form(config: ServeConfig) -> ContentForm | None:
+    """None: as each template wants it."""
+    given = config.chat_template_content_format
+    return None if given == "auto" else ContentForm(given)
+
+
+def first_placement(config: ServeConfig, model: ModelSpec, redundant: int, device: str) -> Placement:
+    """With a spare slot on every rank for rebalancing, and with one where GPUs' even number of experts takes it."""
+    spare = int(config.enable_eplb)
+    slots = -(-(model.moe.experts + redundant) // config.ranks) + spare
+    if device == "cuda" and config.ranks * slots % EXPERTS_MULTIPLE:
+        spare += 1
+    return launch_placement(config.ranks, model.moe_layers, model.moe.experts, redundant, num_spare=spare)
+
+
+def engine_limits(config: ServeConfig, model: ModelSpec, device: str) -> EngineLimits:
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
+        )
+    if max_model_len > MOST_MODEL_LEN:
+        raise ConfigError(
+            f"the model has {max_model_len} positions: give --max-model-len, at most {MOST_MODEL_LEN}"
+        )
+    one_sequence = -(-max_model_len // PAGE_SIZE)
+    page_bytes = PAGE_SIZE * model.kv_elements * _KV_ITEM[device]
+    most_bytes = SHARED_KV_CACHE_BYTES if config.mps else KV_CACHE_BYTES[device]
+    affordable = max(one_sequence, most_bytes // page_bytes)
+    sequences, tokens = _step_size(config, device)
+    num_pages = config.num_pages or min(sequences * one_sequence, affordable)
+    if num_pages < one_sequence:
+        raise ConfigError(
+            f"--num-gpu-blocks-override {num_pages} cannot hold one sequence of {max_model_len} tokens: give at least "
+            f"{one_sequence} or lower --max-model-len"
+        )
+    return EngineLimits(max_model_len, sequences, tokens, PAGE_SIZE, num_pages)
+
+
+def _step_size(config: ServeConfig, device: str) -> tuple[int, int]:
+    """Sequences and tokens: what is not given suits what is."""
+    sequences, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    if sequences is None:
+        sequences = min(_SEQUENCES[device], tokens or _TOKENS[device])
+    return sequences, tokens or max(_TOKENS[device], sequences)

@@ -1,0 +1,1 @@
+"""A rank process: control loop, forward thread, slot worker."""

@@ -1,0 +1,87 @@
+"""Builds a rank's engine: exchange, weights, runner. Runs on the forward thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from elastic_ep.config import RankConfig
+from elastic_ep.engine.ops_cpu.page_cache import cached_share
+from elastic_ep.engine.ops_cpu.runner import ModelRunner
+from elastic_ep.engine.step_runner import StepRunner
+from elastic_ep.exchange.base import Exchange
+from elastic_ep.exchange.shm import ShmExchange
+from elastic_ep.exchange.store import Store
+from elastic_ep.models.registry import load_spec
+from elastic_ep.models.spec import ModelSpec
+from elastic_ep.weights.bank import Weights, blank_weights, load_weights, weight_source
+from elastic_ep.weights.joining import fill_from_peers
+from elastic_ep.weights.transfer import PullFailed, TransferPlane
+from elastic_ep.wire.messages import Member
+
+MOSTLY = 0.5
+"""With so much of a checkpoint in the page cache, reading it is faster than asking peers."""
+
+OpenPlane = Callable[[], TransferPlane | str]
+
+
+def build_engine(
+    config: RankConfig, windows_fd: int, open_plane: OpenPlane, store: Store, opened: Callable[[], None]
+) -> tuple[StepRunner, Exchange]:
+    """What it raises is the reason why this rank fails. `store` is for exchanges that meet their peers.
+
+    `opened` is called when a GPU is open, before the first kernel.
+
+    The state plane is opened here, where nobody waits for a sign of life: that takes tens of milliseconds, on a busy
+    machine many more, in part with the interpreter lock held.
+    """
+    torch.set_num_threads(1)
+    if config.device == "cuda":
+        from elastic_ep.engine.ops_cuda.build import (
+            build_cuda_engine,  # needs Triton, ranks on the CPU do not
+        )
+
+        return build_cuda_engine(config, store, opened)
+    open_plane()
+    return _build_cpu_engine(config, windows_fd, open_plane)
+
+
+def _build_cpu_engine(
+    config: RankConfig, windows_fd: int, open_plane: OpenPlane
+) -> tuple[ModelRunner, Exchange]:
+    spec = load_spec(Path(config.model))
+    placement = config.placement
+    shape = spec.exchange_shape(config.limits.max_num_batched_tokens, placement)
+    exchange = ShmExchange(windows_fd, shape, Member(config.rank, config.incarnation))
+    weights = weights_from_peers(config, spec, open_plane) or weights_from_checkpoint(config, spec)
+    runner = ModelRunner(config.limits, weights, placement, config.rank, exchange)
+    return runner, exchange
+
+
+def weights_from_checkpoint(config: RankConfig, spec: ModelSpec) -> Weights:
+    folder, load_format = Path(config.model), config.load_format
+    return load_weights(
+        folder, spec, config.placement, config.rank, load_format=load_format, seed=config.seed
+    )
+
+
+def weights_from_peers(config: RankConfig, spec: ModelSpec, open_plane: OpenPlane) -> Weights | None:
+    """None if there are no peers to ask, if the checkpoint is faster, or if they do not give what is needed."""
+    if config.peers is None or _in_page_cache(config):
+        return None
+    plane = open_plane()
+    if isinstance(plane, str):
+        return None
+    source = weight_source(Path(config.model), spec, config.load_format, config.seed)
+    weights = blank_weights(spec, config.placement.slots_per_rank, source)
+    try:
+        fill_from_peers(plane, weights, config.placement, config.rank, config.peers)
+    except PullFailed:
+        return None
+    return weights
+
+
+def _in_page_cache(config: RankConfig) -> bool:
+    return config.load_format != "dummy" and cached_share(Path(config.model)) >= MOSTLY

@@ -1,1 +1,0 @@
-"""The state plane: weights from peers."""

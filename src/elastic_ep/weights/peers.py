@@ -1,0 +1,193 @@
+"""A rank's weights from other ranks' memory: verified before a byte of them counts."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from isal.isal_zlib import crc32
+
+from elastic_ep.weights.bank import Weights
+from elastic_ep.weights.layout import expert_region, region, slot_region
+from elastic_ep.weights.transfer import PullFailed, Read, TransferPlane, WrongBytes
+from elastic_ep.wire.slot_messages import Region, StateAddress
+
+_DENSE_PIECE_BYTES = 8 << 20
+_AHEAD_BYTES = 4 << 20
+_MOST_AHEAD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPull:
+    """Fill the own `slot` of `layer` from `source_slot` of the rank at `source`, whose bytes must have `checksum`."""
+
+    source: StateAddress
+    source_slot: int
+    layer: int
+    slot: int
+    checksum: int | None = None
+    """None: whatever comes is right."""
+    ticket: int = 0
+    """The caller's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """The outcome: the checksum of the bytes now in the slot, or why it is as it was."""
+
+    pull: ExpertPull
+    checksum: int | None
+    failure: PullFailed | None = None
+
+
+def publish(plane: TransferPlane, weights: Weights) -> StateAddress:
+    """Let peers read all of `weights`, which must stay where they are."""
+    tensors = dict(weights.dense())
+    for index, layer in enumerate(weights.spec.layers):
+        for part in layer.ffn.parts:
+            tensors[expert_region(index, part.name)] = weights.layers[index][part.name]
+    regions = tuple(Region(name, tensor.data_ptr(), tensor.nbytes) for name, tensor in tensors.items())
+    plane.register(regions)
+    return StateAddress(plane.session, regions)
+
+
+def pull_expert(
+    plane: TransferPlane,
+    weights: Weights,
+    source: StateAddress,
+    source_slot: int,
+    layer: int,
+    slot: int,
+    expected_checksum: int | None,
+    deadline_s: float,
+) -> int:
+    """Overwrite `slot` of `layer` with a peer's slot, and return the checksum of the bytes. No step may be using it.
+
+    Raises PullFailed, and then the slot is as it was: the bytes are checked before the first is written.
+    """
+    order = ExpertPull(source, source_slot, layer, slot, expected_checksum)
+    (outcome,) = pull_experts(plane, weights, [order], deadline_s)
+    if outcome.failure is not None:
+        raise outcome.failure
+    assert outcome.checksum is not None
+    return outcome.checksum
+
+
+def pull_experts(
+    plane: TransferPlane, weights: Weights, pulls: Iterable[ExpertPull], deadline_s: float
+) -> Iterator[Pulled]:
+    """`pull_expert` for many, in order: while one is checked and written, the next are already on their way.
+
+    `pulls` may have run out for now and go on later: it is asked again after each. `deadline_s` is for each of them,
+    from when the one before is done with.
+    """
+    sizes = _sizes(weights)
+    ahead = min(_MOST_AHEAD, max(1, _AHEAD_BYTES // sum(sizes.values())))
+
+    def begin(pull: ExpertPull) -> tuple[ExpertPull, Read | PullFailed]:
+        try:
+            parts = slot_region(pull.source, pull.layer, pull.source_slot, sizes)
+        except ValueError as error:
+            return pull, PullFailed(str(error))
+        return pull, plane.read(pull.source.session, parts)
+
+    todo = iter(pulls)
+    under_way: deque[tuple[ExpertPull, Read | PullFailed]] = deque()
+    try:
+        while True:
+            under_way.extend(begin(pull) for pull in itertools.islice(todo, ahead + 1 - len(under_way)))
+            if not under_way:
+                return
+            pull, read = under_way.popleft()
+            if isinstance(read, PullFailed):
+                yield Pulled(pull, None, read)
+                continue
+            with read:
+                try:
+                    outcome = Pulled(pull, _fill(weights, pull, read.wait(deadline_s)))
+                except PullFailed as failure:
+                    outcome = Pulled(pull, None, failure)
+            yield outcome
+    finally:
+        for _, read in under_way:
+            if isinstance(read, Read):
+                read.release()
+
+
+def pull_dense(
+    plane: TransferPlane,
+    weights: Weights,
+    source: StateAddress,
+    expected_checksum: int | None,
+    deadline_s: float,
+) -> int:
+    """Overwrite everything dense in `weights`, which nobody uses yet, and return its `dense_checksum`.
+
+    Raises PullFailed, after `deadline_s` seconds in all at the latest; `weights` are then of no use as they are.
+    """
+    ends = time.monotonic() + deadline_s
+    pieces = iter(_dense_pieces(weights, source))
+    value = 0
+    under_way: deque[tuple[torch.Tensor, Read]] = deque()
+    try:
+        while True:
+            for target, part in itertools.islice(pieces, _MOST_AHEAD - len(under_way)):
+                under_way.append((target, plane.read(source.session, [part])))
+            if not under_way:
+                break
+            target, read = under_way.popleft()
+            with read:
+                data = read.wait(max(0.0, ends - time.monotonic()))
+                value = crc32(data.numpy().data, value)
+                target.copy_(data)
+    finally:
+        for _, read in under_way:
+            read.release()
+    if expected_checksum is not None and value != expected_checksum:
+        raise WrongBytes(
+            f"the dense weights of {source.session} have checksum {value:08x} instead of {expected_checksum:08x}",
+            value,
+        )
+    return value
+
+
+def _sizes(weights: Weights) -> dict[str, int]:
+    """Bytes of a slot's parts."""
+    names = [part.name for part in weights.spec.moe.parts]
+    return {name: part.nbytes for name, part in zip(names, weights.slot(0, 0), strict=True)}
+
+
+def _fill(weights: Weights, pull: ExpertPull, data: torch.Tensor) -> int:
+    value = crc32(data.numpy().data)
+    if pull.checksum is not None and value != pull.checksum:
+        raise WrongBytes(
+            f"slot {pull.source_slot} of layer {pull.layer} at {pull.source.session} has checksum {value:08x} "
+            f"instead of {pull.checksum:08x}",
+            value,
+        )
+    start = 0
+    for target in weights.slot(pull.layer, pull.slot):
+        target.copy_(data[start : start + target.nbytes].view(target.dtype).view(target.shape))
+        start += target.nbytes
+    return value
+
+
+def _dense_pieces(weights: Weights, source: StateAddress) -> Sequence[tuple[torch.Tensor, tuple[int, int]]]:
+    """Bytes of the dense tensors, and where the source has them. Raises PullFailed if it has others."""
+    pieces = []
+    for name, tensor in weights.dense().items():
+        try:
+            theirs = region(source, name)
+        except ValueError as error:
+            raise PullFailed(str(error)) from None
+        if theirs.nbytes != tensor.nbytes:
+            raise PullFailed(f"{name} has {theirs.nbytes} bytes at {source.session}, {tensor.nbytes} here")
+        mine = tensor.view(-1).view(torch.uint8)
+        for start in range(0, tensor.nbytes, _DENSE_PIECE_BYTES):
+            target = mine[start : start + _DENSE_PIECE_BYTES]
+            pieces.append((target, (theirs.address + start, target.nbytes)))
+    return pieces

@@ -1,0 +1,1 @@
+"""What processes tell each other, and the sockets that carry it."""

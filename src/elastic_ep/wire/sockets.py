@@ -1,0 +1,218 @@
+"""ZeroMQ sockets as callbacks on the event loop.
+
+The sockets are plain (not zmq.asyncio) ones, drained from `loop.add_reader` on ZeroMQ's own file descriptor:
+one callback a message, no task switch. HAZARD: that descriptor is edge-triggered, and a send may swallow the edge
+of an arrival, so every send on a socket that also receives is followed by a drain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import zmq
+
+from elastic_ep.wire.codec import MalformedMessage, decode, encode
+from elastic_ep.wire.messages import (
+    Beat,
+    FromRank,
+    Member,
+    Numbered,
+    Published,
+    ToRank,
+)
+
+log = structlog.get_logger()
+_QUEUE_LIMIT = 100_000
+"""Messages to a rank that it has not read: far more than one that reads at all ever leaves."""
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.linger = 0
+    socket.set_hwm(_QUEUE_LIMIT)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    return socket
+
+
+class _Drain:
+    """Calls `on_parts` with each multipart message that arrives on `socket`."""
+
+    def __init__(self, socket: zmq.Socket[bytes], on_parts: Callable[[list[bytes]], None]) -> None:
+        self._socket = socket
+        self._on_parts = on_parts
+        self._loop = asyncio.get_running_loop()
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self.run)
+        self._loop.call_soon(self.run)
+
+    def run(self) -> None:
+        while not self._socket.closed:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._on_parts(parts)
+
+    def later(self, call: Callable[..., None], *arguments: object) -> None:
+        self._loop.call_soon(call, *arguments)
+
+    def after_send(self) -> None:
+        self._loop.call_soon(self.run)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._fd)
+
+
+class ControllerWire:
+    """The controller's end. `on_message` gets each valid message.
+
+    `on_error` hears of everything else, counted in `dropped`: what is no message, and of a rank that does not read its
+    own. It gets the rank to blame, if that is known.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        on_message: Callable[[FromRank], None],
+        on_error: Callable[[Member | None, str], None],
+    ) -> None:
+        self.number = 0
+        self.dropped = 0
+        self._on_message = on_message
+        self._on_error = on_error
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._pub = _socket(self._context, zmq.PUB)
+        self._router = _socket(self._context, zmq.ROUTER)
+        # A relaunched rank has a new identity; taking over an identity is for a reconnect of the same process.
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # HAZARD: else a message for which there is no room in a rank's queue is dropped, and nobody is told.
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._pub.bind(f"ipc://{directory}/pub")
+        self._router.bind(f"ipc://{directory}/rank")
+        self._drain = _Drain(self._router, self._on_parts)
+
+    def publish(self, body: Published) -> None:
+        if not isinstance(body, Beat):
+            self.number += 1
+        self._pub.send(encode(Numbered(self.number, body)), zmq.NOBLOCK)
+
+    def send(self, member: Member, message: ToRank) -> None:
+        """To one rank. One that is gone is no error: the message is dropped, as its death says all.
+
+        One that does not read is one: `on_error` hears of it soon, but not before this returns.
+        """
+        try:
+            self._router.send_multipart([_identity(member), encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            self._drain.later(self._refuse, member, f"{_QUEUE_LIMIT} messages to it are not read")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+        self._drain.after_send()
+
+    def close(self) -> None:
+        self._drain.close()
+        self._context.destroy(linger=100)
+
+    def _on_parts(self, parts: list[bytes]) -> None:
+        try:
+            if len(parts) != 2:
+                raise MalformedMessage(f"{len(parts)} parts")
+            message: FromRank = decode(parts[1], FromRank)
+            if _identity(Member(message.rank, message.incarnation)) != parts[0]:
+                raise MalformedMessage("identity does not match")
+        except MalformedMessage as error:
+            self._refuse(_member(parts[0]), str(error))
+            return
+        self._on_message(message)
+
+    def _refuse(self, member: Member | None, why: str) -> None:
+        self.dropped += 1
+        self._on_error(member, why)
+
+
+class RankWire:
+    """A rank's end. `on_refused` hears of requests that came in a message which is none: number and reason.
+
+    Other messages that are none are only counted in `dropped`: whatever they ask for is asked for again.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        member: Member,
+        on_published: Callable[[Numbered], None],
+        on_direct: Callable[[ToRank], None],
+        on_refused: Callable[[int, str], None],
+    ) -> None:
+        self.dropped = 0
+        self._on_published = on_published
+        self._on_direct = on_direct
+        self._on_refused = on_refused
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._sub = _socket(self._context, zmq.SUB)
+        self._sub.subscribe(b"")
+        self._dealer = _socket(self._context, zmq.DEALER)
+        # Without a limit: what a rank reports is never dropped, however late the controller reads it.
+        self._dealer.setsockopt(zmq.SNDHWM, 0)
+        self._dealer.setsockopt(zmq.IDENTITY, _identity(member))
+        self._sub.connect(f"ipc://{directory}/pub")
+        self._dealer.connect(f"ipc://{directory}/rank")
+        self._drains = [_Drain(self._sub, self._on_pub_parts), _Drain(self._dealer, self._on_direct_parts)]
+
+    def send(self, message: FromRank) -> None:
+        self._dealer.send(encode(message), zmq.NOBLOCK)
+        self._drains[1].after_send()
+
+    def close(self) -> None:
+        for drain in self._drains:
+            drain.close()
+        self._context.destroy(linger=200)
+
+    def _on_pub_parts(self, parts: list[bytes]) -> None:
+        try:
+            message: Numbered = decode(parts[0], Numbered)
+        except MalformedMessage:
+            self.dropped += 1
+            return
+        self._on_published(message)
+
+    def _on_direct_parts(self, parts: list[bytes]) -> None:
+        try:
+            message: ToRank = decode(parts[-1], ToRank)
+        except MalformedMessage as error:
+            self.dropped += 1
+            request_id = _assigned(parts[-1])
+            log.error("not a message", request=request_id, why=str(error))
+            if request_id is not None:
+                self._on_refused(request_id, str(error))
+            return
+        self._on_direct(message)
+
+
+def _identity(member: Member) -> bytes:
+    return b"%d.%d" % member
+
+
+def _member(identity: bytes) -> Member | None:
+    """The inverse of `_identity`."""
+    rank, _, incarnation = identity.partition(b".")
+    if not (rank.isdigit() and incarnation.isdigit()):
+        return None
+    return Member(int(rank), int(incarnation))
+
+
+def _assigned(data: bytes) -> int | None:
+    """The request that a malformed message assigns, if that much can be read."""
+    try:
+        plain = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(plain, list) and plain[:1] == ["Assign"] and len(plain) > 1 and type(plain[1]) is int:
+        return int(plain[1])
+    return None

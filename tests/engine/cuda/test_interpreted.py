@@ -1,0 +1,21 @@
+"""Runs the engine's tests through Triton's interpreter, in two processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.cuda.conftest import INTERPRETED, TWICE
+from tests.kit.interpreted import DEADLINE_S, check
+
+FILES = tuple(str(Path(__file__).parent / name) for name in TWICE)
+SLOW = "poisoned or neighbours"
+"""About half of the work."""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+@pytest.mark.timeout(DEADLINE_S + 10)
+@pytest.mark.parametrize("chosen", [SLOW, f"not ({SLOW})"], ids=("slow", "others"))
+def test_interpreted(chosen: str) -> None:
+    check(*FILES, "-k", chosen)

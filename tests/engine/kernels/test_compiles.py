@@ -1,0 +1,144 @@
+"""The compiler refuses things that the interpreter lets pass: every kernel is compiled for Hopper, GPU or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from elastic_ep.engine.ops_cuda.kernels import (
+    decode_attention,
+    expert_ffn,
+    gate,
+    norm_rope,
+    prefill_attention,
+)
+from elastic_ep.engine.ops_cuda.kernels.decode_attention import DecodePlan
+from elastic_ep.engine.ops_cuda.kernels.expert_plan import Tiles, plan_for
+from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut
+from tests.engine.kernels.conftest import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter's process")
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may have on Hopper."""
+
+_NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int = 3
+) -> Any:
+    """For a target that nobody needs to have; pointers are taken as aligned, as torch's are."""
+    names = kernel.arg_names
+    assert {*types, *constants} == set(names)
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if types.get(name, "").startswith("*")
+        },
+    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert result.metadata.shared <= SHARED_MEMORY
+    return result
+
+
+def uses_wgmma_alone(result: Any) -> bool:
+    return "wgmma.mma_async" in result.asm["ptx"] and "mma.sync" not in result.asm["ptx"].replace("wgmma", "")
+
+
+def test_gate() -> None:
+    types = {"logits": "*bf16", "physical_of": "*i64", "num_tokens": "*i32", "physical": "*i64"}
+    types |= {"weights": "*fp32", "stride": "i32"}
+    constants = {
+        "E": 37,
+        "K": 5,
+        "BLOCK_E": 64,
+        "BLOCK_K": 8,
+        "RENORMALISE": True,
+        "LIMITED": True,
+    }
+    compiled(gate._gate_kernel, types, constants, 1)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
+def test_norms(norm: bool, clip: bool) -> None:
+    types = dict.fromkeys(("x", "residual", "weight", "normed", "total"), "*bf16") | {"eps": "fp32"}
+    compiled(norm_rope._add_norm_kernel, types, {"H": 130, "BLOCK": 256, "ADD": True}, 4)
+    types = dict.fromkeys(("qkv", "norm", "q", "keys", "values"), "*bf16")
+    types |= {
+        "cos": "*fp32",
+        "sin": "*fp32",
+        "positions": "*i64",
+        "slots": "*i64",
+        "stride": "i32",
+        "eps": "fp32",
+        "clip": "fp32",
+    }
+    constants: dict[str, Any] = {"HQ": 32, "HK": 4, "D": 80, "PAGE": 16, "BLOCK": 64, "HEADS": 8}
+    constants |= {"NORM": norm, "CLIP": clip}
+    compiled(norm_rope._norm_rope_kernel, types, constants, 4)
+
+
+def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool) -> Any:
+    types = dict.fromkeys(("x", "w", "y"), _NAMES[dtype]) | {"counts": "*i32", "capacity": "i32"}
+    constants = {"H": 2048, "INNER": 768, "SLOTS": 40, "BLOCK_S": 64, "ROWS": tiles.rows, "FEW": tiles.few}
+    constants |= {"N": tiles.columns, "K": tiles.depth, "DOWN": down}
+    return compiled(expert_ffn._experts_kernel, types, constants, tiles.warps, tiles.stages)
+
+
+@pytest.mark.parametrize("down", [False, True])
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 1), (torch.bfloat16, 1000), (torch.float32, 1)])
+def test_expert_ffn(dtype: torch.dtype, rows: int, down: bool) -> None:
+    plan = plan_for(rows, dtype)
+    result = compiled_experts(plan.down if down else plan.gate_up, dtype, down)
+    assert uses_wgmma_alone(result) or dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("cut", "plan"),
+    [
+        (None, DecodePlan()),
+        (Cut(split=256, block=128), DecodePlan(stages=2)),
+    ],
+)
+def test_decode_attention(dtype: torch.dtype, cut: Cut | None, plan: DecodePlan) -> None:
+    cut = cut or CUT[dtype]
+    types = dict.fromkeys(("q", "keys", "values", "out"), _NAMES[dtype])
+    types |= dict.fromkeys(("tables", "lengths", "ended"), "*i32")
+    parts = dict.fromkeys(("parts", "tops", "totals"), "*fp32")
+    numbers = {"scale": "fp32", "table_stride": "i32", "splits": "i32"}
+    shape = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": 16, "PAGE": 16}
+    choices = {"SPLIT": cut.split, "BLOCK": cut.block}
+    kernel = decode_attention._decode_kernel
+    result = compiled(kernel, types | parts | numbers, shape | choices, plan.warps, plan.stages)
+    assert uses_wgmma_alone(result) or dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_prefill_attention(dtype: torch.dtype) -> None:
+    rows = prefill_attention._ROWS[dtype]
+    types = dict.fromkeys(("q", "keys", "values", "out"), _NAMES[dtype])
+    types |= dict.fromkeys(("tables", "bounds", "lengths"), "*i32")
+    types |= {"scale": "fp32", "table_stride": "i32", "sequences": "i32"}
+    constants = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": rows, "TOKENS": rows // 8, "PAGE": 16}
+    constants |= {"SPLIT": CUT[dtype].split, "BLOCK": CUT[dtype].block, "BLOCK_B": 32}
+    result = compiled(prefill_attention._prefill_kernel, types, constants, 8 if rows == 64 else 4, 2)
+    assert uses_wgmma_alone(result) or dtype == torch.float32

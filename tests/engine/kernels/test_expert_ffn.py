@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elastic_ep.engine.ops_cuda.kernels import reference
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
+from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
+from tests.engine.kernels.conftest import INTERPRETED
+from tests.engine.kernels.errors import check
+
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+class Layer:
+    """Weights of S slots, H wide with I inside."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+        slots, hidden, inner = shape
+        self.gate_up = (torch.randn(slots, hidden, 2 * inner, device=device) / hidden**0.5).to(dtype)
+        self.down = (torch.randn(slots, inner, hidden, device=device) / inner**0.5).to(dtype)
+
+    def packed(self, capacity: int, counts: torch.Tensor) -> torch.Tensor:
+        """Random rows, and NaN where nothing was received: reading it would show."""
+        slots, hidden, _ = self.gate_up.shape
+        x = torch.randn(slots, capacity, hidden, device=counts.device).to(self.gate_up.dtype)
+        x[torch.arange(capacity, device=counts.device) >= counts[:, None]] = torch.nan
+        return x
+
+    def exact(self, packed: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return reference.expert_ffn(packed.double(), counts, self.gate_up.double(), self.down.double())
+
+
+def received(y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Only the rows that there are."""
+    return y[torch.arange(y.shape[1], device=y.device) < counts[:, None]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "counts"),
+    [
+        (128, 64, (1, 0, 16, 0, 3)),
+        (96, 40, (17, 80)),
+        (72, 130, (0, 0, 33)),
+        (64, 64, (65,)),
+        (200, 24, (0, 5)),
+    ],
+)
+def test_is_the_reference(
+    device: torch.device,
+    dtype: torch.dtype,
+    count_dtype: torch.dtype,
+    hidden: int,
+    inner: int,
+    counts: tuple[int, ...],
+) -> None:
+    layer = Layer(device, dtype, (len(counts), hidden, inner))
+    received_rows = torch.tensor(counts, dtype=count_dtype, device=device)
+    packed = layer.packed(80, received_rows)
+    y = expert_ffn(packed, received_rows, layer.gate_up, layer.down)
+    assert y.dtype == dtype
+    exact = layer.exact(packed, received_rows)
+    check("expert_ffn", received(y, received_rows), received(exact, received_rows))
+
+
+def test_no_rows_at_all(device: torch.device) -> None:
+    layer = Layer(device, torch.bfloat16, (3, 64, 64))
+    counts = torch.zeros(3, dtype=torch.int32, device=device)
+    assert expert_ffn(layer.packed(16, counts), counts, layer.gate_up, layer.down).shape == (3, 16, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("expected_rows", [1, 1000])
+def test_a_plan_for_other_counts_is_as_right(
+    device: torch.device, dtype: torch.dtype, expected_rows: int
+) -> None:
+    layer = Layer(device, dtype, (3, 64, 48))
+    counts = torch.tensor([150, 2, 40], device=device)
+    packed = layer.packed(160, counts)
+    y = expert_ffn(packed, counts, layer.gate_up, layer.down, expected_rows=expected_rows)
+    check("expert_ffn", received(y, counts), received(layer.exact(packed, counts), counts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_know_its_place(device: torch.device, dtype: torch.dtype) -> None:
+    """The same expert in both slots, the same rows elsewhere among others."""
+    layer = Layer(device, dtype, (1, 128, 96))
+    gate_up, down = (weights.expand(2, -1, -1).contiguous() for weights in (layer.gate_up, layer.down))
+    counts = torch.tensor([9, 14], device=device)
+    packed = layer.packed(16, torch.tensor([16], device=device)).repeat(2, 1, 1)
+    packed[1] = packed[0].roll(5, dims=0)
+    y = expert_ffn(packed, counts, gate_up, down)
+    assert torch.equal(y[1, 5:14], y[0, :9])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="numpy's product sums in an order that depends on the shape")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_shape_of_tile_gives_the_same_bits(device: torch.device, dtype: torch.dtype) -> None:
+    layer = Layer(device, dtype, (2, 1024, 384))
+    packed = layer.packed(300, torch.tensor([300, 300], device=device))
+    many = torch.tensor([300, 300], device=device)
+    expected = expert_ffn(packed, many, layer.gate_up, layer.down, plan=plan_for(1000, dtype))
+    tiles = Tiles(rows=32, few=16, columns=64, depth=32, warps=4, stages=3, per_processor=1)
+    for plan in (plan_for(1, dtype), plan_for(1000, dtype), Plan(tiles, tiles)):
+        for count in (1, 16, 17, 64, 65, 128, 130, 300):
+            counts = torch.tensor([count, 1], device=device)
+            y = expert_ffn(packed, counts, layer.gate_up, layer.down, plan=plan)
+            assert torch.equal(y[0, :count], expected[0, :count])
+            assert torch.equal(y[1, :1], expected[1, :1])

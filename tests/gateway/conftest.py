@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+
+from elastic_ep.gateway.app import READING, Server, create_app, serve
+from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text_worker import TextWorker
+from elastic_ep.group.metrics import Metrics
+from tests.gateway.fakes import MODEL, FakeBackend, sample_text
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server on a loopback port and a client for it."""
+
+    url: str
+    backend: FakeBackend
+    metrics: Metrics
+    http: aiohttp.ClientSession
+    server: Server
+    worker: TextWorker
+
+    async def post(self, path: str, body: Any) -> tuple[int, Any]:
+        async with self.http.post(self.url + path, json=body) as response:
+            return response.status, await response.json()
+
+
+Start = Callable[..., Coroutine[Any, Any, Running]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def settings(**changes: Any) -> ApiSettings:
+    values: dict[str, Any] = {"model_name": MODEL, "max_model_len": 256, "vocab_size": 512, "version": "0.0"}
+    return ApiSettings(**(values | changes))
+
+
+@pytest.fixture
+async def start(anyio_backend: str) -> AsyncIterator[Start]:
+    """Starts servers: `await start(backend, text, **settings)`. The process for large bodies has the usual text."""
+    closing = []
+
+    async def begin(backend: FakeBackend | None = None, text: Text | None = None, **changes: Any) -> Running:
+        backend = backend or FakeBackend()
+        metrics = Metrics()
+        app = create_app(backend, settings(**changes), text or sample_text(), metrics, sample_text)
+        server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
+        http = aiohttp.ClientSession()
+        closing.append((server, http))
+        return Running(server.url, backend, metrics, http, server, app[READING].worker)
+
+    yield begin
+    for server, http in closing:
+        await http.close()
+        await server.close()

@@ -1,0 +1,199 @@
+"""A tokenizer made on the spot and a backend that says what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from elastic_ep.gateway.text.detokenize import byte_level_alphabet
+from elastic_ep.gateway.text.text import Text
+from elastic_ep.group.port import (
+    Busy,
+    CorruptSlot,
+    EngineStatus,
+    ExpertsStatus,
+    Failure,
+    FaultToleranceStatus,
+    Health,
+    LayerStatus,
+    Rebalancing,
+    Relaunch,
+    SlotStatus,
+    Stopping,
+    UnknownRank,
+    Verification,
+)
+from elastic_ep.wire.messages import SamplingParams, Token, TopLogprob
+
+MODEL = "little-moe"
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CORPUS = ["Anna has 12 apples and gives 5 to Bob. How many are left? 12 - 5 = 7 #### 7"] * 4
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@cache
+def byte_level_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    # One added token that is not special and one whose characters the byte alphabet lacks.
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("<é ▁>", normalized=False)])
+    return tokenizer
+
+
+@cache
+def sample_text() -> Text:
+    return Text(byte_level_tokenizer(), TEMPLATE, {"eos_token": "<|im_end|>"})
+
+
+def byte_tokens(written: str) -> list[int]:
+    """One token for each byte."""
+    characters = {byte: char for char, byte in byte_level_alphabet().items()}
+    vocabulary = byte_level_tokenizer().get_vocab()
+    return [vocabulary[characters[byte]] for byte in written.encode()]
+
+
+def tokens_of(
+    ids: Sequence[int], *, finish: str | None = "stop", logprobs: int | None = None, first: int = 0
+) -> list[Token]:
+    """One token message for each id; the last one has `finish`."""
+    made = []
+    for place, token in enumerate(ids):
+        top = tuple(TopLogprob((token + other) % 256 + 3, -1.0 - other) for other in range(logprobs or 0))
+        last = place == len(ids) - 1
+        made.append(
+            Token(
+                request_id=0,
+                index=first + place,
+                token=token,
+                finish=finish if last else None,
+                logprob=None if logprobs is None else -0.5,
+                top=top,
+            )
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class Submitted:
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    choice: int
+
+
+class FakeStream:
+    """Gives its batches, then waits for more until cancelled, as a real one does."""
+
+    def __init__(self, batches: Iterable[tuple[Token, ...]]) -> None:
+        self._batches = deque(batches)
+        self._ended = False
+        self.taken = 0
+        self.idle = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.failure: Failure | None = None
+
+    def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]:
+        return self
+
+    async def __anext__(self) -> tuple[Token, ...]:
+        if self._ended:
+            raise StopAsyncIteration
+        if not self._batches:
+            self.idle.set()
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+        batch = self._batches.popleft()
+        self.taken += 1
+        self._ended = batch[-1].finish is not None
+        return batch
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+Reply = Callable[[Submitted], Iterable[tuple[Token, ...]]]
+
+
+def says(words: str, *, end: str = "<|im_end|>") -> Reply:
+    """One token a batch, cut off at max_tokens as an engine does."""
+
+    def reply(request: Submitted) -> Iterable[tuple[Token, ...]]:
+        text = sample_text()
+        ids = [*text.encode(words), text.encode(end)[0]]
+        limit = request.params.max_tokens
+        finish = "stop" if len(ids) <= limit else "length"
+        return [(token,) for token in tokens_of(ids[:limit], finish=finish, logprobs=request.params.logprobs)]
+
+    return reply
+
+
+def never_ends(words: str) -> Reply:
+    """The words without an end: the stream then waits."""
+
+    def reply(request: Submitted) -> Iterable[tuple[Token, ...]]:
+        return [(token,) for token in tokens_of(sample_text().encode(words), finish=None)]
+
+    return reply
+
+
+@dataclass
+class FakeBackend:
+    reply: Reply = field(default_factory=lambda: says("The answer is 7."))
+    serving: int = 8
+    capacity: int | None = None
+    stopping: bool = False
+    submitted: list[Submitted] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
+    relaunches: list[int | None] = field(default_factory=list)
+    arrived: asyncio.Queue[FakeStream] = field(default_factory=asyncio.Queue)
+
+    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> FakeStream:
+        if self.stopping:
+            raise Stopping
+        if self.capacity is not None and len(self.streams) >= self.capacity:
+            raise Busy(3)
+        request = Submitted(prompt, params, seed, choice)
+        stream = FakeStream(self.reply(request))
+        self.submitted.append(request)
+        self.streams.append(stream)
+        self.arrived.put_nowait(stream)
+        return stream
+
+    def status(self) -> FaultToleranceStatus:
+        engine = EngineStatus(0, "healthy", "Serving", 1, 4711, 2, 0, "")
+        return FaultToleranceStatus("Serving", 3, 1000, 1, (engine,))
+
+    def experts(self) -> ExpertsStatus:
+        slots = (SlotStatus(0, 0, 3, True, "00c0ffee"), SlotStatus(1, 0, None, True, None))
+        return ExpertsStatus(5, 1, (LayerStatus(0, 1, slots),))
+
+    async def verify(self) -> Verification:
+        return Verification(31, (CorruptSlot(0, 1, 0),), (7,))
+
+    async def rebalance(self) -> Rebalancing:
+        return Rebalancing(4, 3, 1.5, 1.1, 12)
+
+    def health(self) -> Health:
+        return Health(self.serving > 0, "Serving", self.serving, "" if self.serving else "no rank serves")
+
+    def relaunch(self, rank: int | None) -> Relaunch:
+        if rank is not None and rank > 7:
+            raise UnknownRank(f"There is no rank {rank}: they are 0 to 7.")
+        self.relaunches.append(rank)
+        return Relaunch((2, 3), ()) if rank is None else Relaunch((), (rank,))

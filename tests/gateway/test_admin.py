@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elastic_ep.gateway.settings import SamplingDefaults
+from elastic_ep.group.metrics import ERROR_STATUSES, FINISH_REASONS, Metrics
+from elastic_ep.group.port import LossCause
+from elastic_ep.machines.membership.events import GroupState
+from elastic_ep.wire.messages import RankState
+from tests.gateway.conftest import Start
+from tests.gateway.fakes import FakeBackend, sample_text
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_health_follows_the_ranks(start: Start) -> None:
+    backend = FakeBackend()
+    running = await start(backend)
+    for serving, status in ((8, 200), (1, 200), (0, 503)):
+        backend.serving = serving
+        async with running.http.get(f"{running.url}/health") as response:
+            assert response.status == status
+            said = await response.json()
+        assert said["serving_ranks"] == serving
+        assert said["healthy"] == (said["reason"] == "") == (status == 200)
+        async with running.http.get(f"{running.url}/live") as response:
+            assert response.status == 200
+
+
+async def test_relaunch_takes_one_rank_or_all(start: Start) -> None:
+    running = await start()
+    path = "/v1/fault_tolerance/relaunch"
+    assert await running.post(path, {"rank": 4}) == (200, {"relaunched": [], "running": [4]})
+    assert await running.post(path, {}) == (200, {"relaunched": [2, 3], "running": []})
+    async with running.http.post(running.url + path) as response:  # no body at all
+        assert response.status == 200
+    assert running.backend.relaunches == [4, None, None]
+    for body, status in (
+        ({"rank": 8}, 404),
+        ({"rank": "2"}, 400),
+        ({"rank": -1}, 400),
+        ({"rank": True}, 400),
+    ):
+        got, answer = await running.post(path, body)
+        assert got == status, body
+        assert answer["error"]["param"] == "rank"
+    got, _ = await running.post(path, {"padding": "a" * 5000})
+    assert got == 413
+
+
+async def test_status_is_as_the_issue_says(start: Start) -> None:
+    running = await start()
+    async with running.http.get(f"{running.url}/v1/fault_tolerance/status") as response:
+        assert await response.json() == {
+            "state": "Serving",
+            "epoch": 3,
+            "step": 1000,
+            "tolerates": 1,
+            "engines": [
+                {
+                    "id": 0,
+                    "status": "healthy",
+                    "state": "Serving",
+                    "incarnation": 1,
+                    "pid": 4711,
+                    "running": 2,
+                    "waiting": 0,
+                    "reason": "",
+                    "last_loss": None,
+                    "kv_cache_usage": 0.0,
+                }
+            ],
+            "idle": False,
+        }
+
+
+async def test_requests_are_counted(start: Start) -> None:
+    running = await start()
+    await running.post("/v1/completions", {"prompt": "A", "max_tokens": 50})
+    await running.post("/v1/completions", {"prompt": "A", "max_tokens": 2})
+    await running.post("/v1/completions", {"prompt": 7})
+    async with running.http.get(f"{running.url}/metrics") as response:
+        assert response.content_type == "text/plain"
+        lines = (await response.text()).splitlines()
+    tokens = len(sample_text().encode("The answer is 7.")) + 1
+    for line in (
+        "elastic_ep:prompt_tokens_total 2.0",
+        f"elastic_ep:generation_tokens_total {tokens + 2}.0",
+        'elastic_ep:request_success_total{finished_reason="stop"} 1.0',
+        'elastic_ep:request_success_total{finished_reason="length"} 1.0',
+        'elastic_ep:http_errors_total{status="400"} 1.0',
+        "elastic_ep:time_to_first_token_seconds_count 2.0",
+        f"elastic_ep:inter_token_latency_seconds_count {tokens}.0",
+        'elastic_ep:time_to_first_token_seconds_bucket{le="+Inf"} 2.0',
+    ):
+        assert line in lines
+
+
+def test_metrics_of_the_control_plane() -> None:
+    metrics = Metrics()
+    metrics.requests(running=5, waiting=2)
+    metrics.rank_state(3, RankState.JOINING)
+    metrics.rank_state(3, RankState.SERVING)
+    metrics.epoch(7)
+    metrics.rank_lost(LossCause.KILLED)
+    metrics.failover_stall(0.0015)
+    metrics.rejoin_pause(0.003)
+    metrics.request_replayed(4)
+    metrics.request_moved(3)
+    metrics.step_poisoned()
+    metrics.messages_dropped(2)
+    metrics.messages_dropped(6)
+    lines = metrics.render().decode().splitlines()
+    for line in (
+        "elastic_ep:num_requests_running 5.0",
+        "elastic_ep:num_requests_waiting 2.0",
+        'elastic_ep:rank_state{rank="3",state="Joining"} 0.0',
+        'elastic_ep:rank_state{rank="3",state="Serving"} 1.0',
+        "elastic_ep:epoch 7.0",
+        'elastic_ep:rank_losses_total{cause="killed"} 1.0',
+        'elastic_ep:failover_stall_seconds_bucket{le="0.001"} 0.0',
+        'elastic_ep:failover_stall_seconds_bucket{le="0.002"} 1.0',
+        "elastic_ep:rejoin_pause_seconds_count 1.0",
+        "elastic_ep:requests_replayed_total 4.0",
+        "elastic_ep:requests_moved_total 3.0",
+        "elastic_ep:poisoned_steps_total 1.0",
+        "elastic_ep:dropped_messages_total 6.0",
+    ):
+        assert line in lines
+
+
+def test_series_with_labels_are_there_before_anything_has_happened() -> None:
+    """To a series that appears with its first event, increase() is blind."""
+    metrics = Metrics()
+    at_first = {line.rpartition(" ")[0] for line in metrics.render().decode().splitlines()}
+    for cause in LossCause:
+        metrics.rank_lost(cause)
+    for reason in FINISH_REASONS:
+        metrics.finished(reason)
+    for status in ERROR_STATUSES:
+        metrics.http_error(status)
+    for source in ("peer", "checkpoint"):
+        metrics.expert_copied(source)
+    assert {line.rpartition(" ")[0] for line in metrics.render().decode().splitlines()} == at_first
+    zeros = [line for line in Metrics().render().decode().splitlines() if "rank_losses_total{" in line]
+    assert len(zeros) == len(LossCause)
+    assert all(line.endswith(" 0.0") for line in zeros)
+
+
+def test_what_is_read_is_read_at_every_scrape() -> None:
+    metrics = Metrics()
+    tolerates = iter((2, 0))
+    metrics.refresh = lambda: metrics.group(GroupState.DEGRADED, idle=True, tolerates=next(tolerates))
+    metrics.kv_cache({0: 0.5, 1: 0.25, 2: 0.9}, members=[0, 1])
+    for expected in (2, 0):
+        lines = metrics.render().decode().splitlines()
+        for line in (
+            f"elastic_ep:tolerates {expected}.0",
+            "elastic_ep:group_idle 1.0",
+            'elastic_ep:group_state{state="Degraded"} 1.0',
+            'elastic_ep:group_state{state="Serving"} 0.0',
+            'elastic_ep:rank_kv_cache_usage_perc{rank="2"} 0.9',
+            "elastic_ep:kv_cache_usage_perc 0.375",
+        ):
+            assert line in lines
+
+
+def test_the_fast_histogram_counts_as_prometheus_does() -> None:
+    metrics = Metrics()
+    # A value on a bound belongs to that bound's bucket.
+    for seconds in (0.0005, 0.001, 0.0011, 100.0):
+        metrics.tokens(1, seconds)
+    lines = metrics.render().decode().splitlines()
+    name = "elastic_ep:inter_token_latency_seconds"
+    assert f'{name}_bucket{{le="0.001"}} 2.0' in lines
+    assert f'{name}_bucket{{le="0.0025"}} 3.0' in lines
+    assert f'{name}_bucket{{le="10.0"}} 3.0' in lines
+    assert f'{name}_bucket{{le="+Inf"}} 4.0' in lines
+    assert f"{name}_sum 100.0026" in lines
+
+
+async def test_tokenize_and_back(start: Start) -> None:
+    running = await start()
+    status, body = await running.post("/tokenize", {"prompt": "Zoë has 12 🍎"})
+    assert status == 200
+    assert body["count"] == len(body["tokens"])
+    assert await running.post("/detokenize", {"tokens": body["tokens"]}) == (200, {"prompt": "Zoë has 12 🍎"})
+
+
+async def test_version_and_description(start: Start) -> None:
+    running = await start()
+    async with running.http.get(f"{running.url}/version") as response:
+        assert await response.json() == {"version": "0.0"}
+    async with running.http.get(f"{running.url}/openapi.json") as response:
+        described = await response.json()
+    assert described["openapi"].startswith("3.1")
+    assert "/v1/chat/completions" in described["paths"]
+
+
+async def test_defaults_come_from_the_generation_config(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "top_p": 0.95}')
+    running = await start(defaults=SamplingDefaults.from_folder(tmp_path))
+    await running.post("/v1/completions", {"prompt": "A", "top_p": 0.5})
+    params = running.backend.submitted[0].params
+    assert (params.temperature, params.top_k, params.top_p) == (0.6, 20, 0.5)
+
+
+def test_generation_config_may_be_missing_or_greedy(tmp_path: Path) -> None:
+    assert SamplingDefaults.from_folder(tmp_path) == SamplingDefaults()
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    assert SamplingDefaults.from_folder(tmp_path).temperature == 0.0
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="generation_config"):
+        SamplingDefaults.from_folder(tmp_path)

@@ -1,0 +1,77 @@
+"""Fuzzing the HTTP API against its own OpenAPI description."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed
+from hypothesis import settings as hypothesis_settings
+from schemathesis import Case, GenerationMode
+from schemathesis.specs.openapi import checks
+
+from elastic_ep.gateway.app import create_app, serve
+from elastic_ep.gateway.openapi import description
+from elastic_ep.group.metrics import Metrics
+from tests.gateway.conftest import settings
+from tests.gateway.fakes import FakeBackend, sample_text
+
+SCHEMA = schemathesis.openapi.from_dict(description(settings()))
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server with an event loop on a thread of its own: schemathesis is synchronous."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    server = asyncio.run_coroutine_threadsafe(
+        serve(create_app(FakeBackend(), settings(), sample_text(), Metrics(), sample_text), "127.0.0.1", 0),
+        loop,
+    ).result(10)
+    yield server.url
+    asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as session:
+        yield session
+
+
+_few = hypothesis_settings(
+    max_examples=300,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@seed(20261123)
+@_few
+@given(case=SCHEMA.as_strategy(GenerationMode.POSITIVE))
+def test_valid_requests(case: Case[Any], url: str, session: requests.Session) -> None:
+    case.validate_response(case.call(base_url=url, session=session), checks=CHECKS)
+
+
+@seed(20261124)
+@_few
+@given(case=SCHEMA.as_strategy(GenerationMode.NEGATIVE))
+def test_invalid_requests(case: Case[Any], url: str, session: requests.Session) -> None:
+    case.validate_response(case.call(base_url=url, session=session), checks=CHECKS)

@@ -1,0 +1,361 @@
+"""Every field that clients of OpenAI, vLLM and SGLang know is honoured or refused by name, never ignored."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from structlog.testing import capture_logs
+from tokenizers import Tokenizer, processors
+
+from elastic_ep.gateway.app import READING, create_app, serve
+from elastic_ep.gateway.bodies import chat_fields, completion_fields
+from elastic_ep.gateway.errors import ApiError
+from elastic_ep.gateway.fields import Field, Label, OneOf
+from elastic_ep.gateway.reference import PAGE, page
+from elastic_ep.gateway.text.text import Text
+from elastic_ep.group.metrics import Metrics
+from tests.gateway.conftest import Running, settings
+from tests.gateway.fakes import MODEL, TEMPLATE, FakeBackend, byte_level_tokenizer, says
+
+pytestmark = pytest.mark.anyio
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+OPENAI = {
+    COMPLETIONS: {*completion_create_params.CompletionCreateParamsBase.__annotations__, "stream"},
+    CHAT: {*chat_create_params.CompletionCreateParamsBase.__annotations__, "stream"},
+}
+"""As the official client has them."""
+OF_BOTH = """
+    model frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream stream_options temperature
+    top_p user response_format
+
+    use_beam_search top_k min_p repetition_penalty watermarking length_penalty early_stopping stop_token_ids
+    include_stop_str_in_output ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens
+    truncate_prompt_tokens truncation_side prompt_logprobs logprob_token_ids allowed_token_ids bad_words
+    add_special_tokens structured_outputs guided_json guided_regex guided_choice guided_grammar
+    guided_decoding_backend guided_whitespace_pattern structural_tag priority request_id session_id logits_processors
+    return_tokens_as_token_ids return_token_ids return_token_offsets return_mm_kwargs routed_experts_prompt_start
+    cache_salt kv_transfer_params ec_transfer_params vllm_xargs repetition_detection thinking_token_budget
+    stream_interval detokenize
+
+    json_schema regex ebnf stop_regex no_stop_trim lora_path session_params custom_params custom_logit_processor
+    images_config bootstrap_host bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank
+    data_parallel_rank rid extra_key ngram_corpus_id custom_labels return_hidden_states return_routed_experts
+    routed_experts_start_len return_cached_tokens_details max_new_tokens min_new_tokens sampling_seed
+"""
+OF_COMPLETIONS = """
+    prompt best_of echo suffix prompt_embeds
+    max_completion_tokens top_logprobs messages tools tool_choice functions documents chat_template
+"""
+OF_CHAT = """
+    messages top_logprobs max_completion_tokens tools tool_choice parallel_tool_calls reasoning_effort
+    include_reasoning echo add_generation_prompt continue_final_message documents chat_template chat_template_kwargs
+    media_io_kwargs mm_processor_kwargs return_prompt_text
+    return_prompt_token_ids return_meta_info task separate_reasoning stream_reasoning max_dynamic_patch
+    min_dynamic_patch use_audio_in_video input_ids reasoning
+    prompt suffix best_of
+"""
+KNOWN = {
+    COMPLETIONS: OPENAI[COMPLETIONS] | {*OF_BOTH.split(), *OF_COMPLETIONS.split()},
+    CHAT: OPENAI[CHAT] | {*OF_BOTH.split(), *OF_CHAT.split()},
+}
+"""From the request classes of vLLM 0.33 and SGLang 0.5.23, deprecated names too, and from their sampling parameters."""
+LABELS = {
+    "user", "metadata", "safety_identifier", "session_id", "extra_key", "cache_salt", "prompt_cache_key",
+    "prompt_cache_retention", "prompt_cache_options",
+}  # fmt: skip
+"""Who asks, or how to be fast. They change no answer of OpenAI, vLLM or SGLang either."""
+ALREADY_SO: dict[str, list[Any]] = {
+    "parallel_tool_calls": [False],
+    "separate_reasoning": [False],
+    "spaces_between_special_tokens": [False],
+    "service_tier": ["default"],
+    "tool_choice": ["auto"],
+    "function_call": ["auto"],
+}
+"""What is not the default and yet what happens anyway, as there are no tools, no reasoning and one tier."""
+ASKS: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "Anna has 12 apples", "seed": 1},
+    CHAT: {"messages": [{"role": "user", "content": "Anna has 12 apples"}], "seed": 1},
+}
+OTHERS: dict[str, Any] = {
+    "model": "another",
+    "prompt": "Bob",
+    "messages": [{"role": "user", "content": "Bob"}],
+    "n": 2,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "stop": ["is"],
+    "stop_token_ids": [5],
+    "max_tokens": 2,
+    "max_completion_tokens": 3,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 3,
+    "min_p": 0.5,
+    "repetition_penalty": 1.5,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "logit_bias": {"5": 3},
+    "allowed_token_ids": [5],
+    "seed": 2,
+    "min_tokens": 4,
+    "ignore_eos": True,
+    "logprobs": {COMPLETIONS: 1, CHAT: True},
+    "top_logprobs": 2,
+    "truncate_prompt_tokens": 2,
+    "truncation_side": "right",
+    "request_id": "mine",
+    "rid": "mine",
+    "skip_special_tokens": False,
+    "add_special_tokens": {COMPLETIONS: False, CHAT: True},
+    "add_generation_prompt": False,
+    "chat_template_kwargs": {"style": "short"},
+    "documents": [{"title": "One", "text": "Anna"}],
+}
+"""A valid value that is not the default. For other fields: anything will do, as none must pass unseen."""
+BESIDE: dict[str, dict[str, Any]] = {
+    "stream_options": {"stream": True},
+    "top_logprobs": {"logprobs": True},
+    "include_stop_str_in_output": {"stop": ["is"]},
+    "no_stop_trim": {"stop": ["is"]},
+    "truncation_side": {"truncate_prompt_tokens": 2},
+}
+"""What a field needs beside it to mean something."""
+ANYTHING = [True, False, 0, 7, 2.5, "x", ["x"], [7], {"x": "x"}]
+DEPENDS = {"stop", "stream_options", "chat_template_kwargs"}
+"""Only the value above is sure to show: a text need not hold a stop string, nor a template a variable."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that a client sees, and all that an engine is told."""
+
+    status: int
+    body: str
+    told: str
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return dict(json.loads(self.body)["error"])
+
+
+def sensitive_text() -> Text:
+    """A tokenizer and a template with which every field about them shows."""
+    tokenizer = Tokenizer.from_str(byte_level_tokenizer().to_str())
+    start = tokenizer.token_to_id("<|endoftext|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
+    )
+    return Text(tokenizer, TEMPLATE + "{{ style }}{{ documents }}", {"eos_token": "<|im_end|>"})
+
+
+@pytest.fixture
+async def running(anyio_backend: str) -> Any:
+    backend = FakeBackend(says("The <|im_start|>answer is 7."))
+    metrics = Metrics()
+    app = create_app(backend, settings(), sensitive_text(), metrics, sensitive_text)
+    server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
+    async with aiohttp.ClientSession(headers={"X-Request-Id": "fixed"}) as http:
+        yield Running(server.url, backend, metrics, http, server, app[READING].worker)
+    await server.close()
+
+
+async def ask(running: Running, path: str, **body: Any) -> Seen:
+    running.backend.submitted.clear()
+    async with running.http.post(running.url + path, json=ASKS[path] | body) as response:
+        text = re.sub(r'"created":\d+', '"created":0', await response.text())
+        return Seen(response.status, text, repr(running.backend.submitted))
+
+
+def others(path: str, name: str) -> list[Any]:
+    value = OTHERS.get(name)
+    if isinstance(value, dict) and path in value:
+        value = value[path]
+    return ANYTHING if value is None else [value] if name in DEPENDS else [value, *ANYTHING]
+
+
+def needs(path: str, name: str) -> dict[str, Any]:
+    return {} if (path, name) == (COMPLETIONS, "top_logprobs") else BESIDE.get(name, {})
+
+
+def fields(path: str) -> dict[str, Field]:
+    table = (completion_fields if path == COMPLETIONS else chat_fields)(settings())
+    assert len({field.name for field in table}) == len(table), "each once"
+    return {field.name: field for field in table}
+
+
+def asks_for_nothing(path: str, name: str, value: Any) -> bool:
+    """Whether `value` is what the field is without being given, or what happens anyway."""
+    if name == "add_special_tokens":
+        return value is (path == COMPLETIONS)
+    if name in ALREADY_SO and any(value is one or value == one for one in ALREADY_SO[name]):
+        return True
+    if isinstance(value, bool):
+        return value is SWITCHES.get(name)
+    return isinstance(value, int | float) and value in NUMBERS.get(name, ())
+
+
+NUMBERS: dict[str, tuple[float, ...]] = {
+    "priority": (0,), "min_tokens": (0,), "min_new_tokens": (0,), "length_penalty": (1,), "n": (1,), "best_of": (1,),
+    "thinking_token_budget": (-1,), "stream_interval": (1,), "routed_experts_start_len": (0,),
+    "routed_experts_prompt_start": (0,), "top_logprobs": (0,), "temperature": (1,), "top_p": (1,), "top_k": (0, -1),
+    "min_p": (0,), "repetition_penalty": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "seed": (1,),
+    "truncate_prompt_tokens": (-1, 7),
+}  # fmt: skip
+"""Defaults by the vendors' documents; also what changes nothing for these prompts."""
+OFF = """
+    stream ignore_eos use_beam_search early_stopping watermarking include_stop_str_in_output no_stop_trim store
+    return_tokens_as_token_ids return_token_ids return_token_offsets return_hidden_states return_meta_info
+    return_routed_experts return_cached_tokens_details return_prompt_text return_prompt_token_ids echo
+    continue_final_message use_audio_in_video logprobs
+"""
+ON = """
+    detokenize return_mm_kwargs include_reasoning separate_reasoning stream_reasoning spaces_between_special_tokens
+    skip_special_tokens add_generation_prompt parallel_tool_calls
+"""
+SWITCHES: dict[str, bool] = {**dict.fromkeys(OFF.split(), False), **dict.fromkeys(ON.split(), True)}
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_a_known_field_is_honoured_or_refused_by_name(running: Running, path: str) -> None:
+    for name in sorted(KNOWN[path]):
+        beside = needs(path, name)
+        before = await ask(running, path, **beside)
+        assert before.status == 200
+        for value in others(path, name):
+            seen = await ask(running, path, **{**beside, name: value})
+            if seen.status != 200:
+                assert seen.status in (400, 404)
+                assert re.split(r"[.\[]", seen.error["param"])[0] == name, (value, seen.error)
+                assert name in seen.error["message"]
+            elif name not in LABELS and not asks_for_nothing(path, name, value):
+                assert seen != before, f"{name}: {value!r} was accepted and had no effect"
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_a_value_that_asks_for_nothing_is_accepted(running: Running, path: str) -> None:
+    """Null always; and what the table says that a field which is not honoured may be."""
+    for name, field in fields(path).items():
+        before = await ask(running, path, **needs(path, name))
+        values = [] if field.required else [None]
+        if isinstance(field.kind, OneOf) and name != "truncation_side":
+            values += field.kind.allowed
+        for value in values:
+            seen = await ask(running, path, **{**needs(path, name), name: value})
+            assert seen.status == 200, (name, value, seen.body)
+            assert seen == before or name == "seed", (name, value)
+
+
+def test_a_valid_value_of_each_honoured_field_is_tried() -> None:
+    """Else the first property could hold because nothing valid was sent."""
+    for path in (COMPLETIONS, CHAT):
+        for name, field in fields(path).items():
+            if name in OTHERS and not isinstance(field.kind, OneOf | Label):
+                field.kind.read(others(path, name)[0], name)
+            elif not isinstance(field.kind, OneOf | Label):
+                assert not all(refused(field, value) for value in ANYTHING), name
+
+
+def refused(field: Field, value: Any) -> ApiError | None:
+    try:
+        field.kind.read(value, field.name)
+    except ApiError as error:
+        return error
+    return None
+
+
+def test_refusals_have_the_code_for_it() -> None:
+    for path in (COMPLETIONS, CHAT):
+        for field in fields(path).values():
+            if isinstance(field.kind, OneOf):
+                refusal = refused(field, {"x": "x"})
+                assert refusal is not None
+                assert (refusal.code, refusal.status) == ("unsupported_parameter", 400)
+
+
+def test_labels_are_few() -> None:
+    for path in (COMPLETIONS, CHAT):
+        assert {name for name, field in fields(path).items() if isinstance(field.kind, Label)} <= LABELS
+
+
+GUIDED = [
+    {"structured_outputs": {"regex": "a+"}},
+    {"guided_json": {}, "guided_regex": "a+"},
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+    {"response_format": {"type": "text", "json_schema": {}}},
+    {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    {"tool_choice": "required"},
+    {"stream": True, "stream_options": {"include_obfuscation": True}},
+]
+
+
+@pytest.mark.parametrize("body", GUIDED, ids=json.dumps)
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_what_shapes_the_answer_is_refused(running: Running, path: str, body: dict[str, Any]) -> None:
+    seen = await ask(running, path, **body)
+    assert seen.status == 400
+    assert seen.error["code"] == "unsupported_parameter"
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@hypothesis_settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data(), JSON)
+def test_any_value_of_any_field_is_read_or_refused_by_name(data: st.DataObject, value: Any) -> None:
+    path = data.draw(st.sampled_from([COMPLETIONS, CHAT]))
+    name = data.draw(st.sampled_from(sorted(KNOWN[path])))
+    refusal = refused(fields(path)[name], value)
+    if refusal is not None:
+        assert refusal.status == 400
+        assert (refusal.param or "").startswith(name)
+
+
+async def test_unknown_fields_are_ignored_and_said_once(running: Running) -> None:
+    before = await ask(running, CHAT, stream=True, stream_options={})
+    with capture_logs() as lines:
+        for _ in range(2):
+            seen = await ask(
+                running, CHAT, stream=True, stream_options={"no_such": 1}, no_such_field="x" * 1000
+            )
+            assert seen == before
+    said = sorted(line["field"] for line in lines if "unknown request field" in line["event"])
+    assert said == ["'no_such_field'", "'stream_options.no_such'"]
+
+
+async def test_a_flood_of_unknown_names_is_not_a_flood_of_lines(running: Running) -> None:
+    with capture_logs() as lines:
+        for round_ in range(5):
+            names = {f"{'x' * 5000}{round_}": 1} | {f"field{round_}-{place}": 1 for place in range(300)}
+            assert (await ask(running, COMPLETIONS, **names)).status == 200
+    said = [line["field"] for line in lines if "unknown request field" in line["event"]]
+    assert 0 < len(said) <= 200
+    assert all(len(field) < 200 for field in said)
+
+
+async def test_the_official_names_of_one_model(running: Running) -> None:
+    assert (await ask(running, CHAT, model=MODEL)).status == 200
+
+
+def test_the_page_of_fields_is_up_to_date() -> None:
+    assert PAGE.read_text() == page(), "write it with python -m elastic_ep.gateway.reference"

@@ -1,0 +1,294 @@
+"""What the machines decide is carried out: effects reach whom they are for, and what ranks say the machines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from elastic_ep.group.group_lines import GroupLines
+from elastic_ep.group.port import LossCause, Unavailable
+from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.membership.events import GroupState
+from elastic_ep.wire.messages import (
+    Assign,
+    Drain,
+    FailureCode,
+    Heartbeat,
+    Hello,
+    Member,
+    RankState,
+    SamplingParams,
+    Shutdown,
+    StepReport,
+    Token,
+)
+from elastic_ep.wire.store_messages import StoreDelete, StoreGet, StoreSet, StoreValue
+from tests.group.test_controller import simulate
+from tests.kit.fake_group import FakeGroup
+
+ALL = [Member(0, 1), Member(1, 1), Member(2, 1)]
+AGAIN = Member(1, 2)
+
+
+def metric(group: FakeGroup, name: str, **labels: str) -> float:
+    value = group.controller.metrics.registry.get_sample_value(f"elastic_ep:{name}", labels)
+    assert value is not None, f"{name} {labels} is not there"
+    return value
+
+
+def report(group: FakeGroup, member: Member, *tokens: Token, step: int = 7) -> StepReport:
+    epoch = group.controller.machine.view.epoch
+    return StepReport(*member, step, epoch, 1, 2, tokens, running=3, waiting=2, operations=9, cpu_ms=5)
+
+
+def test_who_said_hello_is_watched_and_held_while_it_starts() -> None:
+    async def main(group: FakeGroup) -> None:
+        assert sorted(group.processes.watched) == ALL
+        for member in ALL:
+            assert group.processes.held.count(member) == 3, "in each state on its way"
+            assert group.controller.facts[member].pid == 1000 + member.rank
+        group.controller.facts.clear()
+        group.controller.on_message(Hello(*ALL[0], 77))  # sooner than the launcher has said so
+        assert group.controller.facts[ALL[0]].pid == 77
+        group.controller.on_message(Heartbeat(*ALL[0], 1, 0, 0, None, False))
+        assert group.processes.held.count(ALL[0]) == 3, "not while it serves"
+        group.kill(1)
+        await group.until(lambda: AGAIN in group.processes.held, "it starts again")
+        held = group.processes.held.count(AGAIN)
+        if group.controller.machine.slots[1].state is not RankState.SERVING:
+            group.controller.on_message(Heartbeat(*AGAIN, 0, 0, 0, None, False))
+            assert group.processes.held.count(AGAIN) == held + 1
+
+    simulate(main)
+
+
+def test_a_joiner_waits_until_its_device_is_free_of_the_dead() -> None:
+    async def main(group: FakeGroup) -> None:
+        group.processes.occupied[1] = []
+        group.kill(1)
+        await asyncio.sleep(5.0)
+        assert len(group.processes.occupied[1]) == 1
+        assert group.controller.machine.slots[1].state is RankState.INIT_DIST
+        group.kill(1)
+        await asyncio.sleep(5.0)
+        assert len(group.processes.occupied[1]) == 2
+        group.processes.free(1)  # the first of them is dead by now
+        await group.until(lambda: group.all_serve, "it joins")
+        assert group.ranks[1].member == Member(1, 3)
+        assert not group.processes.fenced
+
+    simulate(main)
+
+
+def test_what_is_known_of_a_dead_rank_goes_with_it() -> None:
+    async def main(group: FakeGroup) -> None:
+        controller = group.controller
+        group.ranks[1].say(StoreSet(*ALL[1], "1/its", b"x"))
+        await asyncio.sleep(0.01)
+        assert ALL[1] in controller.repairs.states
+        group.kill(1)
+        assert ALL[1] not in controller.facts
+        assert ALL[1] not in controller.repairs.states
+        assert ALL[1] not in controller.repairs.machine.members
+        await group.until(lambda: group.all_serve, "it is back")
+        assert AGAIN in controller.repairs.states
+
+    simulate(main)
+
+
+def test_ranks_leave_each_other_values() -> None:
+    async def main(group: FakeGroup) -> None:
+        group.ranks[0].say(StoreGet(*ALL[0], ("key",)))
+        group.ranks[1].say(StoreSet(*ALL[1], "key", b"value"))
+        await asyncio.sleep(0.01)
+        assert StoreValue("key", b"value") in group.ranks[0].told
+        group.ranks[1].say(StoreDelete(*ALL[1], "key"))
+        group.ranks[2].say(StoreGet(*ALL[2], ("key",)))
+        await asyncio.sleep(0.01)
+        assert StoreValue("key", b"value") not in group.ranks[2].told
+
+    simulate(main)
+
+
+def test_requests_go_to_ranks_and_their_tokens_to_clients_through_a_loss() -> None:
+    async def main(group: FakeGroup) -> None:
+        steps: list[int] = []
+        group.controller.on_step = steps.append
+        stream = group.router.submit((1, 2), SamplingParams(2), 0, 0)
+        await asyncio.sleep(0.01)
+        (first,) = [n for n, rank in group.ranks.items() if any(isinstance(m, Assign) for m in rank.told)]
+        group.controller.on_message(report(group, group.ranks[first].member, Token(0, 0, 5)))
+        facts = group.controller.facts[group.ranks[first].member]
+        assert (facts.running, facts.waiting, facts.step) == (3, 2, 7)
+        assert group.controller.step == 7
+        assert steps == [7]
+        group.kill(first)
+        await asyncio.sleep(0.01)
+        (second,) = [
+            n
+            for n, rank in group.ranks.items()
+            if n != first and any(isinstance(m, Assign) and m.emitted == (5,) for m in rank.told)
+        ]
+        group.controller.on_message(
+            report(group, group.ranks[second].member, Token(0, 1, 6, "length"), step=8)
+        )
+        assert [token.token for token in await anext(stream)] == [5, 6]
+        await group.until(lambda: group.all_serve, "it is back")
+        last = group.controller.ledger.last(first)
+        assert last is not None
+        assert last.requests == 1, "who took over is asked of the router"
+
+    simulate(main)
+
+
+CAUSES = {
+    "a suspicion": (
+        lambda group: group.controller.suspect(ALL[1], LossCause.HANG, "hang: it sits there"),
+        LossCause.HANG, "it sits there",
+    ),
+    "nobody's blame": (
+        lambda group: group.controller.feed(ev.Suspected(ALL[1], "late")),
+        LossCause.TIMEOUT, "late",
+    ),
+    "its own words": (
+        lambda group: group.ranks[1].say(_failed("the disk is on fire")),
+        LossCause.EXCEPTION, "the disk is on fire",
+    ),
+}  # fmt: skip
+
+
+def _failed(why: str) -> Any:
+    from elastic_ep.wire.messages import RankReport
+
+    return RankReport(*ALL[1], RankState.FAILED, why)
+
+
+@pytest.mark.parametrize(("act", "cause", "why"), CAUSES.values(), ids=CAUSES.keys())
+def test_the_ledger_knows_why_a_rank_was_fenced(act: Any, cause: LossCause, why: str) -> None:
+    async def main(group: FakeGroup) -> None:
+        act(group)
+        await group.until(lambda: group.ranks[1].member == AGAIN and group.all_serve, "it is back")
+        assert group.processes.fenced == [ALL[1]]
+        last = group.controller.ledger.last(1)
+        assert last is not None
+        assert (last.incarnation, last.state, last.cause) == (1, RankState.SERVING, cause)
+        assert why in last.why
+        assert metric(group, "rank_losses_total", cause=cause) == 1.0
+        assert last.back_after_s is not None
+
+    simulate(main)
+
+
+@contextmanager
+def told_when_back(group: FakeGroup) -> Iterator[list[float | None]]:
+    told: list[float | None] = []
+    gone = group.controller.ledger.gone
+
+    def spy(member: Member, status: str, again_in_s: float | None) -> None:
+        told.append(again_in_s)
+        gone(member, status, again_in_s)
+
+    group.controller.ledger.gone = spy  # type: ignore[method-assign]
+    yield told
+
+
+def test_the_ledger_is_told_when_the_rank_is_started_again() -> None:
+    async def main(group: FakeGroup) -> None:
+        with told_when_back(group) as told:
+            for _ in range(5):
+                died_at = group.loop.time()
+                launched = len(group.processes.launched)
+                group.kill(1)
+                again_in_s = told[-1]
+                assert again_in_s is not None
+                while len(group.processes.launched) == launched:
+                    await asyncio.sleep(0.005)
+                assert abs(group.loop.time() - died_at - again_in_s) < 0.02
+                await asyncio.sleep(0.001)
+        assert told[-1] > 0.0  # type: ignore[operator]  # checked above
+
+    simulate(main)
+
+
+def test_the_view_and_the_states_are_in_the_metrics() -> None:
+    async def main(group: FakeGroup) -> None:
+        assert metric(group, "epoch") == group.controller.machine.view.epoch == 1
+        assert metric(group, "rank_state", rank="1", state="Serving") == 1.0
+        assert group.controller.serving.is_set()
+        group.kill(1)
+        assert metric(group, "epoch") == 2.0
+        assert metric(group, "rank_state", rank="1", state="Serving") == 0.0
+        await group.until(lambda: group.all_serve, "it is back")
+        assert metric(group, "epoch") == group.controller.machine.view.epoch > 2
+
+    simulate(main)
+
+
+def test_when_nothing_will_serve_all_requests_fail_and_none_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[GroupState] = []
+    monkeypatch.setattr(GroupLines, "moved", lambda _lines, state: said.append(state))
+
+    async def main(group: FakeGroup) -> None:
+        stream = group.router.submit((1,), SamplingParams(2), 0, 0)
+        assert not group.controller.over.is_set()
+        for number in (0, 1, 2):
+            group.kill(number)
+        await asyncio.sleep(1.0)
+        assert group.controller.over.is_set()
+        assert [batch async for batch in stream] == []
+        assert stream.failure is not None
+        assert stream.failure.code is FailureCode.UNAVAILABLE
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                group.router.submit((1,), SamplingParams(2), 0, 0)
+        assert said[:2] == [GroupState.ADMITTING, GroupState.SERVING]
+
+    simulate(main, relaunch_limit=0)
+
+
+def test_a_stop_drains_then_ends_all() -> None:
+    async def main(group: FakeGroup) -> None:
+        controller = group.controller
+        controller.feed(ev.StopRequested())
+        await asyncio.sleep(0.01)
+        assert all(Drain() in rank.told for rank in group.ranks.values())
+        assert not any(rank.accepting for rank in group.router.machine.ranks.values())
+        assert not controller.stopped.is_set()
+        controller.feed(ev.StopRanks())
+        await asyncio.sleep(0.01)
+        assert all(Shutdown() in rank.told for rank in group.ranks.values())
+        assert controller.stopped.is_set()
+        assert all(controller.ledger.last(rank) is None for rank in group.ranks), "nothing was lost"
+
+    simulate(main)
+
+
+def test_a_rank_that_falls_silent_is_fenced_and_nobody_else() -> None:
+    async def main(group: FakeGroup) -> None:
+        controller = group.controller
+        watch = asyncio.create_task(controller.watch_progress())
+        group.ranks[1].silent = True
+
+        def beat(count: int) -> None:
+            for rank in list(group.ranks.values()):
+                seated = rank.member in controller.machine.view.members
+                parked = seated and controller.machine.view.park_at is not None
+                rank.say(Heartbeat(*rank.member, count, count, count, None, parked))
+            group.loop.call_later(0.1, beat, count + 1)
+
+        controller.feed(ev.WorkBegan())
+        beat(1)
+        await group.until(lambda: group.processes.fenced != [], "the silent one is found", 20.0)
+        await group.until(lambda: group.all_serve, "it is back")
+        await asyncio.sleep(10.0)
+        assert group.processes.fenced == [ALL[1]]
+        last = controller.ledger.last(1)
+        assert last is not None
+        assert last.cause is LossCause.HANG
+        watch.cancel()
+
+    simulate(main)

@@ -1,0 +1,349 @@
+"""The real controller, repairs and router around ranks that live on the same event loop and do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+from unittest import mock
+
+from elastic_ep.gateway import router as router_module
+from elastic_ep.gateway.router import Router
+from elastic_ep.group import controller as controller_module
+from elastic_ep.group.controller import Controller
+from elastic_ep.group.metrics import Metrics
+from elastic_ep.machines.experts.events import RepairConfig
+from elastic_ep.machines.experts.repair import RepairMachine
+from elastic_ep.machines.membership.events import MembershipConfig, Start
+from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.machines.membership.progress import ProgressMachine
+from elastic_ep.machines.rank import member as rk
+from elastic_ep.machines.rank.member import MemberMachine
+from elastic_ep.machines.requests.events import RoutingConfig
+from elastic_ep.placement import EMPTY, launch_placement
+from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.wire.messages import (
+    Beat,
+    Hello,
+    Member,
+    Numbered,
+    Promise,
+    Published,
+    RankReport,
+    RankState,
+    Shutdown,
+    Snapshot,
+    SnapshotRequest,
+)
+from elastic_ep.wire.slot_messages import (
+    CopySlot,
+    PlacementSeen,
+    SlotCopied,
+    SlotSum,
+    SlotSums,
+    StateAddress,
+    StateReady,
+    SumSlots,
+)
+from tests.kit.virtual_time import VirtualClock, VirtualTimeLoop
+
+SYNC_RETRY_S = 0.02
+SPOILT = 1_000_000
+Place = tuple[int, int]
+"""(layer, physical expert)"""
+
+
+def checksum_of(layer: int, content: int) -> int:
+    return 1000 * layer + content
+
+
+class FakeLog:
+    private = False
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, dict[str, Any]]] = []
+        self.recorded: list[tuple[str, Any, Sequence[Any]]] = []
+
+    def note(self, kind: str, /, **facts: Any) -> None:
+        self.notes.append((kind, facts))
+
+    def record(self, machine: str, event: object, effects: Sequence[object]) -> None:
+        self.recorded.append((machine, event, effects))
+
+    def effects(self, kind: type) -> list[Any]:
+        return [effect for _, _, effects in self.recorded for effect in effects if isinstance(effect, kind)]
+
+
+class FakeRank:
+    """A rank's control loop with the real member machine; its steps, bytes and copies are a table."""
+
+    def __init__(self, group: FakeGroup, member: Member) -> None:
+        self.group = group
+        self.member = member
+        self.machine = MemberMachine(member)
+        self.mailbox = Mailbox(lambda: None)
+        self.alive = True
+        self.heard_pub = False
+        self.said_ready = False
+        self.told: list[Any] = []
+        """What it alone was told."""
+        self.silent = False
+        """Alive, and neither hears nor says anything."""
+        self.contents: dict[Place, int] = {}
+        """What lies in this rank's slots: the expert's number, for the bytes that are right."""
+        placement = group.controller.repairs.placement
+        for layer in range(len(placement.slots)):
+            for slot, logical in enumerate(placement.on_rank(layer, member.rank)):
+                self.contents[layer, member.rank * placement.slots_per_rank + slot] = logical
+
+    def start(self) -> None:
+        self.say(Hello(*self.member, 1000 + self.member.rank))
+        for state in (RankState.INIT_CUDA, RankState.INIT_DIST):
+            self.say(RankReport(*self.member, state))
+        self.say(StateReady(*self.member, StateAddress(f"host:{self.member.rank}", ()), dense_sum=0))
+        self._synchronise()
+
+    def say(self, message: Any) -> None:
+        self.group.carry(self.member, message)
+
+    def _synchronise(self) -> None:
+        if not self.alive or self.said_ready:
+            return
+        if self.heard_pub and self.machine.number is not None:
+            self.said_ready = True
+            self.say(RankReport(*self.member, RankState.JOINING))
+        else:
+            self.say(SnapshotRequest(*self.member))
+            self.group.loop.call_later(SYNC_RETRY_S, self._synchronise)
+
+    def hear(self, message: Any) -> None:
+        if self.alive and not self.silent:
+            self._hear(message)
+
+    def _hear(self, message: Any) -> None:
+        if not isinstance(message, Numbered):
+            self.told.append(message)
+        match message:
+            case Numbered() | Snapshot():
+                self.heard_pub = self.heard_pub or isinstance(message, Numbered)
+                self._perform(self.machine.step(message))
+            case SumSlots(ticket):
+                self.say(SlotSums(*self.member, ticket, self._sums()))
+            case CopySlot():
+                self.group.ordered(self, message)
+            case Shutdown():
+                self.say(RankReport(*self.member, RankState.STOPPED))
+                self.group.end(self.member, "0")
+
+    def _perform(self, effects: Iterable[rk.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case rk.AskSnapshot():
+                    if self.said_ready:
+                        self.group.loop.call_later(SYNC_RETRY_S, self.say, SnapshotRequest(*self.member))
+                case rk.MakePromise(attempt, seated):
+                    self.say(Promise(*self.member, attempt, self.mailbox.promise() if seated else 0))
+                case rk.AdoptPlacement(placement):
+                    self.say(PlacementSeen(*self.member, placement.version))
+                case rk.Expelled():
+                    self.group.end(self.member, "expelled")
+
+    def _sums(self) -> tuple[SlotSum, ...]:
+        return tuple(SlotSum(*place, checksum_of(place[0], held)) for place, held in self.contents.items())
+
+    def copy(self, order: CopySlot, error: str = "", spoil: int = 0) -> None:
+        """Carry out the order: from another rank's memory if it names one."""
+        if not self.alive:
+            return
+        content = order.logical
+        if order.origin is not None:
+            placement = self.group.controller.repairs.placement
+            source = self.group.ranks.get(placement.rank_of(order.origin))
+            if source is None or not source.alive:
+                error = error or "the source is gone"
+            else:
+                content = source.contents[order.layer, order.origin]
+        content += spoil
+        checksum = checksum_of(order.layer, content)
+        if not error and order.checksum in (None, checksum):
+            self.contents[order.layer, order.physical] = content
+        done = SlotCopied(*self.member, order.ticket, 0 if error else checksum, error)
+        self.group.copied(self, order, done)
+        self.say(done)
+
+
+class FakeWire:
+    """`ControllerWire`, to the ranks of a `FakeGroup`. `loses` says which message a rank does not get."""
+
+    def __init__(self, group: FakeGroup) -> None:
+        self._group = group
+        self.number = 0
+        self.dropped = 0
+
+    def publish(self, body: Published) -> None:
+        if not isinstance(body, Beat):
+            self.number += 1
+        message = Numbered(self.number, body)
+        for rank in list(self._group.ranks.values()):
+            self._group.deliver(rank, message)
+
+    def send(self, member: Member, message: Any) -> None:
+        rank = self._group.ranks.get(member.rank)
+        if rank is not None and rank.member == member:
+            self._group.deliver(rank, message)
+
+
+@dataclass
+class FakeProcesses:
+    group: FakeGroup
+    launched: list[Member] = field(default_factory=list)
+    fenced: list[Member] = field(default_factory=list)
+    watched: list[Member] = field(default_factory=list)
+    held: list[Member] = field(default_factory=list)
+    occupied: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    """By rank, who waits until its device is free; ranks that are not named are."""
+
+    def launch(self, member: Member) -> None:
+        self.launched.append(member)
+        self.group.loop.call_soon(self.group.begin, member)
+
+    def fence(self, member: Member) -> None:
+        self.fenced.append(member)
+        self.group.loop.call_soon(self.group.end, member, "SIGKILL")
+
+    def watch(self, member: Member) -> None:
+        self.watched.append(member)
+
+    def hold(self, member: Member) -> None:
+        self.held.append(member)
+
+    def when_free(self, rank: int, then: Callable[[], None]) -> None:
+        if rank in self.occupied:
+            self.occupied[rank].append(then)
+        else:
+            then()
+
+    def free(self, rank: int) -> None:
+        for then in self.occupied.pop(rank):
+            then()
+
+
+class FakeGroup:
+    """`ranks` are those of the newest launches. Needs a running `VirtualTimeLoop`.
+
+    `loses(rank, message)`: whether a message to this rank is lost. `ordered(rank, order)`: what becomes of an order
+    to copy; by default it is carried out at once. `copied` is told of the outcome.
+    """
+
+    def __init__(
+        self,
+        loop: VirtualTimeLoop,
+        ranks: int = 3,
+        experts: int = 4,
+        redundant: int = 4,
+        spare: int = 0,
+        layers: int = 2,
+        **membership: int,
+    ) -> None:
+        self.loop = loop
+        self.ranks: dict[int, FakeRank] = {}
+        self.log = FakeLog()
+        self.processes = FakeProcesses(self)
+        self.loses: Callable[[FakeRank, Any], bool] = lambda _rank, _message: False
+        self.ordered: Callable[[FakeRank, CopySlot], None] = lambda rank, order: rank.copy(order)
+        self.copied: Callable[[FakeRank, CopySlot, SlotCopied], None] = lambda _rank, _order, _done: None
+        self.wire = FakeWire(self)
+        placement = launch_placement(ranks, layers, experts, redundant, spare)
+        notices: deque[Any] = deque()
+        self.router = Router(
+            RoutingConfig(max_num_seqs=2, max_queued=8, request_timeout_ms=20_000),
+            send=cast(Any, self.wire.send), record=self.log.record, notify=notices.append,
+        )  # fmt: skip
+        self.controller = Controller(
+            machine=MembershipMachine(ranks, placement, MembershipConfig(**membership)),
+            progress=ProgressMachine(),
+            repair=RepairMachine(placement, RepairConfig()),
+            processes=self.processes,
+            wire=cast(Any, self.wire),
+            router=self.router,
+            log=cast(Any, self.log),
+            metrics=Metrics(),
+            on_change=lambda: None,
+        )
+
+    # What happens to ranks
+
+    def launch(self) -> None:
+        self.controller.feed(Start())
+
+    def begin(self, member: Member) -> None:
+        rank = self.ranks[member.rank] = FakeRank(self, member)
+        self.controller.on_launched(member, 1000 + member.rank)
+        rank.start()
+
+    def end(self, member: Member, status: str, cause: str = "pidfd") -> None:
+        """The process ends, and the controller hears of it."""
+        rank = self.ranks.get(member.rank)
+        if rank is None or rank.member != member or not rank.alive:
+            return
+        rank.alive = False
+        self.controller.on_death(member, cause, int(self.loop.time() * 1e9))
+        self.controller.on_gone(member, status)
+
+    def kill(self, number: int) -> Member:
+        member = self.ranks[number].member
+        self.end(member, "SIGKILL")
+        return member
+
+    # What passes between them
+
+    def deliver(self, rank: FakeRank, message: Any) -> None:
+        if not self.loses(rank, message):
+            self.loop.call_soon(rank.hear, message)
+
+    def carry(self, member: Member, message: Any) -> None:
+        rank = self.ranks[member.rank]
+        if rank.member == member and rank.alive and not rank.silent:
+            self.loop.call_soon(self._heard, rank, message)
+
+    def _heard(self, rank: FakeRank, message: Any) -> None:
+        if rank.alive:
+            self.controller.on_message(message)
+
+    # What can be seen
+
+    @property
+    def all_serve(self) -> bool:
+        slots = self.controller.machine.slots.values()
+        return all(slot.state is RankState.SERVING for slot in slots)
+
+    async def until(self, condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+        limit = self.loop.time() + seconds
+        while not condition():
+            assert self.loop.time() < limit, f"not within {seconds} s: {what}"
+            await asyncio.sleep(0.01)
+
+    def wrong(self) -> set[Place]:
+        """Slots of the living that the placement names and whose bytes are another's."""
+        placement = self.controller.repairs.placement
+        return {
+            (layer, physical)
+            for layer, row in enumerate(placement.slots)
+            for physical, logical in enumerate(row)
+            if logical != EMPTY
+            and (rank := self.ranks[placement.rank_of(physical)]).alive
+            and rank.contents[layer, physical] != logical
+        }
+
+
+@contextmanager
+def clocks_of(loop: VirtualTimeLoop) -> Any:
+    """The controller and the router go by the loop's time."""
+    clock = VirtualClock(loop)
+    with ExitStack() as stack:
+        for module in (controller_module, router_module):
+            stack.enter_context(mock.patch.object(module, "time", clock))
+        yield

@@ -1,0 +1,124 @@
+"""A launcher with its events, and processes seen from outside. Every wait has a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+
+from elastic_ep.host.launcher import Launched, Launcher, LauncherEvent, LauncherOptions
+from elastic_ep.wire.messages import Member
+
+DEADLINE_S = 20.0
+T = TypeVar("T", bound=LauncherEvent)
+
+
+class Hellos:
+    """The pipe that the test ranks say hello into."""
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe()
+        self._buffer = b""
+
+    def next(self) -> dict[str, Any]:
+        """Blocks; the event loop may wait: nothing else is to happen before the hello."""
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([self.read_end], [], [], DEADLINE_S)
+            assert ready, "no hello in time"
+            self._buffer += os.read(self.read_end, 65536)
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        facts: dict[str, Any] = json.loads(line)
+        return facts
+
+    async def next_async(self) -> dict[str, Any]:
+        return await anyio.to_thread.run_sync(self.next)
+
+    def close(self) -> None:
+        os.close(self.read_end)
+        os.close(self.write_end)
+
+
+class Run:
+    def __init__(self, hellos: Hellos) -> None:
+        self.events: list[LauncherEvent] = []
+        self.hellos = hellos
+        self.launcher: Launcher
+        self._changed = anyio.Event()
+
+    def on_event(self, event: LauncherEvent) -> None:
+        self.events.append(event)
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def expect(self, kind: type[T], where: Callable[[T], bool] = lambda _: True) -> T:
+        """The first event of this kind, past or to come."""
+        with anyio.fail_after(DEADLINE_S):
+            while True:
+                for event in self.events:
+                    if isinstance(event, kind) and where(event):
+                        return event
+                await self._changed.wait()
+
+    async def launch(self, member: Member, do: str = "sleep", **config: Any) -> int:
+        self.launcher.launch(member, json.dumps({"do": do, **config}))
+        return (await self.expect(Launched, lambda event: event.member == member)).pid
+
+    async def up(self, member: Member, do: str = "sleep", **config: Any) -> dict[str, Any]:
+        """Launched, said hello, watched."""
+        await self.launch(member, do, **config)
+        facts = await self.hellos.next_async()
+        self.launcher.watch(member)
+        return facts
+
+    def of(self, member: Member) -> list[str]:
+        """The names of this member's events, in order."""
+        return [type(event).__name__ for event in self.events if getattr(event, "member", None) == member]
+
+
+@asynccontextmanager
+async def running(directory: Path, **options: Any) -> AsyncIterator[Run]:
+    hellos = Hellos()
+    run = Run(hellos)
+    settings = {"entry": "rank_entries:main", "preload": (), "max_ranks": 8, **options}
+    try:
+        async with Launcher(
+            LauncherOptions(directory=directory, windows_fd=hellos.write_end, **settings), run.on_event
+        ) as run.launcher:
+            with anyio.fail_after(60):
+                await run.launcher.start()
+            yield run
+    finally:
+        hellos.close()
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie (a container's init may not reap)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    """Poll for something that nothing announces; how long it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+def title(pid: int) -> str:
+    """What `ps` shows of the process."""
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0 ")

@@ -1,0 +1,33 @@
+"""A rank that is behind asks for a snapshot at its own pace, however often it learns that it is behind."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from elastic_ep.machines.rank.member import AskSnapshot
+from elastic_ep.rank.process import SYNC_RETRY_S
+from elastic_ep.wire.messages import SnapshotRequest
+from tests.kit.lone_rank import Wire, lone_rank
+
+BEATS = 2_000
+
+
+@pytest.mark.anyio
+async def test_a_storm_of_beats_makes_no_storm_of_requests() -> None:
+    """Every answer comes with a beat to all, so requests that follow beats at once feed each other for ever."""
+    wire = Wire()
+    rank = lone_rank(wire)
+    started = anyio.current_time()
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(rank._synchronise)
+            for _ in range(BEATS):
+                rank._perform([AskSnapshot()])
+                await anyio.lowlevel.checkpoint()
+            while len(wire.sent) < 2:  # it goes on asking until it is answered
+                await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+    most = (anyio.current_time() - started) / SYNC_RETRY_S + 2
+    assert set(wire.sent) == {SnapshotRequest(0, 1)}
+    assert len(wire.sent) <= most

@@ -1,0 +1,190 @@
+"""The sockets: what has arrived is heard without anything else happening, and each rank speaks for itself alone."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from elastic_ep.wire.codec import encode
+from elastic_ep.wire.messages import Beat, Cancel, Hello, Member, Numbered, SnapshotRequest, View
+from elastic_ep.wire.sockets import ControllerWire, RankWire
+
+pytestmark = pytest.mark.anyio
+
+A, B = Member(0, 1), Member(1, 3)
+DEADLINE_S = 10.0
+ROUNDS = 20
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@dataclass
+class End:
+    """What one end has heard, and what it is waited for."""
+
+    heard: list[Any] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def hear(self, message: Any) -> None:
+        self.heard.append(message)
+        self.changed.set()
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while len(self.heard) < count:
+                self.changed.clear()
+                await self.changed.wait()
+
+
+class Ends:
+    """A controller and two ranks. A blocking `arrived` keeps the event loop out while a message comes in."""
+
+    def __init__(self, directory: Path) -> None:
+        self.controller = End()
+        self.ranks = {A: End(), B: End()}
+        self.blamed: list[Member | None] = []
+        self.wire = ControllerWire(
+            directory, self.controller.hear, lambda member, _why: self.blamed.append(member)
+        )
+        self.wires = {
+            member: RankWire(directory, member, end.hear, end.hear, lambda _id, _why: None)
+            for member, end in self.ranks.items()
+        }
+
+    async def settle(self) -> None:
+        """All sockets are connected, and everything that was sent is heard."""
+        for member, wire in self.wires.items():
+            wire.send(Hello(*member, 1))
+        await self.controller.until(2)
+        for member, end in self.ranks.items():
+            while not end.heard:
+                self.wire.publish(Beat())
+                await asyncio.sleep(0)
+            self.wire.send(member, Cancel(0))
+            async with asyncio.timeout(DEADLINE_S):
+                while Cancel(0) not in end.heard:
+                    end.changed.clear()
+                    await end.changed.wait()
+
+    def close(self) -> None:
+        for wire in self.wires.values():
+            wire.close()
+        self.wire.close()
+
+
+@asynccontextmanager
+async def connected(directory: Path) -> AsyncIterator[Ends]:
+    ends = Ends(directory)
+    try:
+        await ends.settle()
+        yield ends
+    finally:
+        ends.close()
+
+
+def arrived(socket: zmq.Socket[bytes]) -> None:
+    """Block until something has come in that the event loop has not been told of."""
+    ready, _, _ = select.select([int(socket.getsockopt(zmq.FD))], [], [], DEADLINE_S)
+    assert ready, "it does not come"
+
+
+async def test_a_controller_that_sends_hears_what_came_in_meanwhile(directory: Path) -> None:
+    """The send takes the news of the arrival off the socket; nothing else will ever tell of it."""
+    async with connected(directory) as ends:
+        for number in range(ROUNDS):
+            before = len(ends.controller.heard)
+            ends.wires[A].send(SnapshotRequest(*A))
+            arrived(ends.wire._router)
+            ends.wire.send(B, Cancel(number))
+            await ends.controller.until(before + 1)
+            assert ends.controller.heard[-1] == SnapshotRequest(*A)
+
+
+async def test_a_rank_that_sends_hears_what_came_in_meanwhile(directory: Path) -> None:
+    async with connected(directory) as ends:
+        for number in range(1, ROUNDS):
+            end = ends.ranks[A]
+            before = len(end.heard)
+            ends.wire.send(A, Cancel(number))
+            arrived(ends.wires[A]._dealer)
+            ends.wires[A].send(SnapshotRequest(*A))
+            await end.until(before + 1)
+            assert end.heard[-1] == Cancel(number)
+
+
+async def test_many_messages_at_once_are_all_heard_in_order(directory: Path) -> None:
+    """One edge tells of all of them."""
+    async with connected(directory) as ends:
+        before = len(ends.ranks[B].heard)
+        for number in range(500):
+            ends.wire.send(B, Cancel(number))
+        await ends.ranks[B].until(before + 500)
+        assert ends.ranks[B].heard[before:] == [Cancel(number) for number in range(500)]
+
+
+async def test_what_is_published_is_numbered_and_beats_repeat_the_number(directory: Path) -> None:
+    async with connected(directory) as ends:
+        start = {member: len(end.heard) for member, end in ends.ranks.items()}
+        views = [View(epoch, ()) for epoch in (1, 2)]
+        for body in (views[0], Beat(), views[1], Beat()):
+            ends.wire.publish(body)
+        assert ends.wire.number == 2
+        for member, end in ends.ranks.items():
+            await end.until(start[member] + 4)
+            assert end.heard[start[member] :] == [
+                Numbered(1, views[0]), Numbered(1, Beat()), Numbered(2, views[1]), Numbered(2, Beat()),
+            ]  # fmt: skip
+
+
+@pytest.mark.parametrize("claimed", [B, Member(0, 2), Member(0, 0), Member(10, 1)])
+async def test_a_rank_speaks_for_itself_alone(directory: Path, claimed: Member) -> None:
+    async with connected(directory) as ends:
+        before = len(ends.controller.heard)
+        ends.wires[A].send(SnapshotRequest(*claimed))
+        ends.wires[A].send(SnapshotRequest(*A))
+        await ends.controller.until(before + 1)
+        assert ends.controller.heard[before:] == [SnapshotRequest(*A)]
+        assert ends.blamed == [A], "whoever said it is to blame, and not whom it names"
+        assert ends.wire.dropped == 1
+
+
+async def test_what_cannot_be_read_is_counted_and_costs_nothing_else(directory: Path) -> None:
+    async with connected(directory) as ends:
+        before = len(ends.controller.heard)
+        raw = ends.wires[A]._dealer
+        raw.send(b"not a message")
+        raw.send_multipart([b"two", b"parts"])
+        ends.wires[A].send(SnapshotRequest(*A))
+        await ends.controller.until(before + 1)
+        assert ends.controller.heard[before:] == [SnapshotRequest(*A)]
+        assert ends.wire.dropped == 2
+        assert ends.blamed == [A, A]
+        before = len(ends.ranks[A].heard)
+        ends.wire._router.send_multipart([b"0.1", b"not a message"])
+        ends.wire._pub.send(encode(Cancel(1)))
+        ends.wire.send(A, Cancel(2))
+        ends.wire.publish(Beat())
+        await ends.ranks[A].until(before + 2)
+        assert sorted(map(repr, ends.ranks[A].heard[before:])) == sorted(
+            map(repr, [Cancel(2), Numbered(0, Beat())])
+        )
+        assert ends.wires[A].dropped == 2
+
+
+async def test_to_a_rank_that_is_gone_nothing_is_kept_and_nothing_raises(directory: Path) -> None:
+    async with connected(directory) as ends:
+        ends.wire.send(Member(5, 1), Cancel(1))
+        before = len(ends.ranks[A].heard)
+        ends.wire.send(A, Cancel(2))
+        await ends.ranks[A].until(before + 1)
