@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -70,17 +70,14 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def fences(events: Path, since: int = 0) -> list[str]:
-    """The reason of every fence in the log, from byte `since` on."""
-    found = []
-    with events.open() as log:
-        log.seek(since)
-        for line in log:
-            if '"Fence"' in line:
-                with suppress(ValueError):  # the last line may be on its way
-                    effects = json.loads(line).get("said", ())
-                    found += [f"{effect[1]}: {effect[2]}" for effect in effects if effect[0] == "Fence"]
-    return found
+async def losses(session: aiohttp.ClientSession, target: Server) -> list[str]:
+    """Of each rank that was ever lost, how often, and why the last time."""
+    engines = (await status(session, target.url))["engines"]
+    return [
+        f"rank {engine['id']}, {engine['incarnation'] - 1} times, at last: {engine['last_loss']['why']}"
+        for engine in engines
+        if engine["last_loss"] is not None
+    ]
 
 
 async def time_a_hang(session: aiohttp.ClientSession, target: Server) -> float | None:
@@ -106,24 +103,19 @@ async def measure(target: Server, minutes: float, streams: int, busy: int) -> di
             began = time.monotonic()
             while (elapsed := time.monotonic() - began) < minutes * 60:
                 await asyncio.sleep(min(LOOK_EVERY_S, minutes * 60 - elapsed))
-                tokens = await generated(session, target.url)
+                tokens, lost = await generated(session, target.url), await losses(session, target)
                 said = f"{tokens:.0f} tokens, {load.answers} answers, load {os.getloadavg()[0]:.1f}"
-                print(f"{elapsed:6.0f} s, {said}, fences {fences(target.events)}", flush=True)
-            found = await status(session, target.url)
-            healthy_fenced = fences(target.events)
+                print(f"{elapsed:6.0f} s, {said}, losses {lost}", flush=True)
             hang_s = await time_a_hang(session, target)
-            if hang_s is not None and not fences(target.events):
-                raise RuntimeError(
-                    "a rank was fenced and is not counted: the log has another form than this reads"
-                )
+            if hang_s is not None and not await losses(session, target):
+                raise RuntimeError("a rank was fenced and the status does not tell of it")
         for task in running:
             task.cancel()
     return {
         "minutes": round(elapsed / 60, 2),
         "busy_processes": busy,
-        "fences_of_healthy_ranks": len(healthy_fenced),
-        "fences": healthy_fenced,
-        "ranks_lost": sum(engine["incarnation"] - 1 for engine in found["engines"]),
+        "healthy_ranks_lost": len(lost),
+        "losses": lost,
         "tokens": tokens,
         "answers": load.answers,
         "requests_failed": len(load.failures),

@@ -287,8 +287,8 @@ async def test_a_defect_in_the_process_is_raised_here_and_costs_no_process(worke
 
 KILLED = """
 import asyncio, sys
-from api.conftest import settings
-from api.held_text import held_text
+from tests.gateway.conftest import settings
+from tests.gateway.text.held_text import held_text
 from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
 async def main():
     worker = TextWorker(WorkerSetup(settings(), held_text))
@@ -302,7 +302,7 @@ asyncio.run(main())
 def test_it_does_not_outlive_the_run_process(tmp_path: Path) -> None:
     fifo = tmp_path / "held"
     os.mkfifo(fifo)
-    path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     with Bound(
         [sys.executable, "-c", KILLED, prompt(f"hold {fifo}").decode()],
         stdout=subprocess.PIPE,

@@ -15,7 +15,7 @@ import pytest
 from tests.kit.bound import Bound
 from tests.kit.harness import DEADLINE_S, alive, state, wait_until
 
-HERE = Path(__file__).parent
+KIT = Path(__file__).parent.parent / "kit"
 RANKS = 3
 LIMIT_S = 5.0
 
@@ -33,7 +33,7 @@ def mentioning(directory: Path) -> list[str]:
 @pytest.mark.parametrize("killed_first", [None, "server", "janitor"])
 def test_nothing_outlives_the_run_process(directory: Path, stopped: bool, killed_first: str | None) -> None:
     with Bound(
-        [sys.executable, str(HERE / "run_process.py"), str(directory), str(RANKS)],
+        [sys.executable, str(KIT / "run_process.py"), str(directory), str(RANKS)],
         stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.kit.bound import run
 
 DEADLINE_S = 400.0
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
 def check(*words: str) -> None:

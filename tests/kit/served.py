@@ -23,7 +23,7 @@ import aiohttp
 from elastic_ep.run import BUNDLED_MODEL
 from tests.kit.bound import Bound
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _URL = re.compile(r"http://[^\s/]+:\d+")
 MODEL = "default"
 START_DEADLINE_S = 60.0

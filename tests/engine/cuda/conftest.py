@@ -1,4 +1,4 @@
-"""The engine on a GPU. Files in `TWICE` run on the CPU too, through Triton's interpreter, as tests/kernels does it."""
+"""The engine on a GPU. Files in `TWICE` run on the CPU too, through Triton's interpreter, as tests/engine/kernels do."""
 
 from __future__ import annotations
 

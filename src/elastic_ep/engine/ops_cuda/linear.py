@@ -1,8 +1,8 @@
 """Matrix products whose bits for a row do not depend on the batch.
 
 cuBLAS picks its kernel, hence its order of summation, by shape: so every product runs on tiles of the same number of
-rows, as engine/ops_cpu/layers.py does on the processor. A decode's product reads its weights once and little else, whether it
-has one row or a tile of them.
+rows, as engine/ops_cpu/layers.py does on the CPU. A decode's product reads its weights once and little else, whether
+it has one row or a tile of them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ and Mooncake EP's low-latency layout.
 The products are computed transposed: the weights are the left operand, whose 64-row grain the tensor cores insist on,
 and the token rows are the right one, which may be as few as 16 (as DeepGEMM's swapped small-batch kernels do). One
 kind of instruction therefore serves one row and thousands, and it sums k in steps of 16 from the first to the last,
-each onto the accumulator: every shape of tile gives a row the same bits. tests/kernels/ holds it to that on the GPU.
+each onto the accumulator: every shape of tile gives a row the same bits, as tests/engine/kernels/ checks on the GPU.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""A private directory for what a test starts."""
+
 from __future__ import annotations
 
 import os
@@ -8,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+KIT = Path(__file__).parent
+ROOT = KIT.parent.parent
 
 
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A private directory, and this folder importable in child processes."""
+    """A private directory, and the kit importable in child processes."""
     old = os.environ.get("PYTHONPATH")
-    monkeypatch.setenv("PYTHONPATH", f"{HERE}:{old}" if old else str(HERE))
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(KIT), str(ROOT), *([old] if old else [])]))
     path = Path(tempfile.mkdtemp(prefix="eep-test-"))
     (path / "socket").touch()
     yield path
