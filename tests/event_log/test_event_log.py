@@ -205,7 +205,7 @@ def classes(hint: Any, seen: set[type]) -> set[type]:
     return seen
 
 
-NOT_LOGGED = {"balance", "placement", "registry", "snapshot", "tables"}
+NOT_LOGGED = {"experts.balance", "experts.planner", "registry", "snapshot", "tables"}
 
 
 def logged() -> set[type]:
@@ -213,10 +213,12 @@ def logged() -> set[type]:
     found: set[type] = set()
     for entry in MACHINES.values():
         classes(entry.event, found)
-    names = {module.name for module in pkgutil.iter_modules(elastic_ep.machines.__path__)}
-    assert names > NOT_LOGGED
-    for name in names - NOT_LOGGED:
-        module = importlib.import_module(f"elastic_ep.machines.{name}")
+    prefix = "elastic_ep.machines."
+    names = {module.name for module in pkgutil.walk_packages(elastic_ep.machines.__path__, prefix)}
+    not_logged = {prefix + name for name in NOT_LOGGED}
+    assert names > not_logged
+    for name in names - not_logged:
+        module = importlib.import_module(name)
         classes(getattr(module, "Effect", None), found)
         for value in vars(module).values():
             if isinstance(value, type) and value.__module__ == module.__name__:

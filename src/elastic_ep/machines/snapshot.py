@@ -258,6 +258,6 @@ def _tables() -> dict[str, Table]:
 def _public() -> Iterator[Any]:
     """All that the modules of machines and messages define."""
     package = importlib.import_module("elastic_ep.machines")
-    names = [f"elastic_ep.machines.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    names = [module.name for module in pkgutil.walk_packages(package.__path__, "elastic_ep.machines.")]
     for name in ("elastic_ep.wire.messages", "elastic_ep.placement", *names):
         yield from vars(importlib.import_module(name)).values()
