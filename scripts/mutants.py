@@ -48,6 +48,10 @@ OPERATORS = (
     "core/ReplaceContinueWithBreak", "core/ReplaceUnaryOperator_Delete_*", "core/NumberReplacer",
     "core/ExceptionReplacer", "core/ZeroIterationForLoop",
 )  # fmt: skip
+IDENTITY = tuple(
+    f"core/ReplaceComparisonOperator_{pair}" for pair in ("Eq_Is", "NotEq_IsNot", "Is_Eq", "IsNot_NotEq")
+)
+"""The same for what is compared here, or a matter of style."""
 
 
 class RemoveStatement(Operator):  # type: ignore[misc]  # cosmic-ray has no types
@@ -179,9 +183,16 @@ def sample(modules: Iterable[Path], number: int, seed: int) -> list[MutationSpec
 
 
 def is_felt(spec: MutationSpec) -> bool:
-    """Not in a declaration, nor a constant that is chosen and not derived."""
+    """Not in a declaration, nor in a machine's `check`, nor a constant that is chosen and not derived."""
     before = spec.module_path.read_text()
-    if spec.operator_name == "core/NumberReplacer" and not in_a_function(before, spec.start_pos[0]):
+    constant = spec.operator_name in (
+        "core/NumberReplacer",
+        "core/ReplaceTrueWithFalse",
+        "core/ReplaceFalseWithTrue",
+    )
+    if constant and not in_a_function(before, spec.start_pos[0]):
+        return False
+    if re.match("_?check", spec.definition_name or "") or spec.operator_name in IDENTITY:
         return False
     operator = cosmic_ray.plugins.get_operator(spec.operator_name)(**spec.operator_args)
     after = mutate_code(before, operator, spec.occurrence)

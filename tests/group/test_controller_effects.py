@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -290,5 +291,39 @@ def test_a_rank_that_falls_silent_is_fenced_and_nobody_else() -> None:
         assert last is not None
         assert last.cause is LossCause.HANG
         watch.cancel()
+
+    simulate(main)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("loss", "failover_stall"), ("gain", "rejoin_pause")])
+def test_what_survivors_felt_is_measured_and_told(kind: str, name: str) -> None:
+    """A survivor of three ranks makes its steps every 10 ms, but one of them takes 200 ms longer."""
+
+    async def main(group: FakeGroup) -> None:
+        controller = group.controller
+
+        def steps(numbers: range, ended_ms: int) -> None:
+            for index, step in enumerate(numbers):
+                times = {"started_ns": 0, "ended_ns": (ended_ms + 10 * index) * 1_000_000}
+                tokens = (Token(99, index, 1),)  # of a request that nobody knows any more
+                controller.on_message(replace(report(group, ALL[0], *tokens, step=step), **times))
+
+        controller.feed(ev.WorkBegan())
+        if kind == "gain":
+            group.kill(1)
+        steps(range(20), 1_000)
+        if kind == "loss":
+            group.processes.occupied[1] = []
+            group.kill(1)
+        else:
+            await group.until(lambda: group.all_serve, "it is back")
+        steps(range(20, 40), 1_400)
+        found = {
+            other: metric(group, f"{other}_seconds_count") for other in ("failover_stall", "rejoin_pause")
+        }
+        assert found[name] == 1.0, found
+        (noted,) = [facts for what, facts in group.log.notes if what == "disturbance"]
+        assert (noted["kind"], noted["rank"], noted["gap_s"], noted["beyond_s"]) == (kind, 0, 0.21, 0.2)
+        assert metric(group, f"{name}_seconds_sum") == pytest.approx(0.2)
 
     simulate(main)
