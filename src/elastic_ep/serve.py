@@ -257,12 +257,17 @@ class RunProcess:
     def _open_log(self) -> EventLog:
         config = self._config
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        folder = Path(config.log_dir) / run_id if config.event_log_mode is not EventLogMode.OFF else None
+        mode, limit = config.event_log_mode, config.event_log_max_mb << 20
         soon = asyncio.get_running_loop().call_soon
-        try:
-            return EventLog(folder, config.event_log_mode, max_bytes=config.event_log_max_mb << 20, soon=soon)
-        except OSError as error:
-            raise ConfigError(f"--log-dir {config.log_dir}: {error.strerror}") from error
+        for again in ("", *(f"-{number}" for number in range(2, 100))):
+            folder = Path(config.log_dir) / f"{run_id}{again}" if mode is not EventLogMode.OFF else None
+            try:
+                return EventLog(folder, mode, max_bytes=limit, soon=soon)
+            except FileExistsError:
+                continue  # in a container every run has the same pid
+            except OSError as error:
+                raise ConfigError(f"--log-dir {config.log_dir}: {error.strerror}") from error
+        raise ConfigError(f"--log-dir {config.log_dir}: {run_id} and all that follow exist")
 
     def _make_router(self, wire: ControllerWire) -> Router:
         seats = self._plan.limits.max_num_seqs

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import elastic_ep.machines
@@ -361,7 +361,7 @@ def test_flags() -> None:
 # How long it may be
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, phases=[Phase.generate])  # to shrink a run takes minutes
 @given(
     seed=st.integers(0, 1 << 32),
     events=st.integers(500, 1500),
