@@ -136,4 +136,5 @@ def test_the_window_is_the_newest_reports_of_each_rank(told: list[tuple[int, lis
         row for rank in range(RANKS + 1) for r, row in [t for t in told if t[0] == rank][-REPORTS_KEPT:]
     ]
     by_name = [sum(row[expert] for row in newest) for expert in range(EXPERTS)]
-    assert window.total(2, EXPERTS) == (tuple(by_name), tuple(2 * n for n in by_name))
+    assert window.of_layer(0, EXPERTS) == tuple(by_name)
+    assert window.of_layer(1, EXPERTS) == tuple(2 * n for n in by_name)

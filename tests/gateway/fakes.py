@@ -179,7 +179,7 @@ class FakeBackend:
         engine = EngineStatus(0, "healthy", "Serving", 1, 4711, 2, 0, "")
         return FaultToleranceStatus("Serving", 3, 1000, 1, (engine,))
 
-    def experts(self) -> ExpertsStatus:
+    async def experts(self) -> ExpertsStatus:
         slots = (SlotStatus(0, 0, 3, True, "00c0ffee"), SlotStatus(1, 0, None, True, None))
         return ExpertsStatus(5, 1, (LayerStatus(0, 1, slots),))
 

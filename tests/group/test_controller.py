@@ -306,7 +306,8 @@ def test_a_rank_that_breaks_the_protocol_costs_nobody_but_itself(said: list[Any]
         assert {member.rank for member in group.processes.fenced} <= speakers | accused
         await group.until(lambda: group.all_serve, "all serve again")
         placement = group.controller.repairs.placement
-        group.controller.repairs.loads.total(len(placement.slots), placement.num_experts)
+        for layer in range(len(placement.slots)):
+            group.controller.repairs.loads.of_layer(layer, placement.num_experts)
 
     simulate(main, relaunch_limit=1000)
 

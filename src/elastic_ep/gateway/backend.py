@@ -60,10 +60,10 @@ class GroupBackend:
         relaunched = self._controller.relaunch(asked)
         return Relaunch(relaunched, tuple(other for other in asked if other not in relaunched))
 
-    def experts(self) -> ExpertsStatus:
+    async def experts(self) -> ExpertsStatus:
         controller = self._controller
         ranks = [seat.rank for seat in controller.machine.view.seats]
-        return experts_status(controller.repair.placement, ranks, controller.repairs.proofs)
+        return await experts_status(controller.repair.placement, ranks, controller.repairs.proofs)
 
     async def verify(self) -> Verification:
         controller = self._controller

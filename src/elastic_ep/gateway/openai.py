@@ -21,8 +21,11 @@ from elastic_ep.gateway.shapes import (
     ChatShape,
     ChunkWriter,
     CompletionShape,
+    Json,
     Shape,
     Usage,
+    as_object,
+    logprobs_json,
     sse,
     usage_chunk,
     whole,
@@ -34,6 +37,7 @@ from elastic_ep.wire.messages import FailureCode
 
 _T = TypeVar("_T")
 Write = Callable[[bytes], Awaitable[None]]
+_AT_ONCE_BYTES = 1 << 18
 _EVENT_STREAM = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -122,13 +126,14 @@ class OpenAiHandlers:
                 return await self._stream(request, job, shape, answer, runs)
             choices = await _together([self._whole_choice(shape, job.output, run) for run in runs])
             beside = job.output.prompt_token_ids and not shape.prompt_ids_of_choice
-            body = whole(shape, answer, choices, _usage(job, runs), job.parts[0].prompt if beside else None)
-            return web.Response(body=body, content_type="application/json")
+            pieces = whole(shape, answer, choices, _usage(job, runs), job.parts[0].prompt if beside else None)
+            return await _send(request, list(pieces))
         except (ConnectionError, asyncio.CancelledError):
             self._metrics.disconnect()
             raise
         finally:
-            for stream in streams:
+            # Those that wait first: else each that runs would make room for one of them.
+            for stream in reversed(streams):
                 stream.cancel()
 
     def _run(self, job: Job, index: int, stream: Stream, started: float) -> _Run:
@@ -136,7 +141,7 @@ class OpenAiHandlers:
         reader = ChoiceReader(self._text, job.output, part.prompt)
         return _Run(index, stream, reader, Clock(self._metrics, started), part)
 
-    async def _whole_choice(self, shape: Shape, output: Output, run: _Run) -> dict[str, Any]:
+    async def _whole_choice(self, shape: Shape, output: Output, run: _Run) -> Json:
         reader, echo = run.reader, run.part.echo
         pieces = [echo]
         async for batch in run.stream:
@@ -145,13 +150,15 @@ class OpenAiHandlers:
             if reader.finish is not None:
                 break
         finish = self._finished(run)
-        logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, len(echo))
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = await logprobs_json(shape, reader.tokens, len(echo))
         choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
         if output.token_ids:
             choice["token_ids"] = [one.token.token for one in reader.tokens]
         if output.prompt_token_ids and shape.prompt_ids_of_choice:
             choice["prompt_token_ids"] = list(run.part.prompt)
-        return choice
+        return as_object(choice)
 
     async def _stream(
         self, request: web.Request, job: Job, shape: Shape, answer: Answer, runs: list[_Run]
@@ -213,6 +220,21 @@ class OpenAiHandlers:
         if finish is None or finish == "abort":
             raise failed(run.stream.failure or Failure(FailureCode.ABORTED, "the reason is unknown"))
         return finish
+
+
+async def _send(request: web.Request, pieces: list[bytes]) -> web.StreamResponse:
+    """As fast as the client takes it: a megabyte in one go would hold up the event loop."""
+    size = sum(map(len, pieces))
+    if size <= _AT_ONCE_BYTES:
+        return web.Response(body=b"".join(pieces), content_type="application/json")
+    headers = {"Content-Type": "application/json", "Content-Length": str(size)}
+    response = web.StreamResponse(headers=headers)
+    await response.prepare(request)
+    for piece in pieces:
+        for start in range(0, len(piece), _AT_ONCE_BYTES):
+            await response.write(piece[start : start + _AT_ONCE_BYTES])
+    await response.write_eof()
+    return response
 
 
 def _usage(job: Job, runs: list[_Run]) -> Usage:

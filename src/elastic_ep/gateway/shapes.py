@@ -5,8 +5,9 @@ A chunk differs from the one before only in its text, so everything around the t
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from elastic_ep.gateway.requests import Output
 from elastic_ep.gateway.spelled import SpelledToken
 
 _LEAST_LOGPROB = -9999.0  # as OpenAI writes minus infinity, which JSON cannot
+_TOKENS_A_TURN = 64
+"""With twenty alternatives each a few milliseconds."""
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _escape = json.encoder.encode_basestring_ascii
 
@@ -62,7 +65,7 @@ class Shape(Protocol):
         """What stands before and after the text in a streamed choice, up to its logprobs, as JSON."""
         ...
 
-    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> Any:
+    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> dict[str, Any]:
         """The logprobs object of `tokens`; the generated text begins at character `offset` of what is shown."""
         ...
 
@@ -82,7 +85,7 @@ class CompletionShape:
     def chunk_parts(self, index: int) -> tuple[str, str]:
         return f'{{"index":{index},"text":', ""
 
-    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> Any:
+    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> dict[str, Any]:
         return {
             "tokens": [_text(one.raw) for one in tokens],
             "token_logprobs": [_finite(one.token.logprob) for one in tokens],
@@ -115,7 +118,7 @@ class ChatShape:
     def chunk_parts(self, index: int) -> tuple[str, str]:
         return f'{{"index":{index},"delta":{{"content":', "}"
 
-    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> Any:
+    def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> dict[str, Any]:
         content = []
         for spelled in tokens:
             others = zip(spelled.token.top, spelled.top, strict=True)
@@ -181,18 +184,44 @@ def usage_chunk(shape: Shape, answer: Answer, usage: Usage) -> bytes:
     return sse({**_envelope(answer, shape.chunk_object), "choices": [], "usage": usage.plain()})
 
 
+class Json(str):
+    """Text that is JSON already."""
+
+
+async def logprobs_json(shape: Shape, tokens: Sequence[SpelledToken], offset: int) -> Json:
+    """`shape.logprobs(tokens, offset)` as JSON. Others have their turn of the event loop every few tokens."""
+    lists: dict[str, list[str]] = {}
+    rest: dict[str, Any] = {}
+    for start in range(0, max(1, len(tokens)), _TOKENS_A_TURN):
+        found = shape.logprobs(tokens[start : start + _TOKENS_A_TURN], offset)
+        for name, value in found.items():
+            if not isinstance(value, list):
+                rest[name] = value
+            elif made := _dumps(value)[1:-1]:
+                lists.setdefault(name, []).append(made)
+            else:
+                lists.setdefault(name, [])
+        await asyncio.sleep(0)
+    return as_object({name: Json(f"[{','.join(parts)}]") for name, parts in lists.items()} | rest)
+
+
+def as_object(fields: Mapping[str, Any]) -> Json:
+    parts = [
+        f"{_dumps(name)}:{value if isinstance(value, Json) else _dumps(value)}"
+        for name, value in fields.items()
+    ]
+    return Json(f"{{{','.join(parts)}}}")
+
+
 def whole(
-    shape: Shape,
-    answer: Answer,
-    choices: Sequence[dict[str, Any]],
-    usage: Usage,
-    prompt: Sequence[int] | None = None,
-) -> bytes:
-    """The body of a response that is not streamed. `prompt`: the token ids of all choices'."""
-    body = {**_envelope(answer, shape.whole_object), "choices": list(choices), "usage": usage.plain()}
-    if prompt is not None:
-        body["prompt_token_ids"] = list(prompt)
-    return _dumps(body).encode("ascii")
+    shape: Shape, answer: Answer, choices: Sequence[Json], usage: Usage, prompt: Sequence[int] | None = None
+) -> Iterator[bytes]:
+    """The body of a response that is not streamed, in pieces. `prompt`: the token ids of all choices'."""
+    yield _dumps({**_envelope(answer, shape.whole_object), "choices": []})[:-2].encode("ascii")
+    for place, choice in enumerate(choices):
+        yield f"{',' if place else ''}{choice}".encode("ascii")
+    ids = "" if prompt is None else f',"prompt_token_ids":{_dumps(list(prompt))}'
+    yield f'],"usage":{_dumps(usage.plain())}{ids}}}'.encode("ascii")
 
 
 def sse(body: dict[str, Any]) -> bytes:

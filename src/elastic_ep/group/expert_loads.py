@@ -18,12 +18,10 @@ class LoadWindow:
     def add(self, rank: int, loads: Loads) -> None:
         self._reports[rank].append(loads)
 
-    def total(self, num_layers: int, num_experts: int) -> tuple[tuple[float, ...], ...]:
-        """[layers][logical experts]: rows in the window, of all ranks; zeros before the first report."""
-        total = [[0.0] * num_experts for _ in range(num_layers)]
-        for reports in self._reports.values():
-            for report in reports:
-                for row, counts in zip(total, report, strict=True):
-                    for expert, count in enumerate(counts):
-                        row[expert] += count
-        return tuple(tuple(row) for row in total)
+    def of_layer(self, layer: int, num_experts: int) -> tuple[float, ...]:
+        """[logical experts]: rows in the window, of all ranks; zeros before the first report.
+
+        A layer at a time: of a large model all of them together would hold up the event loop.
+        """
+        rows = [report[layer] for reports in self._reports.values() for report in reports]
+        return tuple(map(float, map(sum, zip(*rows, strict=True)))) if rows else (0.0,) * num_experts

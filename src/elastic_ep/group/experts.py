@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import anyio.lowlevel
+
 from elastic_ep.group.audit import Proofs
 from elastic_ep.group.port import CorruptSlot, ExpertsStatus, LayerStatus, SlotStatus, Verification
 from elastic_ep.placement import EMPTY, Placement
@@ -12,10 +14,13 @@ from elastic_ep.wire.messages import Member
 VERIFY_DEADLINE_S = 30.0
 
 
-def experts_status(placement: Placement, ranks: Collection[int], proofs: Proofs) -> ExpertsStatus:
-    """`ranks` take part now."""
-    layers = tuple(_layer(placement, layer, ranks, proofs) for layer in range(len(placement.slots)))
-    return ExpertsStatus(placement.version, min(layer.tolerates for layer in layers), layers)
+async def experts_status(placement: Placement, ranks: Collection[int], proofs: Proofs) -> ExpertsStatus:
+    """`ranks` take part now. Others have their turn of the event loop between each two layers."""
+    layers = []
+    for layer in range(len(placement.slots)):
+        layers.append(_layer(placement, layer, ranks, proofs))
+        await anyio.lowlevel.checkpoint()
+    return ExpertsStatus(placement.version, min(layer.tolerates for layer in layers), tuple(layers))
 
 
 def _layer(placement: Placement, layer: int, ranks: Collection[int], proofs: Proofs) -> LayerStatus:

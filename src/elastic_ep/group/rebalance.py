@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import anyio
+import anyio.lowlevel
 import anyio.to_process
 import structlog
 
@@ -65,11 +66,14 @@ class Rebalancer:
             placement = self._repairs.placement
             if not members:
                 return Rebalancing(0, 0, 1.0, 1.0, placement.version)
-            loads = self._repairs.loads.total(len(placement.slots), placement.num_experts)
+            loads = []
+            for layer in range(len(placement.slots)):
+                loads.append(self._repairs.loads.of_layer(layer, placement.num_experts))
+                await anyio.lowlevel.checkpoint()
             given = PlanInput(
                 placement=placement,
                 ranks=tuple(member.rank for member in members),
-                loads=loads,
+                loads=tuple(loads),
                 spare=self._affordable_spare(len(members)),
                 max_moves=len(members) * len(placement.slots),
             )

@@ -24,6 +24,7 @@ from elastic_ep.wire.messages import (
     Published,
     ToRank,
 )
+from elastic_ep.wire.outbox import Outbox
 
 log = structlog.get_logger()
 _QUEUE_LIMIT = 100_000
@@ -95,6 +96,7 @@ class ControllerWire:
         self._pub.bind(f"ipc://{directory}/pub")
         self._router.bind(f"ipc://{directory}/rank")
         self._drain = _Drain(self._router, self._on_parts)
+        self._outbox = Outbox(self._send, self._drain.later)
 
     def publish(self, body: Published) -> None:
         if not isinstance(body, Beat):
@@ -102,10 +104,13 @@ class ControllerWire:
         self._pub.send(encode(Numbered(self.number, body)), zmq.NOBLOCK)
 
     def send(self, member: Member, message: ToRank) -> None:
-        """To one rank. One that is gone is no error: the message is dropped, as its death says all.
+        """To one rank, in order (see `Outbox`). One that is gone is no error: the message is dropped: its death says all.
 
         One that does not read is one: `on_error` hears of it soon, but not before this returns.
         """
+        self._outbox.put(member, message)
+
+    def _send(self, member: Member, message: ToRank) -> None:
         try:
             self._router.send_multipart([_identity(member), encode(message)], zmq.NOBLOCK)
         except zmq.Again:

@@ -1,0 +1,115 @@
+"""No turn of the event loop encodes much, no rank hears things in another order, nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_ep.wire.outbox import LONG_TOKENS, TURN_TOKENS, Outbox
+from elastic_ep.wire.messages import Assign, Cancel, Drain, Member, SamplingParams, ToRank
+
+MEMBERS = [Member(0, 1), Member(1, 1), Member(1, 2)]
+LENGTHS = (1, LONG_TOKENS - 1, LONG_TOKENS, TURN_TOKENS // 2, TURN_TOKENS - 1, TURN_TOKENS, 3 * TURN_TOKENS)
+
+
+class Loop:
+    """One turn after the other, and what was sent in each."""
+
+    def __init__(self) -> None:
+        self.due: list[Callable[[], None]] = []
+        self.turns: list[list[tuple[Member, ToRank]]] = [[]]
+
+    def later(self, call: Callable[[], None]) -> None:
+        self.due.append(call)
+
+    def send(self, member: Member, message: ToRank) -> None:
+        self.turns[-1].append((member, message))
+
+    def turn(self) -> None:
+        self.turns.append([])
+        due, self.due = self.due, []
+        for call in due:
+            call()
+
+
+def assign(number: int, tokens: int) -> Assign:
+    return Assign(number, (7,) * (tokens - tokens // 3), (7,) * (tokens // 3), SamplingParams(1), 0, 0)
+
+
+def tokens(message: ToRank) -> int:
+    return len(message.prompt) + len(message.emitted) if isinstance(message, Assign) else 0
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(MEMBERS), st.sampled_from(LENGTHS) | st.sampled_from(["cancel", "drain"]))
+    | st.just("turn"),
+    max_size=40,
+)
+
+
+@given(STEPS)
+def test_order_bound_and_nothing_lost(steps: list[tuple[Member, int | str] | str]) -> None:
+    loop = Loop()
+    outbox = Outbox(loop.send, loop.later)
+    put: list[tuple[Member, ToRank]] = []
+    for number, step in enumerate(steps):
+        if isinstance(step, str):
+            loop.turn()
+            continue
+        member, what = step
+        message: ToRank
+        if isinstance(what, int):
+            message = assign(number, what)
+        else:
+            given = [m.request_id for to, m in put if to == member and isinstance(m, Assign)]
+            message = Cancel(given[number % len(given)]) if what == "cancel" and given else Drain()
+        put.append((member, message))
+        outbox.put(member, message)
+    while loop.due:
+        loop.turn()
+    sent = [one for turn in loop.turns for one in turn]
+    for member in MEMBERS:
+        heard = [message for to, message in sent if to == member]
+        meant = [message for to, message in put if to == member]
+        cancelled = {m.request_id for m in meant if isinstance(m, Cancel)}
+        unheard = [message for message in meant if message not in heard]
+        assert all(isinstance(m, (Assign, Cancel)) and m.request_id in cancelled for m in unheard)
+        assert heard == [message for message in meant if message in heard]
+    for turn in loop.turns:
+        long = [tokens(message) for _, message in turn if tokens(message) >= LONG_TOKENS]
+        assert sum(long[:-1]) < TURN_TOKENS
+
+
+def test_a_short_message_goes_at_once_also_beside_a_long_one() -> None:
+    loop = Loop()
+    outbox = Outbox(loop.send, loop.later)
+    first, long = assign(1, 10), assign(2, TURN_TOKENS)
+    outbox.put(MEMBERS[0], first)
+    outbox.put(MEMBERS[1], long)
+    outbox.put(MEMBERS[0], Drain())
+    assert loop.turns == [[(MEMBERS[0], first), (MEMBERS[0], Drain())]]
+    loop.turn()
+    assert loop.turns[-1] == [(MEMBERS[1], long)]
+
+
+def test_a_request_that_is_cancelled_before_it_went_out_never_does() -> None:
+    loop = Loop()
+    outbox = Outbox(loop.send, loop.later)
+    for number in range(3):
+        outbox.put(MEMBERS[0], assign(number, LONG_TOKENS))
+    outbox.put(MEMBERS[0], Cancel(1))
+    outbox.put(MEMBERS[0], Cancel(9))
+    loop.turn()
+    assert [m for _, m in loop.turns[-1]] == [assign(0, LONG_TOKENS), assign(2, LONG_TOKENS), Cancel(9)]
+
+
+def test_ranks_take_turns() -> None:
+    loop = Loop()
+    outbox = Outbox(loop.send, loop.later)
+    for number in range(6):
+        outbox.put(MEMBERS[number // 3], assign(number, TURN_TOKENS))
+    while loop.due:
+        loop.turn()
+    assert [member.rank for turn in loop.turns for member, _ in turn] == [0, 1, 0, 1, 0, 1]
