@@ -10,7 +10,7 @@ from pathlib import Path
 from elastic_ep.config import MOST_MODEL_LEN, PAGE_SIZE, ConfigError, EngineLimits, ServeConfig
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
-from elastic_ep.gateway.settings import SamplingDefaults
+from elastic_ep.gateway.settings import SamplingDefaults, unhonoured
 from elastic_ep.gateway.text.content_form import ContentForm
 from elastic_ep.gateway.text.fit import TextFit, fit
 from elastic_ep.gateway.text.text import Text
@@ -62,11 +62,18 @@ class ServePlan:
     defaults: SamplingDefaults
     """For requests that do not say."""
     text_fit: TextFit
+    left_out: tuple[str, ...]
+    """Of the model folder, what is not honoured: a line each."""
     limits: EngineLimits
     placement: Placement
     redundant: int
     device: str
     name: str
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What an operator should know of the model folder before it serves: a line each."""
+        return (*self.text_fit.notices, *self.left_out)
 
     @property
     def heartbeat_ms(self) -> int:
@@ -101,7 +108,9 @@ def make_plan(config: ServeConfig) -> ServePlan:
             validate_checkpoint(folder, model)
         load_text = partial(Text.load, folder, _chat_template(config), _content_form(config))
         text = load_text()
-        defaults = SamplingDefaults.from_folder(folder)
+        defaults, left_out = SamplingDefaults.from_folder(folder), unhonoured(folder)
+    except ConfigError:
+        raise
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(_model_fault(folder, error)) from error
     device = choose_device(config.device, model.hidden_size)
@@ -119,6 +128,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         text=text,
         defaults=defaults,
         text_fit=fit(text, model),
+        left_out=left_out,
         limits=engine_limits(config, model, device),
         placement=first_placement(config, model, redundant, device),
         redundant=redundant,

@@ -83,7 +83,7 @@ def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
     """
     logs.configure(config.log)
     plan = make_plan(config)
-    for notice in plan.text_fit.notices:
+    for notice in plan.notices:
         log.warning(notice)
     process = RunProcess(plan, rank_entry)
     titles.show("run", "eep-run")

@@ -221,3 +221,27 @@ def test_a_file_that_is_no_json_object(tmp_path: Path, name: str, content: bytes
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=name):
         plan_of(tmp_path)
+
+
+UNHONOURED: list[tuple[str, Any, Any]] = [
+    ("num_beams", 4, 1), ("no_repeat_ngram_size", 3, 0), ("typical_p", 0.5, 1.0), ("stop_strings", ["x"], []),
+    ("min_new_tokens", 5, 0), ("max_length", 4096, 20), ("guidance_scale", 1.5, None), ("bad_words_ids", [[1]], []),
+    ("sequence_bias", {"1": "\n" * 500}, {}), ("early_stopping", True, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "neutral"), UNHONOURED)
+def test_what_a_generation_config_asks_for_in_vain_is_said_at_start(
+    tmp_path: Path, name: str, value: Any, neutral: Any
+) -> None:
+    write_texts(tmp_path)
+    write_json(
+        tmp_path / "generation_config.json", {name: neutral, "temperature": 0.5, "transformers_version": "5"}
+    )
+    before = plan_of(tmp_path).notices
+    write_json(tmp_path / "generation_config.json", {name: value, "temperature": 0.5})
+    more = plan_of(tmp_path).notices
+    assert [line for line in before if name in line] == []
+    (line,) = set(more) - set(before)
+    assert line.startswith(f"generation_config.json: {name} is ")
+    assert line.isprintable()

@@ -65,6 +65,29 @@ class SamplingDefaults:
         return cls(**known)
 
 
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0,), "length_penalty": (1,),
+    "early_stopping": (False,), "penalty_alpha": (0,), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+    "top_h": (), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,),
+    "exponential_decay_length_penalty": (), "bad_words_ids": ([],), "force_words_ids": ([],), "sequence_bias": ({}, []),
+    "forced_bos_token_id": (), "forced_eos_token_id": (), "suppress_tokens": ([],), "begin_suppress_tokens": ([],),
+    "min_length": (0,), "min_new_tokens": (0,), "max_length": (20,), "max_time": (), "stop_strings": ("", []),
+    "guidance_scale": (1,), "watermarking_config": ({},), "dola_layers": (), "token_healing": (False,),
+}  # fmt: skip
+"""What a generation configuration can ask for that no request gets here (nor in vLLM), with what asks for nothing."""
+
+
+def unhonoured(folder: Path) -> tuple[str, ...]:
+    """A line for each field of `generation_config.json` that changes nothing here. Raises `CheckpointError`."""
+    file = folder / _GENERATION_CONFIG
+    config = read_json_object(file) if file.exists() else {}
+    return tuple(
+        f"{_GENERATION_CONFIG}: {name} is {shown(config[name])}, which is not done here"
+        for name, neutral in _NEUTRAL.items()
+        if config.get(name) is not None and config[name] not in neutral
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
     """`vocab_size` bounds token ids that clients send; `max_model_len` is prompt plus generated tokens.
