@@ -304,9 +304,9 @@ def test_what_survivors_felt_is_measured_and_told(kind: str, name: str) -> None:
 
         def steps(numbers: range, ended_ms: int) -> None:
             for index, step in enumerate(numbers):
-                times = {"started_ns": 0, "ended_ns": (ended_ms + 10 * index) * 1_000_000}
-                tokens = (Token(99, index, 1),)  # of a request that nobody knows any more
-                controller.on_message(replace(report(group, ALL[0], *tokens, step=step), **times))
+                told = report(group, ALL[0], Token(99, index, 1), step=step)  # of a request that is over
+                ended_ns = (ended_ms + 10 * index) * 1_000_000
+                controller.on_message(replace(told, started_ns=0, ended_ns=ended_ns))
 
         controller.feed(ev.WorkBegan())
         if kind == "gain":
