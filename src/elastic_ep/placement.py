@@ -35,7 +35,9 @@ class Placement:
         changed: dict[int, list[int]] = {}
         for layer, physical, logical in changes:
             changed.setdefault(layer, list(self.slots[layer]))[physical] = logical
-        rows = [tuple(changed.get(layer, row)) for layer, row in enumerate(self.slots)]
+        rows = list(self.slots)
+        for layer, row in changed.items():
+            rows[layer] = tuple(row)
         return replace(self, version=version, slots=tuple(rows))
 
     def rank_of(self, physical: int) -> int:

@@ -5,6 +5,7 @@ Nothing here empties a slot whose expert would then have fewer living copies tha
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -42,6 +43,20 @@ class Layer:
         """By rank, the experts that it holds or is being given."""
         for slot, expert in self.taken.items():
             self.here[self.placement.rank_of(slot)].add(expert)
+        self._place = {slot: place for place, slot in enumerate(self.slots)}
+        self._empty = dict.fromkeys(filter(self._is_free, self.slots))
+        """Slots to fill, in the order of `slots`."""
+        self._holders: dict[int, list[int]] = {}
+        """By expert, the places in `slots` of those that hold it."""
+        for place, slot in enumerate(self.slots):
+            self._holders.setdefault(self.row[slot], []).append(place)
+        self._surplus = sorted(
+            (-self.living[expert], place)
+            for expert, places in self._holders.items()
+            if expert != EMPTY and self.living[expert] > self.wanted
+            for place in places
+        )
+        """(minus the copies of its expert, place) of each slot whose expert has more copies than wanted: most first."""
 
     # Tolerance
 
@@ -56,13 +71,12 @@ class Layer:
 
     def _slot_for(self, expert: int) -> tuple[int, int] | None:
         """A slot to use and what to put there: the expert itself, or one that makes way for it where it fits."""
-        usable = chain(self._empty(), self._surplus())
-        direct = next((slot for slot in usable if self._fits(slot, expert)), None)
+        direct = next((slot for slot in self._usable() if self._fits(slot, expert)), None)
         if direct is not None:
             return direct, expert
         if any(self.living[logical] >= self.wanted for logical in self.coming.values()):
             return None  # somebody is making way already
-        for slot in chain(self._empty(), self._surplus()):
+        for slot in self._usable():
             for other in self._in_the_way(expert):
                 if self._fits(slot, other):
                     return slot, other
@@ -102,12 +116,21 @@ class Layer:
         if self.row[slot] != EMPTY:
             yield self._empty_out(slot)
         self.taken[slot] = logical
+        self._empty.pop(slot, None)
         self.here[self.placement.rank_of(slot)].add(logical)
         yield Change(self.number, slot, logical)
 
     def _empty_out(self, slot: int) -> Change:
         expert = self.row[slot]
-        self.living[expert] -= 1
+        copies, places = self.living[expert], self._holders[expert]
+        if copies > self.wanted:
+            for place in places:
+                del self._surplus[bisect_left(self._surplus, (-copies, place))]
+        places.remove(self._place[slot])
+        self.living[expert] = copies - 1
+        if copies - 1 > self.wanted:
+            for place in places:
+                insort(self._surplus, (1 - copies, place))
         self.here[self.placement.rank_of(slot)].discard(expert)
         self.row[slot] = EMPTY
         return Change(self.number, slot, EMPTY)
@@ -115,14 +138,9 @@ class Layer:
     def _is_free(self, slot: int) -> bool:
         return self.row[slot] == EMPTY and slot not in self.taken and slot not in self.closed
 
-    def _empty(self) -> Iterator[int]:
-        return filter(self._is_free, self.slots)
-
-    def _surplus(self) -> Iterator[int]:
-        """Slots whose expert has more copies than wanted, the one with most first."""
-        row, living, wanted = self.row, self.living, self.wanted
-        slots = [slot for slot in self.slots if row[slot] != EMPTY and living[row[slot]] > wanted]
-        yield from sorted(slots, key=lambda slot: -living[row[slot]])
+    def _usable(self) -> Iterator[int]:
+        """Empty slots, then those whose expert has more copies than wanted, the one with most first."""
+        return chain(self._empty, (self.slots[place] for _, place in self._surplus))
 
     def _fits(self, slot: int, expert: int) -> bool:
         """Whether the slot's rank has no copy of the expert yet, nor one in the making."""
