@@ -13,7 +13,8 @@ import aiohttp
 import psutil
 import pytest
 from bench.big_bodies import CONTEXT, bodies
-from bench.common import MODEL, Server, chat, http, server, shaped_model
+
+from tests.kit.served import MODEL, Server, chat, http, server, shaped_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(170)]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_ep.machines.moves import Layer
+from elastic_ep.machines.experts.moves import Layer
 from elastic_ep.placement import EMPTY, Placement, launch_placement
 
 

@@ -18,8 +18,8 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from elastic_ep.machines.contract import UnexpectedEvent
+from elastic_ep.machines.experts.events import RepairConfig
 from elastic_ep.machines.experts.repair import RepairMachine
-from elastic_ep.machines.experts.repair_events import RepairConfig
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.registry import MACHINES

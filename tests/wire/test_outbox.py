@@ -7,8 +7,8 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_ep.wire.outbox import LONG_TOKENS, TURN_TOKENS, Outbox
 from elastic_ep.wire.messages import Assign, Cancel, Drain, Member, SamplingParams, ToRank
+from elastic_ep.wire.outbox import LONG_TOKENS, TURN_TOKENS, Outbox
 
 MEMBERS = [Member(0, 1), Member(1, 1), Member(1, 2)]
 LENGTHS = (1, LONG_TOKENS - 1, LONG_TOKENS, TURN_TOKENS // 2, TURN_TOKENS - 1, TURN_TOKENS, 3 * TURN_TOKENS)
