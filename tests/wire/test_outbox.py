@@ -63,8 +63,10 @@ def test_order_bound_and_nothing_lost(steps: list[tuple[Member, int | str] | str
         if isinstance(what, int):
             message = assign(number, what)
         else:
+            over = {m.request_id for _, m in put if isinstance(m, Cancel)}
             given = [m.request_id for to, m in put if to == member and isinstance(m, Assign)]
-            message = Cancel(given[number % len(given)]) if what == "cancel" and given else Drain()
+            left = [request_id for request_id in given if request_id not in over]
+            message = Cancel(left[number % len(left)]) if what == "cancel" and left else Drain()
         put.append((member, message))
         outbox.put(member, message)
     while loop.due:
