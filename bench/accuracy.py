@@ -7,7 +7,6 @@ The rank that is down stays down during its pass: it is stopped by SIGKILL again
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import re
@@ -19,6 +18,8 @@ from pathlib import Path
 import aiohttp
 from tests.kit.served import chat, http, server, status, until_full, write_result
 from train.problems import Problem, held_out
+
+from bench.kit.command_line import command_line
 
 CONCURRENT = 64
 
@@ -64,11 +65,9 @@ async def measure(url: str, problems: list[Problem], rank: int) -> dict[str, lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=8)
+    parser = command_line(__doc__, "accuracy", ranks=8)
     parser.add_argument("--rank-down", type=int, default=3)
     parser.add_argument("--problems", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/accuracy.json"))
     options = parser.parse_args()
     problems = held_out(options.problems)
     arguments = ["--ranks", str(options.ranks), "--relaunch-limit", "1000000"]

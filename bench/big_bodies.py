@@ -8,7 +8,6 @@ serve the same folder (`--model`, made if there is none) as "default", with as m
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import tempfile
@@ -21,6 +20,8 @@ from typing import Any
 
 import aiohttp
 from tests.kit.served import MODEL, chat, http, percentile, server, shaped_model, write_result
+
+from bench.kit.command_line import command_line
 
 QUIET_S = 4.0
 CONTEXT = 262_144
@@ -142,13 +143,9 @@ def of_this_checkout(model: Path, ranks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, None, ranks=2)
     parser.add_argument("--other", metavar="URL", help="a server of another commit, to measure first")
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "elastic_ep-long-context")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not options.model.exists():
         shaped_model(options.model, {"max_position_embeddings": CONTEXT})

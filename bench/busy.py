@@ -9,7 +9,6 @@ and it is timed until it is fenced.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -29,7 +28,8 @@ from tests.kit.bound import Bound
 from tests.kit.served import Server, chat, http, server, status, summary, until_full, write_result
 from train.problems import held_out
 
-from bench.overhead import generated
+from bench.kit.command_line import command_line
+from bench.kit.load import generated
 
 LOOK_EVERY_S = 15.0
 FOUND_WITHIN_S = 60.0
@@ -126,12 +126,10 @@ async def measure(target: Server, minutes: float, streams: int, busy: int) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=8)
+    parser = command_line(__doc__, "busy", ranks=8)
     parser.add_argument("--busy", type=int, default=16, help="processes that want a processor all the time")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/busy.json"))
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="busy-") as scratch,

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.kit.served import server, shaped_model, summary, write_result
+from tests.kit.shapes import layers_30b
 from train.problems import held_out
 
-from bench import failover
-from bench.failover_analysis import analyse, client_gaps_ms
-from bench.gpu_serve import beyond_a_step
-from bench.paced_engine import STEP_MS
-from bench.shapes import layers_30b
+from bench.kit import kills
+from bench.kit.command_line import command_line
+from bench.kit.failover_analysis import analyse, beyond_a_step, client_gaps_ms
+from bench.kit.paced_engine import STEP_MS
 from elastic_ep.run import BUNDLED_MODEL
 
 
@@ -38,10 +38,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         *("--load-format", "dummy" if shape else "auto"),
     ]
     questions = [problem.question for problem in held_out(options.questions)]
-    cases = [failover.Case((number % options.ranks,)) for number in range(options.kills)]
-    with server(arguments, scratch / "runs", module="bench.paced_server") as target:
-        reference = asyncio.run(failover.reference_run(target, questions))
-        load, struck = asyncio.run(failover.disturbed_run(target, questions, cases, options.streams))
+    cases = [kills.Case((number % options.ranks,)) for number in range(options.kills)]
+    with server(arguments, scratch / "runs", module="bench.kit.paced_server") as target:
+        reference = asyncio.run(kills.reference_run(target, questions))
+        load, struck = asyncio.run(kills.disturbed_run(target, questions, cases, options.streams))
         time.sleep(0.3)  # the log is flushed at most so often
         figures, _ = analyse(target.events, struck)
         if options.keep is not None:
@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "layers": options.layers if shape else 4,
         "step_ms": options.step_ms,
         "streams": options.streams,
-        **failover.compare(load, reference),
+        **kills.compare(load, reference),
         "client_gap_ms": summary(client_gaps_ms(load.streams, struck)),
         **figures,
         "stall_beyond_a_step_ms": beyond_a_step(figures, figures["stall_ms"]),
@@ -60,19 +60,15 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "control_path", ranks=4)
     add = parser.add_argument
-    add("--ranks", type=int, default=4)
     add("--shape", choices=("30b", "bundled"), default="30b")
     add("--layers", type=int, default=24, help="of the 30B shape")
     add("--step-ms", type=float, default=12.0)
     add("--kills", type=int, default=16)
-    add("--streams", type=int, default=failover.STREAMS)
+    add("--streams", type=int, default=kills.STREAMS)
     add("--questions", type=int, default=8)
     add("--keep", type=Path, help="a file for the run's event log")
-    add("--out", type=Path, default=Path("bench/results/control_path.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="control_path-") as scratch:
         result = measure(options, Path(scratch))

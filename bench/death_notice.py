@@ -27,6 +27,7 @@ import anyio
 from tests.kit.bound import Bound
 from tests.kit.served import write_result
 
+from bench.kit.command_line import command_line
 from elastic_ep.host.launcher import (
     DeathNoticed,
     Launched,
@@ -205,12 +206,11 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, "death_notice")
     parser.add_argument("--kills", type=int, default=40, help="per condition")
     parser.add_argument("--busy", type=int, default=8, help="busy processes")
     parser.add_argument("--resident-mib", type=int, default=100, help="memory of a rank's own")
     parser.add_argument("--preload", default="torch")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/death_notice.json"))
     options = parser.parse_args()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()

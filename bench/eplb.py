@@ -12,16 +12,15 @@ a rank that did not hold it; its bytes are those of an expert of Qwen3-30B-A3B i
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tests.kit.served import write_result
 
+from bench.kit.command_line import command_line
 from elastic_ep.machines.experts.planner import PlanInput, plan, rank_loads
 from elastic_ep.placement import EMPTY, Placement, launch_placement
 
@@ -176,8 +175,7 @@ def _mean(values: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/eplb.json"))
+    parser = command_line(__doc__, "eplb")
     options = parser.parse_args()
     cases = []
     for ranks, experts, redundant in SIZES:

@@ -27,6 +27,7 @@ import zmq
 from tests.kit.bound import tied
 from tests.kit.served import write_result
 
+from bench.kit.command_line import command_line
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.windows import Windows
@@ -63,13 +64,11 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="All-to-all: elastic_ep against gloo and ZeroMQ.")
-    parser.add_argument("--ranks", type=int, default=8)
+    parser = command_line(__doc__, None, ranks=8)
     parser.add_argument("--rows", type=int, default=32, help="rows to each rank")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.3, help="of each backend in each round, about")
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 

@@ -9,28 +9,20 @@ together, as a share of one core, while nobody asks anything.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import tempfile
 import time
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import psutil
 from tests.kit.served import Server, http, server, summary, write_result
-from train.problems import held_out
 
-from bench.overhead import CONCURRENT, cpu_seconds, stream
+from bench.kit.command_line import command_line
+from bench.kit.load import cpu_seconds, pss_mb, under_load
 
 SETTLE_S = 5.0
 LOAD_S = 15.0
-
-
-def pss_mb(target: Server) -> float:
-    root = psutil.Process(target.process.pid)
-    family = [root, *root.children(recursive=True)]
-    return round(sum(process.memory_full_info().pss for process in family) / 1e6, 1)
 
 
 def idle_percent(target: Server, seconds: float) -> float:
@@ -42,17 +34,9 @@ def idle_percent(target: Server, seconds: float) -> float:
 
 
 async def pss_under_load(target: Server) -> float:
-    questions = [problem.question for problem in held_out(512)]
-    async with http() as session, asyncio.TaskGroup() as tasks:
-        streams = [
-            tasks.create_task(stream(session, target.url, cycle(questions[first:] + questions[:first])))
-            for first in range(CONCURRENT)
-        ]
+    async with http() as session, under_load(session, target):
         await asyncio.sleep(LOAD_S)
-        found = pss_mb(target)
-        for task in streams:
-            task.cancel()
-    return found
+        return pss_mb(target)
 
 
 def measure(starts: int, idle_seconds: float, ranks: int) -> dict[str, Any]:
@@ -73,11 +57,9 @@ def measure(starts: int, idle_seconds: float, ranks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=8)
+    parser = command_line(__doc__, "footprint", ranks=8)
     parser.add_argument("--starts", type=int, default=5)
     parser.add_argument("--idle-seconds", type=float, default=60.0)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/footprint.json"))
     options = parser.parse_args()
     result = measure(options.starts, options.idle_seconds, options.ranks)
     for name, value in result.items():

@@ -39,7 +39,7 @@ from typing import Any
 
 from tests.kit.bound import Bound
 
-from bench.gpu_rank import LINE, Link, Shape, now
+from bench.kit.failover_rank import LINE, Link, Shape, now
 from elastic_ep.host.device_hold import DeviceHold
 from elastic_ep.host.robust_mutex import Locked, RobustMutexes
 
@@ -90,7 +90,7 @@ class Group:
         os.ftruncate(self.words_fd, shape.ranks * LINE)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = (theirs.fileno(), self.mutex_fd, self.words_fd)
-        self.server = Bound([sys.executable, "-m", "bench.gpu_rank", *map(str, fds)], pass_fds=fds)
+        self.server = Bound([sys.executable, "-m", "bench.kit.failover_rank", *map(str, fds)], pass_fds=fds)
         theirs.close()
         self.control = Link(ours)
         threading.Thread(target=self._read, args=(self.control, None), daemon=True).start()

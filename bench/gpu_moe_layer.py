@@ -31,9 +31,10 @@ from typing import Any
 from tests.kit.bound import tied
 from tests.kit.served import percentile
 
-from bench.gpu import Sections, quartiles
-from bench.gpu_moe_plane import Case
-from bench.gpu_moe_rank import run_rank
+from bench.kit.command_line import command_line
+from bench.kit.moe_plane import Case
+from bench.kit.moe_rank import run_rank
+from bench.kit.sections import Sections, quartiles
 from elastic_ep.host.mps import mps_daemon
 
 ONE_GRAPH = ("raw_with_grouped", "raw_with_grouped_turned", "raw_with_grouped_padded")
@@ -105,9 +106,7 @@ def digest(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "gpu_moe_layer", ranks=4)
     add = parser.add_argument
     add("--tokens", type=int, nargs="*", default=[1, 4, 16, 64, 128], help="a rank")
     add(
@@ -117,7 +116,6 @@ def main() -> None:
         default=[16, 128],
         help="the same with two copies of each expert",
     )
-    add("--ranks", type=int, default=4)
     add("--layers", type=int, default=24)
     add("--rounds", type=int, default=40)
     add("--seconds", type=int, default=60, help="a case, at most")
@@ -128,7 +126,6 @@ def main() -> None:
     )
     add("--smoke", action="store_true", help="tiny, on the processor, each rank by itself")
     add("--commit", help="noted in the result where there is no git")
-    add("--out", type=Path, default=Path("bench/results/gpu_moe_layer.json"))
     options = parser.parse_args()
     mps = options.mps or "CUDA_MPS_PIPE_DIRECTORY" in os.environ
     sections = Sections(options.out, options.commit, mps=mps)

@@ -34,10 +34,12 @@ from typing import Any
 import anyio
 from tests.kit.bound import tied
 from tests.kit.served import percentile, shaped_model
+from tests.kit.shapes import layers_30b
 
-from bench.gpu import Sections, quartiles
-from bench.gpu_overhead_rank import MODES, Blocks, run_rank
-from bench.shapes import layers_30b
+from bench.kit.command_line import command_line
+from bench.kit.conductor import Conductor
+from bench.kit.overhead_rank import MODES, Blocks, run_rank
+from bench.kit.sections import Sections, quartiles
 from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.host.mps import mps_daemon
@@ -45,69 +47,9 @@ from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import launch_placement
 from elastic_ep.rank.forward import LOAD_REPORT_STEPS
 from elastic_ep.run import BUNDLED_MODEL
-from elastic_ep.wire.messages import (
-    Beat,
-    Commit,
-    FromRank,
-    Member,
-    Prepare,
-    Promise,
-    RankReport,
-    RankState,
-    Seat,
-    Snapshot,
-    SnapshotRequest,
-    View,
-)
-from elastic_ep.wire.sockets import ControllerWire
 
-BEAT_S = 0.25
 HEARTBEAT_MS = 200
 KERNEL_WAIT_MS = 20_000
-
-
-class Conductor:
-    """Forms the group; then counts what the ranks say."""
-
-    def __init__(self, directory: Path, ranks: int) -> None:
-        self._members = tuple(Member(rank, 0) for rank in range(ranks))
-        self._ready: set[int] = set()
-        self._promised: set[int] = set()
-        self.heard: Counter[str] = Counter()
-        self.reasons: list[str] = []
-        self._wire = ControllerWire(directory, self._hear, print)
-
-    def _hear(self, message: FromRank) -> None:
-        self.heard[type(message).__name__] += 1
-        match message:
-            case SnapshotRequest(rank, incarnation):
-                self._wire.send(
-                    Member(rank, incarnation), Snapshot(self._wire.number, View(epoch=0, seats=()), None)
-                )
-                self._wire.publish(Beat())
-            case RankReport(rank, _, RankState.JOINING):
-                self._ready.add(rank)
-                if len(self._ready) == len(self._members):
-                    self._wire.publish(Prepare(1, self._members))
-            case RankReport(rank, _, RankState.FAILED, reason):
-                self.reasons.append(f"rank {rank}: {reason}")
-            case Promise(rank):
-                self._promised.add(rank)
-                if len(self._promised) == len(self._members):
-                    seats = tuple(Seat(*member, first_step=0) for member in self._members)
-                    self._wire.publish(Commit(1, View(epoch=1, seats=seats)))
-
-    async def until_ended(self, ranks: list[ForkProcess], seconds: float) -> None:
-        """Raises RuntimeError if a rank fails, TimeoutError if they are not done in time."""
-        try:
-            with anyio.fail_after(seconds):
-                while any(process.exitcode is None for process in ranks):
-                    await anyio.sleep(BEAT_S)
-                    self._wire.publish(Beat())
-                    if self.reasons or any(process.exitcode for process in ranks):
-                        raise RuntimeError("; ".join(self.reasons) or "a rank died")
-        finally:
-            self._wire.close()
 
 
 def run_group(model: Path, rounds: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -180,11 +122,8 @@ def digest(ranks: list[dict[str, list[float]]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "gpu_overhead", ranks=4)
     add = parser.add_argument
-    add("--ranks", type=int, default=4)
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--layers", type=int, default=24, help="of Qwen3-30B-A3B's shape; 0: leave it out")
     add("--rounds", type=int, default=14, help="of a block in each mode; thrice as many of the small model")
@@ -197,7 +136,6 @@ def main() -> None:
         help="start a private MPS daemon; without, one in the environment is used",
     )
     add("--commit", help="noted in the result where there is no git")
-    add("--out", type=Path, default=Path("bench/results/gpu_overhead.json"))
     options = parser.parse_args()
     if options.steps % LOAD_REPORT_STEPS:
         parser.error(f"--steps must be a multiple of {LOAD_REPORT_STEPS}")

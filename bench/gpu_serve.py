@@ -22,23 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from tests.kit.served import server, shaped_model, summary, write_result
+from tests.kit.shapes import layers_30b
 from train.problems import held_out
 
-from bench import failover
-from bench.failover_analysis import analyse, client_gaps_ms
-from bench.failover_plot import draw
-from bench.gpu import gpu
-from bench.shapes import layers_30b
+from bench.kit import kills
+from bench.kit.command_line import command_line
+from bench.kit.failover_analysis import analyse, beyond_a_step, client_gaps_ms
+from bench.kit.failover_plot import draw
+from bench.kit.sections import gpu
 from elastic_ep.run import BUNDLED_MODEL
 
 HARDER = (
-    failover.Case((1, 2)),
-    failover.Case((3,), stop=True),
-    *(
-        failover.Case((number % 4,), joiner_state=state)
-        for number, state in enumerate(failover.JOINER_STATES)
-    ),
-    *(failover.Case((rank,), joiner_state="Joining", instead=(rank + 1) % 4) for rank in (1, 2)),
+    kills.Case((1, 2)),
+    kills.Case((3,), stop=True),
+    *(kills.Case((number % 4,), joiner_state=state) for number, state in enumerate(kills.JOINER_STATES)),
+    *(kills.Case((rank,), joiner_state="Joining", instead=(rank + 1) % 4) for rank in (1, 2)),
 )
 """For four ranks: a pair, one that hangs, joiners in each state, and another rank while a joiner is being connected."""
 
@@ -58,25 +56,19 @@ def server_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
     ]
 
 
-def beyond_a_step(figures: dict[str, Any], times: dict[str, float]) -> dict[str, float]:
-    """The percentiles less one median step, ms."""
-    step = figures["median_step_ms"] or 0.0
-    return {share: round(value - step, 3) for share, value in times.items() if share != "count"}
-
-
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     questions = [problem.question for problem in held_out(options.questions)]
     arguments = server_arguments(options, scratch)
-    cases = [failover.Case((number % options.ranks,)) for number in range(options.kills)]
+    cases = [kills.Case((number % options.ranks,)) for number in range(options.kills)]
     with server(arguments, scratch / "runs") as target:
-        reference = asyncio.run(failover.reference_run(target, questions))
-        load, struck = asyncio.run(failover.disturbed_run(target, questions, cases))
+        reference = asyncio.run(kills.reference_run(target, questions))
+        load, struck = asyncio.run(kills.disturbed_run(target, questions, cases))
         time.sleep(0.3)  # the log is flushed at most so often
         figures, curves = analyse(target.events, struck)
         harder = {}
         if options.harder:
-            rest, struck_harder = asyncio.run(failover.disturbed_run(target, questions, list(HARDER)))
-            harder = {"harder": {**failover.compare(rest, reference), "kills": struck_harder}}
+            rest, struck_harder = asyncio.run(kills.disturbed_run(target, questions, list(HARDER)))
+            harder = {"harder": {**kills.compare(rest, reference), "kills": struck_harder}}
         draw(curves, load.stamps, struck, options.out.with_suffix(".png"))
         start_s = target.ready_s
         if options.keep is not None:
@@ -85,10 +77,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {
         "gpu": gpu(),
         "server": [Path(word).name if word.startswith("/") else word for word in arguments],
-        "streams": failover.STREAMS,
+        "streams": kills.STREAMS,
         "start_s": round(start_s, 2),
         "reference_errors": reference.errors[:5],
-        **failover.compare(load, reference),
+        **kills.compare(load, reference),
         **figures,
         "client_gap_ms": summary(client_gaps_ms(load.streams, struck)),
         "kill_to_commit_beyond_a_step_ms": beyond_a_step(figures, figures["phases_ms"]["committed"]),
@@ -100,11 +92,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "gpu_serve", ranks=4)
     add = parser.add_argument
-    add("--ranks", type=int, default=4)
     add("--kills", type=int, default=24)
     add("--harder", action="store_true", help="then kill pairs, joiners, and others while a joiner connects")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the script itself")
@@ -117,7 +106,6 @@ def main() -> None:
     add("--pages", type=int, default=1024, help="of KV cache, a rank")
     add("--questions", type=int, default=64)
     add("--keep", type=Path, help="a .tar.gz for the run's event log")
-    add("--out", type=Path, default=Path("bench/results/gpu_serve.json"))
     options = parser.parse_args()
     if options.harder and options.ranks != 4:
         parser.error("--harder is for four ranks")

@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.kit.shapes import QWEN3_30B
 
-from bench import gpu_transformers
-from bench.gpu import Rows, Sections
-from bench.gpu_decode import BF16, Engine, full_rate, mooncake_works_alone, weight_bytes
-from bench.shapes import QWEN3_30B
+from bench.kit import transformers_side
+from bench.kit.command_line import command_line
+from bench.kit.decode import BF16, Engine, full_rate, mooncake_works_alone, weight_bytes
+from bench.kit.sections import Rows, Sections
 from elastic_ep.config import EngineLimits
 from elastic_ep.models import qwen3_moe
 from elastic_ep.models.decoder import DecoderConfig
@@ -125,7 +126,7 @@ class Bench:
             print(f"           {torch.cuda.memory_allocated() / 2**30:.1f} GiB still allocated", flush=True)
 
     def _copy(self) -> float:
-        from bench.gpu_timing import measure_limits
+        from bench.kit.kernel_timing import measure_limits
 
         with torch.device(self._plan.device):
             self._copy_tb_s = measure_limits(10)["copy_tb_s"]
@@ -187,7 +188,7 @@ class Bench:
 
     def _transformers(self) -> list[dict[str, Any]]:
         plan, config = self._plan, self._plan.config
-        model = gpu_transformers.build(
+        model = transformers_side.build(
             config, dummy_source(qwen3_moe.spec(config), SEED, plan.device), plan.device
         )
         candidates = [(name, call, batch) for name, call, some in self._candidates(model) for batch in some]
@@ -210,12 +211,12 @@ class Bench:
 
     def _candidates(self, model: Any) -> list[tuple[str, Any, Sequence[int]]]:
         """Name, call and batches. What might leave the device in a bad way, capturing graphs, comes last."""
-        continuous = partial(gpu_transformers.continuous, model)
+        continuous = partial(transformers_side.continuous, model)
         every = self._plan.batches
         # "batched_mm" copies the weights for every pair of token and expert: worth a try for a token at a time.
         return [
             ("continuous grouped_mm", partial(continuous, experts="grouped_mm", graphs=None), every),
-            ("static grouped_mm", partial(gpu_transformers.static, model, experts="grouped_mm"), every),
+            ("static grouped_mm", partial(transformers_side.static, model, experts="grouped_mm"), every),
             ("continuous batched_mm", partial(continuous, experts="batched_mm", graphs=None), every[:1]),
             ("continuous grouped_mm graphs", partial(continuous, experts="grouped_mm", graphs=True), every),
             (
@@ -248,9 +249,7 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "gpu_throughput")
     add = parser.add_argument
     add("--layers", type=int, default=24)
     add("--vocabulary", type=int, default=QWEN3_30B.vocab_size)
@@ -264,7 +263,6 @@ def main() -> None:
     )
     add("--smoke", action="store_true", help="tiny, on the processor")
     add("--commit", help="noted in the result where there is no git")
-    add("--out", type=Path, default=Path("bench/results/gpu_throughput.json"))
     options = parser.parse_args()
     plan = Plan.of(options)
     with tempfile.TemporaryDirectory(prefix="throughput-") as name:

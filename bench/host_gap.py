@@ -14,7 +14,6 @@ as the server with a GPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -32,10 +31,11 @@ import anyio
 import torch
 from tests.kit.bound import tied
 from tests.kit.served import percentile, write_result
+from tests.kit.shapes import QWEN3_30B
 
-from bench.gpu import quartiles
-from bench.gpu_overhead import Conductor
-from bench.shapes import QWEN3_30B
+from bench.kit.command_line import command_line
+from bench.kit.conductor import Conductor
+from bench.kit.sections import quartiles
 from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.engine.ops_cuda.inputs import StepShape
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
@@ -290,12 +290,9 @@ def digest(blocks: dict[str, list[Block]], step_s: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "host_gap")
     parser.add_argument("--rounds", type=int, default=12, help="of a block of each batch in each mode")
     parser.add_argument("--step-ms", type=float, default=8.0, help="what the device takes for a step")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/host_gap.json"))
     options = parser.parse_args()
     plan = Plan(options.rounds, LOAD_REPORT_STEPS, options.step_ms / 1000)
     load = os.getloadavg()[0]

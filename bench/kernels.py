@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bench.gpu_timing import (
+from bench.kit.command_line import command_line
+from bench.kit.kernel_timing import (
     BF16,
     DIM,
     EXPERTS,
@@ -82,10 +83,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("bench/results/kernels.json"))
+    parser = command_line(__doc__, "kernels")
     parser.add_argument("--rounds", type=int, default=20)
     return parser.parse_args()
 

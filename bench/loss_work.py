@@ -8,33 +8,17 @@ on the same placements in the same run.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
+from tests.kit.plain_routing import choose_plainly
 from tests.kit.served import median_ms, write_result
 
-from elastic_ep.engine.routing_table import NO_COPY, Copies
-from elastic_ep.placement import EMPTY, Coverage, Placement, launch_placement
+from bench.kit.command_line import command_line
+from elastic_ep.engine.routing_table import Copies
+from elastic_ep.placement import Coverage, Placement, launch_placement
 
 SHAPES = ((8, 4, 16), (4, 24, 128), (8, 48, 128), (16, 61, 256))
 """Ranks, layers, experts; every expert twice."""
-
-
-def choose_plainly(placement: Placement, active: set[int], rank: int) -> list[list[int]]:
-    rows, width = [], placement.slots_per_rank
-    for row in placement.slots:
-        copies: list[list[int]] = [[] for _ in range(placement.num_experts)]
-        for physical, logical in enumerate(row):
-            if logical != EMPTY and physical // width in active:
-                copies[logical].append(physical)
-        chosen = []
-        for logical, living in enumerate(copies):
-            own = [physical for physical in living if physical // width == rank]
-            at = (rank + logical) % len(living) if living else 0
-            chosen.append(own[0] if own else living[at] if living else NO_COPY)
-        rows.append(chosen)
-    return rows
 
 
 def covered_plainly(placement: Placement, ranks: set[int]) -> bool:
@@ -66,11 +50,8 @@ def measure(ranks: int, layers: int, experts: int, repeats: int) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "loss_work")
     parser.add_argument("--repeats", type=int, default=51)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/loss_work.json"))
     options = parser.parse_args()
     rows = [measure(*shape, options.repeats) for shape in SHAPES]
     for row in rows:

@@ -12,21 +12,20 @@ can be compared.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import re
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 from tests.kit.served import Server, http, percentile, server, write_result
-from train.problems import held_out
+
+from bench.kit.command_line import command_line
+from bench.kit.load import cpu_seconds, generated, under_load
 
 CONCURRENT = 64
 MAX_NEW = 160
@@ -43,33 +42,6 @@ class Sample:
     """Of it, what the forward threads did not take."""
 
 
-def cpu_seconds(root: psutil.Process) -> tuple[float, float]:
-    """(all, without the forward threads: the busiest thread of each rank)."""
-    total, forward = 0.0, 0.0
-    for process in [root, *root.children(recursive=True)]:
-        threads = [thread.user_time + thread.system_time for thread in process.threads()]
-        total += sum(threads)
-        if process.pid != root.pid and process.ppid() != root.pid:  # a rank is a child of the fork server
-            forward += max(threads)
-    return total, total - forward
-
-
-async def generated(session: aiohttp.ClientSession, url: str) -> float:
-    async with session.get(f"{url}/metrics") as response:
-        found = _GENERATED.search(await response.text())
-    return float(found.group(1)) if found else 0.0
-
-
-async def stream(session: aiohttp.ClientSession, url: str, questions: Iterator[str]) -> None:
-    """One request after the other, without end."""
-    for question in questions:
-        body = {"model": "default", "messages": [{"role": "user", "content": question}], "temperature": 0.0}
-        body |= {"max_tokens": MAX_NEW}
-        async with session.post(f"{url}/v1/chat/completions", json=body) as response:
-            response.raise_for_status()
-            await response.read()
-
-
 async def sample(session: aiohttp.ClientSession, target: Server, seconds: float) -> Sample:
     """What the server does in that time, in the midst of its load."""
     root = psutil.Process(target.process.pid)
@@ -81,14 +53,8 @@ async def sample(session: aiohttp.ClientSession, target: Server, seconds: float)
 
 
 async def compare(on: Server, off: Server, rounds: int, seconds: float) -> list[dict[str, Sample]]:
-    questions = [problem.question for problem in held_out(512)]
     pairs = []
-    async with http() as session, asyncio.TaskGroup() as tasks:
-        streams = [
-            tasks.create_task(stream(session, target.url, cycle(questions[first:] + questions[:first])))
-            for first in range(CONCURRENT)
-            for target in (on, off)
-        ]
+    async with http() as session, under_load(session, on, off):
         await asyncio.sleep(WARM_UP_S)
         for number in range(rounds):
             samples = await asyncio.gather(*(sample(session, target, seconds) for target in (on, off)))
@@ -100,8 +66,6 @@ async def compare(on: Server, off: Server, rounds: int, seconds: float) -> list[
                 for n, s in pair.items()
             ]
             print(f"round {number + 1}/{rounds}: {', '.join(told)}", flush=True)
-        for task in streams:
-            task.cancel()
     return pairs
 
 
@@ -137,11 +101,9 @@ def summarise(pairs: list[dict[str, Sample]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=8)
+    parser = command_line(__doc__, "overhead", ranks=8)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/overhead.json"))
     options = parser.parse_args()
     ranks = ["--ranks", str(options.ranks)]
     with (

@@ -9,21 +9,19 @@ with experts of 6 MiB.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
 import tempfile
 import time
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from tests.kit.served import Server, http, percentile, server, write_result
-from train.problems import held_out
 
-from bench.overhead import stream
-from bench.repair_large import write_model
+from bench.kit.command_line import command_line
+from bench.kit.large_model import write_model
+from bench.kit.load import under_load
 
 CONCURRENT = 32
 WARM_UP_S, WINDOW_S = 8.0, 3.0
@@ -31,12 +29,7 @@ WARM_UP_S, WINDOW_S = 8.0, 3.0
 
 async def rebalance(target: Server) -> tuple[dict[str, Any], tuple[int, int, int]]:
     """The answer, and when: the window before began, the request was sent, the answer came."""
-    questions = [problem.question for problem in held_out(256)]
-    async with http() as session, asyncio.TaskGroup() as tasks:
-        streams = [
-            tasks.create_task(stream(session, target.url, cycle(questions[first:] + questions[:first])))
-            for first in range(CONCURRENT)
-        ]
+    async with http() as session, under_load(session, target, streams=CONCURRENT, problems=256):
         try:
             while True:
                 await asyncio.sleep(WARM_UP_S)
@@ -50,8 +43,6 @@ async def rebalance(target: Server) -> tuple[dict[str, Any], tuple[int, int, int
                     return answer, (quiet, asked, ended)
         finally:
             await asyncio.sleep(1.0)
-            for task in streams:
-                task.cancel()
 
 
 def steps(events: Path) -> list[tuple[int, float]]:
@@ -102,9 +93,8 @@ def one_round(arguments: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, "rebalance")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/rebalance.json"))
     options = parser.parse_args()
     result: dict[str, Any] = {"bundled": [], "experts_of_6_MiB": []}
     for _ in range(options.rounds):

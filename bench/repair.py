@@ -9,14 +9,12 @@ second after a kill with those of the survivors later.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import signal
 import tempfile
 import time
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ import aiohttp
 from tests.kit.served import Server, chat, http, server, status, write_result
 from train.problems import held_out
 
-from bench.overhead import CONCURRENT, generated, stream
+from bench.kit.command_line import command_line
+from bench.kit.load import generated, under_load
 
 RANKS, EXPERTS, SLOTS = 8, 16, 8
 DEADLINE_S = 60.0
@@ -72,18 +71,13 @@ async def measure(target: Server) -> dict[str, Any]:
     losses, differ = [], 0
     async with http() as session, asyncio.TaskGroup() as tasks:
         expected = await texts(session, target.url, watched)
-        streams = [
-            tasks.create_task(stream(session, target.url, cycle(questions[first:] + questions[:first])))
-            for first in range(CONCURRENT)
-        ]
-        await asyncio.sleep(REST_S)
-        for alive in (7, 6, 5, 4):
-            under_way = tasks.create_task(texts(session, target.url, watched))
-            losses.append(await lose_one(session, target.url, alive))
-            differ += sum(a != b for a, b in zip(await under_way, expected, strict=True))
-            print(losses[-1], flush=True)
-        for task in streams:
-            task.cancel()
+        async with under_load(session, target):
+            await asyncio.sleep(REST_S)
+            for alive in (7, 6, 5, 4):
+                under_way = tasks.create_task(texts(session, target.url, watched))
+                losses.append(await lose_one(session, target.url, alive))
+                differ += sum(a != b for a, b in zip(await under_way, expected, strict=True))
+                print(losses[-1], flush=True)
         async with session.post(f"{target.url}/v1/fault_tolerance/verify") as response:
             verified = await response.json()
     return {
@@ -100,8 +94,7 @@ def copies(events: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/repair.json"))
+    parser = command_line(__doc__, "repair")
     options = parser.parse_args()
     arguments = ["--ranks", str(RANKS), "--ep-num-redundant-experts", str(RANKS * SLOTS - EXPERTS)]
     with (

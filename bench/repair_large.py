@@ -9,7 +9,6 @@ processes with nothing else to do, on experts of the same size.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -18,17 +17,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import torch
-from tests.kit.served import Server, http, server, shaped_model, status, write_result
-from train.problems import held_out
+from tests.kit.served import Server, http, server, status, write_result
 
-from bench.overhead import generated, stream
-from bench.transfer import measure_size
+from bench.kit.bare_transfer import measure_size
+from bench.kit.command_line import command_line
+from bench.kit.large_model import write_model
+from bench.kit.load import generated, under_load
 from elastic_ep.weights.transfer import apply_settings, available
 
 RANKS, SLOTS, LAYERS, EXPERTS = 8, 32, 4, 96
@@ -37,13 +36,6 @@ EXPERT_BYTES = 3 * HIDDEN * WIDTH * 4
 CONCURRENT = 32
 DEADLINE_S = 120.0
 SETTLE_S, WINDOW_S, REST_S = 5.0, 10.0, 20.0
-
-
-def write_model(folder: Path) -> Path:
-    """A folder, made in `folder`, that is the bundled model's with a larger config and no weights."""
-    shape = {"hidden_size": HIDDEN, "moe_intermediate_size": WIDTH, "num_experts": EXPERTS}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
-    return shaped_model(folder / "model", {**shape, **heads, "num_hidden_layers": LAYERS})
 
 
 async def lose_one(session: aiohttp.ClientSession, target: Server, *, loaded: bool) -> dict[str, Any]:
@@ -104,20 +96,14 @@ def repair_lines(events: Path, since_ns: int) -> Iterator[dict[str, Any]]:
 
 
 async def measure(target: Server) -> dict[str, Any]:
-    questions = [problem.question for problem in held_out(256)]
-    async with http() as session, asyncio.TaskGroup() as tasks:
+    async with http() as session:
         await asyncio.sleep(SETTLE_S)
         idle = [await lose_one(session, target, loaded=False) for _ in range(1)]
         print(*idle, sep="\n", flush=True)
-        streams = [
-            tasks.create_task(stream(session, target.url, cycle(questions[first:] + questions[:first])))
-            for first in range(CONCURRENT)
-        ]
-        await asyncio.sleep(REST_S)
-        loaded = [await lose_one(session, target, loaded=True)]
-        print(*loaded, sep="\n", flush=True)
-        for task in streams:
-            task.cancel()
+        async with under_load(session, target, streams=CONCURRENT, problems=256):
+            await asyncio.sleep(REST_S)
+            loaded = [await lose_one(session, target, loaded=True)]
+            print(*loaded, sep="\n", flush=True)
         async with session.post(f"{target.url}/v1/fault_tolerance/verify") as response:
             verified = await response.json()
         async with session.get(f"{target.url}/metrics") as response:
@@ -130,8 +116,7 @@ async def measure(target: Server) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/repair_large.json"))
+    parser = command_line(__doc__, "repair_large")
     options = parser.parse_args()
     apply_settings()
     if (reason := available()) is not None:

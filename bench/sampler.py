@@ -7,13 +7,12 @@ A draw on the device counts from its launch to its end; on the processor the log
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from tests.kit.served import median_ms, write_result
 
+from bench.kit.command_line import command_line
 from elastic_ep.engine.ops_cuda.draws import Draws
 from elastic_ep.engine.sampler import sample
 from elastic_ep.engine.scheduler import Sequence
@@ -28,15 +27,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "sampler")
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--vocabulary", type=int, default=151936)
     add("--sequences", type=int, nargs="+", default=[1, 16, 64])
     add("--repeats", type=int, default=5)
-    add("--out", type=Path, default=Path("bench/results/sampler.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)

@@ -8,33 +8,25 @@ the beginning and at the end.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import tempfile
 import time
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from tests.kit.served import Server, http, server, status, write_result
-from train.problems import held_out
 
-from bench.footprint import pss_mb
-from bench.overhead import CONCURRENT, generated, stream
+from bench.kit.command_line import command_line
+from bench.kit.load import generated, pss_mb, under_load
 
 SETTLE_S = 20.0
 LOOK_EVERY_S = 30.0
 
 
 async def soak(target: Server, minutes: float) -> dict[str, Any]:
-    questions = [problem.question for problem in held_out(512)]
     loads: list[float] = []
-    async with http() as session, asyncio.TaskGroup() as tasks:
-        streams = [
-            tasks.create_task(stream(session, target.url, cycle(questions[first:] + questions[:first])))
-            for first in range(CONCURRENT)
-        ]
+    async with http() as session, under_load(session, target):
         await asyncio.sleep(SETTLE_S)
         first_pss, started = pss_mb(target), time.monotonic()
         while (elapsed := time.monotonic() - started) < minutes * 60:
@@ -44,8 +36,6 @@ async def soak(target: Server, minutes: float) -> dict[str, Any]:
             print(f"{elapsed / 60:5.1f} min, {tokens:.0f} tokens, load {loads[-1]:.1f}", flush=True)
         found = await status(session, target.url)
         last_pss = pss_mb(target)
-        for task in streams:
-            task.cancel()
     incarnations = [engine["incarnation"] for engine in found["engines"]]
     return {
         "minutes": round(elapsed / 60, 1),
@@ -60,10 +50,8 @@ async def soak(target: Server, minutes: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=8)
+    parser = command_line(__doc__, "soak", ranks=8)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/soak.json"))
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as scratch,

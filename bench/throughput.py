@@ -9,7 +9,6 @@ given, and sorted by length (which a server could not do).
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 from tests.kit.served import http, percentile, server, write_result
 from train.problems import held_out
 
+from bench.kit.command_line import command_line
 from elastic_ep.run import BUNDLED_MODEL
 
 CONCURRENT = 64
@@ -73,11 +73,9 @@ async def with_elastic_ep(url: str, questions: list[str]) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=8)
+    parser = command_line(__doc__, "throughput", ranks=8)
     parser.add_argument("--problems", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/throughput.json"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     questions = [problem.question for problem in held_out(options.problems)]

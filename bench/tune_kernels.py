@@ -20,17 +20,17 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from tests.kit.bound import tied
 
-from bench import tune_candidates
-from bench.gpu_timing import BF16, measure_limits, times
-from bench.tune_candidates import Config, Decode, describe
-from bench.tune_cases import MOST_ERROR, Case, DecodeCase, compile_on_nothing, expert_cases
+from bench.kit import tune_candidates
+from bench.kit.command_line import command_line
+from bench.kit.kernel_timing import BF16, measure_limits, times
+from bench.kit.tune_candidates import Config, Decode, describe
+from bench.kit.tune_cases import MOST_ERROR, Case, DecodeCase, compile_on_nothing, expert_cases
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, plan_for
 
 Row = dict[str, Any]
@@ -52,10 +52,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("bench/results/tune_kernels.json"))
+    parser = command_line(__doc__, "tune_kernels")
     parser.add_argument("--seconds", type=float, default=150, help="for all, the compiler included")
     parser.add_argument("--rounds", type=int, default=7, help="replays whose median counts")
     parser.add_argument("--only", choices=("decode", "few", "many"), help="one group of cases")

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from bench.shapes import QWEN3_30B
 
 from elastic_ep.config import ConfigError, ServeConfig
 from elastic_ep.exchange.windows import Windows, WindowsError
@@ -15,6 +14,7 @@ from elastic_ep.models import qwen3_moe
 from elastic_ep.plan import KV_CACHE_BYTES, engine_limits, first_placement, make_plan
 from elastic_ep.run import BUNDLED_MODEL
 from elastic_ep.serve import RunProcess
+from tests.kit.shapes import QWEN3_30B
 
 CONFIG = ServeConfig(ranks=4, model=str(BUNDLED_MODEL), device="cpu", hang_deadline_s=2.0)
 

@@ -106,9 +106,9 @@ def starts(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, called
 
 
-SHORT = {("tests/kit/served.py", "subprocess.run"), ("bench/gpu.py", "subprocess.run")}
+SHORT = {("tests/kit/served.py", "subprocess.run"), ("bench/kit/sections.py", "subprocess.run")}
 """Programs that ask for a fact and end by themselves."""
-OWN = {("bench/gpu_failover.py", "subprocess.run"), ("bench/gpu_rank.py", "os.fork")}
+OWN = {("bench/gpu_failover.py", "subprocess.run"), ("bench/kit/failover_rank.py", "os.fork")}
 """The MPS daemon of a bench, and ranks of a fork server that is bound itself and kills them at its end."""
 
 

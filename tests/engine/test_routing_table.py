@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench.loss_work import choose_plainly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.engine.routing_table import Copies, RoutingTable
 from elastic_ep.placement import EMPTY, Change, Placement, launch_placement
+from tests.kit.plain_routing import choose_plainly
 
 
 @st.composite

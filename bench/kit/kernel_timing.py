@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tests.kit.shapes import QWEN3_30B
 
-from bench.shapes import QWEN3_30B
 from elastic_ep.config import PAGE_SIZE
 
 Call = Callable[[], Any]

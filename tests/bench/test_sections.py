@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.gpu import Expired, Sections
+from bench.kit.sections import Expired, Sections
 
 from tests.kit.bound import run
 
@@ -18,7 +18,7 @@ MEASURED: list[dict[str, Any]] = [{"batch": 1, "tokens_per_s": 8.3}, {"batch": 1
 KILLED = f"""
 import os, signal, sys
 from pathlib import Path
-from bench.gpu import Sections
+from bench.kit.sections import Sections
 sections = Sections(Path(sys.argv[1]), "0")
 def section():
     rows = sections.rows("theirs", {PLANNED})
@@ -31,7 +31,7 @@ sections.run("theirs", section, 60)
 
 def test_a_kill_loses_no_row_and_the_file_says_what_was_not_reached(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = run([sys.executable, "-c", KILLED, str(out)], 120, cwd=root)
     assert done.returncode == -signal.SIGKILL
     result = json.loads(out.read_text())

@@ -8,4 +8,4 @@ from elastic_ep.run import parse
 from elastic_ep.serve import serve
 
 if __name__ == "__main__":
-    sys.exit(serve(parse(), "bench.paced_engine:main"))
+    sys.exit(serve(parse(), "bench.kit.paced_engine:main"))

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from bench.failover_analysis import Curves
+from bench.kit.failover_analysis import Curves
 
 _COLOURS = {
     "Launching": "#bbbbbb", "InitCUDA": "#f2c14e", "InitDist": "#f78154", "Joining": "#5fad56",

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from bench.gpu_timing import BF16, DIM, EXPERTS, HEADS, HIDDEN, INNER, KV_HEADS, TOP_K, Cache
-from bench.tune_candidates import DECODE_WIDTH, Config, Decode
+from bench.kit.kernel_timing import BF16, DIM, EXPERTS, HEADS, HIDDEN, INNER, KV_HEADS, TOP_K, Cache
+from bench.kit.tune_candidates import DECODE_WIDTH, Config, Decode
 from elastic_ep.engine.ops_cuda.kernels import reference
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn

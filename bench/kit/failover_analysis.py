@@ -188,3 +188,9 @@ def _rejoins(curves: Curves) -> tuple[list[float], list[float]]:
                 in_steps.append((after - before) / typical)
                 in_ms.append((after - before) / 1e6)
     return in_steps, in_ms
+
+
+def beyond_a_step(figures: dict[str, Any], times: dict[str, float]) -> dict[str, float]:
+    """The percentiles less one median step, ms."""
+    step = figures["median_step_ms"] or 0.0
+    return {share: round(value - step, 3) for share, value in times.items() if share != "count"}

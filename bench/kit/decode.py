@@ -16,7 +16,7 @@ from tests.kit.file_store import FileStore
 from tests.kit.served import percentile
 from tests.kit.solo_exchange import SoloDeviceExchange
 
-from bench.gpu import quartiles
+from bench.kit.sections import quartiles
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda.build import exchange_shape
 from elastic_ep.engine.ops_cuda.inputs import StepShape

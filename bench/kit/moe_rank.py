@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_moe_plane import BF16, Case, Plane
-from bench.gpu_moe_sides import Layer, Sides
+from bench.kit.moe_plane import BF16, Case, Plane
+from bench.kit.moe_sides import Layer, Sides
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.exchange.step_words import StepWords
 

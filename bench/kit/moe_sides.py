@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bench.gpu_moe_plane import Plane
+from bench.kit.moe_plane import Plane
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.exchange.base import Received
 
