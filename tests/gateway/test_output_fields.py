@@ -188,3 +188,34 @@ def test_a_stop_string_counts_behind_min_tokens_and_is_shown_if_asked(
         assert whole[len(cut) :] in stops
     else:
         assert (cut, finish) == (text, "length")
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_many_choices_have_to_show_is_made_some_a_turn(
+    start: Start, path: str, stream: bool
+) -> None:
+    """All end at once; the loop's watch (`tests/loop_plugin.py`) fails this if it is made in one turn."""
+    choices, length = 64, 100
+
+    def many(request: Submitted) -> Any:
+        made = tokens_of(byte_tokens("a" * length), finish="length", logprobs=request.params.logprobs)
+        return [tuple(made[place : place + 4]) for place in range(0, length, 4)]
+
+    running = await start(FakeBackend(many), max_model_len=60_000)
+    body: dict[str, Any] = {"n": choices, "max_tokens": length, "temperature": 1, "stream": stream}
+    prompt = [17] * 50_000
+    if path == CHAT:
+        text = "a " * 25_000
+        body |= {"messages": [{"role": "user", "content": text}], "return_token_ids": True}
+        body |= {} if stream else {"logprobs": True, "top_logprobs": 20}
+    else:
+        body |= {"prompt": prompt, "return_token_ids": True} | ({} if stream else {"logprobs": 20})
+    ended = 0
+    async with running.http.post(running.url + path, json=body) as response:
+        assert response.status == 200
+        async for (
+            piece
+        ) in response.content.iter_any():  # to parse it all would hold up the loop, which is the test's too
+            ended += piece.count(b'"finish_reason":"len')
+    assert ended > choices / 2

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from elastic_ep.gateway import reading, text_worker
+from elastic_ep.gateway import reading, text_worker, turns
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.reading import INLINE_BYTES, BodyReader
 from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
@@ -141,23 +141,25 @@ async def test_of_many_small_bodies_a_turn_of_the_loop_reads_what_takes_a_few_mi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a clock that each body moves on by a third of that: so three a turn, and the others have theirs between."""
-    now, turn, turns = 0.0, 0, list[int]()
+    now, turn, seen = 0.0, 0, list[int]()
 
-    class Turns(BodyReader):
+    class Counted(BodyReader):
         def read_if_short(self, task: str, raw: bytes) -> Any:
             nonlocal now
-            now += reading.TURN_S / 3 + 1e-6
-            turns.append(turn)
+            now += turns.TURN_S / 3 + 1e-6
+            seen.append(turn)
             return b""
 
-    monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: now))
-    shared = reading.Reading(Turns(settings(), sample_text()), TextWorker(WorkerSetup(settings(), held_text)))
+    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: now))
+    shared = reading.Reading(
+        Counted(settings(), sample_text()), TextWorker(WorkerSetup(settings(), held_text))
+    )
     asked = asyncio.gather(*[shared.answer("tokenize", b"{}") for _ in range(20)])
     while not asked.done():
         turn += 1
         await asyncio.sleep(0)
-    assert len(turns) == 20
-    assert max(Counter(turns).values()) == 3
+    assert len(seen) == 20
+    assert max(Counter(seen).values()) == 3
 
 
 async def test_a_body_whose_process_dies_is_tried_once_more(worker: TextWorker, tmp_path: Path) -> None:

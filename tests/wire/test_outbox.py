@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_ep.wire.messages import Assign, Cancel, Drain, Member, SamplingParams, ToRank
-from elastic_ep.wire.outbox import LONG_TOKENS, TURN_TOKENS, Outbox
+from elastic_ep.wire.outbox import A_TURN, LONG, Outbox, cost
 
 MEMBERS = [Member(0, 1), Member(1, 1), Member(1, 2)]
-LENGTHS = (1, LONG_TOKENS - 1, LONG_TOKENS, TURN_TOKENS // 2, TURN_TOKENS - 1, TURN_TOKENS, 3 * TURN_TOKENS)
+LENGTHS = (1, LONG - 1, LONG, A_TURN // 2, A_TURN - 1, A_TURN, 3 * A_TURN)
 
 
 class Loop:
@@ -36,10 +36,6 @@ class Loop:
 
 def assign(number: int, tokens: int) -> Assign:
     return Assign(number, (7,) * (tokens - tokens // 3), (7,) * (tokens // 3), SamplingParams(1), 0, 0)
-
-
-def tokens(message: ToRank) -> int:
-    return len(message.prompt) + len(message.emitted) if isinstance(message, Assign) else 0
 
 
 STEPS = st.lists(
@@ -80,14 +76,13 @@ def test_order_bound_and_nothing_lost(steps: list[tuple[Member, int | str] | str
         assert all(isinstance(m, (Assign, Cancel)) and m.request_id in cancelled for m in unheard)
         assert heard == [message for message in meant if message in heard]
     for turn in loop.turns:
-        long = [tokens(message) for _, message in turn if tokens(message) >= LONG_TOKENS]
-        assert sum(long[:-1]) < TURN_TOKENS
+        assert sum(cost(message) for _, message in turn[:-1]) < A_TURN
 
 
 def test_a_short_message_goes_at_once_also_beside_a_long_one() -> None:
     loop = Loop()
     outbox = Outbox(loop.send, loop.later)
-    first, long = assign(1, 10), assign(2, TURN_TOKENS)
+    first, long = assign(1, 10), assign(2, A_TURN)
     outbox.put(MEMBERS[0], first)
     outbox.put(MEMBERS[1], long)
     outbox.put(MEMBERS[0], Drain())
@@ -96,22 +91,35 @@ def test_a_short_message_goes_at_once_also_beside_a_long_one() -> None:
     assert loop.turns[-1] == [(MEMBERS[1], long)]
 
 
+def test_of_very_many_short_messages_a_turn_sends_some() -> None:
+    """A rank is lost, and what waited in it goes to another."""
+    loop = Loop()
+    outbox = Outbox(loop.send, loop.later)
+    put = [assign(number, 10) for number in range(1000)]
+    for message in put:
+        outbox.put(MEMBERS[0], message)
+    while loop.due:
+        loop.turn()
+    assert [message for turn in loop.turns for _, message in turn] == put
+    assert max(map(len, loop.turns)) <= A_TURN // cost(put[0]) + 1
+
+
 def test_a_request_that_is_cancelled_before_it_went_out_never_does() -> None:
     loop = Loop()
     outbox = Outbox(loop.send, loop.later)
     for number in range(3):
-        outbox.put(MEMBERS[0], assign(number, LONG_TOKENS))
+        outbox.put(MEMBERS[0], assign(number, LONG))
     outbox.put(MEMBERS[0], Cancel(1))
     outbox.put(MEMBERS[0], Cancel(9))
     loop.turn()
-    assert [m for _, m in loop.turns[-1]] == [assign(0, LONG_TOKENS), assign(2, LONG_TOKENS), Cancel(9)]
+    assert [m for _, m in loop.turns[-1]] == [assign(0, LONG), assign(2, LONG), Cancel(9)]
 
 
 def test_ranks_take_turns() -> None:
     loop = Loop()
     outbox = Outbox(loop.send, loop.later)
     for number in range(6):
-        outbox.put(MEMBERS[number // 3], assign(number, TURN_TOKENS))
+        outbox.put(MEMBERS[number // 3], assign(number, A_TURN))
     while loop.due:
         loop.turn()
     assert [member.rank for turn in loop.turns for member, _ in turn] == [0, 1, 0, 1, 0, 1]

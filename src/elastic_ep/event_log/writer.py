@@ -36,6 +36,7 @@ _BUFFERED_BYTES = 1 << 18
 _NOTE_BYTES = 256
 """More than it takes to say that a file is deleted, or what is the same in each first line."""
 _ROW = 4096
+_EFFECTS_AT_ONCE = 16
 
 Item: TypeAlias = tuple[int, str, Any, Any]
 """(time, machine, event, effects); a note has no machine: (time, "", kind, facts)."""
@@ -208,7 +209,7 @@ class LogWriter:
         files.head_written()
 
     def _add(self, fields: Mapping[str, Any]) -> None:
-        text = _encode(fields).encode()
+        text = _text(fields).encode()
         self._make_room(len(text), int(fields["t_ns"]))
         self._chain(text)
 
@@ -236,6 +237,15 @@ class LogWriter:
         self._lines.clear()
         self._bytes = 0
         self._files.write(data)
+
+
+def _text(fields: Mapping[str, Any]) -> str:
+    """HAZARD: as for `_pieces`: an event may have thousands of effects. They come last."""
+    effects = fields.get("effects", ())
+    if len(effects) <= _EFFECTS_AT_ONCE:
+        return _encode(fields)
+    head = _encode({**fields, "effects": []})
+    return f"{head[:-2]}{','.join([_encode(effect) for effect in effects])}]}}"
 
 
 def _pieces(value: Any) -> Iterator[str]:

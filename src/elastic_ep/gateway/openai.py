@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -25,12 +26,14 @@ from elastic_ep.gateway.shapes import (
     Shape,
     Usage,
     as_object,
+    ids_json,
     logprobs_json,
     sse,
     usage_chunk,
     whole,
 )
 from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.turns import Turns
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend, Failure, Stream
 from elastic_ep.wire.messages import FailureCode
@@ -54,6 +57,8 @@ class _Run:
     reader: ChoiceReader
     clock: Clock
     part: Part
+    prompt_ids: Json | None
+    """If they are to be shown."""
 
 
 class OpenAiHandlers:
@@ -65,6 +70,7 @@ class OpenAiHandlers:
         self._text = text
         self._metrics = metrics
         self._reading = reading
+        self._turns = Turns()
         self._unknown = UnknownNames()
         self._completion = CompletionShape()
         self._chat = ChatShape()
@@ -115,7 +121,11 @@ class OpenAiHandlers:
         # for it any longer.
         try:
             self._metrics.prompt_tokens(sum(len(part.prompt) for part in job.parts))
-            runs = [self._run(job, index, stream, started) for index, stream in enumerate(streams)]
+            ids = [await self._prompt_ids(job, part) for part in job.parts]
+            runs = []
+            for index, stream in enumerate(streams):
+                make = partial(self._run, job, index, stream, started, ids[index // job.n])
+                runs.append(await self._turns.run(make))
             answer = Answer(
                 shape.prefix + (job.request_id or request_id(request)),
                 int(time.time()),
@@ -125,8 +135,8 @@ class OpenAiHandlers:
             if job.stream:
                 return await self._stream(request, job, shape, answer, runs)
             choices = await _together([self._whole_choice(shape, job.output, run) for run in runs])
-            beside = job.output.prompt_token_ids and not shape.prompt_ids_of_choice
-            pieces = whole(shape, answer, choices, _usage(job, runs), job.parts[0].prompt if beside else None)
+            beside = None if shape.prompt_ids_of_choice else ids[0]
+            pieces = whole(shape, answer, choices, _usage(job, runs), beside)
             return await _send(request, list(pieces))
         except (ConnectionError, asyncio.CancelledError):
             self._metrics.disconnect()
@@ -136,10 +146,13 @@ class OpenAiHandlers:
             for stream in reversed(streams):
                 stream.cancel()
 
-    def _run(self, job: Job, index: int, stream: Stream, started: float) -> _Run:
+    async def _prompt_ids(self, job: Job, part: Part) -> Json | None:
+        return await self._turns.run(lambda: ids_json(part.prompt)) if job.output.prompt_token_ids else None
+
+    def _run(self, job: Job, index: int, stream: Stream, started: float, prompt_ids: Json | None) -> _Run:
         part = job.parts[index // job.n]
         reader = ChoiceReader(self._text, job.output, part.prompt)
-        return _Run(index, stream, reader, Clock(self._metrics, started), part)
+        return _Run(index, stream, reader, Clock(self._metrics, started), part, prompt_ids)
 
     async def _whole_choice(self, shape: Shape, output: Output, run: _Run) -> Json:
         reader, echo = run.reader, run.part.echo
@@ -152,13 +165,17 @@ class OpenAiHandlers:
         finish = self._finished(run)
         logprobs = None
         if output.logprobs is not None:
-            logprobs = await logprobs_json(shape, reader.tokens, len(echo))
-        choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
-        if output.token_ids:
-            choice["token_ids"] = [one.token.token for one in reader.tokens]
-        if output.prompt_token_ids and shape.prompt_ids_of_choice:
-            choice["prompt_token_ids"] = list(run.part.prompt)
-        return as_object(choice)
+            logprobs = await logprobs_json(shape, reader.tokens, len(echo), self._turns)
+
+        def made() -> Json:
+            choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
+            if output.token_ids:
+                choice["token_ids"] = [one.token.token for one in reader.tokens]
+            if shape.prompt_ids_of_choice and run.prompt_ids is not None:
+                choice["prompt_token_ids"] = run.prompt_ids
+            return as_object(choice)
+
+        return await self._turns.run(made)
 
     async def _stream(
         self, request: web.Request, job: Job, shape: Shape, answer: Answer, runs: list[_Run]
@@ -185,8 +202,12 @@ class OpenAiHandlers:
 
     async def _stream_choice(self, shape: Shape, answer: Answer, run: _Run, write: Write) -> None:
         reader, output, echo = run.reader, answer.output, run.part.echo
-        chunks = ChunkWriter(shape, answer, run.index, run.part.prompt)
-        opening = chunks.opening + (chunks.text(echo, 0) if echo else b"")
+
+        def begin() -> tuple[ChunkWriter, bytes]:
+            chunks = ChunkWriter(shape, answer, run.index, len(run.part.prompt), run.prompt_ids)
+            return chunks, chunks.opening + (chunks.text(echo, 0) if echo else b"")
+
+        chunks, opening = await self._turns.run(begin)
         text = ""
 
         def full(finish: str | None) -> bytes:
@@ -222,17 +243,18 @@ class OpenAiHandlers:
         return finish
 
 
-async def _send(request: web.Request, pieces: list[bytes]) -> web.StreamResponse:
-    """As fast as the client takes it: a megabyte in one go would hold up the event loop."""
+async def _send(request: web.Request, pieces: list[str]) -> web.StreamResponse:
+    """As fast as the client takes it: megabytes in one go would hold up the event loop. `pieces` are ASCII."""
     size = sum(map(len, pieces))
     if size <= _AT_ONCE_BYTES:
-        return web.Response(body=b"".join(pieces), content_type="application/json")
+        return web.Response(body="".join(pieces).encode("ascii"), content_type="application/json")
     headers = {"Content-Type": "application/json", "Content-Length": str(size)}
     response = web.StreamResponse(headers=headers)
     await response.prepare(request)
     for piece in pieces:
         for start in range(0, len(piece), _AT_ONCE_BYTES):
-            await response.write(piece[start : start + _AT_ONCE_BYTES])
+            await response.write(piece[start : start + _AT_ONCE_BYTES].encode("ascii"))
+            await asyncio.sleep(0)  # a client that is quick enough makes nothing wait
     await response.write_eof()
     return response
 

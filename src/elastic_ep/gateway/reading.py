@@ -7,9 +7,7 @@ any other by a process of its own (`text_worker.py`), by the same code.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import time
 from typing import Any, Literal
 
 from elastic_ep.gateway.bodies import detokenize_fields, tokenize_fields
@@ -18,13 +16,11 @@ from elastic_ep.gateway.requests import Job, JobReader
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.text import Text
 from elastic_ep.gateway.text_worker import TextWorker
+from elastic_ep.gateway.turns import Turns
 
 INLINE_BYTES = 8192
 """A body of so many bytes takes a few milliseconds. HAZARD: work that a small body can make long (a template of the
 client's own, a pattern to compile) does not belong on the event loop either: see `_may_take_long`."""
-
-TURN_S = 0.003
-"""So much is read in a turn of the event loop, and at least one body."""
 
 JobTask = Literal["completion", "chat"]
 AnswerTask = Literal["tokenize", "detokenize"]
@@ -77,8 +73,7 @@ class Reading:
     def __init__(self, reader: BodyReader, worker: TextWorker) -> None:
         self._reader = reader
         self.worker = worker
-        self._spent_s = 0.0
-        """On reading, in this turn of the event loop."""
+        self._turns = Turns()
 
     async def job(self, task: JobTask, raw: bytes) -> Job:
         found = await self._read(task, raw)
@@ -93,25 +88,10 @@ class Reading:
     async def _read(self, task: str, raw: bytes) -> Job | bytes:
         if len(raw) > INLINE_BYTES:
             return await self.worker.read(task, raw)
-        # Of many bodies that come at once, others have their turn now and then.
-        while self._spent_s >= TURN_S:  # noqa: ASYNC110  # the next turn is what is waited for
-            await asyncio.sleep(0)
-        began = time.monotonic()
-        try:
-            found = self._reader.read_if_short(task, raw)
-        finally:
-            self._spent(time.monotonic() - began)
+        found = await self._turns.run(lambda: self._reader.read_if_short(task, raw))
         if found is not None:
             return found
         return await self.worker.read(task, raw)
-
-    def _spent(self, seconds: float) -> None:
-        if not self._spent_s:
-            asyncio.get_running_loop().call_soon(self._next_turn)
-        self._spent_s += seconds
-
-    def _next_turn(self) -> None:
-        self._spent_s = 0.0
 
 
 def _may_take_long(body: dict[str, Any]) -> bool:

@@ -5,20 +5,25 @@ A chunk differs from the one before only in its text, so everything around the t
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from elastic_ep.gateway.requests import Output
 from elastic_ep.gateway.spelled import SpelledToken
+from elastic_ep.gateway.turns import Turns
 
 _LEAST_LOGPROB = -9999.0  # as OpenAI writes minus infinity, which JSON cannot
 _TOKENS_A_TURN = 64
 """With twenty alternatives each a few milliseconds."""
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _escape = json.encoder.encode_basestring_ascii
+
+
+class Json(str):
+    """Text that is JSON already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +137,16 @@ class ChunkWriter:
 
     __slots__ = ("_after", "_before", "_end", "_plain", "_prompt_tokens", "opening")
 
-    def __init__(self, shape: Shape, answer: Answer, index: int, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, shape: Shape, answer: Answer, index: int, prompt_tokens: int, prompt_ids: Json | None = None
+    ) -> None:
+        """`prompt_ids`: the prompt's, if they are to be shown."""
         output = answer.output
         head = (
             f'data: {{"id":{_escape(answer.id)},"object":"{shape.chunk_object}",'
             f'"created":{answer.created},"model":{_escape(answer.model)},"choices":['
         )
-        self._prompt_tokens = len(prompt)
+        self._prompt_tokens = prompt_tokens
         self._end: str | None = ',"usage":null}\n\n' if output.include_usage else "}\n\n"
         """None: every chunk has other figures."""
         if output.continuous_usage:
@@ -147,9 +155,9 @@ class ChunkWriter:
         self._before = head + before
         self._plain = f'{self._after},"logprobs":null,"finish_reason":null}}]'
         first = shape.opening(index)
-        if first is None and output.prompt_token_ids:
+        if first is None and prompt_ids is not None:
             first = f'{before}""{self._after}'
-        self.opening = b"" if first is None else self._first(head + first, shape, output, prompt)
+        self.opening = b"" if first is None else self._first(head + first, shape, prompt_ids)
 
     def text(self, text: str, generated: int) -> bytes:
         """A chunk with nothing but text. `generated` tokens so far."""
@@ -169,8 +177,8 @@ class ChunkWriter:
         rest = f'{self._after},"logprobs":{_dumps(logprobs)},"finish_reason":{_dumps(finish)}{ids}}}]'
         return f"{self._before}{_escape(text)}{rest}{self._end or self._usage(generated)}".encode("ascii")
 
-    def _first(self, start: str, shape: Shape, output: Output, prompt: Sequence[int]) -> bytes:
-        ids = f',"prompt_token_ids":{_dumps(list(prompt))}' if output.prompt_token_ids else ""
+    def _first(self, start: str, shape: Shape, prompt_ids: Json | None) -> bytes:
+        ids = "" if prompt_ids is None else f',"prompt_token_ids":{prompt_ids}'
         mine, beside = (ids, "") if shape.prompt_ids_of_choice else ("", ids)
         rest = f'{start},"logprobs":null,"finish_reason":null{mine}}}]{beside}'
         return f"{rest}{self._end or self._usage(0)}".encode("ascii")
@@ -184,25 +192,32 @@ def usage_chunk(shape: Shape, answer: Answer, usage: Usage) -> bytes:
     return sse({**_envelope(answer, shape.chunk_object), "choices": [], "usage": usage.plain()})
 
 
-class Json(str):
-    """Text that is JSON already."""
+def ids_json(ids: Sequence[int]) -> Json:
+    """HAZARD: for a long prompt some milliseconds. It is the same for all choices."""
+    return Json(_dumps(list(ids)))
 
 
-async def logprobs_json(shape: Shape, tokens: Sequence[SpelledToken], offset: int) -> Json:
+async def logprobs_json(shape: Shape, tokens: Sequence[SpelledToken], offset: int, turns: Turns) -> Json:
     """`shape.logprobs(tokens, offset)` as JSON. Others have their turn of the event loop every few tokens."""
     lists: dict[str, list[str]] = {}
     rest: dict[str, Any] = {}
     for start in range(0, max(1, len(tokens)), _TOKENS_A_TURN):
-        found = shape.logprobs(tokens[start : start + _TOKENS_A_TURN], offset)
+        part = tokens[start : start + _TOKENS_A_TURN]
+        found = await turns.run(partial(_logprobs_json, shape, part, offset))
         for name, value in found.items():
-            if not isinstance(value, list):
-                rest[name] = value
-            elif made := _dumps(value)[1:-1]:
-                lists.setdefault(name, []).append(made)
+            if isinstance(value, Json):
+                lists.setdefault(name, []).append(value[1:-1])
             else:
-                lists.setdefault(name, [])
-        await asyncio.sleep(0)
-    return as_object({name: Json(f"[{','.join(parts)}]") for name, parts in lists.items()} | rest)
+                rest[name] = value
+    return as_object(
+        {name: Json(f"[{','.join(filter(None, parts))}]") for name, parts in lists.items()} | rest
+    )
+
+
+def _logprobs_json(shape: Shape, tokens: Sequence[SpelledToken], offset: int) -> dict[str, Any]:
+    """`shape.logprobs(tokens, offset)` with each list as JSON."""
+    found = shape.logprobs(tokens, offset)
+    return {name: Json(_dumps(value)) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def as_object(fields: Mapping[str, Any]) -> Json:
@@ -214,14 +229,16 @@ def as_object(fields: Mapping[str, Any]) -> Json:
 
 
 def whole(
-    shape: Shape, answer: Answer, choices: Sequence[Json], usage: Usage, prompt: Sequence[int] | None = None
-) -> Iterator[bytes]:
-    """The body of a response that is not streamed, in pieces. `prompt`: the token ids of all choices'."""
-    yield _dumps({**_envelope(answer, shape.whole_object), "choices": []})[:-2].encode("ascii")
+    shape: Shape, answer: Answer, choices: Sequence[Json], usage: Usage, prompt_ids: Json | None = None
+) -> Iterator[str]:
+    """The body of a response that is not streamed, in pieces, ASCII. `prompt_ids`: of all choices."""
+    yield _dumps({**_envelope(answer, shape.whole_object), "choices": []})[:-2]
     for place, choice in enumerate(choices):
-        yield f"{',' if place else ''}{choice}".encode("ascii")
-    ids = "" if prompt is None else f',"prompt_token_ids":{_dumps(list(prompt))}'
-    yield f'],"usage":{_dumps(usage.plain())}{ids}}}'.encode("ascii")
+        if place:
+            yield ","
+        yield choice
+    ids = "" if prompt_ids is None else f',"prompt_token_ids":{prompt_ids}'
+    yield f'],"usage":{_dumps(usage.plain())}{ids}}}'
 
 
 def sse(body: dict[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """What goes to the ranks, a bounded amount a turn of the event loop.
 
-A long prompt takes its time to encode, and one event can cause many messages that hold one: a rank is back, a client
-with many choices leaves.
+A long prompt takes its time to encode, and one event can cause many messages that hold one, or very many short ones: a
+rank is lost, one is back, a client with many choices leaves.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from elastic_ep.wire.messages import Assign, Cancel, Member, ToRank
+from elastic_ep.placement import Placement
+from elastic_ep.wire.messages import Assign, Cancel, Member, Snapshot, ToRank
 
-LONG_TOKENS = 1024
-"""A message with so many waits for the next turn, and what comes after it for the same rank with it."""
-TURN_TOKENS = 32_768
-"""So many are encoded in a turn, and at least one message: a few milliseconds."""
+LONG = 1024
+"""A message that costs so much waits for the next turn, and what comes after it for the same rank with it."""
+A_TURN = 32_768
+"""So much is sent in a turn, and at least one message: a few milliseconds."""
+_MESSAGE, _BIAS = 256, 16
 
 
 class Outbox:
@@ -29,36 +31,60 @@ class Outbox:
         self._send = send
         self._later = later
         self._waiting: dict[Member, deque[ToRank]] = {}
+        self._left = A_TURN
+        """Of this turn."""
+        self._due = False
+        """The next turn is waited for."""
 
     def put(self, member: Member, message: ToRank) -> None:
         queue = self._waiting.get(member)
-        if queue is None and _tokens(message) < LONG_TOKENS:
+        if queue is not None:
+            if not (isinstance(message, Cancel) and _forget(queue, message.request_id)):
+                queue.append(message)
+        elif (price := cost(message)) < LONG and self._left > 0:
+            self._pay(price)
             self._send(member, message)
-        elif queue is None:
-            if not self._waiting:
-                self._later(self._turn)
+        else:
             self._waiting[member] = deque([message])
-        elif not (isinstance(message, Cancel) and _forget(queue, message.request_id)):
-            queue.append(message)
+            self._await_turn()
 
     def _turn(self) -> None:
-        left = TURN_TOKENS
-        while self._waiting and left > 0:
-            member, queue = next(iter(self._waiting.items()))
-            del self._waiting[member]
-            if not queue:
-                continue
-            message = queue.popleft()
-            left -= _tokens(message)
-            if queue:
-                self._waiting[member] = queue  # the others come first
-            self._send(member, message)
-        if self._waiting:
+        self._due = False
+        self._left = A_TURN
+        try:
+            while self._waiting and self._left > 0:
+                member, queue = next(iter(self._waiting.items()))
+                del self._waiting[member]
+                if not queue:
+                    continue
+                message = queue.popleft()
+                if queue:
+                    self._waiting[member] = queue  # the others come first
+                self._pay(cost(message))
+                self._send(member, message)
+        finally:
+            if self._waiting:
+                self._await_turn()
+
+    def _pay(self, price: int) -> None:
+        self._left -= price
+        self._await_turn()
+
+    def _await_turn(self) -> None:
+        if not self._due:
+            self._due = True
             self._later(self._turn)
 
 
-def _tokens(message: ToRank) -> int:
-    return len(message.prompt) + len(message.emitted) if isinstance(message, Assign) else 0
+def cost(message: ToRank) -> int:
+    """What it takes to encode and send it, in tokens of a prompt."""
+    match message:
+        case Assign(_, prompt, emitted, params):
+            tokens = len(prompt) + len(emitted) + len(params.stop_token_ids) + len(params.allowed_token_ids)
+            return _MESSAGE + tokens + _BIAS * len(params.logit_bias)
+        case Snapshot(placement=Placement() as placement):
+            return _MESSAGE + sum(len(row) for row in placement.slots)
+    return _MESSAGE
 
 
 def _forget(queue: deque[ToRank], request_id: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from elastic_ep.wire.outbox import Outbox
 log = structlog.get_logger()
 _QUEUE_LIMIT = 100_000
 """Messages to a rank that it has not read: far more than one that reads at all ever leaves."""
+_TURN_S = 0.01
 MAX_MESSAGE_BYTES = 64 << 20
 
 
@@ -41,23 +43,35 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[by
 
 
 class _Drain:
-    """Calls `on_parts` with each multipart message that arrives on `socket`."""
+    """Calls `on_parts` with each multipart message that arrives on `socket`, in a turn of the loop for `_TURN_S`."""
 
     def __init__(self, socket: zmq.Socket[bytes], on_parts: Callable[[list[bytes]], None]) -> None:
         self._socket = socket
         self._on_parts = on_parts
         self._loop = asyncio.get_running_loop()
+        self._paused = False
+        """What has come besides is taken in the next turn."""
         self._fd = int(socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self.run)
         self._loop.call_soon(self.run)
 
     def run(self) -> None:
+        if not self._paused:
+            self._take()
+
+    def _take(self) -> None:
+        self._paused = False
+        until = time.monotonic() + _TURN_S
         while not self._socket.closed:
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._on_parts(parts)
+            if time.monotonic() >= until:
+                self._paused = True
+                self._loop.call_soon(self._take)
+                return
 
     def later(self, call: Callable[..., None], *arguments: object) -> None:
         self._loop.call_soon(call, *arguments)

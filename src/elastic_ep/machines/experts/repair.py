@@ -54,7 +54,7 @@ class RepairMachine:
 
     placement: Placement
     config: RepairConfig = field(default_factory=RepairConfig)
-    transient: ClassVar = frozenset({"_changes", "_effects", "_handlers", "_stirred"})
+    transient: ClassVar = frozenset({"_changes", "_effects", "_handlers"})
 
     def __post_init__(self) -> None:
         self.members: frozenset[Member] = frozenset()
@@ -76,7 +76,7 @@ class RepairMachine:
         self.wanted = [min(self.placement.copies(layer, ranks)) for layer in layers]
         """Per layer: the copies of every expert to come back to. As many as at launch."""
         self._stirred: set[int] = set()
-        """Layers in which something happened that may allow or require a move."""
+        """Layers in which something happened that may allow or require a move, not looked at since."""
         self._refused: dict[int, set[Member]] = {}
         """By layer, the members that had too many copies in hand for one more that it needs."""
         self._unfinished: set[int] = set()
@@ -97,7 +97,6 @@ class RepairMachine:
     def step(self, event: Event) -> list[Effect]:
         self._effects = []
         self._changes = []
-        self._stirred.clear()
         self._handlers[type(event)](event)
         if self._stirred and self.members:
             self._go_on()
@@ -127,6 +126,8 @@ class RepairMachine:
             assert len(row) == self.placement.num_ranks * self.placement.slots_per_rank
 
     def next_deadline_ms(self) -> int | None:
+        if self._stirred and self.members:
+            return self.now_ms
         times = [copy.deadline_ms for copy in self.copies.values() if not copy.overdue]
         return min([*times, *self.retry_at_ms.values()], default=None)
 
@@ -240,13 +241,20 @@ class RepairMachine:
 
     def _go_on(self) -> None:
         """HAZARD: this runs for every copy. Only layers where something is possible now may be looked at, or a model of
-        many layers and experts would keep the run process from everything else.
+        many layers and experts would keep the run process from everything else. What is left is for the next `Tick`.
         """
+        left = self.config.layers_at_once
         for layer in sorted(self._stirred | self._refused.keys()):
-            if layer in self._stirred or not all(map(self._busy, self._refused[layer])):
-                self._unfinished.add(layer)
-                self._move(layer)
-        if self.pursuit:
+            if layer not in self._stirred and all(map(self._busy, self._refused[layer])):
+                continue
+            if not left:
+                self._stirred.add(layer)
+                continue
+            left -= 1
+            self._stirred.discard(layer)
+            self._unfinished.add(layer)
+            self._move(layer)
+        if self.pursuit and not self._stirred:
             for layer in sorted(self._unfinished):
                 if not self._may_pursue():
                     break
@@ -254,11 +262,14 @@ class RepairMachine:
 
     def _move(self, layer: int) -> None:
         self._refused.pop(layer, None)
+        ranks = {member.rank for member in self.members}
+        if not self.pursuit and min(self.placement.copies(layer, ranks)) >= self.floor(layer):
+            return
         on_layer = {place[1]: copy for place, copy in self.copies.items() if place[0] == layer}
         board = Layer(
             self.placement,
             layer,
-            ranks={member.rank for member in self.members},
+            ranks=ranks,
             wanted=self.floor(layer),
             coming={slot: copy.logical for slot, copy in on_layer.items()},
             given_up={slot for slot, copy in on_layer.items() if copy.overdue},
@@ -338,7 +349,7 @@ class RepairMachine:
         A copy that is overdue may never be reported, and is not waited for.
         """
         awaited = any(not copy.overdue for copy in self.copies.values())
-        if self.pursuit and not (awaited or self.emptied or self.retry_at_ms):
+        if self.pursuit and not (awaited or self.emptied or self.retry_at_ms or self._stirred):
             self._drop_plan()
 
     def _left(self, pursuit: Pursuit) -> int:
