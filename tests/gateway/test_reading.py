@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
 from elastic_ep.group.port import Busy
 from tests.gateway.conftest import Start, settings
 from tests.gateway.fakes import sample_text
-from tests.gateway.text.held_text import broken_text, held_text
+from tests.gateway.text.held_text import broken_text, held_text, text_after_a_death
 from tests.kit.bound import Bound
 
 pytestmark = pytest.mark.anyio
@@ -173,6 +174,14 @@ async def test_a_body_whose_process_dies_is_tried_once_more(worker: TextWorker, 
     assert twice.value.status == 500
     assert twice.value.code == "text_process_died"
     assert isinstance(await worker.read("tokenize", prompt("Anna")), bytes)
+
+
+async def test_a_process_that_is_killed_as_it_starts_is_started_again(tmp_path: Path) -> None:
+    worker = TextWorker(WorkerSetup(settings(), partial(text_after_a_death, str(tmp_path / "died"))))
+    try:
+        assert isinstance(await worker.read("tokenize", prompt("Anna")), bytes)
+    finally:
+        await worker.close()
 
 
 async def test_a_process_that_was_killed_between_two_bodies_is_replaced(worker: TextWorker) -> None:

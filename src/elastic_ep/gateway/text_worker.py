@@ -213,12 +213,16 @@ class TextWorker:
         if self._process is not None and self._process.running:
             return self._process
         await self._end()
-        try:
-            async with asyncio.timeout(START_S):
-                await self._start()
-        except (TimeoutError, OSError, EOFError) as error:
-            await self._end()
-            raise _not_started(error) from error
+        for last in (False, True):
+            try:
+                async with asyncio.timeout(START_S):
+                    await self._start()
+                break
+            except (TimeoutError, OSError, EOFError) as error:
+                await self._end()
+                # One that was killed as it started is no reason to refuse. What it has to object it would say.
+                if last or not isinstance(error, (EOFError, ConnectionError)):
+                    raise _not_started(error) from error
         assert self._process is not None
         return self._process
 

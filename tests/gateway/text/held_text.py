@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,3 +37,11 @@ def held_text() -> Text:
 
 def broken_text() -> Text:
     raise ValueError("tokenizer.json is missing")
+
+
+def text_after_a_death(marker: str) -> Text:
+    """The process that loads it first is killed meanwhile."""
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return held_text()
