@@ -47,9 +47,7 @@ from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import launch_placement
 from elastic_ep.rank.forward import LOAD_REPORT_STEPS
 from elastic_ep.run import BUNDLED_MODEL
-
-HEARTBEAT_MS = 200
-KERNEL_WAIT_MS = 20_000
+from elastic_ep.timing import Timing
 
 
 def run_group(model: Path, rounds: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -69,15 +67,13 @@ def run_group(model: Path, rounds: int, options: argparse.Namespace) -> dict[str
             told = RankConfig(
                 rank=rank,
                 incarnation=0,
-                num_ranks=options.ranks,
                 directory=name,
                 model=str(model),
                 load_format="dummy",
                 device=options.device,
                 seed=0,
                 limits=limits,
-                heartbeat_ms=HEARTBEAT_MS,
-                kernel_wait_ms=KERNEL_WAIT_MS,
+                timing=Timing(hang_deadline_ms=40_000, ranks=options.ranks),
                 placement=placement,
             )
             blocks = Blocks(rounds, options.steps, options.batch)

@@ -50,6 +50,7 @@ from elastic_ep.rank.forward import LOAD_REPORT_STEPS, ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
 from elastic_ep.rank.slots import SlotWorker
+from elastic_ep.timing import USUAL
 from elastic_ep.weights.bank import Weights, dummy_source
 from elastic_ep.wire.messages import Assign, Member, SamplingParams
 
@@ -219,7 +220,7 @@ class BlockRank(RankProcess):
     def __init__(self, config: RankConfig, life_fd: int, plan: Plan) -> None:
         super().__init__(config, -1, life_fd)
         self._forward = BlockForward(config, self._mailbox, plan)
-        self._slots = SlotWorker(self._me, self._mailbox, lambda: "no state plane here")
+        self._slots = SlotWorker(self._me, self._mailbox, lambda: "no state plane here", USUAL)
 
 
 def run_rank(config: RankConfig, life_fd: int, plan: Plan) -> None:
@@ -240,15 +241,13 @@ def measure(plan: Plan) -> Blocks:
         config = RankConfig(
             rank=0,
             incarnation=0,
-            num_ranks=1,
             directory=name,
             model="",
             load_format="dummy",
             device="cpu",
             seed=0,
             limits=plan.limits,
-            heartbeat_ms=200,
-            kernel_wait_ms=500,
+            timing=USUAL,
             placement=launch_placement(1, MODEL.moe_layers, MODEL.moe.experts, 0),
         )
         life_fd, held_fd = os.pipe()

@@ -14,31 +14,36 @@ SOURCE = Path(__file__).parent.parent / "src" / "elastic_ep"
 
 ARROWS: dict[str, set[str]] = {
     "wire": {"placement"},
-    "machines": {"wire", "placement"},
+    "machines": {"wire", "placement", "timing"},
     "event_log": {"machines", "wire", "config"},
     "exchange": {"wire", "config"},
     "models": {"exchange", "placement"},
-    "weights": {"models", "wire", "placement"},
+    "weights": {"models", "wire", "placement", "timing"},
     "engine": {"exchange", "machines", "models", "weights", "wire", "config", "placement"},
     "host": {"event_log", "exchange", "machines", "wire", "config", "logs", "titles"},
     "rank": {
-        "engine", "exchange", "host", "machines", "models", "weights", "wire", "config", "logs", "placement", "titles",
+        "engine", "exchange", "host", "machines", "models", "weights", "wire", "config", "logs", "placement",
+        "timing", "titles",
     },
-    "group": {"event_log", "exchange", "gateway", "host", "machines", "weights", "wire", "config", "placement", "plan"},
+    "group": {
+        "event_log", "exchange", "gateway", "host", "machines", "weights", "wire", "config", "placement", "plan",
+        "timing",
+    },
     "gateway": {"group", "host", "machines", "models", "wire", "titles"},
 }  # fmt: skip
 """A folder, and what it may import besides itself: folders, and modules of the top level."""
 TOP = {
     "charts", "command_line", "config", "foreign_flags", "logs", "loop_watch", "placement", "placement_picture", "plan",
-    "replay", "run", "serve", "titles",
+    "replay", "run", "serve", "timing", "titles",
 }  # fmt: skip
 """The commands, what they are made of, and what all may use."""
 BASE: dict[str, set[str]] = {
-    "config": {"placement", "wire"},
+    "config": {"placement", "timing", "wire"},
     "foreign_flags": {"config"},
     "logs": {"config"},
     "loop_watch": {"event_log"},
     "placement": set(),
+    "timing": set(),
     "titles": {"wire"},
 }
 """Of these, what folders use, and what it may import."""

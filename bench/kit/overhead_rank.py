@@ -30,6 +30,7 @@ from elastic_ep.rank.engine import build_engine
 from elastic_ep.rank.forward import ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
+from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Assign, SamplingParams, StepReport
 
 MODES = ("on", "tokens", "off")
@@ -172,7 +173,7 @@ class BlockRank(RankProcess):
             if self._blocks.mode == "on" and not self._reported.is_set():
                 self._wire.send(self._heartbeat(parked=self._mailbox.waiting_at is not None))
             self._reported = anyio.Event()
-            await anyio.sleep(self._config.heartbeat_ms / 1000)
+            await anyio.sleep(USUAL.heartbeat_ms / 1000)
 
 
 def run_rank(config: RankConfig, windows_fd: int, life_fd: int, blocks: Blocks) -> None:

@@ -48,9 +48,11 @@ class PacedExchange:
 
     def __init__(self, config: RankConfig, step_s: float, operations: int) -> None:
         self._peers = Peers(
-            Member(config.rank, config.incarnation), config.num_ranks, config.placement.slots_per_rank
+            Member(config.rank, config.incarnation),
+            config.placement.num_ranks,
+            config.placement.slots_per_rank,
         )
-        self._words = StepWords(Path(config.directory), config.num_ranks, config.rank)
+        self._words = StepWords(Path(config.directory), config.placement.num_ranks, config.rank)
         self._step_s, self._per_step = step_s, operations
         self._masked = threading.Event()
         self._step, self._ends_s = -1, 0.0

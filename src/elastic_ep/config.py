@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from elastic_ep.placement import Placement
+from elastic_ep.timing import Timing
 from elastic_ep.wire.codec import decode, encode
 from elastic_ep.wire.slot_messages import PeerWeights
 
@@ -47,7 +48,6 @@ class RankConfig:
 
     rank: int
     incarnation: int
-    num_ranks: int
     directory: str
     """Where the control plane's sockets are."""
     model: str
@@ -55,10 +55,7 @@ class RankConfig:
     device: str
     seed: int
     limits: EngineLimits
-    heartbeat_ms: int
-    """0: none."""
-    kernel_wait_ms: int
-    """How long a kernel of the exchange waits for a peer before it masks it by itself."""
+    timing: Timing
     placement: Placement
     """As it is at this launch: the rank loads its row."""
     peers: PeerWeights | None = None
@@ -165,6 +162,17 @@ class ServeConfig:
                 f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}: raise the first or lower "
                 "the second"
             )
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(
+            hang_deadline_ms=round(self.hang_deadline_s * 1000),
+            stop_deadline_ms=round(self.stop_deadline_s * 1000),
+            ranks=self.ranks,
+            fault_tolerance=self.fault_tolerance,
+            mps=self.mps,
+            relaunch_limit=self.relaunch_limit,
+        )
 
     @property
     def event_log_mode(self) -> EventLogMode:

@@ -22,20 +22,6 @@ from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.weights.checkpoint import validate_checkpoint
 
-HEARTBEATS_PER_DEADLINE = 5
-"""Five in a deadline: one may be late without a verdict."""
-KERNEL_WAITS_PER_DEADLINE = 2
-"""A rank that is masked by its peers' kernels is fenced, so this is a deadline for hangs too."""
-SHARED_KERNEL_WAITS_PER_DEADLINE = 5
-"""With MPS, where a rank that comes back waits for its predecessor's kernels, and these for each of their peers."""
-KERNEL_WAIT_MS = 20_000
-"""Without fault tolerance."""
-SLOW_CLOCK = 1.5
-"""HAZARD: Mooncake's kernels count their timeout in cycles of the device's peak clock, so at a lower clock they wait
-longer than they were told. A hold that ends before they do lets the driver free memory under them, which faults every
-client of the MPS server."""
-DRAIN_MARGIN_S = 0.1
-"""What a dead rank's kernels take to end beyond their wait for peers."""
 KV_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 """At most so much for the KV cache of a rank unless the command line says how many pages."""
 SHARED_KV_CACHE_BYTES = 1 << 30
@@ -74,25 +60,6 @@ class ServePlan:
     def notices(self) -> tuple[str, ...]:
         """What an operator should know of the model folder before it serves: a line each."""
         return (*self.text_fit.notices, *self.left_out)
-
-    @property
-    def heartbeat_ms(self) -> int:
-        """0: none."""
-        if not self.config.fault_tolerance:
-            return 0
-        return round(self.config.hang_deadline_s * 1000 / HEARTBEATS_PER_DEADLINE)
-
-    @property
-    def kernel_wait_ms(self) -> int:
-        if not self.config.fault_tolerance:
-            return KERNEL_WAIT_MS
-        waits = SHARED_KERNEL_WAITS_PER_DEADLINE if self.config.mps else KERNEL_WAITS_PER_DEADLINE
-        return round(self.config.hang_deadline_s * 1000 / waits)
-
-    @property
-    def drain_s(self) -> float:
-        """How long a dead rank's kernels may run: at worst they wait for one peer after the other."""
-        return (self.config.ranks - 1) * self.kernel_wait_ms / 1000 * SLOW_CLOCK + DRAIN_MARGIN_S
 
     @property
     def shape(self) -> ExchangeShape:

@@ -46,9 +46,8 @@ from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.loop_watch import HeldReport, make_loop
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership import events as ev
-from elastic_ep.machines.membership.events import MembershipConfig
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.membership.progress import ProgressConfig, ProgressMachine
+from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.registry import arguments
 from elastic_ep.machines.requests import events as routing
 from elastic_ep.machines.requests.events import RoutingConfig
@@ -59,7 +58,6 @@ SWITCH_INTERVAL_S = 0.0005
 """A death notice waits at most so long for the interpreter lock."""
 GC_THRESHOLD = 20_000
 """Objects made before the collector looks for cycles; every step of the ranks makes some hundreds here."""
-PULSES_PER_DEADLINE = 10
 EXAMPLE_QUESTION = (
     "Tom has 12 apples. Tom buys 30 more apples. Then 7 of the apples break. "
     "How many apples does Tom have now?"
@@ -137,7 +135,7 @@ class RunProcess:
             )  # fmt: skip
             guard = None
             if self._config.mps:
-                guard = stack.enter_context(DeviceGuard(self._plan.drain_s, self._log.note))
+                guard = stack.enter_context(DeviceGuard(self._config.timing.drain_ms / 1000, self._log.note))
             processes = RankProcesses(self._plan, directory, guard, self._log.note)
             self._launcher = await stack.enter_async_context(Launcher(options, processes.on_event))
             self._router = self._make_router(wire)
@@ -208,20 +206,21 @@ class RunProcess:
     async def _stop_gracefully(self) -> None:
         """Drain, then ask, then force; every phase has a deadline."""
         controller = self._controller
-        log.info("stopping: running requests finish first", deadline_s=self._config.stop_deadline_s)
+        timing = self._config.timing
+        log.info("stopping: running requests finish first", deadline_s=timing.stop_deadline_ms / 1000)
         self._drained = anyio.Event()
-        with anyio.move_on_after(self._config.stop_deadline_s):
+        with anyio.move_on_after(timing.stop_deadline_ms / 1000):
             controller.feed(ev.StopRequested())
             self._router.handle(routing.StopRequested())
             await _first_of(self._drained, self._force, controller.stopped)
         if not self._drained.is_set():
             self._router.handle(routing.DeadlinePassed())
         controller.feed(ev.StopRanks())
-        with anyio.move_on_after(3.0):
+        with anyio.move_on_after(timing.leave_ms / 1000):
             await _first_of(controller.stopped, self._force)
         if not controller.stopped.is_set():
             controller.feed(ev.StopForced())
-            with anyio.move_on_after(3.0):
+            with anyio.move_on_after(timing.leave_ms / 1000):
                 await controller.stopped.wait()
         log.info("stopped", forced=self._force.is_set() or not self._drained.is_set())
 
@@ -279,14 +278,10 @@ class RunProcess:
         return Router(config, send=wire.send, record=self._log.record, notify=self._on_notice)
 
     def _make_controller(self, wire: ControllerWire, processes: RankProcesses) -> Controller:
-        deadline_ms = round(self._config.hang_deadline_s * 1000)
+        timing = self._config.timing
         return Controller(
-            machine=MembershipMachine(
-                self._config.ranks,
-                self._plan.placement,
-                MembershipConfig(relaunch_limit=self._config.relaunch_limit),
-            ),
-            progress=ProgressMachine(ProgressConfig(deadline_ms=deadline_ms)),
+            machine=MembershipMachine(self._config.ranks, self._plan.placement, timing.membership),
+            progress=ProgressMachine(timing.progress),
             repair=RepairMachine(self._plan.placement),
             processes=processes,
             wire=wire,
@@ -294,7 +289,7 @@ class RunProcess:
             log=self._log,
             metrics=self._metrics,
             on_change=_nothing,
-            pulse_s=deadline_ms / 1000 / PULSES_PER_DEADLINE,
+            timing=timing,
             paced=self._config.fault_tolerance,
         )
 
@@ -305,6 +300,7 @@ class RunProcess:
             every=self._config.eplb_rebalance_num_iterations if self._config.enable_eplb else 0,
             spare=int(self._config.enable_eplb),
             report=self._metrics.rebalanced,
+            timing=self._config.timing,
         )
         self._controller.on_step = rebalancer.step_seen
         return rebalancer

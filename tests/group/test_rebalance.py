@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from elastic_ep.group.expert_loads import LoadWindow
 from elastic_ep.group.port import Rebalancing
-from elastic_ep.group.rebalance import CARRY_OUT_DEADLINE_S, Rebalancer
+from elastic_ep.group.rebalance import Rebalancer
 from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.experts.events import (
     Copied,
@@ -22,13 +22,13 @@ from elastic_ep.machines.experts.events import (
     Order,
     PlanEnded,
     Planned,
-    RepairConfig,
     Replace,
     Seen,
 )
 from elastic_ep.machines.experts.planner import Plan
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.placement import launch_placement
+from elastic_ep.timing import USUAL, RepairConfig
 from elastic_ep.wire.messages import Member
 from tests.kit.virtual_time import VirtualTimeLoop, run_virtually
 
@@ -120,7 +120,7 @@ async def ask_in_turn(
             await asyncio.wait([call])
             continue
         if how == "is slow":
-            await asyncio.sleep(CARRY_OUT_DEADLINE_S + 1.0)
+            await asyncio.sleep(USUAL.carry_out_ms / 1000 + 1.0)
             assert call.done(), "nobody waits for ever"
         while not call.done():
             repairs.work()

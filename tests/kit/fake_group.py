@@ -15,9 +15,8 @@ from elastic_ep.gateway.router import Router
 from elastic_ep.group import controller as controller_module
 from elastic_ep.group.controller import Controller
 from elastic_ep.group.metrics import Metrics
-from elastic_ep.machines.experts.events import RepairConfig
 from elastic_ep.machines.experts.repair import RepairMachine
-from elastic_ep.machines.membership.events import MembershipConfig, Start
+from elastic_ep.machines.membership.events import Start
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.rank import member as rk
@@ -25,6 +24,7 @@ from elastic_ep.machines.rank.member import MemberMachine
 from elastic_ep.machines.requests.events import RoutingConfig
 from elastic_ep.placement import EMPTY, launch_placement
 from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.timing import USUAL, MembershipConfig, RepairConfig
 from elastic_ep.wire.messages import (
     Beat,
     Hello,
@@ -50,7 +50,6 @@ from elastic_ep.wire.slot_messages import (
 )
 from tests.kit.virtual_time import VirtualClock, VirtualTimeLoop
 
-SYNC_RETRY_S = 0.02
 SPOILT = 1_000_000
 Place = tuple[int, int]
 """(layer, physical expert)"""
@@ -117,7 +116,7 @@ class FakeRank:
             self.say(RankReport(*self.member, RankState.JOINING))
         else:
             self.say(SnapshotRequest(*self.member))
-            self.group.loop.call_later(SYNC_RETRY_S, self._synchronise)
+            self.group.loop.call_later(USUAL.sync_retry_ms / 1000, self._synchronise)
 
     def hear(self, message: Any) -> None:
         if self.alive and not self.silent:
@@ -143,7 +142,9 @@ class FakeRank:
             match effect:
                 case rk.AskSnapshot():
                     if self.said_ready:
-                        self.group.loop.call_later(SYNC_RETRY_S, self.say, SnapshotRequest(*self.member))
+                        self.group.loop.call_later(
+                            USUAL.sync_retry_ms / 1000, self.say, SnapshotRequest(*self.member)
+                        )
                 case rk.MakePromise(attempt, seated):
                     self.say(Promise(*self.member, attempt, self.mailbox.promise() if seated else 0))
                 case rk.AdoptPlacement(placement):

@@ -8,10 +8,11 @@ from typing import Any
 from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.placement import launch_placement
 from elastic_ep.rank.process import RankProcess
+from elastic_ep.timing import USUAL
 
 CONFIG = RankConfig(
-    rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="dummy",
-    device="cpu", seed=0, limits=EngineLimits(max_model_len=16), heartbeat_ms=200, kernel_wait_ms=500,
+    rank=0, incarnation=1, directory="", model="", load_format="dummy",
+    device="cpu", seed=0, limits=EngineLimits(max_model_len=16), timing=USUAL,
     placement=launch_placement(2, 1, 2, 0),
 )  # fmt: skip
 

@@ -27,11 +27,12 @@ from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.placement import launch_placement
+from elastic_ep.timing import MembershipConfig
 from elastic_ep.wire.messages import Member
 from tests.machines.membership_model import GONE, UNSUBSCRIBED, Bounds, Model, World
 from tests.machines.model_rank import Violation
 
-MODEL_CONFIG = ev.MembershipConfig(
+MODEL_CONFIG = MembershipConfig(
     attempt_deadline_ms=10,
     park_after_ms=0,
     stable_after_ms=1_000_000,

@@ -17,8 +17,9 @@ from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.lived_time import LivedTime
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.membership.progress import ProgressConfig, ProgressMachine, Pulse, Starved, Suspect
+from elastic_ep.machines.membership.progress import ProgressMachine, Pulse, Starved, Suspect
 from elastic_ep.placement import launch_placement
+from elastic_ep.timing import ProgressConfig
 from elastic_ep.wire.messages import Heartbeat, Member, RankState
 
 CONFIG = ProgressConfig(deadline_ms=1_000)

@@ -14,10 +14,11 @@ from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import STEP_GAP_AFTER_TOTAL_LOSS, MembershipMachine
 from elastic_ep.machines.rank.lifecycle import RANK
 from elastic_ep.placement import EMPTY, Change, launch_placement
+from elastic_ep.timing import MembershipConfig
 from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
 from tests.machines.model_rank import freeze
 
-CONFIG = ev.MembershipConfig(
+CONFIG = MembershipConfig(
     attempt_deadline_ms=100,
     park_after_ms=30,
     stable_after_ms=500,

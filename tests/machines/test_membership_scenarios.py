@@ -29,6 +29,7 @@ from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.placement import launch_placement
+from elastic_ep.timing import MembershipConfig
 from elastic_ep.wire.messages import Abort, Commit, Drain, Member, Prepare, Published, RankState, View
 
 FOLDER = Path(__file__).parents[1] / "scenarios" / "membership"
@@ -137,7 +138,7 @@ def play(script: str) -> str:
 def _machine(options: dict[str, int]) -> MembershipMachine:
     ranks = options.pop("ranks")
     placement = launch_placement(ranks, 1, ranks, options.pop("redundant"))
-    return MembershipMachine(ranks, placement, ev.MembershipConfig(**options))
+    return MembershipMachine(ranks, placement, MembershipConfig(**options))
 
 
 def _member(text: str) -> Member:

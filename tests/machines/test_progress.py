@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.machines.lived_time import LivedTime
-from elastic_ep.machines.membership.progress import ProgressConfig, ProgressMachine, Pulse, Starved, Suspect
+from elastic_ep.machines.membership.progress import ProgressMachine, Pulse, Starved, Suspect
+from elastic_ep.timing import ProgressConfig
 from elastic_ep.wire.messages import Heartbeat, Member
 
 CONFIG = ProgressConfig(deadline_ms=1_000, busy_factor=30, idle_factor=5)

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_ep.machines.membership.events import MembershipConfig
 from elastic_ep.machines.membership.relaunch import (
     Death,
     early_deaths,
@@ -15,6 +14,7 @@ from elastic_ep.machines.membership.relaunch import (
     pause_ms,
 )
 from elastic_ep.machines.membership.start_failure import alike, normalised
+from elastic_ep.timing import MembershipConfig
 
 CONFIGS = st.builds(
     MembershipConfig,

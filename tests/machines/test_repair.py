@@ -14,6 +14,7 @@ from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.experts import events as ev
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.placement import EMPTY, Placement, launch_placement
+from elastic_ep.timing import RepairConfig
 from elastic_ep.wire.messages import Member
 
 SPOILT = 100
@@ -40,7 +41,7 @@ class Group:
     def __init__(self, ranks: int, experts: int, redundant: int, layers: int = 1, spare: int = 0) -> None:
         self.machine = RepairMachine(
             launch_placement(ranks, layers, experts, redundant, spare),
-            ev.RepairConfig(ranks_per_planned_copy=1),
+            RepairConfig(ranks_per_planned_copy=1),
         )
         self.ranks: dict[int, Rank] = {}
         self.ended: list[ev.PlanEnded] = []
@@ -300,7 +301,7 @@ def test_a_corrupt_slot_is_taken_out_and_made_anew() -> None:
 
 def test_of_a_plan_one_slot_in_eight_ranks_is_in_flight_and_tolerance_goes_first() -> None:
     group = Group(ranks=8, experts=8, redundant=8, spare=1)
-    group.machine.config = ev.RepairConfig()
+    group.machine.config = RepairConfig()
     group.reach()
     group.plan({rank: group.holds((rank + 1) % 8) for rank in range(8)})
     assert len(group.machine.copies) + len(group.machine.emptied) == 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from elastic_ep.machines.experts.events import RepairConfig
+from elastic_ep.timing import RepairConfig
 from tests.machines.test_repair import Group
 
 pytestmark = pytest.mark.timeout(300)

@@ -12,6 +12,7 @@ from elastic_ep.machines.experts import repair
 from elastic_ep.machines.experts.moves import Layer
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.placement import launch_placement
+from elastic_ep.timing import RepairConfig
 from elastic_ep.wire.messages import Member
 
 LAYERS, EXPERTS = 12, 32
@@ -80,7 +81,7 @@ def test_an_event_has_some_layers_looked_at_and_the_rest_is_a_ticks(monkeypatch:
 
     monkeypatch.setattr(repair, "Layer", Counting)
     members = [Member(rank, 1) for rank in range(4)]
-    machine = Stepping(launch_placement(4, layers, 8, 8, 2), ev.RepairConfig(layers_at_once=at_once))
+    machine = Stepping(launch_placement(4, layers, 8, 8, 2), RepairConfig(layers_at_once=at_once))
     carry_out(machine, members)
     copies, _ = carry_out(machine, members[1:])
     assert copies >= layers

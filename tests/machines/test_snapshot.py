@@ -18,7 +18,6 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from elastic_ep.machines.contract import UnexpectedEvent
-from elastic_ep.machines.experts.events import RepairConfig
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.progress import ProgressMachine
@@ -28,6 +27,7 @@ from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.machines.snapshot import MalformedState, State, capture, restore
 from elastic_ep.machines.snapshot import to_plain as state_to_plain
 from elastic_ep.placement import EMPTY, launch_placement
+from elastic_ep.timing import RepairConfig
 from elastic_ep.wire.codec import from_plain
 from elastic_ep.wire.messages import Member, SamplingParams
 from elastic_ep.wire.privacy import blanks, expanded, without_text

@@ -23,12 +23,13 @@ from elastic_ep.rank.forward import ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.store_client import ControlStore
 from elastic_ep.run import USAGE_ERROR, main
+from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Heartbeat, Member, RankReport, RankState, Seat, StepReport, View
 from tests.kit.lone_rank import Wire, lone_rank
 
 CONFIG = RankConfig(
-    rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="auto", device="cuda", seed=0,
-    limits=EngineLimits(max_model_len=16), heartbeat_ms=200, kernel_wait_ms=500, placement=launch_placement(2, 1, 2, 2),
+    rank=0, incarnation=1, directory="", model="", load_format="auto", device="cuda", seed=0,
+    limits=EngineLimits(max_model_len=16), timing=USUAL, placement=launch_placement(2, 1, 2, 2),
 )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def test_a_cuda_rank_builds_the_cuda_engine(monkeypatch: pytest.MonkeyPatch) -> 
     module = ModuleType("elastic_ep.engine.ops_cuda.build")
     cast(Any, module).build_cuda_engine = lambda *arguments: built.extend(arguments)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    store = ControlStore(Member(0, 1), lambda message: None)
+    store = ControlStore(Member(0, 1), lambda message: None, USUAL)
     build_engine(CONFIG, -1, lambda: "no plane", store, print)
     assert built == [CONFIG, store, print]
 

@@ -23,6 +23,7 @@ from elastic_ep.rank import forward as forward_module
 from elastic_ep.rank.forward import ForwardThread
 from elastic_ep.rank.mailbox import Mailbox, Outgoing
 from elastic_ep.run import BUNDLED_MODEL
+from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Assign, Member, RankState, SamplingParams, Seat, StepReport, View
 from elastic_ep.wire.slot_messages import ExpertLoads, PlacementSeen
 
@@ -30,8 +31,8 @@ MODEL = load_spec(Path(BUNDLED_MODEL))
 PLACEMENT = launch_placement(2, MODEL.moe_layers, MODEL.moe.experts, MODEL.moe.experts)
 LIMITS = EngineLimits(max_model_len=64)
 CONFIG = RankConfig(
-    rank=0, incarnation=1, num_ranks=2, directory="", model="", load_format="dummy", device="cpu", seed=0,
-    limits=LIMITS, heartbeat_ms=200, kernel_wait_ms=500, placement=PLACEMENT,
+    rank=0, incarnation=1, directory="", model="", load_format="dummy", device="cpu", seed=0,
+    limits=LIMITS, timing=USUAL, placement=PLACEMENT,
 )  # fmt: skip
 ALONE = View(1, (Seat(0, 1, 0),))
 

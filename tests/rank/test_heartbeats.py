@@ -7,6 +7,7 @@ from dataclasses import replace
 import anyio
 import pytest
 
+from elastic_ep.timing import Timing
 from elastic_ep.wire.messages import Heartbeat, StepReport
 from tests.kit.lone_rank import CONFIG, Wire, lone_rank
 
@@ -40,7 +41,7 @@ async def test_a_report_after_the_word_of_parking_is_followed_by_another() -> No
     """At once, not after a parked rank's long pause: the newest sign counts, and a report says nothing of parking."""
     wire = Wire()
     rank = lone_rank(wire)
-    rank._config = replace(CONFIG, heartbeat_ms=1_000_000)
+    rank._config = replace(CONFIG, timing=Timing(hang_deadline_ms=3_600_000))
     rank._mailbox.waiting_at = 7
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(rank._send_heartbeats)

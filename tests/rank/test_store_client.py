@@ -15,6 +15,7 @@ import pytest
 from elastic_ep.exchange.store import IncarnationStore, PeerGone
 from elastic_ep.group.store_table import StoreTable
 from elastic_ep.rank.store_client import ControlStore
+from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import FromRank, Member, ToRank
 from elastic_ep.wire.sockets import ControllerWire, RankWire
 from elastic_ep.wire.store_messages import StoreDelete, StoreGet, StoreSet, StoreValue
@@ -54,7 +55,7 @@ class Plane:
 
         wire = RankWire(self._directory, member, lambda numbered: None, on_direct, _no_error)
         self._wires.append(wire)
-        store = ControlStore(member, lambda message: self._post(wire, message))
+        store = ControlStore(member, lambda message: self._post(wire, message), USUAL)
         return store
 
     def _post(self, wire: RankWire, message: FromRank) -> None:

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from elastic_ep.machines.rank.member import AskSnapshot
-from elastic_ep.rank.process import SYNC_RETRY_S
+from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import SnapshotRequest
 from tests.kit.lone_rank import Wire, lone_rank
 
@@ -28,6 +28,6 @@ async def test_a_storm_of_beats_makes_no_storm_of_requests() -> None:
             while len(wire.sent) < 2:  # it goes on asking until it is answered
                 await anyio.lowlevel.checkpoint()
             tasks.cancel_scope.cancel()
-    most = (anyio.current_time() - started) / SYNC_RETRY_S + 2
+    most = (anyio.current_time() - started) / USUAL.sync_retry_ms * 1000 + 2
     assert set(wire.sent) == {SnapshotRequest(0, 1)}
     assert len(wire.sent) <= most

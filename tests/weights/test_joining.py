@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from elastic_ep.placement import EMPTY, launch_placement
+from elastic_ep.timing import USUAL
 from elastic_ep.weights.bank import Weights, blank_weights, dummy_source
 from elastic_ep.weights.joining import fill_from_peers
 from elastic_ep.weights.transfer import PullFailed, TransferPlane
@@ -57,7 +58,7 @@ def check(weights: Weights) -> None:
 def test_everything_comes_from_peers(plane: TransferPlane) -> None:
     mine = blank()
     with source(0) as first, source(1) as second:
-        fill_from_peers(plane, mine, JOINER, 2, known(first, second))
+        fill_from_peers(plane, mine, JOINER, 2, known(first, second), USUAL)
     check(mine)
     assert mine.dense_checksum() == weights_of(0).dense_checksum()
     assert mine.from_peers == 4 * TINY.moe_layers
@@ -67,7 +68,7 @@ def test_what_a_dead_peer_or_an_unknown_checksum_leaves_out_is_loaded(plane: Tra
     mine = blank()
     with source(0) as first, source(1) as second:
         second.signal(signal.SIGKILL)
-        fill_from_peers(plane, mine, JOINER, 2, known(first, second, forget=0))
+        fill_from_peers(plane, mine, JOINER, 2, known(first, second, forget=0), USUAL)
         held = {logical for logical in PLACEMENT.on_rank(0, 0) if logical in (7, 3, 4)}
     check(mine)
     assert mine.dense_checksum() == weights_of(0).dense_checksum()
@@ -81,7 +82,7 @@ def test_wrong_bytes_are_not_taken(plane: TransferPlane) -> None:
             for slot, logical in enumerate(PLACEMENT.on_rank(0, peer.address == second.address)):
                 if logical != EMPTY:
                     peer.corrupt(0, slot)
-        fill_from_peers(plane, mine, JOINER, 2, known(first, second))
+        fill_from_peers(plane, mine, JOINER, 2, known(first, second), USUAL)
     check(mine)
     assert mine.from_peers == 4 * (TINY.moe_layers - 1)
 
@@ -90,6 +91,6 @@ def test_without_dense_weights_there_is_nothing(plane: TransferPlane) -> None:
     with source(0) as peer:
         wrong = replace(known(peer), dense_sum=1)
         with pytest.raises(PullFailed, match="dense weights"):
-            fill_from_peers(plane, blank(), JOINER, 2, wrong)
+            fill_from_peers(plane, blank(), JOINER, 2, wrong, USUAL)
     with pytest.raises(PullFailed, match="no peer"):
-        fill_from_peers(plane, blank(), JOINER, 2, known())
+        fill_from_peers(plane, blank(), JOINER, 2, known(), USUAL)

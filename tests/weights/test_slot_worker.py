@@ -12,6 +12,7 @@ import pytest
 from elastic_ep.placement import EMPTY
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.slots import SlotWorker
+from elastic_ep.timing import USUAL
 from elastic_ep.weights.bank import Weights
 from elastic_ep.weights.transfer import TransferPlane, open_plane
 from elastic_ep.wire.messages import Member
@@ -52,7 +53,7 @@ class Bench:
         self._news = threading.Semaphore(0)
         self.mailbox = Mailbox(self._news.release)
         self.runner = Runner(weights_of(1))
-        self.worker = SlotWorker(ME, self.mailbox, open_plane)
+        self.worker = SlotWorker(ME, self.mailbox, open_plane, USUAL)
         self.worker.start(self.runner)  # type: ignore[arg-type]  # it has all that is used
 
     def heard(self) -> object:

@@ -67,8 +67,8 @@ class GroupBackend:
 
     async def verify(self) -> Verification:
         controller = self._controller
-        members = controller.machine.view.members
-        return await verify(controller.repair.placement, members, controller.repairs.proofs)
+        members, deadline_s = controller.machine.view.members, controller.timing.audit_ms / 1000
+        return await verify(controller.repair.placement, members, controller.repairs.proofs, deadline_s)
 
     async def rebalance(self) -> Rebalancing:
         return await self._rebalancer.rebalance()

@@ -33,6 +33,7 @@ from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.outlook import Outlook
 from elastic_ep.machines.membership.progress import ProgressMachine, Pulse
 from elastic_ep.machines.requests import events as routing
+from elastic_ep.timing import USUAL, Timing
 from elastic_ep.wire.messages import (
     Beat,
     Commit,
@@ -56,8 +57,6 @@ from elastic_ep.wire.sockets import ControllerWire
 from elastic_ep.wire.store_messages import StoreDelete, StoreGet, StoreSet
 
 log = structlog.get_logger()
-BEAT_S = 0.25
-PARKED_FACTOR = 3
 NOTED_PAUSE_MS = 500
 """Whoever reads the log is told when the watch over progress was held up for longer."""
 _STARTING = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
@@ -106,7 +105,7 @@ class Controller:
     metrics: Metrics
     on_change: Callable[[], None]
     """Something that the operator sees has changed."""
-    pulse_s: float = 0.1
+    timing: Timing = USUAL
     paced: bool = True
     """Stalls are measured."""
 
@@ -131,7 +130,7 @@ class Controller:
         self.serving = anyio.Event()
         self.over = anyio.Event()
         """The machine has given its verdict: nothing will serve any more."""
-        self.pace = PaceObserver(self._disturbed)
+        self.pace = PaceObserver(self._disturbed, self.timing)
         self.ledger = Ledger(self.metrics, self._note_loss)
         self.lines = GroupLines(self.machine)
         self.store = StoreTable(self.wire.send, self.log.note)
@@ -278,11 +277,11 @@ class Controller:
         """Repeat the last number, so that a lost message is noticed."""
         while True:
             self.wire.publish(Beat())
-            await anyio.sleep(BEAT_S * self._calm)
+            await anyio.sleep(self.timing.beat_ms / 1000 * self._calm)
 
     async def watch_progress(self) -> None:
         while True:
-            pause_s = self.pulse_s * self._calm
+            pause_s = self.timing.pulse_ms / 1000 * self._calm
             self._lived.rest(_reading_ms(), pause_s * 1000)
             await anyio.sleep(pause_s)
             self._note_a_pause()
@@ -304,7 +303,7 @@ class Controller:
     @property
     def _calm(self) -> int:
         """How much rarer things are checked while the group is parked."""
-        return PARKED_FACTOR if self.machine.state is ev.GroupState.PAUSED else 1
+        return self.timing.calm_factor if self.machine.state is ev.GroupState.PAUSED else 1
 
     def _pulse(self) -> None:
         pulse = Pulse(

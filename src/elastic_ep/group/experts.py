@@ -11,8 +11,6 @@ from elastic_ep.group.port import CorruptSlot, ExpertsStatus, LayerStatus, SlotS
 from elastic_ep.placement import EMPTY, Placement
 from elastic_ep.wire.messages import Member
 
-VERIFY_DEADLINE_S = 30.0
-
 
 async def experts_status(placement: Placement, ranks: Collection[int], proofs: Proofs) -> ExpertsStatus:
     """`ranks` take part now. Others have their turn of the event loop between each two layers."""
@@ -40,13 +38,15 @@ def _layer(placement: Placement, layer: int, ranks: Collection[int], proofs: Pro
     return LayerStatus(layer, max(0, min(placement.copies(layer, ranks)) - 1), tuple(slots))
 
 
-async def verify(placement: Placement, members: Collection[Member], proofs: Proofs) -> Verification:
+async def verify(
+    placement: Placement, members: Collection[Member], proofs: Proofs, deadline_s: float
+) -> Verification:
     """Ask all members; what differs was taken out of the placement when their answers came in.
 
-    Whoever dies before it answers is silent, and nobody waits for it any longer.
+    Whoever dies before it answers is silent, and nobody waits for it any longer; so is whoever has not in `deadline_s`.
     """
     found_before = len(proofs.corrupt)
-    silent = await proofs.ask_and_wait(members, VERIFY_DEADLINE_S)
+    silent = await proofs.ask_and_wait(members, deadline_s)
     answered = {member.rank for member in members} - {member.rank for member in silent}
     checked = sum(
         logical != EMPTY

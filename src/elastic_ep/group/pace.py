@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
+from elastic_ep.timing import Timing
 from elastic_ep.wire.messages import Member, StepReport, View
 
 _RECENT = 64
 _WINDOW_STEPS = 8
 """Steps after a change in which the longest gap is looked for."""
-_QUIET_NS = 2_000_000_000
-"""A rank without a commit for so long had nothing to do: its gap is no stall."""
 
 
 @dataclass
@@ -47,8 +46,9 @@ class Disturbance:
 
 
 class PaceObserver:
-    def __init__(self, report: Callable[[Disturbance], None]) -> None:
+    def __init__(self, report: Callable[[Disturbance], None], timing: Timing) -> None:
         self._report = report
+        self._quiet_ns = timing.quiet_ms * 1_000_000
         self._paces: dict[Member, _Pace] = {}
         self._watches: dict[Member, list[_Watch]] = {}
 
@@ -69,7 +69,7 @@ class PaceObserver:
             return
         gap = report.ended_ns - pace.last_ns
         pace.last_ns = report.ended_ns
-        if gap > _QUIET_NS:
+        if gap > self._quiet_ns:
             self._watches.pop(member, None)
             return
         watches = self._watches.get(member)

@@ -14,9 +14,9 @@ from elastic_ep.group.port import Rebalancing
 from elastic_ep.group.repairs import Repairs
 from elastic_ep.machines.experts.events import PlanEnded, Planned
 from elastic_ep.machines.experts.planner import Plan, PlanInput, plan
+from elastic_ep.timing import USUAL, Timing
 from elastic_ep.wire.messages import Member
 
-CARRY_OUT_DEADLINE_S = 60.0
 log = structlog.get_logger()
 
 
@@ -30,12 +30,14 @@ class Rebalancer:
         every: int,
         spare: int,
         report: Callable[[Rebalancing], None],
+        timing: Timing = USUAL,
     ) -> None:
         self._repairs = repairs
         self._members = members
         self._every = every
         self._spare = spare
         self._report = report
+        self._carry_out_s = timing.carry_out_ms / 1000
         self._next_step = every
         self._due = anyio.Event()
         self._one_at_a_time = anyio.Lock()
@@ -90,7 +92,7 @@ class Rebalancer:
         self._ended = anyio.Event()
         self._outcome = PlanEnded(0, found.moves, self._plans)
         self._repairs.feed(Planned(members, found.slots, self._plans))
-        with anyio.move_on_after(CARRY_OUT_DEADLINE_S):
+        with anyio.move_on_after(self._carry_out_s):
             await self._ended.wait()
         return self._outcome
 

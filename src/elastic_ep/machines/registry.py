@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_ep.machines.experts import events as repair_events
-from elastic_ep.machines.experts.events import RepairConfig
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership import events as membership_events
-from elastic_ep.machines.membership.events import MembershipConfig
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.membership.progress import ProgressConfig, ProgressMachine, Pulse
+from elastic_ep.machines.membership.progress import ProgressMachine, Pulse
 from elastic_ep.machines.requests import events as routing_events
 from elastic_ep.machines.requests.events import RoutingConfig
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import Placement
+from elastic_ep.timing import MembershipConfig, ProgressConfig, RepairConfig
 from elastic_ep.wire.codec import from_plain, to_plain
 
 

@@ -77,7 +77,7 @@ def weights_from_peers(config: RankConfig, spec: ModelSpec, open_plane: OpenPlan
     source = weight_source(Path(config.model), spec, config.load_format, config.seed)
     weights = blank_weights(spec, config.placement.slots_per_rank, source)
     try:
-        fill_from_peers(plane, weights, config.placement, config.rank, config.peers)
+        fill_from_peers(plane, weights, config.placement, config.rank, config.peers, config.timing)
     except PullFailed:
         return None
     return weights

@@ -67,11 +67,6 @@ from elastic_ep.wire.store_messages import StoreValue
 
 SWITCH_INTERVAL_S = 0.0005
 """How long the forward thread may keep the interpreter lock while the control loop wants it."""
-SYNC_RETRY_S = 0.02
-HELD_UP_S = 0.3
-"""A member's control loop that a driver call keeps so much longer than a heartbeat has all threads' stacks written to
-stderr, before it is fenced."""
-_PARKED_HEARTBEAT_FACTOR = 4
 EXPELLED_STATUS = 3
 ORPHANED_STATUS = 4
 log = structlog.get_logger()
@@ -95,8 +90,8 @@ class RankProcess:
         self._machine = MemberMachine(self._me)
         self._mailbox = Mailbox(self._notify)
         open_plane_once = functools.cache(open_plane)
-        self._slots = SlotWorker(self._me, self._mailbox, open_plane_once)
-        self._store = ControlStore(self._me, self._mailbox.post)
+        self._slots = SlotWorker(self._me, self._mailbox, open_plane_once, self._config.timing)
+        self._store = ControlStore(self._me, self._mailbox.post, self._config.timing)
         self._forward = ForwardThread(
             config,
             self._mailbox,
@@ -126,7 +121,7 @@ class RankProcess:
         self._forward.start()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._synchronise)
-            if self._config.heartbeat_ms:
+            if self._config.timing.heartbeat_ms:
                 tasks.start_soon(self._send_heartbeats)
             await self._finished.wait()
             tasks.cancel_scope.cancel()
@@ -154,7 +149,7 @@ class RankProcess:
         while True:
             while self._behind or not self._synchronised():
                 self._wire.send(SnapshotRequest(*self._me))
-                await anyio.sleep(SYNC_RETRY_S)
+                await anyio.sleep(self._config.timing.sync_retry_ms / 1000)
             self._fell_behind = anyio.Event()
             await self._fell_behind.wait()
 
@@ -309,14 +304,15 @@ class RankProcess:
         HAZARD: a step report says nothing of parking, and the newest sign of life counts. One that goes out after the
         heartbeat that said so (the rank was already told to park, or goes on) ends the long pause.
         """
+        timing = self._config.timing
         while True:
             parked = self._mailbox.waiting_at is not None
             if parked or not self._reported.is_set():
                 self._wire.send(self._heartbeat(parked))
             self._reported = anyio.Event()
-            pause_s = self._config.heartbeat_ms / 1000 * (_PARKED_HEARTBEAT_FACTOR if parked else 1)
+            pause_s = (timing.parked_heartbeat_ms if parked else timing.heartbeat_ms) / 1000
             if self._config.device != "cpu" and self._me in self._machine.view.members:
-                faulthandler.dump_traceback_later(pause_s + HELD_UP_S)
+                faulthandler.dump_traceback_later(pause_s + timing.held_up_ms / 1000)
             if parked:
                 with anyio.move_on_after(pause_s):
                     await self._reported.wait()

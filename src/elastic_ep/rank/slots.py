@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.host.scheduling import make_ordinary
 from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.timing import Timing
 from elastic_ep.weights.peers import ExpertPull, Pulled, publish, pull_experts
 from elastic_ep.weights.transfer import TransferPlane, WrongBytes
 from elastic_ep.wire.messages import Member
 from elastic_ep.wire.slot_messages import CopySlot, SlotCopied, SlotSums, StateReady, SumSlots
-
-PULL_DEADLINE_S = 3.0
-"""Well below the repair machine's own deadline: another source is then asked in good time."""
 
 
 class SlotWorker:
@@ -25,10 +23,13 @@ class SlotWorker:
     interpreter lock, the control loop with it, and the rank would be taken for hung.
     """
 
-    def __init__(self, me: Member, mailbox: Mailbox, open_plane: Callable[[], TransferPlane | str]) -> None:
+    def __init__(
+        self, me: Member, mailbox: Mailbox, open_plane: Callable[[], TransferPlane | str], timing: Timing
+    ) -> None:
         self._me = me
         self._mailbox = mailbox
         self._open_plane = open_plane
+        self._pull_s = timing.slot_pull_ms / 1000
         self._orders: queue.SimpleQueue[CopySlot | SumSlots] = queue.SimpleQueue()
 
     def order(self, message: CopySlot | SumSlots) -> None:
@@ -50,7 +51,7 @@ class SlotWorker:
                 self._mailbox.post(self._load(runner, order))
             else:
                 pulls = _Pulls(order, self._orders, runner.slots_per_rank)
-                for outcome in pull_experts(plane, runner.weights, pulls, PULL_DEADLINE_S):
+                for outcome in pull_experts(plane, runner.weights, pulls, self._pull_s):
                     self._mailbox.post(self._pulled(outcome))
                 put_back = pulls.others
 

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+from elastic_ep.timing import Timing
 from elastic_ep.wire.messages import Member
 from elastic_ep.wire.store_messages import StoreDelete, StoreGet, StoreSet, StoreValue
-
-GET_DEADLINE = timedelta(seconds=10)
-"""How long `multi_get` waits for keys that nobody has waited for before."""
 
 
 class ControlStore:
@@ -22,9 +20,12 @@ class ControlStore:
     and the loop would miss its heartbeats: so answers travel through queues, which the loop fills without waiting.
     """
 
-    def __init__(self, me: Member, post: Callable[[StoreSet | StoreGet | StoreDelete], None]) -> None:
+    def __init__(
+        self, me: Member, post: Callable[[StoreSet | StoreGet | StoreDelete], None], timing: Timing
+    ) -> None:
         self._me = me
         self._post = post
+        self._get_deadline = timedelta(milliseconds=timing.store_get_ms)
         self._listeners: list[queue.SimpleQueue[tuple[str, bytes]]] = []
         """One for each wait in progress. Appending, removing and copying are atomic."""
         self._found: dict[str, bytes] = {}
@@ -44,10 +45,10 @@ class ControlStore:
         self._found.update(self._fetch(keys, timeout))
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        """What the last wait for each key has found. Asks for the others: TimeoutError after `GET_DEADLINE`."""
+        """What the last wait for each key has found. Asks for the others: TimeoutError if one does not come."""
         found = dict(self._found)
         if unknown := [key for key in keys if key not in found]:
-            found.update(self._fetch(unknown, GET_DEADLINE))
+            found.update(self._fetch(unknown, self._get_deadline))
         return [found[key] for key in keys]
 
     def delete_key(self, key: str) -> bool:

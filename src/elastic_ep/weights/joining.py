@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections import Counter
 
 from elastic_ep.placement import EMPTY, Placement
+from elastic_ep.timing import Timing
 from elastic_ep.weights.bank import Weights
 from elastic_ep.weights.peers import ExpertPull, pull_dense, pull_experts
 from elastic_ep.weights.transfer import PullFailed, TransferPlane
 from elastic_ep.wire.slot_messages import PeerAddress, PeerWeights
 
-DENSE_DEADLINE_S = 30.0
-EXPERT_DEADLINE_S = 5.0
-
 
 def fill_from_peers(
-    plane: TransferPlane, weights: Weights, placement: Placement, rank: int, known: PeerWeights
+    plane: TransferPlane,
+    weights: Weights,
+    placement: Placement,
+    rank: int,
+    known: PeerWeights,
+    timing: Timing,
 ) -> None:
     """Fill blank `weights` of `rank` as `placement` says. What no peer gives is loaded from the checkpoint.
 
     Raises PullFailed if no peer gives the dense weights; `weights` are then of no use.
     """
-    _fill_dense(plane, weights, rank, known)
+    _fill_dense(plane, weights, rank, known, timing.dense_pull_ms / 1000)
     missing = [
         (layer, slot, logical)
         for layer in range(len(placement.slots))
@@ -30,7 +33,7 @@ def fill_from_peers(
     ]
     wanted, asked = len(missing), set[tuple[int, int, int]]()
     while orders := _orders(missing, placement, known, asked):
-        for outcome in pull_experts(plane, weights, orders.keys(), EXPERT_DEADLINE_S):
+        for outcome in pull_experts(plane, weights, orders.keys(), timing.expert_pull_ms / 1000):
             if outcome.failure is None:
                 missing.remove(orders[outcome.pull])
     for place in missing:
@@ -38,13 +41,15 @@ def fill_from_peers(
     weights.from_peers = wanted - len(missing)
 
 
-def _fill_dense(plane: TransferPlane, weights: Weights, rank: int, known: PeerWeights) -> None:
+def _fill_dense(
+    plane: TransferPlane, weights: Weights, rank: int, known: PeerWeights, deadline_s: float
+) -> None:
     """From another peer than the next joiner's, as far as there are others."""
     failure = PullFailed("there is no peer")
     for attempt in range(len(known.peers)):
         source = known.peers[(rank + attempt) % len(known.peers)].address
         try:
-            pull_dense(plane, weights, source, known.dense_sum, DENSE_DEADLINE_S)
+            pull_dense(plane, weights, source, known.dense_sum, deadline_s)
             return
         except PullFailed as error:
             failure = error

@@ -57,9 +57,9 @@ def _build(
     # Step words are a file that all ranks map, so all of them are on one host.
     directory = Path(config.directory) / "mooncake"
     directory.mkdir(mode=0o700, exist_ok=True)
-    words = StepWords(directory, config.num_ranks, config.rank)
+    words = StepWords(directory, config.placement.num_ranks, config.rank)
     member = Member(config.rank, config.incarnation)
-    exchange = MooncakeExchange(shape, member, store, words=words, timeout_ms=config.kernel_wait_ms)
+    exchange = MooncakeExchange(shape, member, store, words=words, timeout_ms=config.timing.kernel_wait_ms)
     weights = load_weights(
         Path(config.model),
         spec,

@@ -7,22 +7,6 @@ from dataclasses import dataclass
 from elastic_ep.machines.contract import Tick
 from elastic_ep.wire.messages import Member, PlacementChanged
 
-
-@dataclass(frozen=True, slots=True)
-class RepairConfig:
-    """`copies_in_flight` per rank; a copy that is not reported after `copy_deadline_ms` is planned elsewhere.
-
-    For a plan one slot is in flight for every `ranks_per_planned_copy` members, in the whole group. An event has
-    `layers_at_once` looked at; those that are left are a `Tick`'s, which is due at once.
-    """
-
-    copies_in_flight: int = 4
-    ranks_per_planned_copy: int = 8
-    copy_deadline_ms: int = 10_000
-    retry_ms: int = 1_000
-    layers_at_once: int = 16
-
-
 # Events
 
 

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 from elastic_ep.machines.contract import Tick, UnexpectedEvent
 from elastic_ep.machines.experts import events as ev
-from elastic_ep.machines.experts.events import Effect, Event, Origin, RepairConfig
+from elastic_ep.machines.experts.events import Effect, Event, Origin
 from elastic_ep.machines.experts.moves import Layer
 from elastic_ep.placement import EMPTY, Change, Placement
+from elastic_ep.timing import RepairConfig
 from elastic_ep.wire.messages import Member, PlacementChanged
 
 Place = tuple[int, int]

@@ -25,27 +25,6 @@ class GroupState(StrEnum):
     STOPPING = "Stopping"
 
 
-@dataclass(frozen=True, slots=True)
-class MembershipConfig:
-    """Deadlines in milliseconds."""
-
-    attempt_deadline_ms: int = 1_000
-    missed_attempts_limit: int = 3
-    """A member that let so many attempts in a row time out is fenced."""
-    park_after_ms: int = 300
-    stable_after_ms: int = 5_000
-    relaunch_limit: int = 10
-    """Early deaths in a row that are followed by short pauses; then come the long ones. 0: nobody is launched again."""
-    relaunch_backoff_ms: int = 100
-    relaunch_backoff_max_ms: int = 10_000
-    relaunch_long_backoff_ms: int = 10_000
-    relaunch_long_backoff_max_ms: int = 300_000
-    unwell_after_ms: int = 10_000
-    """A group that cannot serve for so long is not called healthy, though its ranks are on their way."""
-    forming_grace_ms: int = 15_000
-    init_deadline_ms: int = 120_000
-
-
 # Events
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.membership import events as ev
-from elastic_ep.machines.membership.events import Effect, Event, GroupState, MembershipConfig
+from elastic_ep.machines.membership.events import Effect, Event, GroupState
 from elastic_ep.machines.membership.group import GROUP, TRIGGER_TO, Attempt, Slot
 from elastic_ep.machines.membership.outlook import Outlook, enough_slots, outlook, why_never
 from elastic_ep.machines.membership.relaunch import (
@@ -27,6 +27,7 @@ from elastic_ep.machines.membership.start_failure import alike
 from elastic_ep.machines.rank.lifecycle import RANK, REPORTED_TRIGGERS
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.placement import Coverage, Placement
+from elastic_ep.timing import MembershipConfig
 from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
 
 STEP_GAP_AFTER_TOTAL_LOSS = 100_000

@@ -15,29 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from elastic_ep.timing import ProgressConfig
 from elastic_ep.wire.messages import Heartbeat, Member
-
-
-@dataclass(frozen=True, slots=True)
-class ProgressConfig:
-    """`deadline_ms` from the hang to the verdict. A rank that burns processor time while all wait for it, or says nothing
-    and waits for a processor, gets `busy_factor` times it; one that is parked or starting `idle_factor` times, and so do
-    all if they fall silent together.
-    """
-
-    deadline_ms: int = 1_000
-    busy_factor: int = 30
-    idle_factor: int = 5
-
-    @property
-    def limit_ms(self) -> int:
-        """When to judge: early enough for the verdict to be carried out within the deadline."""
-        return self.deadline_ms * 3 // 4
-
-    @property
-    def common_pause_ms(self) -> int:
-        """Nobody was heard for so long: from here on it does not count."""
-        return self.deadline_ms // 4
 
 
 @dataclass(frozen=True, slots=True)

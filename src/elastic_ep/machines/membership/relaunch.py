@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from elastic_ep.machines.membership.events import MembershipConfig
+from elastic_ep.timing import MembershipConfig
 
 RELAUNCH_PATH = "/v1/fault_tolerance/relaunch"
 
