@@ -1,4 +1,4 @@
-"""How fast the control plane is at the pace of a GPU: kills of ranks whose device is a clock (see paced_engine.py).
+"""How fast the control plane is at the pace of a GPU: kills of ranks whose device is a clock (see kit/paced_engine.py).
 
 The server, its processes, the kills and the clients are real, only the model is not. What is seen is what control loops,
 sockets and the run process add to a loss and to a gain; the shape's layers and experts count, as placements do. What a

@@ -1,4 +1,4 @@
-"""`python -m elastic_ep.run`, with the ranks of paced_engine.py."""
+"""`python -m elastic_ep.run`, with the ranks of `bench.kit.paced_engine`."""
 
 from __future__ import annotations
 

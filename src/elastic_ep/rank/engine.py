@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from elastic_ep.config import RankConfig
-from elastic_ep.engine.ops_cpu.page_cache import cached_share
 from elastic_ep.engine.ops_cpu.runner import ModelRunner
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
@@ -17,6 +16,7 @@ from elastic_ep.exchange.store import Store
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.weights.bank import Weights, blank_weights, load_weights, weight_source
+from elastic_ep.weights.disk_cache import cached_share
 from elastic_ep.weights.joining import fill_from_peers
 from elastic_ep.weights.transfer import PullFailed, TransferPlane
 from elastic_ep.wire.messages import Member
