@@ -12,8 +12,8 @@ from contextlib import suppress
 import aiohttp
 import psutil
 import pytest
-from bench.big_bodies import CONTEXT, bodies
 
+from tests.kit.large_bodies import CONTEXT, bodies
 from tests.kit.served import MODEL, Server, chat, http, server, shaped_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(170)]
