@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import Field, fields, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from elastic_ep import serve
 from elastic_ep.command_line import Help, own_flags
-from elastic_ep.config import ConfigError
+from elastic_ep.config import ConfigError, ServeConfig, flag_name
 from elastic_ep.foreign_flags import FOREIGN
 from elastic_ep.run import BUNDLED_MODEL, USAGE_ERROR, main, make_parser, parse
 
@@ -161,6 +161,39 @@ def test_the_help_shows_defaults_where_there_are_any() -> None:
             assert parse([name, shown[1]]) == parse([]), name
         else:
             assert action.default in (None, []), name
+
+
+def named(rule: str) -> list[Any]:
+    """The fields whose flags have this rule."""
+    return [
+        pytest.param(each, id=each.name)
+        for each in fields(ServeConfig)
+        if getattr(each.metadata["flag"], rule)
+    ]
+
+
+@pytest.mark.parametrize("setting", named("within"))
+def test_a_number_out_of_range_names_its_flag_and_the_range(refused: Any, setting: Field[Any]) -> None:
+    name, (least, most) = flag_name(setting), setting.metadata["flag"].within
+    whole = "float" not in str(setting.type)
+    for wrong in (least - 1, most + 1, *(() if whole else ("nan", "inf"))):
+        assert f"give a value from {least} to {most}" in refused([name, str(wrong)])
+    for right in (least, most):
+        with suppress(ConfigError):  # together with another, perhaps
+            assert getattr(parse([name, str(right)]), setting.name) == right
+    assert "invalid" in refused([name, "x"])
+
+
+@pytest.mark.parametrize("setting", named("choices"))
+def test_a_word_that_is_none_of_a_flags_is_told_those(refused: Any, setting: Field[Any]) -> None:
+    name, choices = flag_name(setting), setting.metadata["flag"].choices
+    said = refused([name, "nonsense"])
+    assert name in said
+    assert all(choice in said for choice in choices)
+    for choice in choices:
+        assert getattr(parse([name, choice]), setting.name) == choice
+    with pytest.raises(ConfigError, match=f"{name} nonsense"):
+        replace(parse([]), **{setting.name: "nonsense"})
 
 
 def test_help_is_help(capsys: pytest.CaptureFixture[str]) -> None:

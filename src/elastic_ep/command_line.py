@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from typing import NoReturn
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn
 
 import structlog
 
-from elastic_ep.config import ConfigError
+from elastic_ep.config import ConfigError, Flag, ServeConfig, flag_name
 from elastic_ep.foreign_flags import FOREIGN, take_out
 
 
@@ -43,6 +44,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.removeprefix("argument "))
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type[ServeConfig]) -> None:
+    """One for each field, as its metadata say."""
+    for setting in fields(settings):
+        flag: Flag = setting.metadata["flag"]
+        kind = str(setting.type).removesuffix(" | None")
+        how: dict[str, Any] = {"default": None if setting.default is MISSING else setting.default}
+        if kind == "bool":
+            how["action"] = "store_false" if setting.default else "store_true"
+        elif flag.repeated:
+            how |= {"action": "append", "default": []}
+        elif kind.startswith("tuple"):
+            how["type"] = json_names
+        else:
+            how |= {"type": {"int": int, "float": float}.get(kind, str), "choices": flag.choices or None}
+        names = filter(None, (flag_name(setting), flag.other_name))
+        parser.add_argument(*names, dest=setting.name, help=flag.help, **how)
 
 
 class Help(argparse.HelpFormatter):

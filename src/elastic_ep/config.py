@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
 from elastic_ep.placement import Placement
-from elastic_ep.timing import Timing
+from elastic_ep.timing import USUAL, Timing
 from elastic_ep.wire.codec import decode, encode
 from elastic_ep.wire.slot_messages import PeerWeights
 
 PAGE_SIZE = 16
 """Tokens in a page of KV cache."""
 MOST_MODEL_LEN = 1 << 20
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,16 @@ class EngineLimits:
     max_num_batched_tokens: int = 64
     page_size: int = PAGE_SIZE
     num_pages: int = 1024
+
+    @property
+    def cache_pages(self) -> int:
+        """That there is memory for: one more, where padding is written to and read from."""
+        return self.num_pages + 1
+
+    @property
+    def sequence_pages(self) -> int:
+        """Of the longest sequence."""
+        return -(-self.max_model_len // self.page_size)
 
 
 class EventLogMode(StrEnum):
@@ -71,11 +83,6 @@ class RankConfig:
         return decode(text.encode(), cls)
 
 
-CONTENT_FORMATS = ("auto", "string", "openai")
-LOG_LEVELS = ("debug", "info", "warning", "error")
-LOG_FORMATS = ("console", "json")
-
-
 class CannotRun(RuntimeError):
     """This machine cannot run a rank. The message is one line that says what is missing and what to do."""
 
@@ -85,78 +92,108 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class ServeConfig:
-    """The command line of `python -m elastic_ep.run`. Raises `ConfigError`."""
+class Flag:
+    """How a setting is given on the command line, and which values it may have. A switch takes none."""
 
-    ranks: int
-    model: str
-    device: str = "auto"
-    mps: bool = False
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: str | None = None
-    api_key: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ("*",)
-    allowed_methods: tuple[str, ...] = ("*",)
-    allowed_headers: tuple[str, ...] = ("*",)
-    allow_credentials: bool = False
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    num_pages: int | None = None
-    max_queued: int = 1024
-    request_timeout_s: float = 600.0
-    ep_num_redundant_experts: int | None = None
-    enable_eplb: bool = False
-    eplb_rebalance_num_iterations: int = 1000
-    load_format: str = "auto"
-    chat_template: str | None = None
-    """A file or a template; None: the model folder's."""
-    chat_template_content_format: str = "auto"
-    trust_request_chat_template: bool = False
-    relaunch_limit: int = 10
-    hang_deadline_s: float = 1.0
-    stop_deadline_s: float = 30.0
-    fault_tolerance: bool = True
-    log_dir: str = "runs"
-    event_log: EventLogMode | None = None
-    """None: `IDS`; without fault tolerance `OFF`."""
-    event_log_max_mb: int = 1024
-    """0: no limit."""
-    log_level: str = "info"
-    log_format: str = "console"
-    seed: int = 0
+    help: str
+    name: str = ""
+    """If it is not the field's."""
+    other_name: str = ""
+    within: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()
+    repeated: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises `ConfigError`. None is what was not given."""
+        if value is None:
+            return
+        if self.within is not None and not self.within[0] <= value <= self.within[1]:
+            least, most = self.within
+            raise ConfigError(f"{name} {value} is out of range: give a value from {least} to {most}")
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"{name} {value} is not known: give one of {', '.join(self.choices)}")
+
+
+def flag_name(setting: Field[Any]) -> str:
+    return setting.metadata["flag"].name or "--" + setting.name.replace("_", "-")
+
+
+def _flag(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"flag": Flag(help, **more)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """The command line of `python -m elastic_ep.run`: a field is a flag. Raises `ConfigError`."""
+
+    # fmt: off
+    ranks: int = _flag(USUAL.ranks, "rank processes, 1 to 64", within=(1, 64))
+    model: str = _flag(MISSING, "folder with a checkpoint in Hugging Face layout; the bundled one if not given",
+        other_name="--model-path")
+    device: str = _flag("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    mps: bool = _flag(False, "a private MPS daemon, for several ranks on one GPU")
+    host: str = _flag("127.0.0.1", "where to listen")
+    port: int = _flag(8000, "0 picks a free one", within=(0, 65535))
+    served_model_name: str | None = _flag(None, "name in the API; the folder's name if not given")
+    api_key: tuple[str, ...] = _flag((), "clients must send it; may be given several times", repeated=True)
+    allowed_origins: tuple[str, ...] = _flag(("*",), "whose web pages may call, as a JSON list")
+    allowed_methods: tuple[str, ...] = _flag(("*",), "by which methods")
+    allowed_headers: tuple[str, ...] = _flag(("*",), "with which headers")
+    allow_credentials: bool = _flag(False, "and with cookies")
+    max_model_len: int | None = _flag(None, "prompt plus generated tokens; the model's own if not given",
+        within=(2, MOST_MODEL_LEN))
+    max_num_seqs: int | None = _flag(None, "sequences that a rank runs at once (16, on a GPU 64)", within=(1, 4096))
+    max_num_batched_tokens: int | None = _flag(None, "tokens that a rank computes in one step (64, on a GPU 256)",
+        within=(1, 65536))
+    num_pages: int | None = _flag(None, f"KV cache pages ({PAGE_SIZE} tokens) a rank", name="--num-gpu-blocks-override",
+        within=(1, 1 << 24))
+    max_queued: int = _flag(1024, "requests that may wait; more get 429", within=(1, 1_000_000))
+    request_timeout_s: float = _flag(600.0, "seconds after which a request that is not complete fails",
+        name="--request-timeout", within=(0.1, 1_000_000))
+    ep_num_redundant_experts: int | None = _flag(None, "extra expert copies; as many as experts if not given",
+        within=(0, 1 << 16))
+    enable_eplb: bool = _flag(False, "rebalance experts by load; keeps a slot of each rank spare")
+    eplb_rebalance_num_iterations: int = _flag(1000, "steps between two rebalances, with --enable-eplb",
+        within=(1, 1 << 31))
+    load_format: str = _flag("auto", "dummy: random weights", choices=("auto", "dummy"))
+    chat_template: str | None = _flag(None,
+        "a file with a chat template, or the template; the model folder's if not given")
+    chat_template_content_format: str = _flag("auto",
+        "messages' content for the template: strings, lists of parts (openai), or as it wants them (auto)",
+        choices=("auto", "string", "openai"))
+    trust_request_chat_template: bool = _flag(False, "let requests bring a chat template of their own")
+    relaunch_limit: int = _flag(USUAL.relaunch_limit,
+        "early deaths in a row after which a rank waits 10 s and more for its next launch; 0: none returns",
+        within=(0, 1_000_000))
+    hang_deadline_s: float = _flag(USUAL.hang_deadline_ms / 1000, "seconds until a hang is dealt with",
+        name="--hang-deadline", within=(0.2, 3600))
+    stop_deadline_s: float = _flag(USUAL.stop_deadline_ms / 1000, "seconds a graceful stop may take",
+        name="--stop-deadline", within=(0, 3600))
+    fault_tolerance: bool = _flag(True,
+        "no death watch, no heartbeats, no hang detection, no event log: to measure what they cost",
+        name="--disable-fault-tolerance")
+    log_dir: str = _flag("runs", "where each run's event log goes")
+    event_log: EventLogMode | None = _flag(None,  # noqa: RUF009  # it makes a field, like all others
+        "ids (if not given): all events without text and tokens; full: prompts and answers too; off: none",
+        choices=tuple(EventLogMode))
+    event_log_max_mb: int = _flag(1024,
+        "what a run's event log may take on the disk; its oldest part is deleted. 0: no limit", within=(0, 1 << 30))
+    log_level: str = _flag(LogConfig().level, "of the lines on stderr, of all processes",
+        choices=LOG_LEVELS)
+    log_format: str = _flag(LogConfig().format, "json: one object a line", choices=("console", "json"))
+    seed: int = _flag(0, "of random weights, with --load-format dummy")
+    # fmt: on
 
     def __post_init__(self) -> None:
-        _check_range("--ranks", self.ranks, 1, 64)
-        _check_range("--port", self.port, 0, 65535)
+        for setting in fields(self):
+            setting.metadata["flag"].check(flag_name(setting), getattr(self, setting.name))
         if not all(self.api_key):
             raise ConfigError("--api-key is empty: give a key, or leave the flag out if none is needed")
-        _check_range("--max-queued", self.max_queued, 1, 1_000_000)
-        _check_range("--request-timeout", self.request_timeout_s, 0.1, 1_000_000)
-        _check_range("--relaunch-limit", self.relaunch_limit, 0, 1_000_000)
-        _check_range("--eplb-rebalance-num-iterations", self.eplb_rebalance_num_iterations, 1, 1 << 31)
-        _check_range("--hang-deadline", self.hang_deadline_s, 0.2, 3600)
-        _check_range("--stop-deadline", self.stop_deadline_s, 0, 3600)
-        if self.max_model_len is not None:
-            _check_range("--max-model-len", self.max_model_len, 2, MOST_MODEL_LEN)
-        if self.num_pages is not None:
-            _check_range("--num-gpu-blocks-override", self.num_pages, 1, 1 << 24)
-        if self.ep_num_redundant_experts is not None:
-            _check_range("--ep-num-redundant-experts", self.ep_num_redundant_experts, 0, 1 << 16)
-        _check_range("--event-log-max-mb", self.event_log_max_mb, 0, 1 << 30)
         if not self.fault_tolerance and self.event_log not in (None, EventLogMode.OFF):
             raise ConfigError(
                 f"--event-log {self.event_log}: there is no event log with --disable-fault-tolerance: leave one out"
             )
-        _check_choice("--chat-template-content-format", self.chat_template_content_format, CONTENT_FORMATS)
-        _check_choice("--log-level", self.log_level, LOG_LEVELS)
-        _check_choice("--log-format", self.log_format, LOG_FORMATS)
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
-        if seqs is not None:
-            _check_range("--max-num-seqs", seqs, 1, 4096)
-        if tokens is not None:
-            _check_range("--max-num-batched-tokens", tokens, 1, 65536)
         if seqs is not None and tokens is not None and tokens < seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}: raise the first or lower "
@@ -183,13 +220,3 @@ class ServeConfig:
     @property
     def log(self) -> LogConfig:
         return LogConfig(self.log_level, self.log_format)
-
-
-def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{flag} {value} is not known: give one of {', '.join(choices)}")
-
-
-def _check_range(flag: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{flag} {value} is out of range: give a value from {low} to {high}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from elastic_ep.config import MOST_MODEL_LEN, PAGE_SIZE, ConfigError, EngineLimits, ServeConfig
+from elastic_ep.config import MOST_MODEL_LEN, ConfigError, EngineLimits, RankConfig, ServeConfig
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
 from elastic_ep.gateway.settings import SamplingDefaults, unhonoured
@@ -31,8 +31,6 @@ _SEQUENCES = {"cpu": 16, "cuda": 64}
 have seats for a lost rank's requests, too."""
 _TOKENS = {"cpu": 64, "cuda": 256}
 """Of a step, likewise: those requests are computed anew in a quarter of the steps that 64 would need."""
-_KV_ITEM = {"cpu": 4, "cuda": 2}
-"""Bytes of an element of it: float32 and bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,22 @@ class ServePlan:
     @property
     def shape(self) -> ExchangeShape:
         return self.model.exchange_shape(self.limits.max_num_batched_tokens, self.placement)
+
+    def rank_config(self, directory: Path) -> RankConfig:
+        """Of the first launch of the first rank. `directory` is the run's, private."""
+        return RankConfig(
+            rank=0,
+            incarnation=1,
+            directory=str(directory),
+            model=str(self.folder.resolve()),
+            load_format=self.config.load_format,
+            device=self.device,
+            seed=self.config.seed,
+            limits=self.limits,
+            timing=self.config.timing,
+            placement=self.placement,
+            log=self.config.log,
+        )
 
 
 def make_plan(config: ServeConfig) -> ServePlan:
@@ -149,18 +163,17 @@ def engine_limits(config: ServeConfig, model: ModelSpec, device: str) -> EngineL
         raise ConfigError(
             f"the model has {max_model_len} positions: give --max-model-len, at most {MOST_MODEL_LEN}"
         )
-    one_sequence = -(-max_model_len // PAGE_SIZE)
-    page_bytes = PAGE_SIZE * model.kv_elements * _KV_ITEM[device]
+    limits = EngineLimits(max_model_len, *_step_size(config, device))
+    one_sequence = limits.sequence_pages
     most_bytes = SHARED_KV_CACHE_BYTES if config.mps else KV_CACHE_BYTES[device]
-    affordable = max(one_sequence, most_bytes // page_bytes)
-    sequences, tokens = _step_size(config, device)
-    num_pages = config.num_pages or min(sequences * one_sequence, affordable)
+    affordable = max(one_sequence, most_bytes // model.kv_page_bytes(device, limits.page_size))
+    num_pages = config.num_pages or min(limits.max_num_seqs * one_sequence, affordable)
     if num_pages < one_sequence:
         raise ConfigError(
             f"--num-gpu-blocks-override {num_pages} cannot hold one sequence of {max_model_len} tokens: give at least "
             f"{one_sequence} or lower --max-model-len"
         )
-    return EngineLimits(max_model_len, sequences, tokens, PAGE_SIZE, num_pages)
+    return replace(limits, num_pages=num_pages)
 
 
 def _step_size(config: ServeConfig, device: str) -> tuple[int, int]:

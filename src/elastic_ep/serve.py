@@ -136,7 +136,7 @@ class RunProcess:
             guard = None
             if self._config.mps:
                 guard = stack.enter_context(DeviceGuard(self._config.timing.drain_ms / 1000, self._log.note))
-            processes = RankProcesses(self._plan, directory, guard, self._log.note)
+            processes = RankProcesses(self._plan.rank_config(directory), guard, self._log.note)
             self._launcher = await stack.enter_async_context(Launcher(options, processes.on_event))
             self._router = self._make_router(wire)
             self._controller = self._make_controller(wire, processes)

@@ -85,7 +85,7 @@ class Scheduler:
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
         self.pages = KVPages(limits.num_pages, limits.page_size)
-        if self.pages.pages_for(limits.max_model_len) > limits.num_pages:
+        if limits.sequence_pages > limits.num_pages:
             raise ValueError(
                 f"{limits.num_pages} KV pages of {limits.page_size} tokens cannot hold one sequence of "
                 f"{limits.max_model_len} tokens"

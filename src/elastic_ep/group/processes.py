@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import structlog
 
@@ -21,7 +21,6 @@ from elastic_ep.host.launcher_events import (
     ServerLost,
     ServerReady,
 )
-from elastic_ep.plan import ServePlan
 from elastic_ep.wire.messages import Member
 
 log = structlog.get_logger()
@@ -30,33 +29,26 @@ log = structlog.get_logger()
 class RankProcesses:
     """The controller's `Processes`; `on_event` is the launcher's.
 
-    `launcher` and `controller` are to be set before anything is started. `guard` is for ranks that share a GPU's faults.
+    `config` is of some rank's first launch. `launcher` and `controller` are to be set before anything is started.
+    `guard` is for ranks that share a GPU's faults.
     """
 
     launcher: Launcher
     controller: Controller
 
-    def __init__(self, plan: ServePlan, directory: Path, guard: DeviceGuard | None, note: Note) -> None:
-        self._plan = plan
-        self._directory = directory
+    def __init__(self, config: RankConfig, guard: DeviceGuard | None, note: Note) -> None:
+        self._config = config
         self._guard = guard
         self._note = note
 
     def launch(self, member: Member) -> None:
-        plan, repairs = self._plan, self.controller.repairs
-        config = RankConfig(
+        repairs = self.controller.repairs
+        config = replace(
+            self._config,
             rank=member.rank,
             incarnation=member.incarnation,
-            directory=str(self._directory),
-            model=str(plan.folder.resolve()),
-            load_format=plan.config.load_format,
-            device=plan.device,
-            seed=plan.config.seed,
-            limits=plan.limits,
-            timing=plan.config.timing,
             placement=repairs.placement,
             peers=repairs.peer_weights(),
-            log=plan.config.log,
         )
         self.launcher.launch(member, config.to_json())
 
@@ -64,7 +56,7 @@ class RankProcesses:
         self.launcher.kill(member)
 
     def watch(self, member: Member) -> None:
-        if self._plan.config.fault_tolerance:
+        if self._config.timing.fault_tolerance:
             self.launcher.watch(member)
 
     def hold(self, member: Member) -> None:

@@ -13,6 +13,9 @@ from enum import Enum
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.placement import Placement
 
+KV_ITEM = {"cpu": 4, "cuda": 2}
+"""Bytes of a number in the KV cache: float32 and bfloat16."""
+
 
 class QkNorm(Enum):
     """What of queries and keys is normed before they are rotated."""
@@ -137,10 +140,9 @@ class ModelSpec:
     def moe(self) -> Moe:
         return self.layers[0].ffn
 
-    @property
-    def kv_elements(self) -> int:
-        """Numbers in the KV cache for each token, all layers."""
-        return sum(layer.attention.kv_elements for layer in self.layers)
+    def kv_page_bytes(self, device: str, page_size: int) -> int:
+        """Of a page of the KV cache, all layers."""
+        return sum(layer.attention.kv_elements for layer in self.layers) * page_size * KV_ITEM[device]
 
     def exchange_shape(self, max_tokens: int, placement: Placement) -> ExchangeShape:
         """For ranks that compute `max_tokens` a step: dispatch and combine in every layer with experts."""

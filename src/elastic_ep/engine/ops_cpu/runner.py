@@ -41,7 +41,7 @@ class ModelRunner(StepRunner):
         self._device = torch.device(device)
         spec = weights.spec
         layout = CacheLayout(
-            spec.attention.heads, spec.attention.kv_heads, limits.page_size, limits.num_pages + 1
+            spec.attention.heads, spec.attention.kv_heads, limits.page_size, limits.cache_pages
         )
         self._batches = BatchMaker(layout, self._device)
         load = ExpertLoad(placement, rank)

@@ -62,7 +62,7 @@ class StepInputs:
         )
         """[R] tokens, positions and places in the KV cache (-1: none); [S] the last row and the context of each sequence
         (0: no sequence); [S + 1] where its rows begin; [1] the rows that are real."""
-        pages = -(-limits.max_model_len // limits.page_size)
+        pages = limits.sequence_pages
         self._host_tables = torch.zeros(sequences, pages, dtype=torch.int32, pin_memory=pinned)
         self._tables: npt.NDArray[np.int32] = self._host_tables.numpy()
         self.tables = torch.zeros(sequences, pages, dtype=torch.int32, device=device)

@@ -68,8 +68,8 @@ def needs_of(
     rows = placement.slots_per_rank * shape.num_ranks * shape.max_tokens
     return Needs(
         weights=(spec.dense_elements + slots * spec.expert_elements) * _ITEM,
-        kv_page=spec.kv_elements * limits.page_size * _ITEM,
-        kv_pages=limits.num_pages + 1,
+        kv_page=spec.kv_page_bytes("cuda", limits.page_size),
+        kv_pages=limits.cache_pages,
         exchange=exchange_bytes,
         working=2 * rows * (2 * spec.hidden_size + spec.moe.inner) * _ITEM
         + _rows_of_logits(limits) * spec.vocab_size * _WIDE_ITEM

@@ -43,7 +43,7 @@ class CudaOps:
         self._tile = tile
         self._rows_per_expert = num_ranks * spec.moe.top_k / spec.moe.experts
         kind = spec.attention
-        size = (limits.num_pages + 1, kind.kv_heads, limits.page_size, kind.head_dim)
+        size = (limits.cache_pages, kind.kv_heads, limits.page_size, kind.head_dim)
         self._caches = torch.zeros(len(spec.layers), 2, *size, dtype=dtype, device=device)
         angles = rotary_angles(kind.head_dim, kind.rope_theta, limits.max_model_len)
         self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
