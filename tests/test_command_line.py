@@ -192,8 +192,9 @@ def test_a_word_that_is_none_of_a_flags_is_told_those(refused: Any, setting: Fie
     assert all(choice in said for choice in choices)
     for choice in choices:
         assert getattr(parse([name, choice]), setting.name) == choice
+    given: dict[str, Any] = {setting.name: "nonsense"}
     with pytest.raises(ConfigError, match=f"{name} nonsense"):
-        replace(parse([]), **{setting.name: "nonsense"})
+        replace(parse([]), **given)
 
 
 def test_help_is_help(capsys: pytest.CaptureFixture[str]) -> None:
