@@ -1,4 +1,4 @@
-"""The exchange contract (DESIGN section 10): hidden states to experts and back, every MoE layer.
+"""The exchange contract: hidden states to experts and back, every MoE layer.
 
 An implementation never raises because a peer died and never waits for a masked peer, so a step always
 completes. Whether its result may be used is told by `end_step`.

@@ -22,7 +22,7 @@ from elastic_ep.wire.messages import RankState, SamplingParams
 
 
 class GroupBackend:
-    """`api.backend.Backend`."""
+    """`group.port.Backend`."""
 
     def __init__(
         self,
