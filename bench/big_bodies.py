@@ -25,7 +25,7 @@ from tests.kit.served import MODEL, chat, http, percentile, server, shaped_model
 from bench.kit.command_line import command_line
 
 QUIET_S = 4.0
-LEAVE_S = 3.0
+LEAVE_S = {"/v1/completions": 3.0, "/v1/chat/completions": 12.0}
 """A client whose prompt is accepted goes then."""
 POLL_S = 0.005
 
@@ -84,7 +84,7 @@ async def measure(url: str) -> dict[str, Any]:
                 headers = {"Content-Type": "application/json"}
                 try:
                     async with (
-                        asyncio.timeout(LEAVE_S if path == "/v1/completions" else None),
+                        asyncio.timeout(LEAVE_S.get(path)),
                         another.post(url + path, data=body, headers=headers) as response,
                     ):
                         await response.read()
