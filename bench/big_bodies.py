@@ -62,16 +62,20 @@ class Others:
         outcome = await work()
         end = time.monotonic()
         await asyncio.sleep(0.2)
+        now = time.monotonic()  # who stands still yet has stood still so long at least
         return {
             "answered_after_s": round(end - begin, 3),
-            "stream_gap_ms": longest_gap(self.tokens, begin, end),
-            "health_gap_ms": longest_gap(self.polls, begin, end),
+            "stream_gap_ms": longest_gap([*self.tokens, now], begin, end),
+            "health_gap_ms": longest_gap([*self.polls, now], begin, end),
             "outcome": outcome,
         }
 
 
 async def measure(url: str) -> dict[str, Any]:
-    made = {name: (path, json.dumps({"model": MODEL, **body})) for name, (path, body) in bodies().items()}
+    made = {
+        name: (path, json.dumps({"model": MODEL, "max_tokens": 1, **body}))
+        for name, (path, body) in bodies().items()
+    }
     async with http() as session, http() as another:
         others = Others(session, url)
         tasks = [asyncio.create_task(others.stream()), asyncio.create_task(others.poll())]
