@@ -12,8 +12,8 @@ import structlog
 import torch
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.engine.admission import refusal
 from elastic_ep.engine.expert_load import ExpertLoad
+from elastic_ep.engine.refusal import refusal
 from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.engine.sampler import Sampled
 from elastic_ep.engine.scheduler import Chunk, Scheduler, Sequence
