@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,14 @@ def test_tests_import_no_bench_but_to_test_it() -> None:
     files = [file for file in (ROOT / "tests").rglob("*.py") if file.parent.name != "bench"]
     assert len(files) > 100
     assert [file for file in files if of_bench(file)] == []
+
+
+def test_what_make_runs_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    groups = re.findall(
+        r"^BENCHES := (.*)$|for bench in ([a-z][^;]*);|-m bench\.(\w+)", makefile, re.MULTILINE
+    )
+    words = {word.strip('"') for group in groups for text in group for word in text.split()}
+    named = {word for word in words if re.fullmatch(r"\w+", word)}
+    assert len(named) > 15
+    assert named <= {file.stem for file in COMMANDS}
