@@ -157,8 +157,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     bench = Bench()
     incarnation = 0
-    async with Launcher(settings, bench.on_event) as launcher:
-        await launcher.start()
+    async with Launcher(settings) as launcher:
+        await launcher.start(bench.on_event)
         for name, processes, niceness in (
             ("idle", 0, 0),
             ("busy, nice as ranks", options.busy, RANK_NICE),

@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
         "timing", "titles",
     },
     "group": {
-        "event_log", "exchange", "gateway", "host", "machines", "weights", "wire", "config", "placement",
+        "event_log", "exchange", "host", "machines", "weights", "wire", "config", "placement",
         "timing",
     },
     "gateway": {"group", "host", "machines", "models", "wire", "titles"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -148,23 +149,35 @@ def test_beside_the_live_table_lines_come_out_whole_and_above_it(monkeypatch: py
     monkeypatch.setenv("COLUMNS", "200")
     logs.configure(LogConfig("info", "json"))
     machine = MembershipMachine(2, launch_placement(2, 1, 2, 2))
-    with LaunchDisplay(machine) as refresh:
-        refresh()
-        structlog.get_logger().warning("rank lost", why="[/markup] and \\[more]")
-        refresh()
-        shown = terminal.getvalue()
-    machine.slots[0].reason = "[/nothing] that closes"
-    refresh()
+
+    def drawn() -> int:
+        return terminal.getvalue().count("incarnation")
+
+    async def beside_lines() -> str:
+        table = asyncio.create_task(LaunchDisplay(machine).show())
+        async with asyncio.timeout(30):
+            while drawn() < 1:
+                await asyncio.sleep(0.01)
+            structlog.get_logger().warning("rank lost", why="[/markup] and \\[more]")
+            drawn_then = drawn()
+            while drawn() == drawn_then:
+                await asyncio.sleep(0.01)
+            shown = terminal.getvalue()
+            machine.slots[0].reason = "[/nothing] that closes"
+            while "that closes" not in terminal.getvalue():
+                await asyncio.sleep(0.01)
+            table.cancel()
+        return shown
+
+    shown = asyncio.run(beside_lines())
     line = next(line for line in shown.splitlines() if "rank lost" in line)
     assert json.loads(line[line.index("{") : line.rindex("}") + 1])["why"] == "[/markup] and \\[more]"
-    assert shown.count("incarnation") == 3, "the table is drawn anew below the line"
     assert shown.rindex("incarnation") > shown.index("rank lost")
     assert terminal is sys.stderr
 
 
 def test_elsewhere_the_table_is_not_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    with LaunchDisplay(MembershipMachine(2, launch_placement(2, 1, 2, 2))) as refresh:
-        refresh()
+    asyncio.run(LaunchDisplay(MembershipMachine(2, launch_placement(2, 1, 2, 2))).show())
     assert lines(capsys) == []
 
 

@@ -36,7 +36,8 @@ class Conductor:
         self._promised: set[int] = set()
         self.heard: Counter[str] = Counter()
         self.reasons: list[str] = []
-        self._wire = ControllerWire(directory, self._hear, print)
+        self._wire = ControllerWire(directory)
+        self._wire.receive(self._hear, print)
 
     def _hear(self, message: FromRank) -> None:
         self.heard[type(message).__name__] += 1

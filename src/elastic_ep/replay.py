@@ -80,9 +80,12 @@ def replay(path: Path) -> Timeline:
     log = Log(path)
     machines = log.machines()
     timeline = _timeline(log, machines)
+    effects: list[bool] = []  # whether each event had any
     try:
         for line in log.lines():
             if "machine" in line.fields:
+                _check_cause(line, effects, from_the_start=log.segment == 1)
+                effects.append(bool(line.fields.get("effects")))
                 _step(machines, line, without_text if log.private else to_plain)
             elif "run" in line.fields:
                 _compare_states(machines, line)
@@ -105,6 +108,14 @@ def _timeline(log: Log, machines: dict[str, Any]) -> Timeline:
         timeline.members = frozenset((seat.rank, seat.incarnation) for seat in view.seats)
         timeline.asked_to_stop = {slot.member for slot in membership.slots.values() if slot.told_to_stop}
     return timeline
+
+
+def _check_cause(line: Line, effects: list[bool], from_the_start: bool) -> None:
+    """`effects`: of the events before it, whether each had any. A cause may lie in a file that is gone."""
+    cause = line.fields.get("cause", 0)
+    known = type(cause) is int and 0 <= cause <= len(effects)
+    if (known and cause and not effects[-cause]) or (not known and from_the_start):
+        raise Differs(f"{line.where}: its cause, {cause} events before, had no effect that could lead to it")
 
 
 def _step(machines: dict[str, Any], line: Line, plain: Callable[[Any], Any]) -> None:

@@ -17,10 +17,11 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import structlog
+from aiohttp import web
 
 from elastic_ep import logs, titles
 from elastic_ep.config import ConfigError, EventLogMode, ServeConfig
@@ -31,14 +32,17 @@ from elastic_ep.gateway.app import Server as HttpServer
 from elastic_ep.gateway.app import serve as serve_http
 from elastic_ep.gateway.backend import GroupBackend
 from elastic_ep.gateway.cors import Cors
-from elastic_ep.gateway.router import Notice, Router
+from elastic_ep.gateway.reading import Reading
+from elastic_ep.gateway.router import Router
 from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.group.clock import Clock
 from elastic_ep.group.controller import Controller
 from elastic_ep.group.display import LaunchDisplay
+from elastic_ep.group.hub import Hub
 from elastic_ep.group.metrics import Metrics
-from elastic_ep.group.port import LossCause
 from elastic_ep.group.processes import RankProcesses
 from elastic_ep.group.rebalance import Rebalancer
+from elastic_ep.group.repairs import Repairs
 from elastic_ep.host.device_guard import DeviceGuard
 from elastic_ep.host.launcher import ForkServerFailed, Launcher, LauncherOptions
 from elastic_ep.host.mps import mps_daemon
@@ -51,6 +55,7 @@ from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.registry import arguments
 from elastic_ep.machines.requests import events as routing
 from elastic_ep.machines.requests.events import RoutingConfig
+from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.plan import ServePlan, make_plan
 from elastic_ep.wire.sockets import ControllerWire
 
@@ -92,6 +97,15 @@ def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
     return anyio.run(process.run, backend_options={"loop_factory": partial(make_loop, process.held)})
 
 
+class Parts(NamedTuple):
+    """What serves, all on one hub. `machines`: those whose events are logged, by name."""
+
+    controller: Controller
+    router: Router
+    rebalancer: Rebalancer
+    machines: Mapping[str, Any]
+
+
 class RunProcess:
     """Owns all parts."""
 
@@ -120,11 +134,7 @@ class RunProcess:
 
     async def _run_group(self, directory: Path, windows_fd: int) -> int:
         async with AsyncExitStack() as stack:
-            wire = ControllerWire(
-                directory,
-                lambda message: self._controller.on_message(message),
-                lambda member, why: self._controller.on_protocol_error(member, why),
-            )
+            wire = ControllerWire(directory)
             stack.callback(wire.close)
             # Before the launcher, so that it ends after all ranks.
             environment = stack.enter_context(mps_daemon()) if self._config.mps else {}
@@ -136,51 +146,51 @@ class RunProcess:
             guard = None
             if self._config.mps:
                 guard = stack.enter_context(DeviceGuard(self._config.timing.drain_ms / 1000, self._log.note))
-            processes = RankProcesses(self._plan.rank_config(directory), guard, self._log.note)
-            self._launcher = await stack.enter_async_context(Launcher(options, processes.on_event))
-            self._router = self._make_router(wire)
-            self._controller = self._make_controller(wire, processes)
-            stack.callback(self._controller.ledger.close)
-            processes.launcher, processes.controller = self._launcher, self._controller
-            rebalancer = self._make_rebalancer()
-            machines = self._machines()
-            self._log.begin(self._first_line(machines), machines)
-            pages = self._plan.limits.num_pages
-            backend = GroupBackend(self._controller, self._router, rebalancer, self._metrics, pages)
-            http = await self._listen(backend)
+            launcher = await stack.enter_async_context(Launcher(options))
+            processes = RankProcesses(
+                self._plan.rank_config(directory), launcher, guard, watched=self._config.fault_tolerance
+            )
+            parts = self._parts(wire, processes)
+            controller = parts.controller
+            stack.callback(controller.ledger.close)
+            wire.receive(controller.on_message, controller.on_protocol_error)
+            self._log.begin(self._first_line(parts.machines), parts.machines)
+            app = self._app(parts)
+            http = await self._listen(app)
             titles.show(f"run {self._plan.name} at {http.url}", "eep-run")
             stack.push_async_callback(http.close)
             tasks = await stack.enter_async_context(anyio.create_task_group())
-            tasks.start_soon(self._controller.beat)
+            tasks.start_soon(controller.beat)
             if self._config.fault_tolerance:
-                tasks.start_soon(self._controller.watch_progress)
-            tasks.start_soon(rebalancer.run)
-            tasks.start_soon(self._start_ranks)
-            tasks.start_soon(self._warm)
-            status = await self._serve_until_stopped(http.url)
+                tasks.start_soon(controller.watch_progress)
+            tasks.start_soon(parts.rebalancer.run)
+            tasks.start_soon(self._start_ranks, launcher, controller)
+            tasks.start_soon(_warm, controller, app[READING])
+            status = await self._serve_until_stopped(parts, http.url)
             tasks.cancel_scope.cancel()
             return status
         raise AssertionError("unreachable")
 
-    async def _serve_until_stopped(self, url: str) -> int:
-        with LaunchDisplay(self._controller.machine) as refresh:
-            self._controller.on_change = refresh
-            await _first_of(self._controller.serving, self._stop, self._controller.over)
-        self._controller.on_change = _nothing
+    async def _serve_until_stopped(self, parts: Parts, url: str) -> int:
+        controller = parts.controller
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(LaunchDisplay(controller.machine).show)
+            await _first_of(controller.serving, self._stop, controller.over)
+            tasks.cancel_scope.cancel()
         if self._fork_error:
             log.error(self._fork_error)
             return START_FAILED
-        if self._controller.serving.is_set() and not self._stop.is_set():
+        if controller.serving.is_set() and not self._stop.is_set():
             self._announce(url)
-        await _first_of(self._stop, self._controller.over)
-        status = await self._farewell(self._controller.machine.verdict)
-        await self._stop_gracefully()
+        await _first_of(self._stop, controller.over)
+        status = await self._farewell(controller)
+        await self._stop_gracefully(parts)
         return status
 
-    async def _farewell(self, verdict: ev.Verdict | None) -> int:
-        """Say why this run is over; the exit status. None: because it was told to stop."""
-        match verdict:
-            case None:
+    async def _farewell(self, controller: Controller) -> int:
+        """Say why this run is over; the exit status."""
+        match controller.machine.verdict:
+            case None:  # it was told to stop
                 return 0
             case ev.StartFailed(reason):
                 hint = "--log-level debug shows where"
@@ -190,7 +200,7 @@ class RunProcess:
                 log.error("nothing can serve any more: this process ends", why=reason)
                 with anyio.move_on_after(FAREWELL_S):
                     await self._stop.wait()
-                return NOTHING_SERVES if self._controller.serving.is_set() else START_FAILED
+                return NOTHING_SERVES if controller.serving.is_set() else START_FAILED
 
     def _announce(self, url: str) -> None:
         question = {"role": "user", "content": EXAMPLE_QUESTION}
@@ -203,18 +213,16 @@ class RunProcess:
         tokens = limits.num_pages * limits.page_size
         log.info("KV cache", tokens_a_rank=tokens, pages=limits.num_pages, flag="--num-gpu-blocks-override")
 
-    async def _stop_gracefully(self) -> None:
+    async def _stop_gracefully(self, parts: Parts) -> None:
         """Drain, then ask, then force; every phase has a deadline."""
-        controller = self._controller
-        timing = self._config.timing
+        controller, timing = parts.controller, self._config.timing
         log.info("stopping: running requests finish first", deadline_s=timing.stop_deadline_ms / 1000)
-        self._drained = anyio.Event()
         with anyio.move_on_after(timing.stop_deadline_ms / 1000):
             controller.feed(ev.StopRequested())
-            self._router.handle(routing.StopRequested())
-            await _first_of(self._drained, self._force, controller.stopped)
-        if not self._drained.is_set():
-            self._router.handle(routing.DeadlinePassed())
+            parts.router.handle(routing.StopRequested())
+            await _first_of(controller.drained, self._force, controller.stopped)
+        if not controller.drained.is_set():
+            parts.router.handle(routing.DeadlinePassed())
         controller.feed(ev.StopRanks())
         with anyio.move_on_after(timing.leave_ms / 1000):
             await _first_of(controller.stopped, self._force)
@@ -222,7 +230,7 @@ class RunProcess:
             controller.feed(ev.StopForced())
             with anyio.move_on_after(timing.leave_ms / 1000):
                 await controller.stopped.wait()
-        log.info("stopped", forced=self._force.is_set() or not self._drained.is_set())
+        log.info("stopped", forced=self._force.is_set() or not controller.drained.is_set())
 
     def _on_signal(self) -> None:
         self._stop_signals += 1
@@ -268,58 +276,63 @@ class RunProcess:
                 raise ConfigError(f"--log-dir {config.log_dir}: {error.strerror}") from error
         raise ConfigError(f"--log-dir {config.log_dir}: {run_id} and all that follow exist")
 
-    def _make_router(self, wire: ControllerWire) -> Router:
-        seats = self._plan.limits.max_num_seqs
-        config = RoutingConfig(
-            max_num_seqs=seats,
-            max_queued=self._config.max_queued,
-            request_timeout_ms=round(self._config.request_timeout_s * 1000),
+    def _parts(self, wire: ControllerWire, processes: RankProcesses) -> Parts:
+        config, plan, metrics, timing = self._config, self._plan, self._metrics, self._config.timing
+        clock = Clock()
+        hub = Hub(self._log.record, clock.now_ms)
+        membership = MembershipMachine(config.ranks, plan.placement, timing.membership)
+        progress = ProgressMachine(timing.progress)
+        repair = RepairMachine(plan.placement)
+        requests = RoutingMachine(
+            RoutingConfig(
+                max_num_seqs=plan.limits.max_num_seqs,
+                max_queued=config.max_queued,
+                request_timeout_ms=round(config.request_timeout_s * 1000),
+            )
         )
-        return Router(config, send=wire.send, record=self._log.record, notify=self._on_notice)
-
-    def _make_controller(self, wire: ControllerWire, processes: RankProcesses) -> Controller:
-        timing = self._config.timing
-        return Controller(
-            machine=MembershipMachine(self._config.ranks, self._plan.placement, timing.membership),
-            progress=ProgressMachine(timing.progress),
-            repair=RepairMachine(self._plan.placement),
-            processes=processes,
-            wire=wire,
-            router=self._router,
-            log=self._log,
-            metrics=self._metrics,
-            on_change=_nothing,
-            timing=timing,
-            paced=self._config.fault_tolerance,
-        )
-
-    def _make_rebalancer(self) -> Rebalancer:
+        repairs = Repairs(hub, repair, wire, self._log, metrics)
         rebalancer = Rebalancer(
-            self._controller.repairs,
-            members=lambda: self._controller.machine.view.members,
-            every=self._config.eplb_rebalance_num_iterations if self._config.enable_eplb else 0,
-            spare=int(self._config.enable_eplb),
-            report=self._metrics.rebalanced,
-            timing=self._config.timing,
+            repairs,
+            members=lambda: membership.view.members,
+            every=config.eplb_rebalance_num_iterations if config.enable_eplb else 0,
+            spare=int(config.enable_eplb),
+            report=metrics.rebalanced,
+            timing=timing,
         )
-        self._controller.on_step = rebalancer.step_seen
-        return rebalancer
-
-    def _machines(self) -> dict[str, Any]:
-        """Those whose events are logged."""
-        return {
-            "membership": self._controller.machine,
-            "progress": self._controller.progress,
-            "routing": self._router.machine,
-            "repair": self._controller.repair,
-        }
+        controller = Controller(
+            hub,
+            clock,
+            membership,
+            progress,
+            requests,
+            repairs,
+            processes,
+            wire,
+            self._log,
+            metrics,
+            on_step=rebalancer.step_seen,
+            timing=timing,
+            paced=config.fault_tolerance,
+        )
+        router = Router(
+            hub,
+            requests,
+            send=wire.send,
+            notify=controller.on_notice,
+            taken_over=controller.ledger.taken_over,
+        )
+        machines = {"membership": membership, "progress": progress, "routing": requests, "repair": repair}
+        return Parts(controller, router, rebalancer, machines)
 
     def _first_line(self, machines: Mapping[str, Any]) -> dict[str, object]:
         shown = {**asdict(self._config), "api_key": len(self._config.api_key), "device": self._plan.device}
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         return {"version": version(), "started": started, "config": shown, "machines": arguments(**machines)}
 
-    async def _listen(self, backend: GroupBackend) -> HttpServer:
+    def _app(self, parts: Parts) -> web.Application:
+        backend = GroupBackend(
+            parts.controller, parts.router, parts.rebalancer, self._metrics, self._plan.limits.num_pages
+        )
         settings = ApiSettings(
             model_name=self._plan.name,
             max_model_len=self._plan.limits.max_model_len,
@@ -336,8 +349,9 @@ class RunProcess:
             eos_token_ids=self._plan.text_fit.eos_token_ids,
             trust_request_chat_template=self._config.trust_request_chat_template,
         )
-        app = create_app(backend, settings, self._plan.text, self._metrics, self._plan.load_text)
-        self._reading = app[READING]
+        return create_app(backend, settings, self._plan.text, self._metrics, self._plan.load_text)
+
+    async def _listen(self, app: web.Application) -> HttpServer:
         try:
             return await serve_http(app, self._config.host, self._config.port)
         except OSError as error:
@@ -346,40 +360,24 @@ class RunProcess:
                 "choose another with --port, or --port 0 for any free one"
             ) from error
 
-    async def _start_ranks(self) -> None:
+    async def _start_ranks(self, launcher: Launcher, controller: Controller) -> None:
         try:
-            await self._launcher.start()
+            await launcher.start(controller.on_process)
         except ForkServerFailed as error:
             self._fork_error = str(error)
             self._stop.set()
         else:
-            self._controller.feed(ev.Start())
+            controller.feed(ev.Start())
 
-    async def _warm(self) -> None:
-        """When the ranks have started, which is what everybody waits for."""
-        await self._controller.serving.wait()
-        await self._reading.worker.warm()
 
-    def _on_notice(self, notice: Notice) -> None:
-        match notice:
-            case routing.WorkBegan() | routing.WorkEnded():
-                self._controller.feed(notice)
-            case routing.Drained():
-                self._drained.set()
-            case routing.Fault(member, reason):
-                self._controller.suspect(member, LossCause.PROTOCOL, f"protocol error: {reason}")
-            case routing.Replayed():
-                self._metrics.request_replayed()
-            case routing.Moved():
-                self._metrics.request_moved()
+async def _warm(controller: Controller, reading: Reading) -> None:
+    """When the ranks have started, which is what everybody waits for."""
+    await controller.serving.wait()
+    await reading.worker.warm()
 
 
 def version() -> str:
     return importlib.metadata.version("elastic-ep")
-
-
-def _nothing() -> None:
-    pass
 
 
 async def _first_of(*events: anyio.Event) -> None:

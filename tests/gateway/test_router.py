@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from elastic_ep.gateway.router import Notice, Router
+from elastic_ep.gateway.router import Router
+from elastic_ep.group.hub import Hub
 from elastic_ep.group.port import Busy, Stopping, Stream
 from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.requests import events as ev
@@ -32,21 +35,28 @@ class Rig:
     def __init__(self) -> None:
         self.sent: list[tuple[Member, Assign | Cancel]] = []
         self.recorded: list[tuple[ev.Event, list[ev.Effect]]] = []
-        self.notices: list[Notice] = []
+        self.notices: list[ev.Notice] = []
         self.order: list[str] = []
         self.answers: dict[type, ev.Event] = {}
-        self.router = Router(CONFIG, send=self.send, record=self.record, notify=self.notify)
+        self.heirs: dict[Member, Counter[Member | None]] = {}
+        self.router = Router(
+            Hub(self.record, lambda: 0),
+            RoutingMachine(CONFIG),
+            send=self.send,
+            notify=self.notify,
+            taken_over=self.heirs.__setitem__,
+        )
 
     def send(self, member: Member, message: Assign | Cancel) -> None:
         self.sent.append((member, message))
         self.order.append("send")
 
-    def record(self, machine: str, event: ev.Event, effects: Sequence[ev.Effect]) -> None:
+    def record(self, machine: str, event: Any, effects: Sequence[Any], cause: int = 0) -> None:
         assert machine == "routing"
         self.recorded.append((event, list(effects)))
         self.order.append("record")
 
-    def notify(self, notice: Notice) -> None:
+    def notify(self, notice: ev.Notice) -> None:
         self.notices.append(notice)
         self.order.append("notify")
         if type(notice) in self.answers:
@@ -106,6 +116,7 @@ async def test_a_stream_survives_its_rank() -> None:
     assert await collect(stream) == [(10, 11)]
     assert rig.sent[-1] == (B, Assign(0, (1, 2), (10,), SamplingParams(8), 3, 0))
     assert ev.Replayed(0, A) in rig.notices
+    assert rig.heirs == {A: Counter({B: 1})}
 
 
 async def test_a_stream_that_waits_in_a_rank_moves() -> None:

@@ -25,7 +25,7 @@ from elastic_ep.wire.messages import (
     StepReport,
 )
 from elastic_ep.wire.slot_messages import CopySlot, ExpertLoads, PlacementSeen, SlotCopied, SlotSum, SlotSums
-from tests.kit.fake_group import SPOILT, FakeGroup, FakeRank, clocks_of
+from tests.kit.fake_group import SPOILT, FakeGroup, FakeRank
 from tests.kit.virtual_time import VirtualTimeLoop, run_virtually
 
 BOUND_S = 0.01
@@ -41,20 +41,19 @@ def simulate(
     """A group in which nothing happens but what `main` makes happen: no beats, no pulses, no steps."""
 
     async def run(loop: VirtualTimeLoop) -> FakeGroup:
-        with clocks_of(loop):
-            group = FakeGroup(loop, **shape)
-            loop.on_sleep(lambda until_s: assert_no_deadline_is_slept_through(group, until_s))
-            arrange(group)
-            group.launch()
-            await group.until(lambda: group.all_serve, "all ranks serve")
-            await main(group)
+        group = FakeGroup(loop, **shape)
+        loop.on_sleep(lambda until_s: assert_no_deadline_is_slept_through(group, until_s))
+        arrange(group)
+        group.launch()
+        await group.until(lambda: group.all_serve, "all ranks serve")
+        await main(group)
         return group
 
     return run_virtually(run)
 
 
 def assert_no_deadline_is_slept_through(group: FakeGroup, until_s: float | None) -> None:
-    for machine in (group.controller.machine, group.controller.repair, group.router.machine):
+    for machine in (group.controller.machine, group.controller.repairs.machine, group.router.machine):
         due_ms = machine.next_deadline_ms()
         if due_ms is not None:
             name = type(machine).__name__
@@ -107,7 +106,7 @@ class Orders:
         del self._open[place]
         wrong = order.checksum not in (None, done.checksum)
         if order.origin is None and (done.error or wrong):
-            retry_s = self._group.controller.repair.config.retry_ms / 1000
+            retry_s = self._group.controller.repairs.machine.config.retry_ms / 1000
             self._not_before[place] = self._group.loop.time() + retry_s
 
 
@@ -159,7 +158,7 @@ def test_no_deadline_is_slept_through_and_all_comes_back(seed: int) -> None:
         await group.until(lambda: quiet(group), "everything comes back", 200.0)
 
     def quiet(group: FakeGroup) -> bool:
-        controller, machine = group.controller, group.controller.repair
+        controller, machine = group.controller, group.controller.repairs.machine
         awaited = any(not copy.overdue for copy in machine.copies.values())
         busy = awaited or machine.retry_at_ms or machine.emptied or machine.pursuit
         return group.all_serve and not busy and controller.machine.tolerates >= 1

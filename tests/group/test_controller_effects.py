@@ -36,7 +36,7 @@ AGAIN = Member(1, 2)
 
 
 def metric(group: FakeGroup, name: str, **labels: str) -> float:
-    value = group.controller.metrics.registry.get_sample_value(f"elastic_ep:{name}", labels)
+    value = group.metrics.registry.get_sample_value(f"elastic_ep:{name}", labels)
     assert value is not None, f"{name} {labels} is not there"
     return value
 
@@ -95,6 +95,9 @@ def test_what_is_known_of_a_dead_rank_goes_with_it() -> None:
         assert ALL[1] not in controller.facts
         assert ALL[1] not in controller.repairs.states
         assert ALL[1] not in controller.repairs.machine.members
+        group.ranks[0].say(StoreGet(*ALL[0], ("1/its",)))
+        await asyncio.sleep(0.01)
+        assert StoreValue("1/its", b"x") not in group.ranks[0].told
         await group.until(lambda: group.all_serve, "it is back")
         assert AGAIN in controller.repairs.states
 
@@ -117,8 +120,6 @@ def test_ranks_leave_each_other_values() -> None:
 
 def test_requests_go_to_ranks_and_their_tokens_to_clients_through_a_loss() -> None:
     async def main(group: FakeGroup) -> None:
-        steps: list[int] = []
-        group.controller.on_step = steps.append
         stream = group.router.submit((1, 2), SamplingParams(2), 0, 0)
         await asyncio.sleep(0.01)
         (first,) = [n for n, rank in group.ranks.items() if any(isinstance(m, Assign) for m in rank.told)]
@@ -126,7 +127,7 @@ def test_requests_go_to_ranks_and_their_tokens_to_clients_through_a_loss() -> No
         facts = group.controller.facts[group.ranks[first].member]
         assert (facts.running, facts.waiting, facts.step) == (3, 2, 7)
         assert group.controller.step == 7
-        assert steps == [7]
+        assert group.steps == [7]
         group.kill(first)
         await asyncio.sleep(0.01)
         (second,) = [

@@ -24,7 +24,7 @@ from elastic_ep.machines.experts.planner import Plan
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.wire.messages import Member, RankReport, RankState, SamplingParams
 from elastic_ep.wire.slot_messages import CopySlot
-from tests.kit.fake_group import FakeGroup, FakeRank, clocks_of
+from tests.kit.fake_group import FakeGroup, FakeLog, FakeRank
 from tests.kit.virtual_time import VirtualTimeLoop, run_virtually
 
 LOST = ("rank lost", "rank lost before it served")
@@ -49,13 +49,12 @@ def story(main: Callable[[FakeGroup], Any], **shape: Any) -> tuple[FakeGroup, li
     """The group afterwards, and every line that it has logged."""
 
     async def run(loop: VirtualTimeLoop) -> FakeGroup:
-        with clocks_of(loop):
-            group = FakeGroup(loop, **shape)
-            group.launch()
-            await group.until(lambda: group.all_serve, "all ranks serve")
-            await main(group)
-            await asyncio.sleep(2 * STALL_S)
-            return group
+        group = FakeGroup(loop, **shape)
+        group.launch()
+        await group.until(lambda: group.all_serve, "all ranks serve")
+        await main(group)
+        await asyncio.sleep(2 * STALL_S)
+        return group
 
     with capture_logs() as lines:
         group = run_virtually(run)
@@ -107,7 +106,7 @@ def test_each_loss_is_told_once_counted_once_and_kept(seed: int) -> None:
     group, lines = story(main, relaunch_limit=1000)
     told = [line for line in lines if line["event"] in LOST]
     assert Counter(line["cause"] for line in told) == expected
-    assert +counted_losses(group.controller.metrics) == expected
+    assert +counted_losses(group.metrics) == expected
     logged = [moved for moved in group.log.effects(ev.RankMoved) if moved.is_loss]
     assert sorted(str(moved.member) for moved in logged) == sorted(line["rank"] for line in told)
     noted = [facts for kind, facts in group.log.notes if kind == "loss"]
@@ -156,7 +155,7 @@ def ledger_story(act: Callable[[Ledger], Any]) -> list[dict[str, Any]]:
     """A ledger alone: ranks 0 and 1 have served and have work when rank 2 is lost from view 7."""
 
     async def run(_loop: VirtualTimeLoop) -> None:
-        ledger = Ledger(Metrics(), lambda _kind, /, **_facts: None)
+        ledger = Ledger(Metrics(), cast(Any, FakeLog()))
         for rank in range(3):
             ledger.moved(Member(rank, 1), RankState.SERVING)
         ledger.lost(Member(2, 1))
@@ -261,7 +260,7 @@ def test_copies_are_counted_as_the_log_has_them(seed: int) -> None:
     made = [event for event in copied if not event.error]
     assert made
     assert len(made) < len(copied)
-    now = samples(group.controller.metrics)
+    now = samples(group.metrics)
     counted = {
         source: now[f'elastic_ep:expert_copies_total{{source="{source}"}}']
         for source in ("peer", "checkpoint")
@@ -298,7 +297,7 @@ def test_no_slot_stays_spare_that_tolerance_needs(lost: int, monkeypatch: pytest
         assert len(living) == 4 - lost
         planned = dataclasses.replace(controller.repairs.placement, slots=plans[-1].slots)
         for layer, row in enumerate(planned.slots):
-            assert min(planned.copies(layer, living)) >= controller.repair.floor(layer)
+            assert min(planned.copies(layer, living)) >= controller.repairs.machine.floor(layer)
             held = [row[p] >= 0 for p in range(len(row)) if planned.rank_of(p) in living]
             assert lost or not all(held), "with room to spare a slot is left for copies to pass through"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import anyio.to_process
@@ -11,69 +11,86 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.group.expert_loads import LoadWindow
+from elastic_ep.group.hub import Hub
+from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Rebalancing
 from elastic_ep.group.rebalance import Rebalancer
-from elastic_ep.machines.contract import Tick
+from elastic_ep.group.repairs import Repairs
 from elastic_ep.machines.experts.events import (
     Copied,
     Event,
     MembersChanged,
-    Order,
     PlanEnded,
     Planned,
-    Replace,
     Seen,
 )
 from elastic_ep.machines.experts.planner import Plan
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.placement import launch_placement
 from elastic_ep.timing import USUAL, RepairConfig
-from elastic_ep.wire.messages import Member
+from elastic_ep.wire.messages import Member, PlacementChanged
+from elastic_ep.wire.slot_messages import CopySlot
+from tests.kit.fake_group import FakeLog
 from tests.kit.virtual_time import VirtualTimeLoop, run_virtually
 
 RANKS = 4
 MEMBERS = tuple(Member(rank, 1) for rank in range(RANKS))
 
 
-class SlowRepairs:
-    """The real repair machine; ranks carry an order out only when they are told to."""
+class Ranks:
+    """`ControllerWire`: all see a placement at once, and carry an order out only when they are told to."""
 
-    def __init__(self, loop: VirtualTimeLoop) -> None:
+    def __init__(self, loop: VirtualTimeLoop, feed: Callable[[Event], None]) -> None:
         self._loop = loop
-        self.machine = RepairMachine(launch_placement(RANKS, 1, 4, 4, 1), RepairConfig())
-        self.on_plan_ended: Callable[[PlanEnded], None] = lambda _ended: None
-        self.loads = LoadWindow()
-        self.orders: list[Order] = []
+        self._feed = feed
+        self.orders: list[tuple[Member, CopySlot]] = []
+
+    def publish(self, changed: PlacementChanged) -> None:
+        for member in MEMBERS:
+            self._loop.call_soon(self._feed, Seen(member, changed.version))
+
+    def send(self, member: Member, message: Any) -> None:
+        if isinstance(message, CopySlot):
+            self.orders.append((member, message))
+
+
+class Nobody:
+    """The membership machine, and its shell."""
+
+    now_ms = 0
+
+    def step(self, event: Any) -> list[Any]:
+        return []
+
+    def at_once(self, effects: Sequence[Any]) -> None:
+        pass
+
+    def perform(self, event: Any, effects: Sequence[Any]) -> None:
+        pass
+
+
+class SlowRepairs(Repairs):
+    def __init__(self, loop: VirtualTimeLoop) -> None:
         self.ended: list[PlanEnded] = []
         self.planned: list[Planned] = []
+        self.ranks = Ranks(loop, self.feed)
+        hub = Hub(self._record, lambda: int(loop.time() * 1000))
+        hub.attach("membership", Nobody(), Nobody(), clocked=False)
+        machine = RepairMachine(launch_placement(RANKS, 1, 4, 4, 1), RepairConfig())
+        super().__init__(hub, machine, cast(Any, self.ranks), cast(Any, FakeLog()), Metrics())
         self.feed(MembersChanged(MEMBERS))
 
-    @property
-    def placement(self) -> Any:
-        return self.machine.placement
-
-    def feed(self, event: Event) -> None:
+    def _record(self, machine: str, event: object, effects: Sequence[Any], cause: int = 0) -> None:
         if isinstance(event, Planned):
             self.planned.append(event)
-        for heard in (Tick(int(self._loop.time() * 1000)), event):
-            for effect in self.machine.step(heard):
-                match effect:
-                    case Order():
-                        self.orders.append(effect)
-                    case Replace(changed):
-                        for member in MEMBERS:
-                            self._loop.call_soon(self.feed, Seen(member, changed.version))
-                    case PlanEnded():
-                        self.ended.append(effect)
-                        self.on_plan_ended(effect)
+        self.ended += [effect for effect in effects if isinstance(effect, PlanEnded)]
 
     def work(self) -> bool:
         """One order is carried out."""
-        if not self.orders:
+        if not self.ranks.orders:
             return False
-        order = self.orders.pop(0)
-        self.feed(Copied(order.member, order.ticket, order.logical))
+        member, order = self.ranks.orders.pop(0)
+        self.feed(Copied(member, order.ticket, order.logical))
         return True
 
 
@@ -100,9 +117,7 @@ async def ask_in_turn(
 ) -> None:
     repairs = SlowRepairs(loop)
     reported: list[Rebalancing] = []
-    asker = Rebalancer(
-        cast(Any, repairs), lambda: frozenset(MEMBERS), every=0, spare=1, report=reported.append
-    )
+    asker = Rebalancer(repairs, lambda: frozenset(MEMBERS), every=0, spare=1, report=reported.append)
 
     async def planned(_call: object, **_options: object) -> Plan:
         return turned_by(repairs.placement, turns[len(repairs.planned)])
@@ -143,7 +158,7 @@ def test_a_call_is_answered_when_a_member_dies(left: int) -> None:
     async def main(loop: VirtualTimeLoop) -> None:
         repairs = SlowRepairs(loop)
         members = frozenset(MEMBERS)
-        asker = Rebalancer(cast(Any, repairs), lambda: members, every=0, spare=1, report=lambda _done: None)
+        asker = Rebalancer(repairs, lambda: members, every=0, spare=1, report=lambda _done: None)
 
         async def planned(_call: object, **_options: object) -> Plan:
             return turned_by(repairs.placement, 1)
@@ -172,9 +187,7 @@ def test_a_plan_for_nobody_ends_at_once() -> None:
 def test_a_planner_that_is_killed_costs_a_plan_and_nothing_else() -> None:
     async def main(loop: VirtualTimeLoop) -> None:
         repairs = SlowRepairs(loop)
-        asker = Rebalancer(
-            cast(Any, repairs), lambda: frozenset(MEMBERS), every=10, spare=1, report=lambda _done: None
-        )
+        asker = Rebalancer(repairs, lambda: frozenset(MEMBERS), every=10, spare=1, report=lambda _done: None)
         calls = []
 
         async def planned(call: object, **_options: object) -> Plan:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
-
 import pytest
 
-from elastic_ep.group.controller import Controller
 from elastic_ep.group.store_table import StoreTable
 from elastic_ep.wire.messages import Member, ToRank
 from elastic_ep.wire.store_messages import StoreDelete, StoreGet, StoreSet, StoreValue
@@ -125,27 +121,3 @@ def test_a_set_is_noted_without_its_value(table: Table) -> None:
     table.delete(B, TO_B)
     facts = {"rank": 0, "incarnation": 1, "key": TO_B, "bytes": len(SECRET)}
     assert table.notes == [("store_set", facts)]
-
-
-def test_the_controller_hands_messages_on_and_tells_who_is_gone(table: Table) -> None:
-    controller: Any = SimpleNamespace(
-        machine=SimpleNamespace(slots={0: None, 1: object()}),
-        wire=SimpleNamespace(dropped=0),
-        store=table,
-        repairs=SimpleNamespace(gone=lambda member: None),
-        _relaunch_in_s=lambda rank: None,
-        ledger=SimpleNamespace(gone=lambda *facts: None),
-        feed=lambda event: None,
-        facts={},
-        _noticed_ns={},
-    )
-    controller._heard = lambda member, message: cast(Any, Controller._heard)(controller, member, message)
-    on_message, on_gone = cast(Any, Controller.on_message), cast(Any, Controller.on_gone)
-    for message in (StoreSet(*B, "mine", SECRET), StoreGet(*B, ("mine", "missing")), StoreSet(*B, "x", b"")):
-        on_message(controller, message)
-    on_message(controller, StoreDelete(*B, "x"))
-    assert table.keys == {"mine"}
-    assert table.wanted == {"missing"}
-    assert table.sent == [(B, StoreValue("mine", SECRET))]
-    on_gone(controller, B, "killed")
-    assert not table.keys | table.wanted

@@ -59,8 +59,8 @@ from pathlib import Path
 from elastic_ep.host.launcher import Launcher, LauncherOptions
 async def main():
     options = LauncherOptions("rank_entries:main", ("rank_entries", "never_done"), Path(sys.argv[1]), 0)
-    async with Launcher(options, lambda event: None) as launcher:
-        await launcher.start()
+    async with Launcher(options) as launcher:
+        await launcher.start(lambda event: None)
 asyncio.run(main())
 """
 

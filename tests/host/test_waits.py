@@ -13,7 +13,7 @@ from elastic_ep.group.port import Verification
 from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Member
 from elastic_ep.wire.slot_messages import SumSlots
-from tests.kit.fake_group import FakeGroup, FakeRank, clocks_of
+from tests.kit.fake_group import FakeGroup, FakeRank
 from tests.kit.virtual_time import VirtualTimeLoop, run_virtually
 
 AUDIT_S = USUAL.audit_ms / 1000
@@ -21,12 +21,11 @@ AUDIT_S = USUAL.audit_ms / 1000
 
 def verifying(main: Any, **shape: int) -> FakeGroup:
     async def run(loop: VirtualTimeLoop) -> FakeGroup:
-        with clocks_of(loop):
-            group = FakeGroup(loop, **shape)
-            group.launch()
-            await group.until(lambda: group.all_serve, "all ranks serve")
-            await asyncio.sleep(0.1)
-            await main(group)
+        group = FakeGroup(loop, **shape)
+        group.launch()
+        await group.until(lambda: group.all_serve, "all ranks serve")
+        await asyncio.sleep(0.1)
+        await main(group)
         return group
 
     return run_virtually(run)

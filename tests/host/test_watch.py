@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from elastic_ep.wire.messages import Heartbeat, Member, Prepare
-from tests.kit.fake_group import FakeGroup, clocks_of
+from tests.kit.fake_group import FakeGroup
 from tests.kit.virtual_time import VirtualTimeLoop, run_virtually
 
 BEAT_S = 0.1
@@ -26,17 +26,16 @@ async def beats(group: FakeGroup) -> None:
 
 def watched(main: Callable[[FakeGroup], Coroutine[Any, Any, None]], **shape: Any) -> FakeGroup:
     async def run(loop: VirtualTimeLoop) -> FakeGroup:
-        with clocks_of(loop):
-            group = FakeGroup(loop, **shape)
-            group.launch()
-            tasks = [
-                asyncio.create_task(group.controller.watch_progress()),
-                asyncio.create_task(beats(group)),
-            ]
-            await group.until(lambda: group.all_serve, "all ranks serve")
-            await main(group)
-            for task in tasks:
-                task.cancel()
+        group = FakeGroup(loop, **shape)
+        group.launch()
+        tasks = [
+            asyncio.create_task(group.controller.watch_progress()),
+            asyncio.create_task(beats(group)),
+        ]
+        await group.until(lambda: group.all_serve, "all ranks serve")
+        await main(group)
+        for task in tasks:
+            task.cancel()
         return group
 
     return run_virtually(run)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
-from unittest import mock
 
-from elastic_ep.gateway import router as router_module
 from elastic_ep.gateway.router import Router
-from elastic_ep.group import controller as controller_module
+from elastic_ep.group.clock import Clock
 from elastic_ep.group.controller import Controller
+from elastic_ep.group.hub import Hub
 from elastic_ep.group.metrics import Metrics
+from elastic_ep.group.repairs import Repairs
+from elastic_ep.host.launcher_events import Launched
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership.events import Start
 from elastic_ep.machines.membership.machine import MembershipMachine
@@ -22,7 +21,8 @@ from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.rank import member as rk
 from elastic_ep.machines.rank.member import MemberMachine
 from elastic_ep.machines.requests.events import RoutingConfig
-from elastic_ep.placement import EMPTY, launch_placement
+from elastic_ep.machines.requests.routing import RoutingMachine
+from elastic_ep.placement import EMPTY, Placement, launch_placement
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.timing import USUAL, MembershipConfig, RepairConfig
 from elastic_ep.wire.messages import (
@@ -40,6 +40,7 @@ from elastic_ep.wire.messages import (
 )
 from elastic_ep.wire.slot_messages import (
     CopySlot,
+    PeerWeights,
     PlacementSeen,
     SlotCopied,
     SlotSum,
@@ -48,7 +49,7 @@ from elastic_ep.wire.slot_messages import (
     StateReady,
     SumSlots,
 )
-from tests.kit.virtual_time import VirtualClock, VirtualTimeLoop
+from tests.kit.virtual_time import VirtualTimeLoop
 
 SPOILT = 1_000_000
 Place = tuple[int, int]
@@ -69,7 +70,7 @@ class FakeLog:
     def note(self, kind: str, /, **facts: Any) -> None:
         self.notes.append((kind, facts))
 
-    def record(self, machine: str, event: object, effects: Sequence[object]) -> None:
+    def record(self, machine: str, event: object, effects: Sequence[object], cause: int = 0) -> None:
         self.recorded.append((machine, event, effects))
 
     def effects(self, kind: type) -> list[Any]:
@@ -207,7 +208,7 @@ class FakeProcesses:
     occupied: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     """By rank, who waits until its device is free; ranks that are not named are."""
 
-    def launch(self, member: Member) -> None:
+    def launch(self, member: Member, placement: Placement, peers: PeerWeights | None) -> None:
         self.launched.append(member)
         self.group.loop.call_soon(self.group.begin, member)
 
@@ -218,8 +219,11 @@ class FakeProcesses:
     def watch(self, member: Member) -> None:
         self.watched.append(member)
 
-    def hold(self, member: Member) -> None:
+    def hold(self, member: Member, pid: int) -> None:
         self.held.append(member)
+
+    def gone(self, member: Member) -> None:
+        pass
 
     def when_free(self, rank: int, then: Callable[[], None]) -> None:
         if rank in self.occupied:
@@ -252,28 +256,42 @@ class FakeGroup:
         self.loop = loop
         self.ranks: dict[int, FakeRank] = {}
         self.log = FakeLog()
+        self.steps: list[int] = []
         self.processes = FakeProcesses(self)
         self.loses: Callable[[FakeRank, Any], bool] = lambda _rank, _message: False
         self.ordered: Callable[[FakeRank, CopySlot], None] = lambda rank, order: rank.copy(order)
         self.copied: Callable[[FakeRank, CopySlot, SlotCopied], None] = lambda _rank, _order, _done: None
         self.wire = FakeWire(self)
         placement = launch_placement(ranks, layers, experts, redundant, spare)
-        notices: deque[Any] = deque()
-        self.router = Router(
-            RoutingConfig(max_num_seqs=2, max_queued=8, request_timeout_ms=20_000),
-            send=cast(Any, self.wire.send), record=self.log.record, notify=notices.append,
-        )  # fmt: skip
+        clock = Clock(lambda: loop.time() * 1000)
+        hub = Hub(self.log.record, clock.now_ms)
+        requests = RoutingMachine(RoutingConfig(max_num_seqs=2, max_queued=8, request_timeout_ms=20_000))
+        log, metrics = cast(Any, self.log), Metrics()
+        repairs = Repairs(hub, RepairMachine(placement, RepairConfig()), cast(Any, self.wire), log, metrics)
+        self.metrics = metrics
         self.controller = Controller(
-            machine=MembershipMachine(ranks, placement, MembershipConfig(**membership)),
-            progress=ProgressMachine(),
-            repair=RepairMachine(placement, RepairConfig()),
-            processes=self.processes,
-            wire=cast(Any, self.wire),
-            router=self.router,
-            log=cast(Any, self.log),
-            metrics=Metrics(),
-            on_change=lambda: None,
+            hub,
+            clock,
+            MembershipMachine(ranks, placement, MembershipConfig(**membership)),
+            ProgressMachine(),
+            requests,
+            repairs,
+            self.processes,
+            cast(Any, self.wire),
+            log,
+            metrics,
+            on_step=self.steps.append,
         )
+        self.router = Router(
+            hub,
+            requests,
+            send=cast(Any, self.wire.send),
+            notify=self.notified,
+            taken_over=self.controller.ledger.taken_over,
+        )
+
+    def notified(self, notice: Any) -> None:
+        self.controller.on_notice(notice)
 
     # What happens to ranks
 
@@ -282,7 +300,7 @@ class FakeGroup:
 
     def begin(self, member: Member) -> None:
         rank = self.ranks[member.rank] = FakeRank(self, member)
-        self.controller.on_launched(member, 1000 + member.rank)
+        self.controller.on_process(Launched(member, 1000 + member.rank))
         rank.start()
 
     def end(self, member: Member, status: str, cause: str = "pidfd") -> None:
@@ -338,13 +356,3 @@ class FakeGroup:
             and (rank := self.ranks[placement.rank_of(physical)]).alive
             and rank.contents[layer, physical] != logical
         }
-
-
-@contextmanager
-def clocks_of(loop: VirtualTimeLoop) -> Any:
-    """The controller and the router go by the loop's time."""
-    clock = VirtualClock(loop)
-    with ExitStack() as stack:
-        for module in (controller_module, router_module):
-            stack.enter_context(mock.patch.object(module, "time", clock))
-        yield

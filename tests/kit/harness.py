@@ -88,11 +88,10 @@ async def running(directory: Path, **options: Any) -> AsyncIterator[Run]:
     run = Run(hellos)
     settings = {"entry": "rank_entries:main", "preload": (), "max_ranks": 8, **options}
     try:
-        async with Launcher(
-            LauncherOptions(directory=directory, windows_fd=hellos.write_end, **settings), run.on_event
-        ) as run.launcher:
+        options_ = LauncherOptions(directory=directory, windows_fd=hellos.write_end, **settings)
+        async with Launcher(options_) as run.launcher:
             with anyio.fail_after(60):
-                await run.launcher.start()
+                await run.launcher.start(run.on_event)
             yield run
     finally:
         hellos.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -42,22 +41,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def on_sleep(self, before_sleep: Callable[[float | None], None]) -> None:
         self._jumping.before_sleep = before_sleep
-
-
-class VirtualClock:
-    """Stands in for the module `time` in a module under test."""
-
-    def __init__(self, loop: VirtualTimeLoop) -> None:
-        self._loop = loop
-
-    def monotonic(self) -> float:
-        return self._loop.time()
-
-    def monotonic_ns(self) -> int:
-        return int(self._loop.time() * 1e9)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
 
 
 def run_virtually(main: Callable[[VirtualTimeLoop], Coroutine[Any, Any, T]]) -> T:

@@ -40,7 +40,8 @@ class Plane:
         self._loop = asyncio.get_running_loop()
         self._wires: list[RankWire] = []
         self._changed = asyncio.Event()
-        self._controller = ControllerWire(directory, self._on_message, _no_error)
+        self._controller = ControllerWire(directory)
+        self._controller.receive(self._on_message, _no_error)
         self.table = StoreTable(self._controller.send, lambda kind, /, **facts: None)
 
     def _on_message(self, message: FromRank) -> None:

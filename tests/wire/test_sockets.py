@@ -54,9 +54,8 @@ class Ends:
         self.controller = End()
         self.ranks = {A: End(), B: End()}
         self.blamed: list[Member | None] = []
-        self.wire = ControllerWire(
-            directory, self.controller.hear, lambda member, _why: self.blamed.append(member)
-        )
+        self.wire = ControllerWire(directory)
+        self.wire.receive(self.controller.hear, lambda member, _why: self.blamed.append(member))
         self.wires = {
             member: RankWire(directory, member, end.hear, end.hear, lambda _id, _why: None)
             for member, end in self.ranks.items()

@@ -63,14 +63,17 @@ class EventLog:
         if self._writer:
             self._writer.begin(self._clock_ns(), run)
 
-    def record(self, machine: str, event: object, effects: Sequence[object]) -> None:
-        """Neither `event` nor `effects` may change afterwards: they are encoded later."""
+    def record(self, machine: str, event: object, effects: Sequence[object], cause: int = 0) -> None:
+        """Neither `event` nor `effects` may change afterwards: they are encoded later.
+
+        `cause`: how many records ago the one was of whose effects `event` comes; 0: it came from outside.
+        """
         if self._writer:
-            self._put(self._writer, (self._clock_ns(), machine, event, effects))
+            self._put(self._writer, (self._clock_ns(), machine, event, effects, cause))
 
     def note(self, kind: str, /, **facts: Any) -> None:
         if self._writer:
-            self._put(self._writer, (self._clock_ns(), "", kind, facts))
+            self._put(self._writer, (self._clock_ns(), "", kind, facts, 0))
 
     def flush(self) -> None:
         """Return when everything so far is in the file, or never will be. Blocks."""

@@ -38,8 +38,8 @@ _NOTE_BYTES = 256
 _ROW = 4096
 _EFFECTS_AT_ONCE = 16
 
-Item: TypeAlias = tuple[int, str, Any, Any]
-"""(time, machine, event, effects); a note has no machine: (time, "", kind, facts)."""
+Item: TypeAlias = tuple[int, str, Any, Any, int]
+"""(time, machine, event, effects, cause); a note has no machine: (time, "", kind, facts, 0)."""
 
 # Made once: json.dumps with separators makes an encoder for every call.
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -185,11 +185,12 @@ class LogWriter:
 
     # Lines
 
-    def _line(self, t_ns: int, machine: str, what: Any, more: Any) -> dict[str, Any]:
+    def _line(self, t_ns: int, machine: str, what: Any, more: Any, cause: int) -> dict[str, Any]:
         if not machine:
             return {"t_ns": t_ns, "note": what, **more}
         effects = [self._plain(effect) for effect in more]
-        return {"t_ns": t_ns, "machine": machine, "heard": self._plain(what), "effects": effects}
+        line = {"t_ns": t_ns, "machine": machine, "heard": self._plain(what), "effects": effects}
+        return {**line, "cause": cause} if cause else line
 
     def _turn(self, put: _States) -> None:
         """Begin a new file, with the machines' states."""

@@ -63,12 +63,12 @@ class GroupBackend:
     async def experts(self) -> ExpertsStatus:
         controller = self._controller
         ranks = [seat.rank for seat in controller.machine.view.seats]
-        return await experts_status(controller.repair.placement, ranks, controller.repairs.proofs)
+        return await experts_status(controller.repairs.placement, ranks, controller.repairs.proofs)
 
     async def verify(self) -> Verification:
         controller = self._controller
         members, deadline_s = controller.machine.view.members, controller.timing.audit_ms / 1000
-        return await verify(controller.repair.placement, members, controller.repairs.proofs, deadline_s)
+        return await verify(controller.repairs.placement, members, controller.repairs.proofs, deadline_s)
 
     async def rebalance(self) -> Rebalancing:
         return await self._rebalancer.rebalance()
@@ -111,7 +111,7 @@ class GroupBackend:
         controller, metrics = self._controller, self._metrics
         machine = controller.machine
         metrics.requests(self._router.running, self._router.waiting)
-        metrics.messages_dropped(controller.wire.dropped)
+        metrics.messages_dropped(controller.dropped)
         metrics.group(machine.public_state, idle=machine.idle, tolerates=machine.tolerates)
         usage = {rank: self._kv_cache_usage(rank) for rank in machine.slots}
         metrics.kv_cache(usage, members=[seat.rank for seat in machine.view.seats])

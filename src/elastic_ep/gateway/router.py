@@ -1,27 +1,26 @@
 """The router's shell: performs what the routing machine decides, and gives each client its stream.
 
 Everything runs on the run process's event loop, and nothing here waits but a stream for its next tokens: no
-task and no timer per request.
+task and no timer a request.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import anyio
 
+from elastic_ep.group.hub import Hub
 from elastic_ep.group.port import Busy, Failure, Refused, Stopping, Unavailable
 from elastic_ep.machines.requests import events as ev
-from elastic_ep.machines.requests.events import Effect, Event, RoutingConfig
+from elastic_ep.machines.requests.events import Effect, Event
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.wire.codec import MalformedMessage, check
 from elastic_ep.wire.messages import Assign, Cancel, Member, SamplingParams, Token
 
-Notice = ev.WorkBegan | ev.WorkEnded | ev.Drained | ev.Fault | ev.Replayed | ev.Moved
-"""Effects that concern the rest of the run process."""
+_NOTICES = get_args(ev.Notice)
 
 
 class RoutedStream:
@@ -75,38 +74,34 @@ class RoutedStream:
 
 
 class Router:
-    """Owns the routing machine; `machine` may be read, and is fed by `handle` and `submit` only.
+    """The routing machine's shell; `machine` may be read.
 
-    `send` puts a message on the wire and must not raise. `notify` hears what concerns others. `record` gets
-    every event with its effects, in order and after the effects that somebody waits for, before the notices:
-    so the log shows a cause before what other machines make of it. All three may call `handle`: such an event
-    is taken after the present one.
+    `send` puts a message on the wire and must not raise. `notify` hears what concerns others, `taken_over` how many of
+    a lost member's requests went on where (None: they wait, or have failed).
     """
 
     def __init__(
         self,
-        config: RoutingConfig,
+        hub: Hub,
+        machine: RoutingMachine,
         *,
         send: Callable[[Member, Assign | Cancel], None],
-        record: Callable[[str, Event, Sequence[Effect]], None],
-        notify: Callable[[Notice], None],
+        notify: Callable[[ev.Notice], None],
+        taken_over: Callable[[Member, Counter[Member | None]], None],
     ) -> None:
-        self.machine = RoutingMachine(config)
+        self.machine = machine
+        self._hub = hub
         self._send = send
-        self._record = record
         self._notify = notify
+        self._taken_over = taken_over
         self._streams: dict[int, RoutedStream] = {}
         self._next_id = 0
-        self._events: deque[Event] = deque()
-        self._handling = False
-        self._timer: asyncio.TimerHandle | None = None
+        hub.attach("routing", machine, self, clocked=False)
 
     # For clients
 
     def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
-        """Queue one request. Raises `Busy`, `Refused`, `Unavailable` and `Stopping`. Not to be called from `handle`."""
-        if self._handling:
-            raise RuntimeError("submit was called from within handle")
+        """Queue one request. Raises `Busy`, `Refused`, `Unavailable` and `Stopping`. Not to be called by a shell."""
         request = ev.NewRequest(self._next_id, prompt, params, seed, choice)
         try:
             check(request, ev.NewRequest)  # a rank would refuse it too, but much later
@@ -115,9 +110,8 @@ class Router:
         stream = RoutedStream(self._next_id, self._on_cancel)
         self._next_id += 1
         self._streams[stream.request_id] = stream
-        self.handle(ev.Submitted(request, _now_ms()))
+        self.handle(ev.Submitted(request, self._hub.now_ms()))
         if stream._refusal is None:
-            self._set_timer()
             return stream
         raise _refused(stream._refusal)
 
@@ -135,47 +129,17 @@ class Router:
         """Requests that no rank has."""
         return len(self.machine.waiting)
 
-    # For the rest of the run process
-
     def handle(self, event: Event) -> None:
-        """Take one event and perform its effects. Raises `UnexpectedEvent`, with nothing changed."""
-        self._events.append(event)
-        if self._handling:
-            return
-        self._handling = True
-        try:
-            while self._events:
-                self._take(self._events.popleft())
-        finally:
-            self._handling = False
-
-    def take_over(self, member: Member, reason: str) -> Counter[Member | None]:
-        """`RankDown`; who has the member's requests now, and how many of them. None: they wait, or have failed."""
-        rank = self.machine.ranks.get(member)
-        lost = tuple(rank.requests) if rank else ()
-        self.handle(ev.RankDown(member, reason))
-        requests = self.machine.requests
-        return Counter(requests[each].owner if each in requests else None for each in lost)
-
-    def _set_timer(self) -> None:
-        """One is enough: it is set anew when it has rung, so the tokens that come in need not look at it."""
-        due_ms = self.machine.next_deadline_ms()
-        if self._timer is None and due_ms is not None:
-            delay_s = max(0, due_ms - _now_ms()) / 1000
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        self.handle(ev.Tick(_now_ms()))
-        self._set_timer()
+        """Raises `UnexpectedEvent`, with nothing changed."""
+        self._hub.post("routing", event)
 
     def _on_cancel(self, request_id: int) -> None:
         self._streams.pop(request_id, None)
         self.handle(ev.CancelRequested(request_id))
 
-    def _take(self, event: Event) -> None:
-        effects = self.machine.step(event)
-        notices: list[Notice] = []
+    # What the hub calls
+
+    def at_once(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
                 case ev.Deliver(request_id, tokens):
@@ -189,15 +153,19 @@ class Router:
                         stream._end(Failure(code, detail) if code else None)
                 case ev.Refuse(request_id):
                     self._streams.pop(request_id)._refusal = effect
-                case _:
-                    notices.append(effect)
-        self._record("routing", event, effects)
-        for notice in notices:
-            self._notify(notice)
 
+    def perform(self, event: Event, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, _NOTICES):
+                self._notify(effect)
+        if isinstance(event, ev.RankDown):
+            self._taken_over(event.member, self._heirs(effects))
 
-def _now_ms() -> int:
-    return int(time.monotonic() * 1000)
+    def _heirs(self, effects: Sequence[Effect]) -> Counter[Member | None]:
+        """Of the requests that a rank's end has moved, who has them now."""
+        requests = self.machine.requests
+        moved = [effect.request_id for effect in effects if isinstance(effect, (ev.Replayed, ev.Finish))]
+        return Counter(requests[each].owner if each in requests else None for each in moved)
 
 
 def _refused(refusal: ev.Refuse) -> Exception:

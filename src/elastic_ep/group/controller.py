@@ -1,38 +1,42 @@
-"""The controller's shell: feeds the membership and progress machines and performs what they say.
-
-Everything that they hear and answer goes into the event log, so that a run can be replayed.
-"""
+"""The shell of the membership and progress machines: what they hear of ranks and processes, and what they have done."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import anyio
 import structlog
 
 from elastic_ep.event_log.log import EventLog
-from elastic_ep.gateway.router import Router
+from elastic_ep.group.clock import Clock
 from elastic_ep.group.group_lines import GroupLines
-from elastic_ep.group.ledger import Ledger
+from elastic_ep.group.hub import Hub
+from elastic_ep.group.ledger import LAUNCH_FAILED, Ledger
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.pace import Disturbance, PaceObserver
 from elastic_ep.group.port import LossCause
 from elastic_ep.group.repairs import Repairs
 from elastic_ep.group.store_table import StoreTable
+from elastic_ep.host.launcher_events import (
+    DeathNoticed,
+    Launched,
+    LauncherEvent,
+    LaunchFailed,
+    ProcessGone,
+    ServerLost,
+    ServerReady,
+)
 from elastic_ep.host.starvation import Starvation
-from elastic_ep.machines.contract import Tick, UnexpectedEvent
-from elastic_ep.machines.experts.repair import RepairMachine
-from elastic_ep.machines.lived_time import LivedTime
+from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.outlook import Outlook
-from elastic_ep.machines.membership.progress import ProgressMachine, Pulse
+from elastic_ep.machines.membership.progress import ProgressMachine, Pulse, Suspect
 from elastic_ep.machines.requests import events as routing
+from elastic_ep.machines.requests.routing import RoutingMachine
+from elastic_ep.placement import Placement
 from elastic_ep.timing import USUAL, Timing
 from elastic_ep.wire.messages import (
     Beat,
@@ -53,6 +57,7 @@ from elastic_ep.wire.messages import (
     View,
 )
 from elastic_ep.wire.privacy import masked
+from elastic_ep.wire.slot_messages import PeerWeights
 from elastic_ep.wire.sockets import ControllerWire
 from elastic_ep.wire.store_messages import StoreDelete, StoreGet, StoreSet
 
@@ -61,21 +66,24 @@ NOTED_PAUSE_MS = 500
 """Whoever reads the log is told when the watch over progress was held up for longer."""
 _STARTING = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
 _ENDED = (RankState.FAILED, RankState.STOPPED)
-_TO_RANKS = (ev.Publish, ev.SendTo, ev.Fence, ev.Launch)
 
 
 class Processes(Protocol):
-    """What the controller needs of the launcher."""
+    """What the controller needs of the ranks' processes."""
 
-    def launch(self, member: Member) -> None: ...
+    def launch(self, member: Member, placement: Placement, peers: PeerWeights | None) -> None:
+        """`peers`: whose weights it can read; None: nobody's."""
 
     def fence(self, member: Member) -> None: ...
 
     def watch(self, member: Member) -> None:
         """The rank holds its death mutex now."""
 
-    def hold(self, member: Member) -> None:
+    def hold(self, member: Member, pid: int) -> None:
         """The rank is starting, and may use more of its device by now."""
+
+    def gone(self, member: Member) -> None:
+        """Nothing of it is left but what may still run on its device."""
 
     def when_free(self, rank: int, then: Callable[[], None]) -> None:
         """Call `then`, now or when nothing of the rank's dead incarnations is on its device any more."""
@@ -93,76 +101,61 @@ class RankFacts:
     """Of its KV cache, in use."""
 
 
-@dataclass
 class Controller:
-    machine: MembershipMachine
-    progress: ProgressMachine
-    repair: RepairMachine
-    processes: Processes
-    wire: ControllerWire
-    router: Router
-    log: EventLog
-    metrics: Metrics
-    on_change: Callable[[], None]
-    """Something that the operator sees has changed."""
-    timing: Timing = USUAL
-    paced: bool = True
-    """Stalls are measured."""
+    """`on_step` hears the number of each reported step. `paced`: stalls are measured."""
 
-    facts: dict[Member, RankFacts] = field(default_factory=dict)
-    on_step: Callable[[int], None] = lambda _step: None
-    """Told of every reported step's number."""
-
-    def __post_init__(self) -> None:
-        self._queue: deque[ev.Event] = deque()
-        self._busy = False
-        self._signs_of_life: dict[Member, Heartbeat | StepReport] = {}
-        """Since the last pulse, the newest of each member."""
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._noticed_ns: dict[Member, int] = {}
-        self._seated: frozenset[Member] = frozenset()
-        self._lived = LivedTime()
-        self._lost_ms = 0.0
-        """What the watch over progress has noted of it."""
-        self._starvation = Starvation()
-        self.stopped = anyio.Event()
+    def __init__(
+        self,
+        hub: Hub,
+        clock: Clock,
+        machine: MembershipMachine,
+        progress: ProgressMachine,
+        requests: RoutingMachine,
+        repairs: Repairs,
+        processes: Processes,
+        wire: ControllerWire,
+        log: EventLog,
+        metrics: Metrics,
+        on_step: Callable[[int], None],
+        timing: Timing = USUAL,
+        paced: bool = True,
+    ) -> None:
+        self.machine = machine
+        self.progress = progress
+        self.repairs = repairs
+        self.ledger = Ledger(metrics, log)
+        self.facts: dict[Member, RankFacts] = {}
         self.serving = anyio.Event()
+        self.stopped = anyio.Event()
+        self.drained = anyio.Event()
+        """No request is left, and none comes any more."""
         self.over = anyio.Event()
         """The machine has given its verdict: nothing will serve any more."""
-        self.pace = PaceObserver(self._disturbed, self.timing)
-        self.ledger = Ledger(self.metrics, self._note_loss)
-        self.lines = GroupLines(self.machine)
-        self.store = StoreTable(self.wire.send, self.log.note)
-        self.repairs = Repairs(
-            self.repair,
-            self.wire,
-            self.log,
-            self.metrics,
-            on_placed=lambda *placed: self.feed(ev.Placed(*placed)),
-            on_deadline=self._set_timer,
-            now_ms=self.now_ms,
-        )
+        self._hub = hub
+        self._clock = clock
+        self._requests = requests
+        self._processes = processes
+        self._wire = wire
+        self._log = log
+        self._metrics = metrics
+        self._on_step = on_step
+        self.timing = timing
+        self._paced = paced
+        self._store = StoreTable(wire.send, log.note)
+        self._pace = PaceObserver(self._disturbed, timing)
+        self._lines = GroupLines(machine)
+        self._starvation = Starvation()
+        self._signs_of_life: dict[Member, Heartbeat | StepReport] = {}
+        """Since the last pulse, the newest of each member."""
+        self._noticed_ns: dict[Member, int] = {}
+        self._seated: frozenset[Member] = frozenset()
+        hub.attach("membership", machine, self)
+        hub.attach("progress", progress, _Suspicions(self.suspect), clocked=False)
 
     # In
 
     def feed(self, event: ev.Event) -> None:
-        """Take one event; events that arise meanwhile wait their turn."""
-        self._queue.append(event)
-        if self._busy:
-            return
-        self._busy = True
-        try:
-            while self._queue:
-                next_event = self._queue.popleft()
-                now = Tick(self.now_ms())
-                if now.now_ms > self.machine.now_ms and not isinstance(next_event, Tick):
-                    self._step(now)
-                self._step(next_event)
-        finally:
-            self._busy = False
-        self._set_timer()
-        self.on_change()
+        self._hub.post("membership", event)
 
     def on_message(self, message: FromRank) -> None:
         """A valid message from a rank; news of an old incarnation is dropped by the machines.
@@ -171,7 +164,7 @@ class Controller:
         """
         member = Member(message.rank, message.incarnation)
         if self.machine.slots.get(member.rank) is None:
-            self.wire.dropped += 1
+            self._wire.dropped += 1
             return
         try:
             self._heard(member, message)
@@ -188,7 +181,7 @@ class Controller:
                 facts.step, facts.kv_pages = message.step, message.kv_pages
                 slot = self.machine.slots[member.rank]
                 if slot.member == member and slot.state in _STARTING:
-                    self.processes.hold(member)
+                    self._hold_device(member)
             case Promise():
                 self.feed(ev.Promised(member, message.attempt, message.step))
             case RankReport():
@@ -197,15 +190,15 @@ class Controller:
                 self._answer_snapshot(member)
             case Hello():
                 self._known(member).pid = message.pid
-                self.processes.watch(member)
+                self._processes.watch(member)
             case RequestFailed():
                 failed = (member, message.request_id, message.code, message.reason)
                 log.warning(
                     "a request failed", rank=str(member), request=message.request_id, why=message.reason
                 )
-                self.router.handle(routing.Failed(*failed))
+                self._hub.post("routing", routing.Failed(*failed))
             case StoreSet() | StoreGet() | StoreDelete():
-                self.store.heard(member, message)
+                self._store.heard(member, message)
             case _:
                 self.repairs.heard(member, message)
 
@@ -215,9 +208,9 @@ class Controller:
         What it had is computed elsewhere, so nothing is lost with the message.
         """
         log.error("protocol error", rank=None if member is None else str(member), why=why)
-        if self.log.private:
+        if self._log.private:
             why = masked(why)
-        self.log.note("protocol_error", member=member, why=why)
+        self._log.note("protocol_error", member=member, why=why)
         slot = self.machine.slots.get(member.rank) if member else None
         if member is not None and slot is not None and slot.member == member:
             self.suspect(member, LossCause.PROTOCOL, f"protocol error: {why}")
@@ -227,16 +220,34 @@ class Controller:
         self._blame(member, cause, why)
         self.feed(ev.Suspected(member, why))
 
-    def on_launched(self, member: Member, pid: int) -> None:
-        self._known(member).pid = pid
-        self.feed(ev.ProcessStarted(member))
+    def on_process(self, event: LauncherEvent) -> None:
+        """What became of a rank's process, or of the fork server."""
+        match event:
+            case Launched(member, pid):
+                self._known(member).pid = pid
+                self.feed(ev.ProcessStarted(member))
+            case DeathNoticed(member, cause, at_ns):
+                self.on_death(member, cause, at_ns)
+            case ProcessGone(member, status, _):
+                self._processes.gone(member)
+                self.on_gone(member, status)
+            case LaunchFailed(member, reason):
+                self.on_gone(member, f"{LAUNCH_FAILED}{reason}")
+            case ServerReady(pid, threads):
+                self._log.note("fork_server_ready", pid=pid, threads=threads)
+            case ServerLost(pid, status):
+                self._log.note("fork_server_lost", pid=pid, status=status)
+                if not self.machine.stopping:
+                    log.warning(
+                        "the fork server has died; ranks live on, another one is started", status=status
+                    )
 
     def on_death(self, member: Member, cause: str, at_ns: int) -> None:
         """A death notice: `cause` says who noticed, `at_ns` when, CLOCK_MONOTONIC nanoseconds."""
         slot = self.machine.slots[member.rank]
         if slot.member == member and member not in self._noticed_ns:
             self._noticed_ns[member] = at_ns
-            self.log.note(
+            self._log.note(
                 "death_notice", rank=member.rank, incarnation=member.incarnation, source=cause, at_ns=at_ns
             )
             self.feed(ev.StepSeen(self.step))
@@ -247,8 +258,13 @@ class Controller:
         self.ledger.gone(member, status, self._relaunch_in_s(member.rank))
         self.facts.pop(member, None)
         self.repairs.gone(member)
-        self.store.gone(member)
+        self._store.gone(member)
         self._noticed_ns.pop(member, None)
+
+    @property
+    def dropped(self) -> int:
+        """Messages from ranks that were not heard."""
+        return self._wire.dropped
 
     @property
     def step(self) -> int:
@@ -258,11 +274,11 @@ class Controller:
     # For operators
 
     def outlook(self) -> Outlook:
-        return self.machine.outlook(self.now_ms())
+        return self.machine.outlook(self._clock.now_ms())
 
     def reason(self, rank: int) -> str:
         """Why a rank is not well."""
-        return self.machine.reason(rank, self.now_ms())
+        return self.machine.reason(rank, self._clock.now_ms())
 
     def relaunch(self, ranks: Iterable[int]) -> tuple[int, ...]:
         """Have those of `ranks` launched now that are dead; which ones. Those that run are left alone."""
@@ -276,29 +292,21 @@ class Controller:
     async def beat(self) -> None:
         """Repeat the last number, so that a lost message is noticed."""
         while True:
-            self.wire.publish(Beat())
+            self._wire.publish(Beat())
             await anyio.sleep(self.timing.beat_ms / 1000 * self._calm)
 
     async def watch_progress(self) -> None:
         while True:
             pause_s = self.timing.pulse_ms / 1000 * self._calm
-            self._lived.rest(_reading_ms(), pause_s * 1000)
+            self._clock.rest(pause_s)
             await anyio.sleep(pause_s)
-            self._note_a_pause()
+            held_up_ms = self._clock.held_up_ms()
+            if held_up_ms > NOTED_PAUSE_MS:
+                self._log.note("held_up", ms=held_up_ms)
+                log.warning(
+                    "the machine, or this process, stood still: no rank is judged by it", for_ms=held_up_ms
+                )
             self._pulse()
-
-    def now_ms(self) -> int:
-        """What all deadlines go by: while the watch over progress is held up, this clock stands still."""
-        return int(self._lived.at(_reading_ms()))
-
-    def _note_a_pause(self) -> None:
-        self._lived.at(_reading_ms())
-        held_up_ms, self._lost_ms = round(self._lived.lost_ms - self._lost_ms), self._lived.lost_ms
-        if held_up_ms > NOTED_PAUSE_MS:
-            self.log.note("held_up", ms=held_up_ms)
-            log.warning(
-                "the machine, or this process, stood still: no rank is judged by it", for_ms=held_up_ms
-            )
 
     @property
     def _calm(self) -> int:
@@ -307,44 +315,37 @@ class Controller:
 
     def _pulse(self) -> None:
         pulse = Pulse(
-            now_ms=self.now_ms(),
+            now_ms=self._clock.now_ms(),
             seated=tuple(sorted(self.machine.view.members)),
             starting=tuple(slot.member for slot in self.machine.slots.values() if slot.state in _STARTING),
             beats=tuple([_heartbeat(sign) for sign in self._signs_of_life.values()]),
             starved=self._starvation.sample(self._pids(self.progress.doubtful())),
         )
         self._signs_of_life.clear()
-        suspects = self.progress.step(pulse)
-        self.log.record("progress", pulse, suspects)
-        for suspect in suspects:
-            self.suspect(suspect.member, LossCause.HANG, suspect.reason)
+        self._hub.post("progress", pulse)
 
     def _pids(self, members: Iterable[Member]) -> dict[Member, int]:
         found = {member: facts.pid for member in members if (facts := self.facts.get(member))}
         return {member: pid for member, pid in found.items() if pid is not None}
 
-    # Out
+    # What the hub calls
 
-    def _step(self, event: ev.Event) -> None:
-        effects = self.machine.step(event)
-        # What survivors wait for goes out before anything is written to disk.
+    def at_once(self, effects: Sequence[ev.Effect]) -> None:
+        """Survivors wait for it."""
         for effect in effects:
-            if isinstance(effect, _TO_RANKS):
-                self._tell_ranks(effect)
-        self.log.record("membership", event, effects)
+            match effect:
+                case ev.Publish(body):
+                    self._wire.publish(body)
+                case ev.SendTo(member, message):
+                    self._wire.send(member, message)
+                case ev.Fence(member, _):
+                    self._processes.fence(member)
+                case ev.Launch(member):
+                    self._processes.launch(member, self.repairs.placement, self.repairs.peer_weights())
+
+    def perform(self, event: ev.Event, effects: Sequence[ev.Effect]) -> None:
         for effect in effects:
             self._perform(effect)
-
-    def _tell_ranks(self, effect: ev.Effect) -> None:
-        match effect:
-            case ev.Publish(body):
-                self.wire.publish(body)
-            case ev.SendTo(member, message):
-                self.wire.send(member, message)
-            case ev.Fence(member, _):
-                self.processes.fence(member)
-            case ev.Launch(member):
-                self.processes.launch(member)
 
     def _perform(self, effect: ev.Effect) -> None:
         match effect:
@@ -353,50 +354,64 @@ class Controller:
             case ev.Publish(Commit(_, view)):
                 self._view_changed(view, "gain")
             case ev.MemberUp(member):
-                self.router.handle(routing.RankUp(member))
+                self._hub.post("routing", routing.RankUp(member))
                 self.repairs.proofs.ask([member])
             case ev.MemberDown(member, reason):
-                self.ledger.taken_over(member, self.router.take_over(member, reason))
+                self._hub.post("routing", routing.RankDown(member, reason))
             case ev.RankMoved(member, state):
-                self.metrics.rank_state(member.rank, state)
+                self._metrics.rank_state(member.rank, state)
                 if effect.is_loss:
                     self.ledger.lost(member)
                 else:
                     self.ledger.moved(member, state)
                 if state is RankState.DRAINING:
-                    self.wire.send(member, Drain())
-                    self.router.handle(routing.RankDraining(member))
+                    self._wire.send(member, Drain())
+                    self._hub.post("routing", routing.RankDraining(member))
             case ev.Fence(member, reason) if not self.machine.stopping:
                 self.ledger.fenced(member, reason)
             case ev.GroupMoved(state):
-                self.lines.moved(state)
+                self._lines.moved(state)
                 if state in (ev.GroupState.SERVING, ev.GroupState.DEGRADED, ev.GroupState.PAUSED):
                     self.serving.set()
             case ev.NothingWillServe(reason) | ev.StartFailed(reason):
                 if isinstance(effect, ev.StartFailed):
                     self.ledger.start_failed()
-                self.router.handle(ev.NothingWillServe(reason))
+                self._hub.post("routing", ev.NothingWillServe(reason))
                 self.over.set()
             case ev.AllStopped():
                 self.stopped.set()
 
+    def on_notice(self, notice: routing.Notice) -> None:
+        """What becomes of requests, as far as it concerns the group."""
+        match notice:
+            case routing.WorkBegan() | routing.WorkEnded():
+                self.feed(notice)
+            case routing.Drained():
+                self.drained.set()
+            case routing.Fault(member, reason):
+                self.suspect(member, LossCause.PROTOCOL, f"protocol error: {reason}")
+            case routing.Replayed():
+                self._metrics.request_replayed()
+            case routing.Moved():
+                self._metrics.request_moved()
+
     def _view_changed(self, view: View, kind: str) -> None:
-        self.metrics.epoch(view.epoch)
+        self._metrics.epoch(view.epoch)
         if self._seated != view.members:
             self._seated = view.members
-            self.pace.view_changed(view, kind)
+            self._pace.view_changed(view, kind)
             if kind == "loss":
-                busy = self.router.running or self.router.waiting
+                busy = self._requests.requests
                 self.ledger.left_view(view.epoch, {seat.rank for seat in view.seats} if busy else ())
             self.repairs.members_changed(view.members)
 
     def _disturbed(self, seen: Disturbance) -> None:
         if seen.kind == "loss":
-            self.metrics.failover_stall(seen.beyond_s)
+            self._metrics.failover_stall(seen.beyond_s)
         else:
-            self.metrics.rejoin_pause(seen.beyond_s)
+            self._metrics.rejoin_pause(seen.beyond_s)
         self.ledger.disturbed(seen)
-        self.log.note(
+        self._log.note(
             "disturbance",
             kind=seen.kind,
             epoch=seen.epoch,
@@ -409,11 +424,11 @@ class Controller:
     def _on_rank_report(self, member: Member, report: RankReport) -> None:
         reported = ev.Reported(member, report.state, self._reason(member, report), report.suspects)
         if report.suspects:
-            self.router.handle(routing.Blamed(member, report.suspects))
+            self._hub.post("routing", routing.Blamed(member, report.suspects))
         if report.state is RankState.FAILED:
             self._blame(member, LossCause.EXCEPTION, self._reason(member, report))
         if report.state in _STARTING:
-            self.processes.hold(member)
+            self._hold_device(member)
         if report.state is not RankState.JOINING:
             self.feed(reported)
             return
@@ -427,18 +442,13 @@ class Controller:
             except UnexpectedEvent as error:
                 self._broke_protocol(member, error)
 
-        self.processes.when_free(member.rank, joining)
+        self._processes.when_free(member.rank, joining)
 
     def _reason(self, member: Member, report: RankReport) -> str:
         """What a rank that has had requests says of its failure may quote them; its own line on stderr has it whole."""
         slot = self.machine.slots[member.rank]
         served = slot.member == member and slot.state in (RankState.SERVING, RankState.DRAINING)
-        return masked(report.reason) if served and self.log.private else report.reason
-
-    def _note_loss(self, kind: str, /, **facts: Any) -> None:
-        if self.log.private and facts["cause"] is LossCause.EXCEPTION:
-            facts["why"] = masked(facts["why"])
-        self.log.note(kind, **facts)
+        return masked(report.reason) if served and self._log.private else report.reason
 
     def _on_step_report(self, member: Member, report: StepReport) -> None:
         facts = self._known(member)
@@ -446,16 +456,16 @@ class Controller:
         facts.kv_pages = report.kv_pages
         self._signs_of_life[member] = report
         if report.masked:
-            self.metrics.step_poisoned()
+            self._metrics.step_poisoned()
             times = {"ended_ns": report.ended_ns, "mask_ns": report.mask_ns}
-            self.log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked, **times)
+            self._log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked, **times)
             self._suspect(report)
-        if self.paced:
-            self.pace.step_reported(report)
-        self.on_step(report.step)
+        if self._paced:
+            self._pace.step_reported(report)
+        self._on_step(report.step)
         if report.tokens:
             committed = (member, report.tokens, report.step, report.started_ns, report.ended_ns)
-            self.router.handle(routing.TokensCommitted(*committed))
+            self._hub.post("routing", routing.TokensCommitted(*committed))
 
     def _suspect(self, report: StepReport) -> None:
         """A rank that a step has masked in a view which has it: the wait for it was longer than a kernel waits.
@@ -472,8 +482,10 @@ class Controller:
     def _answer_snapshot(self, member: Member) -> None:
         attempt = self.machine.attempt
         prepare = Prepare(attempt.number, tuple(sorted(attempt.joiners))) if attempt else None
-        self.wire.publish(Beat())
-        self.wire.send(member, Snapshot(self.wire.number, self.machine.view, prepare, self.repair.placement))
+        self._wire.publish(Beat())
+        self._wire.send(
+            member, Snapshot(self._wire.number, self.machine.view, prepare, self.repairs.placement)
+        )
 
     def _broke_protocol(self, member: Member, error: UnexpectedEvent) -> None:
         self.suspect(member, LossCause.PROTOCOL, f"protocol error: {error}")
@@ -492,23 +504,24 @@ class Controller:
     def _known(self, member: Member) -> RankFacts:
         return self.facts.setdefault(member, RankFacts())
 
-    def _set_timer(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        deadlines = (self.machine.next_deadline_ms(), self.repair.next_deadline_ms())
-        deadline_ms = min([due for due in deadlines if due is not None], default=None)
-        if deadline_ms is not None:
-            delay = max(0.001, (deadline_ms - self.now_ms()) / 1000)
-            self._timer = self._loop.call_later(delay, self._on_timer)
-
-    def _on_timer(self) -> None:
-        self.feed(Tick(self.now_ms()))
-        self.repairs.feed(Tick(self.now_ms()))
+    def _hold_device(self, member: Member) -> None:
+        pid = self._known(member).pid
+        if pid is not None:
+            self._processes.hold(member, pid)
 
 
-def _reading_ms() -> float:
-    return time.monotonic() * 1000
+class _Suspicions:
+    """The progress machine's shell."""
+
+    def __init__(self, suspect: Callable[[Member, LossCause, str], None]) -> None:
+        self._suspect = suspect
+
+    def at_once(self, effects: Sequence[Suspect]) -> None:
+        pass
+
+    def perform(self, event: Pulse, effects: Sequence[Suspect]) -> None:
+        for effect in effects:
+            self._suspect(effect.member, LossCause.HANG, effect.reason)
 
 
 def _heartbeat(report: Heartbeat | StepReport) -> Heartbeat:

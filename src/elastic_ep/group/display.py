@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 
+import anyio
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -26,6 +26,9 @@ _COLOURS = {
 }
 
 
+REFRESH_S = 0.1
+
+
 class LaunchDisplay:
     """A live table on a terminal; elsewhere nothing: the log says who serves."""
 
@@ -35,18 +38,14 @@ class LaunchDisplay:
         self._started = time.monotonic()
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
-    def __enter__(self) -> Callable[[], None]:
-        if self._console.is_terminal:
-            self._live.start()
-        return self.refresh
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
-
-    def refresh(self) -> None:
-        if self._console.is_terminal:
-            self._live.update(self._table(), refresh=True)
+    async def show(self) -> None:
+        """Until cancelled."""
+        if not self._console.is_terminal:
+            return
+        with self._live:
+            while True:
+                self._live.update(self._table(), refresh=True)
+                await anyio.sleep(REFRESH_S)
 
     def _table(self) -> Table:
         table = Table(title=f"group: {self._machine.public_state}   {time.monotonic() - self._started:.1f} s")

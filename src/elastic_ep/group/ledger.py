@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 
 import structlog
 
-from elastic_ep.event_log.log import Note
+from elastic_ep.event_log.log import EventLog
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.pace import Disturbance
 from elastic_ep.group.port import LastLoss, LossCause
 from elastic_ep.machines.membership.relaunch import CRASH_SIGNALS
 from elastic_ep.wire.messages import Member, RankState
+from elastic_ep.wire.privacy import masked
 
 STALL_S = 2.0
 """So long a loss's line waits at most for what survivors felt of it; what they say later gets a line of its own."""
@@ -70,11 +71,11 @@ class _Loss:
 
 
 class Ledger:
-    """Of one run; on the event loop. `note` writes to the event log."""
+    """Of one run; on the event loop. Causes go into the event log, too."""
 
-    def __init__(self, metrics: Metrics, note: Note) -> None:
+    def __init__(self, metrics: Metrics, log: EventLog) -> None:
         self._metrics = metrics
-        self._note = note
+        self._log = log
         self._loop = asyncio.get_running_loop()
         self._began_s = time.monotonic()
         self._states: dict[int, RankState] = {}
@@ -163,12 +164,13 @@ class Ledger:
             return
         loss.cause, loss.why, loss.again_in_s = cause, why, again_in_s
         self._metrics.rank_lost(cause)
-        self._note(
+        says_so_itself = cause is LossCause.EXCEPTION  # and may quote a client's text
+        self._log.note(
             "loss",
             rank=member.rank,
             incarnation=member.incarnation,
             cause=cause,
-            why=why,
+            why=masked(why) if says_so_itself and self._log.private else why,
             requests=loss.requests,
             taken_over_by=loss.taken_over_by,
         )

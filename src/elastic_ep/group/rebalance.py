@@ -12,8 +12,8 @@ import structlog
 
 from elastic_ep.group.port import Rebalancing
 from elastic_ep.group.repairs import Repairs
-from elastic_ep.machines.experts.events import PlanEnded, Planned
-from elastic_ep.machines.experts.planner import Plan, PlanInput, plan
+from elastic_ep.machines.experts.events import PlanEnded
+from elastic_ep.machines.experts.planner import PlanInput, plan
 from elastic_ep.timing import USUAL, Timing
 from elastic_ep.wire.messages import Member
 
@@ -41,10 +41,6 @@ class Rebalancer:
         self._next_step = every
         self._due = anyio.Event()
         self._one_at_a_time = anyio.Lock()
-        self._ended = anyio.Event()
-        self._outcome = PlanEnded(0, 0)
-        self._plans = 0
-        repairs.on_plan_ended = self._on_ended
 
     def step_seen(self, step: int) -> None:
         if self._every and step >= self._next_step:
@@ -80,21 +76,13 @@ class Rebalancer:
                 max_moves=len(members) * len(placement.slots),
             )
             found = await anyio.to_process.run_sync(partial(plan, given), cancellable=True)
-            outcome = await self._carry_out(members, found) if found.moves else PlanEnded(0, 0)
+            outcome = PlanEnded(0, 0)
+            if found.moves:
+                outcome = await self._repairs.carry_out(members, found, self._carry_out_s)
             version = self._repairs.placement.version
             done = Rebalancing(found.moves, outcome.made, found.imbalance_before, found.imbalance, version)
             self._report(done)
             return done
-
-    async def _carry_out(self, members: tuple[Member, ...], found: Plan) -> PlanEnded:
-        """HAZARD: the plan before may be under way still, its asker gone; this one ends it, and hears of that end too."""
-        self._plans += 1
-        self._ended = anyio.Event()
-        self._outcome = PlanEnded(0, found.moves, self._plans)
-        self._repairs.feed(Planned(members, found.slots, self._plans))
-        with anyio.move_on_after(self._carry_out_s):
-            await self._ended.wait()
-        return self._outcome
 
     def _affordable_spare(self, living: int) -> int:
         """Tolerance comes first: without it no slot is left empty."""
@@ -105,8 +93,3 @@ class Rebalancer:
             for layer in range(len(placement.slots))
         )
         return self._spare if enough else 0
-
-    def _on_ended(self, ended: PlanEnded) -> None:
-        if ended.plan == self._plans:
-            self._outcome = ended
-            self._ended.set()

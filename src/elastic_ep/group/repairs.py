@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 
+import anyio
 import structlog
 
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.group.audit import Proofs
 from elastic_ep.group.expert_loads import LoadWindow
+from elastic_ep.group.hub import Hub
 from elastic_ep.group.metrics import Metrics
-from elastic_ep.machines.contract import Tick, UnexpectedEvent
+from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.experts import events as ev
+from elastic_ep.machines.experts.planner import Plan
 from elastic_ep.machines.experts.repair import RepairMachine
-from elastic_ep.placement import Change, Placement
+from elastic_ep.machines.membership.events import Placed
+from elastic_ep.placement import Placement
 from elastic_ep.weights.layout import of_layer
 from elastic_ep.wire.messages import Member
 from elastic_ep.wire.slot_messages import (
@@ -33,37 +37,28 @@ FromSlots = PlacementSeen | StateReady | SlotCopied | SlotSums | ExpertLoads
 
 
 class Repairs:
-    """`on_placed` is told of every placement that was published, `on_plan_ended` how a plan came out.
-
-    `on_deadline` is called whenever the machine's next deadline may be another.
-    """
+    """The membership machine hears of every placement that is published."""
 
     def __init__(
-        self,
-        machine: RepairMachine,
-        wire: ControllerWire,
-        log: EventLog,
-        metrics: Metrics,
-        on_placed: Callable[[int, tuple[Change, ...]], None],
-        on_deadline: Callable[[], None],
-        now_ms: Callable[[], int],
+        self, hub: Hub, machine: RepairMachine, wire: ControllerWire, log: EventLog, metrics: Metrics
     ) -> None:
         self.machine = machine
-        self.on_plan_ended: Callable[[ev.PlanEnded], None] = lambda _ended: None
         self.states: dict[Member, StateReady] = {}
         """Whose memory can be read, and where."""
         self.unreadable = ""
         """Why weights come from the checkpoint alone, if they do."""
         self.loads = LoadWindow()
         self.proofs = Proofs(wire.send)
-        self._now_ms = now_ms
+        self._hub = hub
         self._wire = wire
         self._log = log
         self._metrics = metrics
         self._pulls: set[int] = set()
         """Tickets of copies that were ordered from a peer."""
-        self._on_placed = on_placed
-        self._on_deadline = on_deadline
+        self._plans = 0
+        self._plan_ended = anyio.Event()
+        self._outcome = ev.PlanEnded(0, 0)
+        hub.attach("repair", machine, self)
 
     @property
     def placement(self) -> Placement:
@@ -127,19 +122,33 @@ class Repairs:
         self.states.pop(member, None)
 
     def feed(self, event: ev.Event) -> None:
-        """Perform what the machine says. What must be heard at once goes out before anything is logged."""
-        now = Tick(self._now_ms())
-        for heard in (now, event) if now.now_ms > self.machine.now_ms else (event,):
-            effects = self.machine.step(heard)
-            for effect in effects:
-                if isinstance(effect, ev.Replace):
-                    self._wire.publish(effect.changed)
-                elif isinstance(effect, ev.Order):
-                    self._order(effect)
-            self._log.record("repair", heard, effects)
-            for effect in effects:
-                self._conclude(effect)
-        self._on_deadline()
+        self._hub.post("repair", event)
+
+    async def carry_out(self, members: tuple[Member, ...], found: Plan, deadline_s: float) -> ev.PlanEnded:
+        """How the plan came out, or what can be said of it after so long.
+
+        HAZARD: the plan before may be under way still, its asker gone; this one ends it, and hears of that end too.
+        """
+        self._plans += 1
+        self._plan_ended = anyio.Event()
+        self._outcome = ev.PlanEnded(0, found.moves, self._plans)
+        self.feed(ev.Planned(members, found.slots, self._plans))
+        with anyio.move_on_after(deadline_s):
+            await self._plan_ended.wait()
+        return self._outcome
+
+    # What the hub calls
+
+    def at_once(self, effects: Sequence[ev.Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, ev.Replace):
+                self._wire.publish(effect.changed)
+            elif isinstance(effect, ev.Order):
+                self._order(effect)
+
+    def perform(self, event: ev.Event, effects: Sequence[ev.Effect]) -> None:
+        for effect in effects:
+            self._conclude(effect)
 
     def _order(self, order: ev.Order) -> None:
         origin = order.origin
@@ -162,7 +171,7 @@ class Repairs:
             case ev.Replace(changed):
                 for change in changed.changes:
                     self.proofs.sums.pop((change.layer, change.physical), None)
-                self._on_placed(changed.version, changed.changes)
+                self._hub.post("membership", Placed(changed.version, changed.changes))
             case ev.Corrupt(layer, physical):
                 rank = self.placement.rank_of(physical)
                 log.error(
@@ -171,5 +180,6 @@ class Repairs:
                 self.proofs.corrupt.append((layer, physical))
             case ev.Recheck(member):
                 self.proofs.ask([member])
-            case ev.PlanEnded():
-                self.on_plan_ended(effect)
+            case ev.PlanEnded(plan=plan) if plan == self._plans:
+                self._outcome = effect
+                self._plan_ended.set()

@@ -110,15 +110,14 @@ class _Process:
 
 
 class Launcher:
-    """``async with Launcher(options, on_event) as launcher: await launcher.start()``.
+    """``async with Launcher(options) as launcher: await launcher.start(on_event)``.
 
-    `on_event` is called on the event loop and must not raise. On exit all ranks are killed, and everything that
-    was started is gone. Raises `NotPrivate` for a bad directory.
+    On exit all ranks are killed, and everything that was started is gone. Raises `NotPrivate` for a bad directory.
     """
 
-    def __init__(self, options: LauncherOptions, on_event: Callable[[LauncherEvent], None]) -> None:
+    def __init__(self, options: LauncherOptions) -> None:
         self._options = options
-        self._on_event = on_event
+        self._on_event: Callable[[LauncherEvent], None] = _nobody_listens
         self._processes: dict[Member, _Process] = {}
         self._queue: deque[_Process] = deque()
         self._asked: _Process | None = None
@@ -189,8 +188,12 @@ class Launcher:
     def janitor_pid(self) -> int:
         return self._janitor.pid
 
-    async def start(self) -> None:
-        """Start the fork server and wait until it is ready. Raises `ForkServerFailed`."""
+    async def start(self, on_event: Callable[[LauncherEvent], None]) -> None:
+        """Start the fork server and wait until it is ready. Raises `ForkServerFailed`.
+
+        `on_event` is called on the event loop and must not raise.
+        """
+        self._on_event = on_event
         if self._server is None:
             self._start_server()
         await self._until(lambda: self._server_ready or self._server is None)
@@ -399,3 +402,7 @@ def _file_of(text: str) -> int:
     with open(fd, "w", encoding="utf-8", closefd=False) as file:
         file.write(text)
     return fd
+
+
+def _nobody_listens(_event: LauncherEvent) -> None:
+    """Before `start` there is nothing to tell of."""

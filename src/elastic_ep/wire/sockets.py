@@ -52,6 +52,8 @@ class _Drain:
         self._paused = False
         """What has come besides is taken in the next turn."""
         self._fd = int(socket.getsockopt(zmq.FD))
+
+    def start(self) -> None:
         self._loop.add_reader(self._fd, self.run)
         self._loop.call_soon(self.run)
 
@@ -84,22 +86,11 @@ class _Drain:
 
 
 class ControllerWire:
-    """The controller's end. `on_message` gets each valid message.
+    """The controller's end. What comes in waits until `receive`."""
 
-    `on_error` hears of everything else, counted in `dropped`: what is no message, and of a rank that does not read its
-    own. It gets the rank to blame, if that is known.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        on_message: Callable[[FromRank], None],
-        on_error: Callable[[Member | None, str], None],
-    ) -> None:
+    def __init__(self, directory: Path) -> None:
         self.number = 0
         self.dropped = 0
-        self._on_message = on_message
-        self._on_error = on_error
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pub = _socket(self._context, zmq.PUB)
         self._router = _socket(self._context, zmq.ROUTER)
@@ -111,6 +102,17 @@ class ControllerWire:
         self._router.bind(f"ipc://{directory}/rank")
         self._drain = _Drain(self._router, self._on_parts)
         self._outbox = Outbox(self._send, self._drain.later)
+
+    def receive(
+        self, on_message: Callable[[FromRank], None], on_error: Callable[[Member | None, str], None]
+    ) -> None:
+        """From now on `on_message` gets each valid message.
+
+        `on_error` hears of everything else, counted in `dropped`: what is no message, and of a rank that does not read
+        its own. It gets the rank to blame, if that is known.
+        """
+        self._on_message, self._on_error = on_message, on_error
+        self._drain.start()
 
     def publish(self, body: Published) -> None:
         if not isinstance(body, Beat):
@@ -183,6 +185,8 @@ class RankWire:
         self._sub.connect(f"ipc://{directory}/pub")
         self._dealer.connect(f"ipc://{directory}/rank")
         self._drains = [_Drain(self._sub, self._on_pub_parts), _Drain(self._dealer, self._on_direct_parts)]
+        for drain in self._drains:
+            drain.start()
 
     def send(self, message: FromRank) -> None:
         self._dealer.send(encode(message), zmq.NOBLOCK)

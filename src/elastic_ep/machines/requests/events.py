@@ -249,3 +249,5 @@ class Drained:
 
 
 Effect = Send | Deliver | Finish | Refuse | Replayed | Moved | Fault | WorkBegan | WorkEnded | Drained
+Notice = Replayed | Moved | Fault | WorkBegan | WorkEnded | Drained
+"""Effects that concern the rest of the run process."""
