@@ -99,6 +99,23 @@ def test_another_effect_is_refused_even_with_its_checksum_mended(
     assert "replay:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("cause", "status"), [(0, SAME), (1, SAME), (2, DIFFERS), (3, DIFFERS), (-1, DIFFERS)]
+)
+def test_a_cause_is_an_event_before_it_that_had_effects(tmp_path: Path, cause: int, status: int) -> None:
+    """The first event has none, the second has one, and there are no three before the third."""
+    router = RoutingMachine(RoutingConfig(max_num_seqs=4))
+    events = EventLog(tmp_path / "run")
+    events.begin({"machines": arguments(router)})
+    request = routing.NewRequest(0, (1, 2), SamplingParams(max_tokens=3), 7, 0)
+    for told in (routing.RankUp(Member(0, 1)), routing.Submitted(request)):
+        events.record("routing", told, router.step(told))
+    last = routing.CancelRequested(0)
+    events.record("routing", last, router.step(last), cause)
+    events.close()
+    assert main([str(tmp_path / "run")]) == status
+
+
 def test_what_is_no_log_is_unreadable(tmp_path: Path) -> None:
     assert main([str(tmp_path / "nowhere")]) == UNREADABLE
     (tmp_path / "events.jsonl").write_text("")

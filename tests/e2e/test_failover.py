@@ -177,4 +177,4 @@ def test_metrics_and_log_tell_what_happened(serving: Server, capsys: pytest.Capt
     assert 'elastic_ep:rank_losses_total{cause="killed"}' in text
     assert 'elastic_ep:rank_losses_total{cause="hang"}' in text
     assert 'elastic_ep:rank_state{rank="0",state="Serving"} 1.0' in text
-    assert replay([str(serving.run_dir)]) == 0, capsys.readouterr().out
+    assert replay([str(serving.run_dir)]) == 0, capsys.readouterr()

@@ -189,8 +189,8 @@ class LogWriter:
         if not machine:
             return {"t_ns": t_ns, "note": what, **more}
         effects = [self._plain(effect) for effect in more]
-        line = {"t_ns": t_ns, "machine": machine, "heard": self._plain(what), "effects": effects}
-        return {**line, "cause": cause} if cause else line
+        heard = {"t_ns": t_ns, "machine": machine, "heard": self._plain(what)}
+        return {**heard, **({"cause": cause} if cause else {}), "effects": effects}
 
     def _turn(self, put: _States) -> None:
         """Begin a new file, with the machines' states."""
