@@ -104,9 +104,11 @@ def test_another_effect_is_refused_even_with_its_checksum_mended(
 )
 def test_a_cause_is_an_event_before_it_that_had_effects(tmp_path: Path, cause: int, status: int) -> None:
     """The first event has none, the second has one, and there are no three before the third."""
+    placement = launch_placement(1, 1, 1, 0)
     router = RoutingMachine(RoutingConfig(max_num_seqs=4))
+    others = MembershipMachine(1, placement), ProgressMachine(), router, RepairMachine(placement)
     events = EventLog(tmp_path / "run")
-    events.begin({"machines": arguments(router)})
+    events.begin({"machines": arguments(*others)})
     request = routing.NewRequest(0, (1, 2), SamplingParams(max_tokens=3), 7, 0)
     for told in (routing.RankUp(Member(0, 1)), routing.Submitted(request)):
         events.record("routing", told, router.step(told))
