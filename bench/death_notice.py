@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -33,7 +32,7 @@ from elastic_ep.host.launcher import (
     Launched,
     Launcher,
     LauncherEvent,
-    LauncherOptions,
+    LaunchOptions,
     ProcessGone,
 )
 from elastic_ep.host.scheduling import make_prompt
@@ -148,16 +147,15 @@ def busy(processes: int, niceness: int) -> Iterator[None]:
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
     hellos, hello_writer = os.pipe()
-    settings = LauncherOptions(
+    settings = LaunchOptions(
         entry=_RANK_ENTRY,
         preload=(*filter(None, options.preload.split(",")), "bench.death_notice"),
-        directory=Path(tempfile.mkdtemp(prefix="eep-bench-")),
-        windows_fd=hello_writer,
+        directory=tempfile.mkdtemp(prefix="eep-bench-"),
         nice=RANK_NICE,
     )
     bench = Bench()
     incarnation = 0
-    async with Launcher(settings) as launcher:
+    async with Launcher(settings, hello_writer) as launcher:
         await launcher.start(bench.on_event)
         for name, processes, niceness in (
             ("idle", 0, 0),

@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"exchange", "placement"},
     "weights": {"models", "wire", "placement", "timing"},
     "engine": {"exchange", "machines", "models", "weights", "wire", "config", "placement"},
-    "host": {"event_log", "exchange", "machines", "wire", "config", "logs", "titles"},
+    "host": {"event_log", "exchange", "machines", "wire", "config", "logs", "timing", "titles"},
     "rank": {
         "engine", "exchange", "host", "machines", "models", "weights", "wire", "config", "logs", "placement",
         "timing", "titles",

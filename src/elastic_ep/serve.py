@@ -44,7 +44,7 @@ from elastic_ep.group.processes import RankProcesses
 from elastic_ep.group.rebalance import Rebalancer
 from elastic_ep.group.repairs import Repairs
 from elastic_ep.host.device_guard import DeviceGuard
-from elastic_ep.host.launcher import ForkServerFailed, Launcher, LauncherOptions
+from elastic_ep.host.launcher import ForkServerFailed, Launcher, LaunchOptions
 from elastic_ep.host.mps import mps_daemon
 from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.loop_watch import HeldReport, make_loop
@@ -138,15 +138,17 @@ class RunProcess:
             stack.callback(wire.close)
             # Before the launcher, so that it ends after all ranks.
             environment = stack.enter_context(mps_daemon()) if self._config.mps else {}
-            options = LauncherOptions(
-                entry=self._rank_entry, preload=_PRELOAD[self._plan.device], directory=directory,
-                windows_fd=windows_fd, max_ranks=self._config.ranks, environment=environment,
+            options = LaunchOptions(
+                entry=self._rank_entry,
+                preload=_PRELOAD[self._plan.device],
+                directory=str(directory),
+                timing=self._config.timing,
                 log=self._config.log,
-            )  # fmt: skip
+            )
             guard = None
             if self._config.mps:
                 guard = stack.enter_context(DeviceGuard(self._config.timing.drain_ms / 1000, self._log.note))
-            launcher = await stack.enter_async_context(Launcher(options))
+            launcher = await stack.enter_async_context(Launcher(options, windows_fd, environment))
             processes = RankProcesses(
                 self._plan.rank_config(directory), launcher, guard, watched=self._config.fault_tolerance
             )

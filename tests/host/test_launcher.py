@@ -22,6 +22,7 @@ from elastic_ep.host.launcher import (
     ServerReady,
 )
 from elastic_ep.host.private_directory import NotPrivate
+from elastic_ep.timing import Timing
 from elastic_ep.wire.messages import Member
 from tests.kit.harness import DEADLINE_S, Run, alive, running, state, title, wait_until
 
@@ -175,7 +176,7 @@ def test_many_incarnations_reuse_the_mutexes(directory: Path) -> None:
             assert (await gone(run, member)).status == "signal 9"
             assert run.of(member) == ["Launched", "DeathNoticed", "ProcessGone"]
 
-    with_launcher(directory, body, max_ranks=1)
+    with_launcher(directory, body, timing=Timing(ranks=1))
 
 
 LARGE = 3_000_000
@@ -219,7 +220,7 @@ def test_ranks_outlive_their_fork_server(directory: Path) -> None:
     assert not directory.exists()
 
 
-def test_a_hung_fork_server_is_replaced(directory: Path) -> None:
+def test_a_hung_fork_server_is_replaced(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(run: Run) -> None:
         first = run.launcher.server_pid
         assert first is not None
@@ -232,7 +233,8 @@ def test_a_hung_fork_server_is_replaced(directory: Path) -> None:
         await run.expect(Launched, lambda event: event.member == B)
         assert run.launcher.server_pid != first
 
-    with_launcher(directory, body, reply_s=0.3)
+    monkeypatch.setattr(Timing, "server_reply_ms", 300)
+    with_launcher(directory, body)
 
 
 def test_a_fork_server_that_does_not_start(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:

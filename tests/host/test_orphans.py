@@ -55,11 +55,10 @@ def test_nothing_outlives_the_run_process(directory: Path, stopped: bool, killed
 
 STARTING = """
 import asyncio, os, sys
-from pathlib import Path
-from elastic_ep.host.launcher import Launcher, LauncherOptions
+from elastic_ep.host.launcher import Launcher, LaunchOptions
 async def main():
-    options = LauncherOptions("rank_entries:main", ("rank_entries", "never_done"), Path(sys.argv[1]), 0)
-    async with Launcher(options) as launcher:
+    options = LaunchOptions("rank_entries:main", ("rank_entries", "never_done"), sys.argv[1])
+    async with Launcher(options, 0) as launcher:
         await launcher.start(lambda event: None)
 asyncio.run(main())
 """

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from elastic_ep.host.launcher import Launched, Launcher, LauncherEvent, LauncherOptions
+from elastic_ep.host.launcher import Launched, Launcher, LauncherEvent, LaunchOptions
 from elastic_ep.wire.messages import Member
 
 DEADLINE_S = 20.0
@@ -86,10 +86,10 @@ class Run:
 async def running(directory: Path, **options: Any) -> AsyncIterator[Run]:
     hellos = Hellos()
     run = Run(hellos)
-    settings = {"entry": "rank_entries:main", "preload": (), "max_ranks": 8, **options}
+    settings = {"entry": "rank_entries:main", "preload": (), **options}
     try:
-        options_ = LauncherOptions(directory=directory, windows_fd=hellos.write_end, **settings)
-        async with Launcher(options_) as run.launcher:
+        options_ = LaunchOptions(directory=str(directory), **settings)
+        async with Launcher(options_, hellos.write_end) as run.launcher:
             with anyio.fail_after(60):
                 await run.launcher.start(run.on_event)
             yield run

@@ -10,58 +10,56 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from elastic_ep.config import LogConfig
-from elastic_ep.host.fork_messages import PACKET_BYTES, Fork, ForkMessage, pack, status_text, unpack
+from elastic_ep.host.fork_messages import (
+    PACKET_BYTES,
+    Exited,
+    Fork,
+    ForkMessage,
+    LaunchOptions,
+    pack,
+    status_text,
+    unpack,
+)
+from elastic_ep.wire.codec import encode
 
 # A library that starts threads at import would make the fork server unfit to fork, and each rank computes with
 # one thread anyway.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-@dataclass(frozen=True, slots=True)
-class ServerSetup:
-    """How to start fork servers; all of one run are alike."""
-
-    entry: str
-    preload: tuple[str, ...]
-    directory: Path
-    mutex_fd: int
-    mutex_slots: int
-    windows_fd: int
-    nice: int
-    output_fd: int | None
-    """Where the fork server and the ranks write stdout and stderr; None: where this process does."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    log: LogConfig = field(default_factory=LogConfig)
-
-
 class ForkClient:
-    """One running fork server. Callbacks come from the event loop; after `on_exit` there are none.
+    """One running fork server, which is killed if it is not ready or does not answer in time.
 
+    Callbacks come from the event loop; after `on_exit` there are none. `files` are the mutexes' and the windows'.
     Raises OSError when it cannot be started.
     """
 
     def __init__(
         self,
-        setup: ServerSetup,
+        options: LaunchOptions,
+        files: tuple[int, int],
+        environment: Mapping[str, str],
         on_message: Callable[[ForkMessage, list[int]], None],
         on_exit: Callable[[str], None],
     ) -> None:
+        self._timing = options.timing
         self._on_message = on_message
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._process = _start(setup, theirs.fileno())
+            self._process = _start(theirs.fileno(), environment)
         except OSError:
             self._control.close()
             raise
         finally:
             theirs.close()
+        with suppress(BrokenPipeError):  # it has died already: `on_exit` says so
+            socket.send_fds(self._control, [encode(options)], files)
         self._control.setblocking(False)
+        self.ready = False
+        self._timer = self._loop.call_later(self._timing.server_ready_ms / 1000, self.kill)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._closed = False
         self._loop.add_reader(self._control, self._receive)
@@ -77,6 +75,7 @@ class ForkClient:
             socket.send_fds(self._control, [pack(message)], [life_fd, config_fd])
         except OSError:
             return False
+        self._timer = self._loop.call_later(self._timing.server_reply_ms / 1000, self.kill)
         return True
 
     def kill(self) -> None:
@@ -101,11 +100,16 @@ class ForkClient:
             if not data:
                 self._loop.remove_reader(self._control)
                 return
-            self._on_message(unpack(data), fds)
+            message = unpack(data)
+            if not isinstance(message, Exited):
+                self._timer.cancel()
+                self.ready = True
+            self._on_message(message, fds)
 
     def _exited(self) -> None:
         self._receive()  # what it said before it died
         self._closed = True
+        self._timer.cancel()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         if self._control.fileno() >= 0:
@@ -114,26 +118,11 @@ class ForkClient:
         self._on_exit(status_text(self._process.wait()))
 
 
-def _start(setup: ServerSetup, control_fd: int) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable, "-m", "elastic_ep.host.fork_server",
-        "--control-fd", str(control_fd),
-        "--mutex-fd", str(setup.mutex_fd),
-        "--mutex-slots", str(setup.mutex_slots),
-        "--windows-fd", str(setup.windows_fd),
-        "--nice", str(setup.nice),
-        "--entry", setup.entry,
-        "--preload", ",".join(setup.preload),
-        "--directory", str(setup.directory),
-        "--log-level", setup.log.level,
-        "--log-format", setup.log.format,
-    ]  # fmt: skip
+def _start(control_fd: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        command,
-        pass_fds=(control_fd, setup.mutex_fd, setup.windows_fd),
+        [sys.executable, "-m", "elastic_ep.host.fork_server", str(control_fd)],
+        pass_fds=(control_fd,),
         stdin=subprocess.DEVNULL,
-        stdout=setup.output_fd,
-        stderr=setup.output_fd,
         process_group=0,  # not a session: see the fork server
-        env={**os.environ, **_ONE_THREAD, **setup.environment},
+        env={**os.environ, **_ONE_THREAD, **environment},
     )

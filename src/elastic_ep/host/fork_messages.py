@@ -1,12 +1,41 @@
-"""What the launcher and the fork server say to each other: one JSON object a packet, over a SEQPACKET socket."""
+"""What the launcher and the fork server say to each other: one JSON object a packet, over a SEQPACKET socket.
+
+The first, to the fork server, are its `LaunchOptions`, with the files of the mutexes and of the windows.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-PACKET_BYTES = 4 << 10
+from elastic_ep.config import LogConfig
+from elastic_ep.timing import USUAL, Timing
+
+PACKET_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """Of a run: what the launcher and all its fork servers need to know.
+
+    `entry` is "module:function", called in each rank as function(config_json, windows_fd, life_fd) -> exit status; a
+    fork server imports `preload` for it. `nice` is added to the ranks' niceness, so that the run process preempts them.
+    """
+
+    entry: str
+    preload: tuple[str, ...]
+    directory: str
+    """The run's, private (mode 0700); it is removed at the end, however the end comes."""
+    timing: Timing = USUAL
+    nice: int = 5
+    log: LogConfig = field(default_factory=LogConfig)
+    """The fork server's; what a rank logs is in its configuration."""
+
+    @property
+    def mutexes(self) -> int:
+        """More than ranks: a dead incarnation's is in use until its watcher has run."""
+        return 4 * self.timing.ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ ranks and removes the run's private directory.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import os
@@ -24,7 +23,6 @@ from typing import NoReturn
 import structlog
 
 from elastic_ep import logs, titles
-from elastic_ep.config import LogConfig
 from elastic_ep.host import life_line
 from elastic_ep.host.death_watch import hold_until_death
 from elastic_ep.host.fork_messages import (
@@ -33,6 +31,7 @@ from elastic_ep.host.fork_messages import (
     Fork,
     Forked,
     ForkMessage,
+    LaunchOptions,
     Ready,
     Refused,
     pack,
@@ -42,25 +41,10 @@ from elastic_ep.host.fork_messages import (
 from elastic_ep.host.private_directory import NotPrivate, check_private, remove
 from elastic_ep.host.robust_mutex import RobustMutexes
 from elastic_ep.host.scheduling import make_ordinary
+from elastic_ep.wire.codec import decode
 from elastic_ep.wire.messages import Member, RankState
 
-_REAP_S = 2.0
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class ServerOptions:
-    control_fd: int
-    mutex_fd: int
-    windows_fd: int
-    mutex_slots: int
-    entry: str
-    """"module:function", called as function(config_json, windows_fd, life_fd) -> exit status."""
-    preload: tuple[str, ...]
-    directory: Path
-    log: LogConfig
-    nice: int
-    """Added to the ranks' niceness, so that the run process preempts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +54,13 @@ class _Child:
 
 
 class ForkServer:
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(
+        self, options: LaunchOptions, control: socket.socket, mutexes: RobustMutexes, windows_fd: int
+    ) -> None:
         self._options = options
-        self._control = socket.socket(fileno=options.control_fd)
-        self._control.set_inheritable(False)
+        self._control = control
+        self._mutexes = mutexes
+        self._windows_fd = windows_fd
         self._children: dict[int, _Child] = {}
         """By pidfd."""
         self._poll = select.poll()
@@ -94,11 +81,11 @@ class ForkServer:
         for pidfd in self._children:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         self._poll.unregister(self._control)
-        deadline = time.monotonic() + _REAP_S
+        deadline = time.monotonic() + self._options.timing.reap_ms / 1000
         while self._children and (left := deadline - time.monotonic()) > 0:
             for fd, _ in self._poll.poll(left * 1000):
                 self._reap(fd)
-        remove(self._options.directory)
+        remove(Path(self._options.directory))
 
     def _receive(self) -> bool:
         try:
@@ -163,7 +150,7 @@ class ForkServer:
             with open(config_fd, encoding="utf-8") as file:
                 file.seek(0)  # the launcher has written, and shares the position
                 config_json = file.read()
-            status = _run_rank(message, config_json, life_fd, self._options)
+            status = self._run_rank(message, config_json, life_fd)
         except SystemExit as leaving:
             status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         except BaseException:
@@ -175,34 +162,20 @@ class ForkServer:
             finally:
                 os._exit(status & 0xFF)
 
-
-def _run_rank(message: Fork, config_json: str, life_fd: int, options: ServerOptions) -> int:
-    # The terminal's Ctrl-C is for the run process alone. HAZARD: a process group, not a session: Linux schedules
-    # each session as one (autogroup), so niceness and short slices would count for nothing among ranks.
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    titles.show_rank(Member(message.rank, message.incarnation), RankState.LAUNCHING)
-    hold_until_death(RobustMutexes(options.mutex_fd, options.mutex_slots), message.slot)
-    os.nice(options.nice)  # of this thread and those that it starts
-    module, _, function = options.entry.partition(":")
-    status: int = getattr(importlib.import_module(module), function)(config_json, options.windows_fd, life_fd)
-    return status
-
-
-def _parse(arguments: list[str]) -> ServerOptions:
-    parser = argparse.ArgumentParser(prog="elastic_ep.host.fork_server")
-    for name in ("control-fd", "mutex-fd", "windows-fd", "mutex-slots", "nice"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--entry", required=True)
-    parser.add_argument("--preload", default="", help="modules, separated by commas")
-    parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--log-level", required=True)
-    parser.add_argument("--log-format", required=True)
-    values = vars(parser.parse_args(arguments))
-    values["log"] = LogConfig(values.pop("log_level"), values.pop("log_format"))
-    values["preload"] = tuple(filter(None, values["preload"].split(",")))
-    return ServerOptions(**values)
+    def _run_rank(self, message: Fork, config_json: str, life_fd: int) -> int:
+        # The terminal's Ctrl-C is for the run process alone. HAZARD: a process group, not a session: Linux schedules
+        # each session as one (autogroup), so niceness and short slices would count for nothing among ranks.
+        os.setpgid(0, 0)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        titles.show_rank(Member(message.rank, message.incarnation), RankState.LAUNCHING)
+        hold_until_death(self._mutexes, message.slot)
+        os.nice(self._options.nice)  # of this thread and those that it starts
+        module, _, function = self._options.entry.partition(":")
+        status: int = getattr(importlib.import_module(module), function)(
+            config_json, self._windows_fd, life_fd
+        )
+        return status
 
 
 def preload(modules: tuple[str, ...]) -> None:
@@ -215,21 +188,29 @@ def preload(modules: tuple[str, ...]) -> None:
     gc.freeze()
 
 
-def main(arguments: list[str]) -> int:
-    options = _parse(arguments)
+def main(control_fd: int) -> int:
+    control = socket.socket(fileno=control_fd)
+    control.set_inheritable(False)
+    told, files, _, _ = socket.recv_fds(control, PACKET_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+    if not told:
+        return 0  # the launcher is gone
+    options: LaunchOptions = decode(told, LaunchOptions)
+    mutex_fd, windows_fd = files
+    mutexes = RobustMutexes(mutex_fd, options.mutexes)
+    os.close(mutex_fd)
     logs.configure(options.log, "fork server")
     titles.show(f"fork server {options.directory}", "eep-fork-server")
     try:
-        check_private(options.directory)
+        check_private(Path(options.directory))
     except NotPrivate as error:
         log.error(str(error))
         return 2
     make_ordinary()  # whatever the launcher's thread has asked for
     # An import takes seconds, and nothing is sent to us before we say that we are ready.
-    life_line.bind(options.control_fd)
+    life_line.bind(control_fd)
     preload(options.preload)
-    life_line.release(options.control_fd)
-    server = ForkServer(options)
+    life_line.release(control_fd)
+    server = ForkServer(options, control, mutexes, windows_fd)
     try:
         server.serve()
     finally:
@@ -238,4 +219,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(int(sys.argv[1])))

@@ -14,21 +14,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import anyio
 
-from elastic_ep.config import LogConfig
 from elastic_ep.host import life_line
 from elastic_ep.host.death_watch import DeathWatch
-from elastic_ep.host.fork_client import ForkClient, ServerSetup
+from elastic_ep.host.fork_client import ForkClient
 from elastic_ep.host.fork_messages import (
     Exited,
     Fork,
     Forked,
     ForkMessage,
+    LaunchOptions,
     Ready,
     Refused,
 )
@@ -50,10 +50,10 @@ __all__ = [
     "DeathNoticed",
     "ForkServerFailed",
     "LaunchFailed",
+    "LaunchOptions",
     "Launched",
     "Launcher",
     "LauncherEvent",
-    "LauncherOptions",
     "ProcessGone",
     "ServerLost",
     "ServerReady",
@@ -64,33 +64,6 @@ UNKNOWN_STATUS = "unknown"
 
 class ForkServerFailed(RuntimeError):
     """The fork server did not come up. Its own output says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class LauncherOptions:
-    """`entry` is "module:function", called in each rank as function(config_json, windows_fd, life_fd) -> exit
-    status; `preload` the modules that the fork server imports for it. `directory` is the run's private directory
-    (mode 0700); it is removed at the end, however the end comes. `output_fd` gets the output of all children,
-    `environment` is added to theirs.
-    """
-
-    entry: str
-    preload: tuple[str, ...]
-    directory: Path
-    windows_fd: int
-    max_ranks: int = 64
-    nice: int = 5
-    output_fd: int | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-    log: LogConfig = field(default_factory=LogConfig)
-    """The fork server's; what a rank logs is in its configuration."""
-    ready_s: float = 120.0
-    """The fork server must be ready within this time."""
-    reply_s: float = 10.0
-    """It must answer a launch within this time, else it is replaced."""
-    status_s: float = 0.25
-    """How long a process that is gone waits for its exit status to be known."""
-    close_s: float = 5.0
 
 
 @dataclass(slots=True)
@@ -110,45 +83,37 @@ class _Process:
 
 
 class Launcher:
-    """``async with Launcher(options) as launcher: await launcher.start(on_event)``.
+    """``async with Launcher(options, windows_fd) as launcher: await launcher.start(on_event)``.
 
-    On exit all ranks are killed, and everything that was started is gone. Raises `NotPrivate` for a bad directory.
+    Ranks inherit `windows_fd`, and all children have `environment` besides this process's. On exit all ranks are killed,
+    and everything that was started is gone. Raises `NotPrivate` for a bad directory.
     """
 
-    def __init__(self, options: LauncherOptions) -> None:
+    def __init__(
+        self, options: LaunchOptions, windows_fd: int, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._options = options
+        self._timing = options.timing
+        self._windows_fd = windows_fd
+        self._environment = environment or {}
         self._on_event: Callable[[LauncherEvent], None] = _nobody_listens
         self._processes: dict[Member, _Process] = {}
         self._queue: deque[_Process] = deque()
         self._asked: _Process | None = None
         self._server: ForkClient | None = None
-        self._server_ready = False
-        self._server_timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._changed = anyio.Event()
 
     async def __aenter__(self) -> Launcher:
         self._loop = asyncio.get_running_loop()
         # The fork server removes it too; this is for a run process that is killed while no fork server lives.
-        self._janitor = Janitor(self._options.directory)
-        slots = 4 * self._options.max_ranks  # a dead incarnation's is in use until its watcher has run
+        directory, slots = Path(self._options.directory), self._options.mutexes
+        self._janitor = Janitor(directory)
         self._free_slots = deque(range(slots))
         self._mutex_fd = RobustMutexes.create_file(slots)
         self._mutexes = RobustMutexes(self._mutex_fd, slots)
         self._death_watch = DeathWatch(self._mutexes, self._loop)
-        self._notices = NoticeSender(self._options.directory)
-        self._setup = ServerSetup(
-            entry=self._options.entry,
-            preload=self._options.preload,
-            directory=self._options.directory,
-            mutex_fd=self._mutex_fd,
-            mutex_slots=self._mutexes.slots,
-            windows_fd=self._options.windows_fd,
-            nice=self._options.nice,
-            output_fd=self._options.output_fd,
-            environment=self._options.environment,
-            log=self._options.log,
-        )
+        self._notices = NoticeSender(directory)
         return self
 
     async def __aexit__(
@@ -159,14 +124,14 @@ class Launcher:
             self._fail(process, "shutting down")
         for member in list(self._processes):
             self.kill(member)
-        with anyio.move_on_after(self._options.close_s, shield=True):
+        with anyio.move_on_after(self._timing.close_ms / 1000, shield=True):
             await self._until(lambda: not self._processes)
         if self._server is not None:
-            if self._server_ready:
+            if self._server.ready:
                 self._server.hang_up()
             else:
                 self._server.kill()  # it imports and does not listen; it has no ranks
-            with anyio.move_on_after(self._options.close_s, shield=True):
+            with anyio.move_on_after(self._timing.close_ms / 1000, shield=True):
                 await self._until(lambda: self._server is None)
         if self._server is not None:
             self._server.kill()
@@ -174,7 +139,7 @@ class Launcher:
                 await self._until(lambda: self._server is None)
         for process in list(self._processes.values()):  # in uninterruptible sleep, if ever
             self._gone(process, UNKNOWN_STATUS)
-        with anyio.move_on_after(self._options.close_s, shield=True):
+        with anyio.move_on_after(self._timing.close_ms / 1000, shield=True):
             await self._until(lambda: not self._death_watch.busy_slots)
         self._notices.close()
         self._janitor.finish()
@@ -196,8 +161,8 @@ class Launcher:
         self._on_event = on_event
         if self._server is None:
             self._start_server()
-        await self._until(lambda: self._server_ready or self._server is None)
-        if not self._server_ready:
+        await self._until(lambda: self._server is None or self._server.ready)
+        if self._server is None:
             raise ForkServerFailed("the fork server did not start; its output says why")
 
     def launch(self, member: Member, config_json: str) -> None:
@@ -249,32 +214,22 @@ class Launcher:
     # Fork server
 
     def _start_server(self) -> None:
-        self._server_ready = False
+        files = (self._mutex_fd, self._windows_fd)
         try:
-            self._server = ForkClient(self._setup, self._on_message, self._on_server_exit)
+            self._server = ForkClient(
+                self._options, files, self._environment, self._on_message, self._on_server_exit
+            )
         except OSError as error:
             for process in list(self._queue):
                 self._loop.call_soon(self._fail, process, f"no fork server: {error}")
-            return
-        self._set_server_timer(self._options.ready_s)
-
-    def _set_server_timer(self, seconds: float | None) -> None:
-        """Replace the server if nothing clears this in time."""
-        if self._server_timer is not None:
-            self._server_timer.cancel()
-        kill = self._server.kill if self._server else None
-        self._server_timer = self._loop.call_later(seconds, kill) if seconds and kill else None
 
     def _on_message(self, message: ForkMessage, fds: list[int]) -> None:
         match message:
             case Ready(pid, threads):
-                self._server_ready = True
-                self._set_server_timer(None)
                 self._on_event(ServerReady(pid, threads))
             case Forked(rank, incarnation, pid, fork_us):
                 self._on_forked(Member(rank, incarnation), pid, fork_us, fds[0])
             case Refused(rank, incarnation, reason):
-                self._set_server_timer(None)
                 self._asked = None
                 self._fail(self._processes[Member(rank, incarnation)], reason)
             case Exited(rank, incarnation, status):
@@ -289,9 +244,8 @@ class Launcher:
 
     def _on_server_exit(self, status: str) -> None:
         assert self._server is not None
-        pid, was_ready = self._server.pid, self._server_ready
-        self._server, self._server_ready = None, False
-        self._set_server_timer(None)
+        pid, was_ready = self._server.pid, self._server.ready
+        self._server = None
         self._on_event(ServerLost(pid, status))
         if self._asked is not None:
             process, self._asked = self._asked, None
@@ -310,7 +264,7 @@ class Launcher:
 
     def _ask(self) -> None:
         """Ask for the next rank. One at a time, so that it is known which launch a dying server had in hand."""
-        if not (self._server_ready and self._server and self._queue) or self._asked is not None:
+        if not (self._server and self._server.ready and self._queue) or self._asked is not None:
             return
         process = self._queue.popleft()
         self._asked = process
@@ -329,11 +283,8 @@ class Launcher:
             self._asked = None
             self._fail(process, f"no mutex, pipe or file: {error}")
             self._ask()
-            return
-        self._set_server_timer(self._options.reply_s)
 
     def _on_forked(self, member: Member, pid: int, fork_us: int, pidfd: int) -> None:
-        self._set_server_timer(None)
         self._asked = None
         process = self._processes[member]
         process.pidfd = pidfd
@@ -345,7 +296,7 @@ class Launcher:
         process.gone_ns = time.monotonic_ns()
         self._notice(process, "pidfd", process.gone_ns)
         orphan = process.server_pid != self.server_pid  # nobody knows its exit status
-        wait_s = 0.0 if orphan else self._options.status_s
+        wait_s = 0.0 if orphan else self._timing.status_ms / 1000
         process.timer = self._loop.call_later(wait_s, self._gone, process, UNKNOWN_STATUS)
 
     def _notice(self, process: _Process, cause: str, at_ns: int) -> None:
