@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from elastic_ep.host.launcher import (
 from elastic_ep.host.private_directory import NotPrivate
 from elastic_ep.timing import Timing
 from elastic_ep.wire.messages import Member
+from tests.kit.bound import Bound
 from tests.kit.harness import DEADLINE_S, Run, alive, running, state, title, wait_until
 
 A, B = Member(3, 1), Member(4, 2)
@@ -245,6 +248,31 @@ def test_a_fork_server_that_does_not_start(directory: Path, capfd: pytest.Captur
         with_launcher(directory, body, preload=("no_such_module",))
     assert "no_such_module" in capfd.readouterr().err
     assert not directory.exists()
+
+
+def test_a_fork_server_that_is_never_ready_is_given_up(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "never_done.py").write_text("import time\ntime.sleep(1000)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+    monkeypatch.setattr(Timing, "server_reply_ms", 300)
+    monkeypatch.setattr(Timing, "server_ready_ms", 500)
+
+    async def body(run: Run) -> None:
+        raise AssertionError("not reached")
+
+    with pytest.raises(ForkServerFailed):
+        with_launcher(directory, body, preload=("never_done",))
+    assert not directory.exists()
+
+
+def test_a_fork_server_that_is_told_nothing_goes() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        command = [sys.executable, "-m", "elastic_ep.host.fork_server", str(theirs.fileno())]
+        with Bound(command, pass_fds=(theirs.fileno(),)) as server:
+            ours.close()
+            assert server.wait(DEADLINE_S) == 0
 
 
 def test_a_bad_entry_fails_the_rank_only(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
