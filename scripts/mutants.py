@@ -12,6 +12,7 @@ import argparse
 import ast
 import fnmatch
 import hashlib
+import multiprocessing
 import os
 import random
 import re
@@ -23,6 +24,7 @@ import time
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,29 +233,53 @@ def command(tests: Sequence[str]) -> str:
     return shlex.join([*bound, sys.executable, "-m", "pytest", *words, *tests])
 
 
-def check_unchanged(settings: Settings, specs: Sequence[MutationSpec]) -> None:
+def check_unchanged(settings: Settings, specs: Sequence[MutationSpec], workers: int) -> None:
     """Only tests that are green without a change can tell anything."""
-    for tests in {tuple(settings.tests_of(spec.module_path)) for spec in specs}:
-        print(f"without a change: {' '.join(tests)}", flush=True)
-        done = subprocess.run(shlex.split(command(tests)), capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stdout[-4000:], done.stderr[-1000:], sep="\n")
-            print("mutants: these tests are red as it is", file=sys.stderr)
-            sys.exit(2)
+    suites = {tuple(settings.tests_of(spec.module_path)) for spec in specs}
+    with ThreadPoolExecutor(workers) as pool:
+        for tests, done in zip(suites, pool.map(unchanged, suites), strict=True):
+            print(f"without a change: {' '.join(tests)}", flush=True)
+            if done.returncode:
+                print(done.stdout[-4000:], done.stderr[-1000:], sep="\n")
+                print("mutants: these tests are red as it is", file=sys.stderr)
+                sys.exit(2)
 
 
-def run(settings: Settings, db: WorkDB, limit_s: float) -> None:
+def unchanged(tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(shlex.split(command(tests)), capture_output=True, text=True, check=False)
+
+
+def settle_in() -> None:
+    """Each worker changes a copy of its own."""
+    own = SCRATCH / f"tree-{os.getpid()}"
+    shutil.copytree(TREE, own)
+    os.chdir(own)
+    os.environ["PYTHONPATH"] = str(own / "src")
+    choose_operators()
+
+
+def try_one(item: WorkItem, tests: Sequence[str], limit_s: float) -> tuple[WorkResult, float]:
+    began = time.monotonic()
+    return mutate_and_test(item.mutations, command(tests), limit_s), time.monotonic() - began
+
+
+def run(settings: Settings, db: WorkDB, limit_s: float, workers: int) -> None:
     pending = sorted(db.pending_work_items, key=lambda item: item.job_id)
-    for number, item in enumerate(pending, start=1):
-        (spec,) = item.mutations
-        began = time.monotonic()
-        result = mutate_and_test(item.mutations, command(settings.tests_of(spec.module_path)), limit_s)
-        db.set_result(item.job_id, result)
-        took = time.monotonic() - began
-        print(
-            f"{number}/{len(pending)} {spec.module_path}:{spec.start_pos[0]} {spec.operator_name}: "
-            f"{result.test_outcome} after {took:.0f} s", flush=True,
-        )  # fmt: skip
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), settle_in) as pool:
+        trying = {}
+        for item in pending:
+            tests = settings.tests_of(item.mutations[0].module_path)
+            trying[pool.submit(try_one, item, tests, limit_s)] = item
+        for number, done in enumerate(as_completed(trying), start=1):
+            item, (result, took) = trying[done], done.result()
+            db.set_result(item.job_id, result)
+            (spec,) = item.mutations
+            print(
+                f"{number}/{len(pending)} {spec.module_path}:{spec.start_pos[0]} {spec.operator_name}: "
+                f"{result.test_outcome} after {took:.0f} s", flush=True,
+            )  # fmt: skip
+    for tree in SCRATCH.glob("tree-*"):
+        shutil.rmtree(tree, ignore_errors=True)
 
 
 def report(settings: Settings, results: Sequence[tuple[MutationSpec, WorkResult]], least: float) -> int:
@@ -282,6 +308,7 @@ def main() -> int:
         "--limit", type=float, default=600.0, help="seconds for one change (default: %(default)s)"
     )
     parser.add_argument("--least", type=float, default=0.95, help="the score to reach (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="how many at a time (default: %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="without tests that start servers: a lower bound"
     )
@@ -296,9 +323,9 @@ def main() -> int:
     with use_db(SCRATCH / f"{key[:12]}.sqlite") as db:
         if not db.num_work_items:
             specs = sample(modules_of(settings, options.words), options.number, options.seed)
-            check_unchanged(settings, specs)
+            check_unchanged(settings, specs, options.workers)
             db.add_work_items(WorkItem.single(f"{n:05}", spec) for n, spec in enumerate(specs))
-        run(settings, db, options.limit)
+        run(settings, db, options.limit, options.workers)
         found = [(item.mutations[0], result) for item, result in db.completed_work_items]
     return report(settings, found, options.least)
 
