@@ -139,11 +139,12 @@ def test_flags_of_the_server() -> None:
     assert missing == set()
 
 
-def test_every_folder_of_the_sources_is_on_the_map() -> None:
+def test_every_folder_and_every_top_module_is_on_the_map() -> None:
     text = (ROOT / "docs" / "map.md").read_text()
     folders = [path.relative_to(SOURCE) for path in SOURCE.rglob("__init__.py") for path in [path.parent]]
     assert len(folders) > 10
     assert [str(folder) for folder in folders if str(folder) != "." and f"`{folder}/`" not in text] == []
+    assert [file.name for file in SOURCE.glob("[a-z]*.py") if f"`{file.name}`" not in text] == []
 
 
 def test_arrows_in_the_architecture_are_those_that_are_tested() -> None:
