@@ -27,14 +27,9 @@ from tests.kit.bound import Bound
 from tests.kit.served import write_result
 
 from bench.kit.command_line import command_line
-from elastic_ep.host.launcher import (
-    DeathNoticed,
-    Launched,
-    Launcher,
-    LauncherEvent,
-    LaunchOptions,
-    ProcessGone,
-)
+from elastic_ep.host.fork_messages import LaunchOptions
+from elastic_ep.host.launcher import Launcher
+from elastic_ep.host.launcher_events import DeathNoticed, Launched, LauncherEvent, ProcessGone
 from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.wire.messages import Member
 

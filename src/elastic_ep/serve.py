@@ -44,7 +44,8 @@ from elastic_ep.group.processes import RankProcesses
 from elastic_ep.group.rebalance import Rebalancer
 from elastic_ep.group.repairs import Repairs
 from elastic_ep.host.device_guard import DeviceGuard
-from elastic_ep.host.launcher import ForkServerFailed, Launcher, LaunchOptions
+from elastic_ep.host.fork_messages import LaunchOptions
+from elastic_ep.host.launcher import ForkServerFailed, Launcher
 from elastic_ep.host.mps import mps_daemon
 from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.loop_watch import HeldReport, make_loop

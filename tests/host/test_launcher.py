@@ -14,9 +14,9 @@ from typing import Any
 import anyio
 import pytest
 
-from elastic_ep.host.launcher import (
+from elastic_ep.host.launcher import ForkServerFailed, Launcher
+from elastic_ep.host.launcher_events import (
     DeathNoticed,
-    ForkServerFailed,
     Launched,
     LaunchFailed,
     ProcessGone,
@@ -91,8 +91,6 @@ def test_kill_is_noticed_by_the_mutex_and_then_confirmed(directory: Path) -> Non
 
 def test_the_mutex_alone_gives_notice(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the pidfd and the fork server's word."""
-    from elastic_ep.host.launcher import Launcher
-
     monkeypatch.setattr(Launcher, "_on_pidfd", lambda self, process: self._loop.remove_reader(process.pidfd))
 
     async def body(run: Run) -> None:

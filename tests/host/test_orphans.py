@@ -55,7 +55,8 @@ def test_nothing_outlives_the_run_process(directory: Path, stopped: bool, killed
 
 STARTING = """
 import asyncio, os, sys
-from elastic_ep.host.launcher import Launcher, LaunchOptions
+from elastic_ep.host.fork_messages import LaunchOptions
+from elastic_ep.host.launcher import Launcher
 async def main():
     options = LaunchOptions("rank_entries:main", ("rank_entries", "never_done"), sys.argv[1])
     async with Launcher(options, 0) as launcher:

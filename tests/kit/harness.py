@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 import anyio
 
-from elastic_ep.host.launcher import Launched, Launcher, LauncherEvent, LaunchOptions
+from elastic_ep.host.fork_messages import LaunchOptions
+from elastic_ep.host.launcher import Launcher
+from elastic_ep.host.launcher_events import Launched, LauncherEvent
 from elastic_ep.wire.messages import Member
 
 DEADLINE_S = 20.0

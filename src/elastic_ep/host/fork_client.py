@@ -15,13 +15,11 @@ from elastic_ep.host.fork_messages import (
     PACKET_BYTES,
     Exited,
     Fork,
-    ForkMessage,
+    FromServer,
     LaunchOptions,
-    pack,
     status_text,
-    unpack,
 )
-from elastic_ep.wire.codec import encode
+from elastic_ep.wire.codec import decode, encode
 
 # A library that starts threads at import would make the fork server unfit to fork, and each rank computes with
 # one thread anyway.
@@ -40,7 +38,7 @@ class ForkClient:
         options: LaunchOptions,
         files: tuple[int, int],
         environment: Mapping[str, str],
-        on_message: Callable[[ForkMessage, list[int]], None],
+        on_message: Callable[[FromServer, list[int]], None],
         on_exit: Callable[[str], None],
     ) -> None:
         self._timing = options.timing
@@ -72,7 +70,7 @@ class ForkClient:
     def fork(self, message: Fork, life_fd: int, config_fd: int) -> bool:
         """Ask for a rank; False when the server does not listen any more (it is dead or about to be)."""
         try:
-            socket.send_fds(self._control, [pack(message)], [life_fd, config_fd])
+            socket.send_fds(self._control, [encode(message)], [life_fd, config_fd])
         except OSError:
             return False
         self._timer = self._loop.call_later(self._timing.server_reply_ms / 1000, self.kill)
@@ -100,7 +98,7 @@ class ForkClient:
             if not data:
                 self._loop.remove_reader(self._control)
                 return
-            message = unpack(data)
+            message: FromServer = decode(data, FromServer)
             if not isinstance(message, Exited):
                 self._timer.cancel()
                 self.ready = True

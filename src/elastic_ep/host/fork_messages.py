@@ -1,16 +1,18 @@
-"""What the launcher and the fork server say to each other: one JSON object a packet, over a SEQPACKET socket.
+"""What the launcher and the fork server say to each other: a message a packet, over a SEQPACKET socket.
 
-The first, to the fork server, are its `LaunchOptions`, with the files of the mutexes and of the windows.
+To the fork server its `LaunchOptions` first, with the files of the mutexes and of the windows, and then `Fork`s. It says
+`ServerReady` once; `Launched`, with a pidfd taken before the child could be reaped, or `LaunchFailed` to each `Fork`; and
+`Exited` of each child.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from elastic_ep.config import LogConfig
+from elastic_ep.host.launcher_events import Launched, LaunchFailed, ServerReady
 from elastic_ep.timing import USUAL, Timing
+from elastic_ep.wire.messages import Member
 
 PACKET_BYTES = 64 << 10
 
@@ -45,59 +47,20 @@ class Fork:
     A file, because the placement of a large model is larger than a packet may be.
     """
 
-    rank: int
-    incarnation: int
+    member: Member
     slot: int
     """Of the rank's mutex."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """All is imported. `threads` should be 1: only a single-threaded process forks safely."""
-
-    pid: int
-    threads: int
-
-
-@dataclass(frozen=True, slots=True)
-class Forked:
-    """Travels with a pidfd, taken before the child could be reaped. `fork_us`: how long the fork took."""
-
-    rank: int
-    incarnation: int
-    pid: int
-    fork_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    rank: int
-    incarnation: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Exited:
     """The child is reaped; nothing of it is left."""
 
-    rank: int
-    incarnation: int
+    member: Member
     status: str
 
 
-ForkMessage = Fork | Ready | Forked | Refused | Exited
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Fork, Ready, Forked, Refused, Exited)}
-
-
-def pack(message: ForkMessage) -> bytes:
-    return json.dumps({"is": type(message).__name__, **asdict(message)}, ensure_ascii=False).encode()
-
-
-def unpack(data: bytes) -> ForkMessage:
-    """Raises ValueError, KeyError or TypeError on anything that `pack` did not make."""
-    fields = json.loads(data)
-    message: ForkMessage = _KINDS[fields.pop("is")](**fields)
-    return message
+FromServer = ServerReady | Launched | LaunchFailed | Exited
 
 
 def status_text(returncode: int) -> str:

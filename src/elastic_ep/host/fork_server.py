@@ -29,19 +29,15 @@ from elastic_ep.host.fork_messages import (
     PACKET_BYTES,
     Exited,
     Fork,
-    Forked,
-    ForkMessage,
+    FromServer,
     LaunchOptions,
-    Ready,
-    Refused,
-    pack,
     status_text,
-    unpack,
 )
+from elastic_ep.host.launcher_events import Launched, LaunchFailed, ServerReady
 from elastic_ep.host.private_directory import NotPrivate, check_private, remove
 from elastic_ep.host.robust_mutex import RobustMutexes
 from elastic_ep.host.scheduling import make_ordinary
-from elastic_ep.wire.codec import decode
+from elastic_ep.wire.codec import decode, encode
 from elastic_ep.wire.messages import Member, RankState
 
 log = structlog.get_logger()
@@ -68,7 +64,7 @@ class ForkServer:
     def serve(self) -> None:
         """Serve until the launcher's end closes."""
         self._poll.register(self._control, select.POLLIN)
-        self._send(Ready(os.getpid(), len(os.listdir("/proc/self/task"))))
+        self._send(ServerReady(os.getpid(), len(os.listdir("/proc/self/task"))))
         while True:
             for fd, _ in self._poll.poll():
                 if fd in self._children:
@@ -94,8 +90,7 @@ class ForkServer:
             return False
         if not data:
             return False
-        message = unpack(data)
-        assert isinstance(message, Fork), message
+        message: Fork = decode(data, Fork)
         assert len(fds) == 2, "a rank needs its life line and its configuration"
         life_fd, config_fd = fds
         try:
@@ -106,12 +101,12 @@ class ForkServer:
         return True
 
     def _fork(self, message: Fork, life_fd: int, config_fd: int) -> None:
-        member = Member(message.rank, message.incarnation)
+        member = message.member
         began = time.perf_counter_ns()
         try:
             pid = os.fork()
         except OSError as error:
-            self._send(Refused(*member, f"fork: {error.strerror}"))
+            self._send(LaunchFailed(member, f"fork: {error.strerror}"))
             return
         if pid == 0:
             self._become_rank(message, life_fd, config_fd)
@@ -121,23 +116,23 @@ class ForkServer:
         except OSError as error:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            self._send(Refused(*member, f"pidfd_open: {error.strerror}"))
+            self._send(LaunchFailed(member, f"pidfd_open: {error.strerror}"))
             return
         self._children[pidfd] = _Child(member, pid)
         self._poll.register(pidfd, select.POLLIN)
-        self._send(Forked(*member, pid, fork_us), pidfd)
+        self._send(Launched(member, pid, fork_us), pidfd)
 
     def _reap(self, pidfd: int) -> None:
         child = self._children.pop(pidfd)
         self._poll.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(child.pid, 0)
-        self._send(Exited(*child.member, status_text(os.waitstatus_to_exitcode(status))))
+        self._send(Exited(child.member, status_text(os.waitstatus_to_exitcode(status))))
 
-    def _send(self, message: ForkMessage, *fds: int) -> None:
+    def _send(self, message: FromServer, *fds: int) -> None:
         # If the launcher is gone, `serve` is about to see that.
         with suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(self._control, [pack(message)], fds)
+            socket.send_fds(self._control, [encode(message)], fds)
 
     def _become_rank(self, message: Fork, life_fd: int, config_fd: int) -> NoReturn:
         """In the forked child. Nothing gets past this: it must never go on as a second fork server."""
@@ -154,7 +149,7 @@ class ForkServer:
         except SystemExit as leaving:
             status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         except BaseException:
-            log.exception("the rank ends by an exception", rank=f"{message.rank}.{message.incarnation}")
+            log.exception("the rank ends by an exception", rank=str(message.member))
         finally:
             try:
                 sys.stdout.flush()
@@ -168,7 +163,7 @@ class ForkServer:
         os.setpgid(0, 0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        titles.show_rank(Member(message.rank, message.incarnation), RankState.LAUNCHING)
+        titles.show_rank(message.member, RankState.LAUNCHING)
         hold_until_death(self._mutexes, message.slot)
         os.nice(self._options.nice)  # of this thread and those that it starts
         module, _, function = self._options.entry.partition(":")

@@ -26,11 +26,8 @@ from elastic_ep.host.fork_client import ForkClient
 from elastic_ep.host.fork_messages import (
     Exited,
     Fork,
-    Forked,
-    ForkMessage,
+    FromServer,
     LaunchOptions,
-    Ready,
-    Refused,
 )
 from elastic_ep.host.launcher_events import (
     DeathNoticed,
@@ -45,19 +42,6 @@ from elastic_ep.host.peer_notices import NoticeSender
 from elastic_ep.host.private_directory import Janitor
 from elastic_ep.host.robust_mutex import RobustMutexes
 from elastic_ep.wire.messages import Member
-
-__all__ = [
-    "DeathNoticed",
-    "ForkServerFailed",
-    "LaunchFailed",
-    "LaunchOptions",
-    "Launched",
-    "Launcher",
-    "LauncherEvent",
-    "ProcessGone",
-    "ServerLost",
-    "ServerReady",
-]
 
 UNKNOWN_STATUS = "unknown"
 
@@ -223,22 +207,23 @@ class Launcher:
             for process in list(self._queue):
                 self._loop.call_soon(self._fail, process, f"no fork server: {error}")
 
-    def _on_message(self, message: ForkMessage, fds: list[int]) -> None:
+    def _on_message(self, message: FromServer, fds: list[int]) -> None:
         match message:
-            case Ready(pid, threads):
-                self._on_event(ServerReady(pid, threads))
-            case Forked(rank, incarnation, pid, fork_us):
-                self._on_forked(Member(rank, incarnation), pid, fork_us, fds[0])
-            case Refused(rank, incarnation, reason):
+            case ServerReady():
+                self._on_event(message)
+            case Launched(member):
                 self._asked = None
-                self._fail(self._processes[Member(rank, incarnation)], reason)
-            case Exited(rank, incarnation, status):
-                process = self._processes.get(Member(rank, incarnation))
-                if process is not None:
-                    self._notice(process, "reaped", time.monotonic_ns())
-                    self._gone(process, status)
-            case Fork():
-                raise AssertionError("only the launcher says this")
+                process = self._processes[member]
+                process.pidfd = fds[0]
+                self._loop.add_reader(process.pidfd, self._on_pidfd, process)
+                self._on_event(message)
+            case LaunchFailed(member, reason):
+                self._asked = None
+                self._fail(self._processes[member], reason)
+            case Exited(member, status):
+                if child := self._processes.get(member):
+                    self._notice(child, "reaped", time.monotonic_ns())
+                    self._gone(child, status)
         self._ask()
         self._stir()
 
@@ -278,18 +263,11 @@ class Launcher:
                 config_fd = _file_of(process.config_json)
                 ours.callback(os.close, config_fd)
                 # Not heard: the server is dead, and `_on_server_exit` is about to deal with this launch.
-                self._server.fork(Fork(*process.member, process.slot), read_end, config_fd)
+                self._server.fork(Fork(process.member, process.slot), read_end, config_fd)
         except (IndexError, OSError) as error:
             self._asked = None
             self._fail(process, f"no mutex, pipe or file: {error}")
             self._ask()
-
-    def _on_forked(self, member: Member, pid: int, fork_us: int, pidfd: int) -> None:
-        self._asked = None
-        process = self._processes[member]
-        process.pidfd = pidfd
-        self._loop.add_reader(pidfd, self._on_pidfd, process)
-        self._on_event(Launched(member, pid, fork_us))
 
     def _on_pidfd(self, process: _Process) -> None:
         self._loop.remove_reader(process.pidfd)
