@@ -110,7 +110,8 @@ def test_a_joiner_is_heard_of_when_its_predecessor_has_left_the_device(
     slots = {1: SimpleNamespace(member=joiner, state=RankState.INIT_DIST)}
     controller = SimpleNamespace(
         machine=SimpleNamespace(slots=slots),
-        processes=SimpleNamespace(hold=held.append, when_free=lambda rank, then: waiting.append(then)),
+        _processes=SimpleNamespace(when_free=lambda rank, then: waiting.append(then)),
+        _hold_device=held.append,
         feed=events.append,
         _reason=lambda member, report: report.reason,
     )
@@ -141,7 +142,7 @@ def test_a_rank_that_starts_is_held_at_each_heartbeat(
     asked: list[Member] = []
     controller = SimpleNamespace(
         machine=SimpleNamespace(slots={1: SimpleNamespace(member=member_now, state=state)}),
-        processes=SimpleNamespace(hold=asked.append),
+        _hold_device=asked.append,
         _signs_of_life={},
         _known=lambda member: SimpleNamespace(),
     )

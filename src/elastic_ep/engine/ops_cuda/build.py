@@ -59,7 +59,15 @@ def _build(
     directory.mkdir(mode=0o700, exist_ok=True)
     words = StepWords(directory, config.placement.num_ranks, config.rank)
     member = Member(config.rank, config.incarnation)
-    exchange = MooncakeExchange(shape, member, store, words=words, timeout_ms=config.timing.kernel_wait_ms)
+    timing = config.timing
+    exchange = MooncakeExchange(
+        shape,
+        member,
+        store,
+        words=words,
+        timeout_ms=timing.kernel_wait_ms,
+        connect_timeout_ms=timing.store_get_ms,
+    )
     weights = load_weights(
         Path(config.model),
         spec,
