@@ -1,5 +1,7 @@
 """`python -m elastic_ep.charts`: renders the machines' tables into `statecharts/` as Mermaid and SVG.
 
+The group's state follows from its data, so it is drawn as what decides it: a list of questions, the first yes counts.
+
 The states stand in a column in the order of their life. A transition from one or two states is an arrow, ahead on
 the right and back on the left; one from many states is a short arrow that says where it may come from. Arrows with
 one trigger and one target join.
@@ -9,18 +11,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from html import escape
 from pathlib import Path
 
-from elastic_ep.machines.membership.group import GROUP
+from elastic_ep.machines.membership.group import GROUP, Case
 from elastic_ep.machines.rank.lifecycle import RANK
 from elastic_ep.machines.requests.lifecycle import REQUEST
 from elastic_ep.machines.tables import Table
 
 FOLDER = Path("statecharts")
-TABLES = (RANK, GROUP, REQUEST)
+TABLES = (RANK, REQUEST)
 _MANY = 3
 _BOX_W, _BOX_H, _GAP, _TOP = 150, 40, 48, 92
 _LANE, _LANE_STEP, _STUB, _CHAR, _MARGIN = 30, 110, 30, 6.9, 24
@@ -121,8 +124,41 @@ def svg(table: Table) -> str:
         _draw_arrow(drawing, arrow, taken)
     for index, state in enumerate(table.states):
         _draw_state(drawing, table, state, _top(index))
+    return _framed(drawing, len(table.states))
+
+
+def decision_mermaid(cases: Sequence[Case]) -> str:
+    lines = ["flowchart TD"]
+    for number, case in enumerate(cases[:-1]):
+        lines.append(f"    q{number}{{{case.when}?}} -- yes --> {case.state.value}")
+        last = number + 2 == len(cases)
+        lines.append(f"    q{number} -- no --> {cases[-1].state.value if last else f'q{number + 1}'}")
+    return "\n".join(lines) + "\n"
+
+
+def decision_svg(name: str, cases: Sequence[Case]) -> str:
+    """A column of questions, each with its answer's state to the right; the last is what is left."""
+    drawing = Drawing([])
+    drawing.text("t", 0, 30, f"{name} states: the first yes counts")
+    x = max(len(case.when) for case in cases) * _CHAR + _STUB
+    for number, case in enumerate(cases):
+        y = _top(number)
+        drawing.text("s", 0, y + 25, case.when + "?" * (case is not cases[-1]))
+        drawing.path(f"M{x:g} {y + 20}H{x + 2 * _STUB - 1:g}")
+        drawing.parts.append(
+            f'<rect x="{x + 2 * _STUB:g}" y="{y}" width="{_BOX_W}" height="{_BOX_H}" rx="10"/>'
+        )
+        drawing.text("s", x + 2 * _STUB + _BOX_W / 2, y + 25, case.state.value, "middle")
+        drawing.right = max(drawing.right, x + 2 * _STUB + _BOX_W)
+        if number:
+            drawing.path(f"M{_LANE} {y - _BOX_H + 4}V{y + 8}")
+            drawing.text("m", _LANE + 9, y - 16, "no")
+    return _framed(drawing, len(cases))
+
+
+def _framed(drawing: Drawing, rows: int) -> str:
     left, right = drawing.left - _MARGIN, drawing.right + _MARGIN
-    width, height = round(right - left), _top(len(table.states))
+    width, height = round(right - left), _top(rows)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{round(left)} 0 {width} {height}" width="{width}" '
         f'height="{height}"><style>{_STYLE}</style><defs><marker id="a" viewBox="0 0 10 10" refX="9" refY="5" '
@@ -188,8 +224,8 @@ def _free_lane(taken: list[tuple[bool, int, int, int]], ahead: bool, low: int, h
 
 
 def rendered() -> dict[str, str]:
-    """File name -> content, for every table."""
-    files = {}
+    """File name -> content."""
+    files = {"group.mmd": decision_mermaid(GROUP), "group.svg": decision_svg("group", GROUP)}
     for table in TABLES:
         files[f"{table.name}.mmd"] = mermaid(table)
         files[f"{table.name}.svg"] = svg(table)

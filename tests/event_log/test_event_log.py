@@ -227,6 +227,7 @@ def logged() -> set[type]:
 
 
 WORDS_OF_OUR_OWN = {
+    "Case.when": "a chart's",
     "Death.status": "ProcessGone.status",
     "Outlook.reason": "another event's",
     "Slot.failed": "Reported.reason",

@@ -208,7 +208,7 @@ def test_an_idle_group_parks_and_a_busy_one_does_not(work: bool) -> None:
     async def main(group: FakeGroup) -> None:
         group.controller.feed(ev.WorkBegan() if work else ev.WorkEnded())
         await asyncio.sleep(2.0)
-        assert (group.controller.machine.state is GroupState.PAUSED) is not work
+        assert (group.controller.machine.group_state is GroupState.PAUSED) is not work
 
     simulate(main)
 

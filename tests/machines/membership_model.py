@@ -47,7 +47,6 @@ def copy_controller(machine: MembershipMachine) -> MembershipMachine:
     for name, value in vars(machine).items():
         if name not in ("_handlers", "placement", "config"):
             setattr(new, name, value)
-    new.group = copy.copy(machine.group)
     new.slots = {rank: copy.copy(slot) for rank, slot in machine.slots.items()}
     for slot in new.slots.values():
         slot.lifecycle = copy.copy(slot.lifecycle)

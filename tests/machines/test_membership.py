@@ -147,6 +147,7 @@ class AnyOrder(RuleBasedStateMachine):
         """As the controller does: a rank that breaks the protocol is suspected."""
         self.witness.before(event)
         was_parked = self.machine.view.park_at is not None and self.machine.view.seats
+        was = self.machine.group_state
         try:
             effects = self.machine.step(event)
         except UnexpectedEvent:
@@ -166,6 +167,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.machine.covered
         self.the_next_deadline_is_ahead()
         self.the_name_of_the_state_fits()
+        self.its_moves_are_told(was, effects)
         self.the_outlook_fits()
         if any(isinstance(effect, ev.NothingWillServe) for effect in effects):
             self.too_few_are_left()
@@ -310,7 +312,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def the_name_of_the_state_fits(self) -> None:
         machine, seated = self.machine, len(self.machine.view.seats)
-        match machine.state:
+        match machine.group_state:
             case ev.GroupState.SERVING:
                 assert seated == machine.num_ranks
                 assert machine.covered
@@ -326,6 +328,13 @@ class AnyOrder(RuleBasedStateMachine):
             case ev.GroupState.STOPPING:
                 assert machine.stopping
                 assert machine.view.park_at is None
+
+    def its_moves_are_told(self, was: ev.GroupState, effects: list[ev.Effect]) -> None:
+        now = self.machine.group_state
+        assert [e.state for e in effects if isinstance(e, ev.GroupMoved)] == ([now] if now is not was else [])
+        if was is ev.GroupState.FORMING:  # nobody is seated but by an attempt
+            assert now in (was, ev.GroupState.ADMITTING, ev.GroupState.STOPPING)
+        assert was is not ev.GroupState.STOPPING or now is was
 
     def the_outlook_fits(self) -> None:
         machine = self.machine
@@ -495,7 +504,7 @@ def test_after_a_total_loss_no_step_is_used_twice() -> None:
     feed(machine, ev.StepSeen(777))
     kill(machine, 0)
     kill(machine, 1)
-    assert machine.state is ev.GroupState.FORMING
+    assert machine.group_state is ev.GroupState.FORMING
     assert machine.next_deadline_ms() == CONFIG.init_deadline_ms, "no deadline in the past: it would spin"
     come_up(machine, 0)
     promise(machine)
@@ -647,7 +656,7 @@ def test_a_rank_that_is_kept_away_comes_back_when_an_operator_says_so() -> None:
     assert ev.Launch(Member(2, 2)) in feed(machine, ev.RelaunchRequested((0, 1, 2)))
     come_up(machine, 2)
     promise(machine)
-    assert machine.state is ev.GroupState.SERVING
+    assert machine.group_state is ev.GroupState.SERVING
 
 
 def test_a_rank_that_is_wanted_back_while_it_dies_is_launched_when_it_is_gone() -> None:
@@ -694,7 +703,7 @@ def test_a_rank_that_was_stable_is_forgiven() -> None:
         assert machine.slots[1].early_deaths == 0
         come_up(machine, 1)
         promise(machine)
-    assert machine.state is ev.GroupState.SERVING
+    assert machine.group_state is ev.GroupState.SERVING
 
 
 def test_a_joiner_that_does_not_connect_is_fenced_a_member_is_not() -> None:
@@ -771,7 +780,7 @@ def test_an_expert_without_a_copy_parks_the_group_until_it_is_back() -> None:
     machine = serving(2, redundant=0)
     kill(machine, 1)
     promise(machine, 8)
-    assert (machine.state, machine.view.park_at) == (ev.GroupState.HOLDING, 8)
+    assert (machine.group_state, machine.view.park_at) == (ev.GroupState.HOLDING, 8)
     assert feed(machine, ev.WorkEnded(), ev.WorkBegan()) == [], "work alone does not help"
     come_up(machine, 1)
     promise(machine, 8)
@@ -783,7 +792,7 @@ def test_a_loss_does_not_have_all_layers_looked_through() -> None:
     machine = serving(3)
     machine.placement = None  # type: ignore[assignment]  # whoever looks at it fails
     kill(machine, 1)
-    assert machine.state is ev.GroupState.DEGRADED
+    assert machine.group_state is ev.GroupState.DEGRADED
 
 
 def test_stopping_begins_with_draining_and_starts_nothing_new() -> None:

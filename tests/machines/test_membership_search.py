@@ -40,9 +40,9 @@ def _assert_it_happened(case: Case, model: Model) -> None:
         aborts = [message for message in model.messages if isinstance(message, Abort)]
         assert aborts, "no attempt was ever aborted"
     if case.bounds.work_changes:
-        assert any(m.state is ev.GroupState.PAUSED for m in model.controllers)
+        assert any(m.group_state is ev.GroupState.PAUSED for m in model.controllers)
     if case.redundant == 0:
-        assert any(m.state is ev.GroupState.HOLDING for m in model.controllers)
+        assert any(m.group_state is ev.GroupState.HOLDING for m in model.controllers)
 
 
 TWO_AND_A_JOINER = Case("mutant", 3, 2, Bounds(max_step=1))

@@ -47,7 +47,7 @@ class GroupBackend:
 
     def health(self) -> Health:
         outlook = self._controller.outlook()
-        state = self._controller.machine.state
+        state = self._controller.machine.group_state
         return Health(outlook.well, state, self._router.serving_ranks(), outlook.reason)
 
     def relaunch(self, rank: int | None) -> Relaunch:

@@ -311,7 +311,7 @@ class Controller:
     @property
     def _calm(self) -> int:
         """How much rarer things are checked while the group is parked."""
-        return self.timing.calm_factor if self.machine.state is ev.GroupState.PAUSED else 1
+        return self.timing.calm_factor if self.machine.group_state is ev.GroupState.PAUSED else 1
 
     def _pulse(self) -> None:
         pulse = Pulse(

@@ -1,36 +1,14 @@
-"""The group's lifecycle, and what the membership machine knows of each rank and of an attempt in progress."""
+"""What state the group is in, and what the membership machine knows of each rank and of an attempt in progress."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from elastic_ep.machines.membership.events import GroupState
-from elastic_ep.machines.tables import Row, Table, TableMachine
-from elastic_ep.wire.messages import Member, RankState
-
-_RUNNING = (
-    GroupState.SERVING,
-    GroupState.DEGRADED,
-    GroupState.ADMITTING,
-    GroupState.PAUSED,
-    GroupState.HOLDING,
-)
-
-GROUP = Table(
-    name="group",
-    initial=GroupState.FORMING,
-    rows=(
-        Row("admit", (GroupState.FORMING, *_RUNNING), GroupState.ADMITTING),
-        Row("all_seats_filled", _RUNNING, GroupState.SERVING),
-        Row("seat_empty", _RUNNING, GroupState.DEGRADED),
-        Row("park", _RUNNING, GroupState.PAUSED),
-        Row("expert_uncovered", _RUNNING, GroupState.HOLDING),
-        Row("nobody_left", _RUNNING, GroupState.FORMING),
-        Row("stop", (GroupState.FORMING, *_RUNNING), GroupState.STOPPING),
-    ),
-    final=frozenset({GroupState.STOPPING}),
-)
-TRIGGER_TO = {row.dest: row.trigger for row in GROUP.rows}
+from elastic_ep.machines.tables import TableMachine
+from elastic_ep.wire.messages import Member, RankState, View
 
 
 @dataclass
@@ -78,3 +56,35 @@ class Attempt:
     awaited: frozenset[Member]
     first_step: int
     deadline_ms: int
+
+
+class Facts(Protocol):
+    """What the group's state is derived from; the membership machine has it."""
+
+    num_ranks: int
+    stopping: bool
+    attempt: Attempt | None
+    view: View
+
+    @property
+    def covered(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    state: GroupState
+    when: str
+    """In words, for the chart."""
+    holds: Callable[[Facts], bool]
+
+
+GROUP = (
+    Case(GroupState.STOPPING, "it was asked to stop", lambda m: m.stopping),
+    Case(GroupState.ADMITTING, "ranks are being admitted", lambda m: bool(m.attempt and m.attempt.joiners)),
+    Case(GroupState.FORMING, "nobody has a seat", lambda m: not m.view.seats),
+    Case(GroupState.HOLDING, "an expert has no copy", lambda m: not m.covered),
+    Case(GroupState.PAUSED, "the members are parked", lambda m: m.view.park_at is not None),
+    Case(GroupState.SERVING, "every rank has a seat", lambda m: len(m.view.seats) == m.num_ranks),
+    Case(GroupState.DEGRADED, "else", lambda m: True),
+)
+"""The group's state is the first one that holds."""

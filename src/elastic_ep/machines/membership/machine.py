@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import Effect, Event, GroupState
-from elastic_ep.machines.membership.group import GROUP, TRIGGER_TO, Attempt, Slot
+from elastic_ep.machines.membership.group import GROUP, Attempt, Slot
 from elastic_ep.machines.membership.outlook import Outlook, enough_slots, outlook, why_never
 from elastic_ep.machines.membership.relaunch import (
     Death,
@@ -48,7 +48,6 @@ class MembershipMachine:
     def __post_init__(self) -> None:
         self.view = View(epoch=0, seats=())
         self.slots = {rank: Slot(Member(rank, 1), TableMachine(RANK)) for rank in range(self.num_ranks)}
-        self.group = TableMachine(GROUP)
         self.attempt: Attempt | None = None
         self.attempts = 0
         self.now_ms = 0
@@ -86,18 +85,18 @@ class MembershipMachine:
     # Reading
 
     @property
-    def state(self) -> GroupState:
-        return GroupState(self.group.state)
+    def group_state(self) -> GroupState:
+        return next(case.state for case in GROUP if case.holds(self))
 
     @property
     def idle(self) -> bool:
         """The members are parked because there is nothing to do. They serve the next request at once."""
-        return self.state is GroupState.PAUSED
+        return self.group_state is GroupState.PAUSED
 
     @property
     def public_state(self) -> GroupState:
         """For operators, to whom an idle group is as healthy as a busy one."""
-        return self._strength() if self.idle else self.state
+        return next(case.state for case in GROUP if case.state is not GroupState.PAUSED and case.holds(self))
 
     @property
     def covered(self) -> bool:
@@ -142,10 +141,12 @@ class MembershipMachine:
 
     def step(self, event: Event) -> list[Effect]:
         self._effects = []
+        before = self.group_state
         self._handlers[type(event)](event)
         self._advance()
         self._judge()
-        self._settle()
+        if (now := self.group_state) is not before:
+            self._effects.append(ev.GroupMoved(now))
         return self._effects
 
     def check(self) -> None:
@@ -492,29 +493,6 @@ class MembershipMachine:
         # While the first launches are under way it may turn out that they all fail alike.
         if self.view.epoch or all(slot.gone or slot.state not in _STARTING for slot in self.slots.values()):
             self._conclude(ev.NothingWillServe(why_never(self)))
-
-    def _settle(self) -> None:
-        """Name the state that the data amounts to; the table says whether that move is legal."""
-        target = self._target()
-        if target is not self.state:
-            self.group.fire(TRIGGER_TO[target])
-            self._effects.append(ev.GroupMoved(target))
-
-    def _target(self) -> GroupState:
-        if self.stopping:
-            return GroupState.STOPPING
-        if self.attempt and self.attempt.joiners:
-            return GroupState.ADMITTING
-        if not self.view.seats:
-            return GroupState.FORMING
-        if not self.covered:
-            return GroupState.HOLDING
-        if self.view.park_at is not None:
-            return GroupState.PAUSED
-        return self._strength()
-
-    def _strength(self) -> GroupState:
-        return GroupState.SERVING if len(self.view.seats) == self.num_ranks else GroupState.DEGRADED
 
 
 def _end(slot: Slot, otherwise: str) -> str:
