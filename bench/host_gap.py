@@ -220,7 +220,7 @@ class BlockRank(RankProcess):
     def __init__(self, config: RankConfig, life_fd: int, plan: Plan) -> None:
         super().__init__(config, -1, life_fd)
         self._forward = BlockForward(config, self._mailbox, plan)
-        self._slots = SlotWorker(self._me, self._mailbox, lambda: "no state plane here", USUAL)
+        self._slots = SlotWorker(self._mailbox, lambda: "no state plane here", USUAL)
 
 
 def run_rank(config: RankConfig, life_fd: int, plan: Plan) -> None:

@@ -39,22 +39,20 @@ class Conductor:
         self._wire = ControllerWire(directory)
         self._wire.receive(self._hear, print)
 
-    def _hear(self, message: FromRank) -> None:
+    def _hear(self, member: Member, message: FromRank) -> None:
         self.heard[type(message).__name__] += 1
         match message:
-            case SnapshotRequest(rank, incarnation):
-                self._wire.send(
-                    Member(rank, incarnation), Snapshot(self._wire.number, View(epoch=0, seats=()), None)
-                )
+            case SnapshotRequest():
+                self._wire.send(member, Snapshot(self._wire.number, View(epoch=0, seats=()), None))
                 self._wire.publish(Beat())
-            case RankReport(rank, _, RankState.JOINING):
-                self._ready.add(rank)
+            case RankReport(RankState.JOINING):
+                self._ready.add(member.rank)
                 if len(self._ready) == len(self._members):
                     self._wire.publish(Prepare(1, self._members))
-            case RankReport(rank, _, RankState.FAILED, reason):
-                self.reasons.append(f"rank {rank}: {reason}")
-            case Promise(rank):
-                self._promised.add(rank)
+            case RankReport(RankState.FAILED, reason):
+                self.reasons.append(f"rank {member.rank}: {reason}")
+            case Promise():
+                self._promised.add(member.rank)
                 if len(self._promised) == len(self._members):
                     seats = tuple(Seat(*member, first_step=0) for member in self._members)
                     self._wire.publish(Commit(1, View(epoch=1, seats=seats)))

@@ -146,7 +146,7 @@ class BlockForward(ForwardThread):
         """What any server has to do: its tokens go to the process that has the clients."""
         step = self.step
         result = self.runner.run_step(step, schedule=True, launched=self._hand_over)
-        self._report = lambda tokens: StepReport(*self._me, step, 0, 0, 0, tokens, 0, 0, 0, 0), result
+        self._report = lambda tokens: StepReport(step, 0, 0, 0, tokens, 0, 0, 0, 0), result
         self.step += 1
 
 

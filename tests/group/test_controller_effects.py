@@ -41,9 +41,9 @@ def metric(group: FakeGroup, name: str, **labels: str) -> float:
     return value
 
 
-def report(group: FakeGroup, member: Member, *tokens: Token, step: int = 7) -> StepReport:
+def report(group: FakeGroup, *tokens: Token, step: int = 7) -> StepReport:
     epoch = group.controller.machine.view.epoch
-    return StepReport(*member, step, epoch, 1, 2, tokens, running=3, waiting=2, operations=9, cpu_ms=5)
+    return StepReport(step, epoch, 1, 2, tokens, running=3, waiting=2, operations=9, cpu_ms=5)
 
 
 def test_who_said_hello_is_watched_and_held_while_it_starts() -> None:
@@ -53,15 +53,15 @@ def test_who_said_hello_is_watched_and_held_while_it_starts() -> None:
             assert group.processes.held.count(member) == 3, "in each state on its way"
             assert group.controller.facts[member].pid == 1000 + member.rank
         group.controller.facts.clear()
-        group.controller.on_message(Hello(*ALL[0], 77))  # sooner than the launcher has said so
+        group.controller.on_message(ALL[0], Hello(77))  # sooner than the launcher has said so
         assert group.controller.facts[ALL[0]].pid == 77
-        group.controller.on_message(Heartbeat(*ALL[0], 1, 0, 0, None, False))
+        group.controller.on_message(ALL[0], Heartbeat(1, 0, 0, None, False))
         assert group.processes.held.count(ALL[0]) == 3, "not while it serves"
         group.kill(1)
         await group.until(lambda: AGAIN in group.processes.held, "it starts again")
         held = group.processes.held.count(AGAIN)
         if group.controller.machine.slots[1].state is not RankState.SERVING:
-            group.controller.on_message(Heartbeat(*AGAIN, 0, 0, 0, None, False))
+            group.controller.on_message(AGAIN, Heartbeat(0, 0, 0, None, False))
             assert group.processes.held.count(AGAIN) == held + 1
 
     simulate(main)
@@ -88,14 +88,14 @@ def test_a_joiner_waits_until_its_device_is_free_of_the_dead() -> None:
 def test_what_is_known_of_a_dead_rank_goes_with_it() -> None:
     async def main(group: FakeGroup) -> None:
         controller = group.controller
-        group.ranks[1].say(StoreSet(*ALL[1], "1/its", b"x"))
+        group.ranks[1].say(StoreSet("1/its", b"x"))
         await asyncio.sleep(0.01)
         assert ALL[1] in controller.repairs.states
         group.kill(1)
         assert ALL[1] not in controller.facts
         assert ALL[1] not in controller.repairs.states
         assert ALL[1] not in controller.repairs.machine.members
-        group.ranks[0].say(StoreGet(*ALL[0], ("1/its",)))
+        group.ranks[0].say(StoreGet(("1/its",)))
         await asyncio.sleep(0.01)
         assert StoreValue("1/its", b"x") not in group.ranks[0].told
         await group.until(lambda: group.all_serve, "it is back")
@@ -106,12 +106,12 @@ def test_what_is_known_of_a_dead_rank_goes_with_it() -> None:
 
 def test_ranks_leave_each_other_values() -> None:
     async def main(group: FakeGroup) -> None:
-        group.ranks[0].say(StoreGet(*ALL[0], ("key",)))
-        group.ranks[1].say(StoreSet(*ALL[1], "key", b"value"))
+        group.ranks[0].say(StoreGet(("key",)))
+        group.ranks[1].say(StoreSet("key", b"value"))
         await asyncio.sleep(0.01)
         assert StoreValue("key", b"value") in group.ranks[0].told
-        group.ranks[1].say(StoreDelete(*ALL[1], "key"))
-        group.ranks[2].say(StoreGet(*ALL[2], ("key",)))
+        group.ranks[1].say(StoreDelete("key"))
+        group.ranks[2].say(StoreGet(("key",)))
         await asyncio.sleep(0.01)
         assert StoreValue("key", b"value") not in group.ranks[2].told
 
@@ -123,7 +123,7 @@ def test_requests_go_to_ranks_and_their_tokens_to_clients_through_a_loss() -> No
         stream = group.router.submit((1, 2), SamplingParams(2), 0, 0)
         await asyncio.sleep(0.01)
         (first,) = [n for n, rank in group.ranks.items() if any(isinstance(m, Assign) for m in rank.told)]
-        group.controller.on_message(report(group, group.ranks[first].member, Token(0, 0, 5)))
+        group.controller.on_message(group.ranks[first].member, report(group, Token(0, 0, 5)))
         facts = group.controller.facts[group.ranks[first].member]
         assert (facts.running, facts.waiting, facts.step) == (3, 2, 7)
         assert group.controller.step == 7
@@ -136,7 +136,7 @@ def test_requests_go_to_ranks_and_their_tokens_to_clients_through_a_loss() -> No
             if n != first and any(isinstance(m, Assign) and m.emitted == (5,) for m in rank.told)
         ]
         group.controller.on_message(
-            report(group, group.ranks[second].member, Token(0, 1, 6, "length"), step=8)
+            group.ranks[second].member, report(group, Token(0, 1, 6, "length"), step=8)
         )
         assert [token.token for token in await anext(stream)] == [5, 6]
         await group.until(lambda: group.all_serve, "it is back")
@@ -166,7 +166,7 @@ CAUSES = {
 def _failed(why: str) -> Any:
     from elastic_ep.wire.messages import RankReport
 
-    return RankReport(*ALL[1], RankState.FAILED, why)
+    return RankReport(RankState.FAILED, why)
 
 
 @pytest.mark.parametrize(("act", "cause", "why"), CAUSES.values(), ids=CAUSES.keys())
@@ -279,7 +279,7 @@ def test_a_rank_that_falls_silent_is_fenced_and_nobody_else() -> None:
             for rank in list(group.ranks.values()):
                 seated = rank.member in controller.machine.view.members
                 parked = seated and controller.machine.view.park_at is not None
-                rank.say(Heartbeat(*rank.member, count, count, count, None, parked))
+                rank.say(Heartbeat(count, count, count, None, parked))
             group.loop.call_later(0.1, beat, count + 1)
 
         controller.feed(ev.WorkBegan())
@@ -305,9 +305,9 @@ def test_what_survivors_felt_is_measured_and_told(kind: str, name: str) -> None:
 
         def steps(numbers: range, ended_ms: int) -> None:
             for index, step in enumerate(numbers):
-                told = report(group, ALL[0], Token(99, index, 1), step=step)  # of a request that is over
+                told = report(group, Token(99, index, 1), step=step)  # of a request that is over
                 ended_ns = (ended_ms + 10 * index) * 1_000_000
-                controller.on_message(replace(told, started_ns=0, ended_ns=ended_ns))
+                controller.on_message(ALL[0], replace(told, started_ns=0, ended_ns=ended_ns))
 
         controller.feed(ev.WorkBegan())
         if kind == "gain":

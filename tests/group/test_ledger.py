@@ -75,11 +75,11 @@ ENDS: dict[str, tuple[LossCause, Callable[[FakeGroup, FakeRank], None]]] = {
     "hang": (LossCause.HANG, lambda group, rank: suspect_twice(group, rank.member)),
     "raise": (
         LossCause.EXCEPTION,
-        lambda group, rank: rank.say(RankReport(*rank.member, RankState.FAILED, "ValueError: no")),
+        lambda group, rank: rank.say(RankReport(RankState.FAILED, "ValueError: no")),
     ),
     "lie": (
         LossCause.PROTOCOL,
-        lambda group, rank: rank.say(RankReport(*rank.member, RankState.INIT_CUDA)),
+        lambda group, rank: rank.say(RankReport(RankState.INIT_CUDA)),
     ),
 }
 

@@ -25,13 +25,13 @@ class Table(StoreTable):
         )
 
     def set(self, member: Member, key: str, value: bytes = SECRET) -> None:
-        self.heard(member, StoreSet(*member, key, value))
+        self.heard(member, StoreSet(key, value))
 
     def get(self, member: Member, *keys: str) -> None:
-        self.heard(member, StoreGet(*member, keys))
+        self.heard(member, StoreGet(keys))
 
     def delete(self, member: Member, key: str) -> None:
-        self.heard(member, StoreDelete(*member, key))
+        self.heard(member, StoreDelete(key))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ async def beats(group: FakeGroup) -> None:
     while True:
         await asyncio.sleep(BEAT_S)
         for rank in list(group.ranks.values()):
-            rank.say(Heartbeat(*rank.member, 0, int(group.loop.time() * 1000), 0, None, False))
+            rank.say(Heartbeat(0, int(group.loop.time() * 1000), 0, None, False))
 
 
 def watched(main: Callable[[FakeGroup], Coroutine[Any, Any, None]], **shape: Any) -> FakeGroup:

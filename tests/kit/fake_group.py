@@ -100,10 +100,10 @@ class FakeRank:
                 self.contents[layer, member.rank * placement.slots_per_rank + slot] = logical
 
     def start(self) -> None:
-        self.say(Hello(*self.member, 1000 + self.member.rank))
+        self.say(Hello(1000 + self.member.rank))
         for state in (RankState.INIT_CUDA, RankState.INIT_DIST):
-            self.say(RankReport(*self.member, state))
-        self.say(StateReady(*self.member, StateAddress(f"host:{self.member.rank}", ()), dense_sum=0))
+            self.say(RankReport(state))
+        self.say(StateReady(StateAddress(f"host:{self.member.rank}", ()), dense_sum=0))
         self._synchronise()
 
     def say(self, message: Any) -> None:
@@ -114,9 +114,9 @@ class FakeRank:
             return
         if self.heard_pub and self.machine.number is not None:
             self.said_ready = True
-            self.say(RankReport(*self.member, RankState.JOINING))
+            self.say(RankReport(RankState.JOINING))
         else:
-            self.say(SnapshotRequest(*self.member))
+            self.say(SnapshotRequest())
             self.group.loop.call_later(USUAL.sync_retry_ms / 1000, self._synchronise)
 
     def hear(self, message: Any) -> None:
@@ -131,11 +131,11 @@ class FakeRank:
                 self.heard_pub = self.heard_pub or isinstance(message, Numbered)
                 self._perform(self.machine.step(message))
             case SumSlots(ticket):
-                self.say(SlotSums(*self.member, ticket, self._sums()))
+                self.say(SlotSums(ticket, self._sums()))
             case CopySlot():
                 self.group.ordered(self, message)
             case Shutdown():
-                self.say(RankReport(*self.member, RankState.STOPPED))
+                self.say(RankReport(RankState.STOPPED))
                 self.group.end(self.member, "0")
 
     def _perform(self, effects: Iterable[rk.Effect]) -> None:
@@ -143,13 +143,11 @@ class FakeRank:
             match effect:
                 case rk.AskSnapshot():
                     if self.said_ready:
-                        self.group.loop.call_later(
-                            USUAL.sync_retry_ms / 1000, self.say, SnapshotRequest(*self.member)
-                        )
+                        self.group.loop.call_later(USUAL.sync_retry_ms / 1000, self.say, SnapshotRequest())
                 case rk.MakePromise(attempt, seated):
-                    self.say(Promise(*self.member, attempt, self.mailbox.promise() if seated else 0))
+                    self.say(Promise(attempt, self.mailbox.promise() if seated else 0))
                 case rk.AdoptPlacement(placement):
-                    self.say(PlacementSeen(*self.member, placement.version))
+                    self.say(PlacementSeen(placement.version))
                 case rk.Expelled():
                     self.group.end(self.member, "expelled")
 
@@ -172,7 +170,7 @@ class FakeRank:
         checksum = checksum_of(order.layer, content)
         if not error and order.checksum in (None, checksum):
             self.contents[order.layer, order.physical] = content
-        done = SlotCopied(*self.member, order.ticket, 0 if error else checksum, error)
+        done = SlotCopied(order.ticket, 0 if error else checksum, error)
         self.group.copied(self, order, done)
         self.say(done)
 
@@ -330,7 +328,7 @@ class FakeGroup:
 
     def _heard(self, rank: FakeRank, message: Any) -> None:
         if rank.alive:
-            self.controller.on_message(message)
+            self.controller.on_message(rank.member, message)
 
     # What can be seen
 

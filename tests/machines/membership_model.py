@@ -341,7 +341,7 @@ class Model:
             ranks=_with(world.ranks, rank, self.keep_rank(RankModel(member))),
             life=_with(world.life, rank, ALIVE),
             cursors=_with(world.cursors, rank, UNSUBSCRIBED),
-            up=_with(world.up, rank, (self.keep_message(SnapshotRequest(*member)),)),
+            up=_with(world.up, rank, (self.keep_message(SnapshotRequest()),)),
             down=_with(world.down, rank, ()),
         )
         world = self._tell_controller(world, ev.ProcessStarted(member))

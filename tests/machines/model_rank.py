@@ -99,7 +99,7 @@ class RankModel:
         for effect in self.machine.step(message):
             match effect:
                 case rk.AskSnapshot():
-                    self.out.append(SnapshotRequest(*self.machine.me))
+                    self.out.append(SnapshotRequest())
                 case rk.MakePromise(attempt, seated):
                     self._promise(attempt, seated)
                 case rk.ReleaseHold():

@@ -17,10 +17,10 @@ from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.lived_time import LivedTime
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.membership.progress import ProgressMachine, Pulse, Starved, Suspect
+from elastic_ep.machines.membership.progress import MemberBeat, ProgressMachine, Pulse, Starved, Suspect
 from elastic_ep.placement import launch_placement
 from elastic_ep.timing import ProgressConfig
-from elastic_ep.wire.messages import Heartbeat, Member, RankState
+from elastic_ep.wire.messages import Member, RankState
 
 CONFIG = ProgressConfig(deadline_ms=1_000)
 SLICE_MS = 20
@@ -46,8 +46,10 @@ class Rank:
     def waits_for_a_processor(self, now_ms: int) -> bool:
         return not self.hangs and (self.starved or not self.computes or now_ms < self.runs_from_ms)
 
-    def beat(self) -> Heartbeat:
-        return Heartbeat(self.number, 1, 0, self.operations, self.operations, self.waits_for, self.parked)
+    def beat(self) -> MemberBeat:
+        return MemberBeat(
+            Member(self.number, 1), self.operations, self.operations, self.waits_for, self.parked
+        )
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Machine:
     clock: LivedTime = field(default_factory=LivedTime)
     now_ms: int = 1_000
     wakes_ms: int = 0
-    arrived: list[Heartbeat] = field(default_factory=list)
+    arrived: list[MemberBeat] = field(default_factory=list)
     suspects: list[Suspect] = field(default_factory=list)
 
     def run(self, for_ms: int) -> list[int]:

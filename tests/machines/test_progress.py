@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.machines.lived_time import LivedTime
-from elastic_ep.machines.membership.progress import ProgressMachine, Pulse, Starved, Suspect
+from elastic_ep.machines.membership.progress import MemberBeat, ProgressMachine, Pulse, Starved, Suspect
 from elastic_ep.timing import ProgressConfig
-from elastic_ep.wire.messages import Heartbeat, Member
+from elastic_ep.wire.messages import Member
 
 CONFIG = ProgressConfig(deadline_ms=1_000, busy_factor=30, idle_factor=5)
 PULSE_MS = 100
@@ -52,7 +52,9 @@ class Group:
             life.operations += life.steps
             life.cpu_ms += life.burns
             if not life.silent:
-                beats.append(Heartbeat(rank, 1, 0, life.operations, life.cpu_ms, life.waits_for, life.parked))
+                beats.append(
+                    MemberBeat(Member(rank, 1), life.operations, life.cpu_ms, life.waits_for, life.parked)
+                )
         ranks = range(len(self.lives))
         found = self.machine.step(
             Pulse(
@@ -258,7 +260,8 @@ def test_beats_of_another_incarnation_are_no_sign_of_life() -> None:
     for _ in range(12):
         group.now_ms += PULSE_MS
         beats = tuple(
-            Heartbeat(rank, 1 if rank != 1 else 7, 0, group.now_ms, 0, None, False) for rank in (0, 1, 2)
+            MemberBeat(Member(rank, 1 if rank != 1 else 7), group.now_ms, 0, None, False)
+            for rank in (0, 1, 2)
         )
         seated = tuple(Member(rank, 1) for rank in range(3))
         suspected += group.machine.step(Pulse(group.now_ms, seated, (), beats))
@@ -271,7 +274,7 @@ def test_a_lost_member_is_forgotten_and_its_successor_begins_anew() -> None:
     assert group.run(2_000)[0] == [1]
     group.starting.add(1)
     seated = (Member(0, 1), Member(1, 2))
-    beat = Heartbeat(1, 2, 0, 1, 1, None, False)
+    beat = MemberBeat(Member(1, 2), 1, 1, None, False)
     assert group.machine.step(Pulse(group.now_ms + 100, seated, (), (beat,))) == []
     assert group.machine.suspected == set()
 

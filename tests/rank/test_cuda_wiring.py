@@ -47,7 +47,7 @@ def test_a_cuda_rank_builds_the_cuda_engine(monkeypatch: pytest.MonkeyPatch) -> 
     module = ModuleType("elastic_ep.engine.ops_cuda.build")
     cast(Any, module).build_cuda_engine = lambda *arguments: built.extend(arguments)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    store = ControlStore(Member(0, 1), lambda message: None, USUAL)
+    store = ControlStore(lambda message: None, USUAL)
     build_engine(CONFIG, -1, lambda: "no plane", store, print)
     assert built == [CONFIG, store, print]
 
@@ -65,7 +65,7 @@ def test_what_a_machine_lacks_is_the_reason_and_no_traceback(capfd: pytest.Captu
 
 
 REPORT = StepReport(
-    rank=0, incarnation=1, step=9, epoch=4, started_ns=0, ended_ns=1, tokens=(), running=0, waiting=0,
+    step=9, epoch=4, started_ns=0, ended_ns=1, tokens=(), running=0, waiting=0,
     operations=0, cpu_ms=0, masked=(1,),
 )  # fmt: skip
 SEATS = (Seat(0, 1, 0), Seat(1, 2, 5))
@@ -88,7 +88,7 @@ def test_a_member_masked_by_a_kernel_is_suspected(
     controller = SimpleNamespace(
         machine=machine, suspect=lambda member, cause, why: events.append(ev.Suspected(member, why))
     )
-    Controller._suspect(cast(Any, controller), report)
+    Controller._suspect(cast(Any, controller), Member(0, 1), report)
     assert [event.member for event in events if isinstance(event, ev.Suspected)] == suspected
 
 
@@ -116,7 +116,7 @@ def test_a_joiner_is_heard_of_when_its_predecessor_has_left_the_device(
         _reason=lambda member, report: report.reason,
     )
     for state in (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING):
-        Controller._on_rank_report(cast(Any, controller), joiner, RankReport(1, 2, state))
+        Controller._on_rank_report(cast(Any, controller), joiner, RankReport(state))
     assert [event.state for event in events] == [RankState.INIT_CUDA, RankState.INIT_DIST]
     assert held == [joiner, joiner, joiner]
     slots[1] = SimpleNamespace(member=member_then, state=state_then)
@@ -146,7 +146,7 @@ def test_a_rank_that_starts_is_held_at_each_heartbeat(
         _signs_of_life={},
         _known=lambda member: SimpleNamespace(),
     )
-    Controller._heard(cast(Any, controller), Member(1, 2), Heartbeat(1, 2, 0, 0, 0, None, parked=False))
+    Controller._heard(cast(Any, controller), Member(1, 2), Heartbeat(0, 0, 0, None, parked=False))
     assert asked == held
 
 
@@ -155,7 +155,7 @@ def test_a_rank_says_when_its_device_is_open() -> None:
     rank = lone_rank(wire)
     rank._mailbox._notify = rank._drain_outbox
     rank._device_opened()
-    assert wire.sent == [RankReport(0, 1, RankState.INIT_CUDA)]
+    assert wire.sent == [RankReport(RankState.INIT_CUDA)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from elastic_ep.wire.messages import Heartbeat, StepReport
 from tests.kit.lone_rank import CONFIG, Wire, lone_rank
 
 REPORT = StepReport(
-    rank=0, incarnation=1, step=6, epoch=1, started_ns=0, ended_ns=1, tokens=(), running=0, waiting=0,
+    step=6, epoch=1, started_ns=0, ended_ns=1, tokens=(), running=0, waiting=0,
     operations=0, cpu_ms=0,
 )  # fmt: skip
 

@@ -44,9 +44,9 @@ class Plane:
         self._controller.receive(self._on_message, _no_error)
         self.table = StoreTable(self._controller.send, lambda kind, /, **facts: None)
 
-    def _on_message(self, message: FromRank) -> None:
+    def _on_message(self, member: Member, message: FromRank) -> None:
         assert isinstance(message, StoreSet | StoreGet | StoreDelete)
-        self.table.heard(Member(message.rank, message.incarnation), message)
+        self.table.heard(member, message)
         self._changed.set()
 
     def join(self, member: Member) -> ControlStore:
@@ -56,7 +56,7 @@ class Plane:
 
         wire = RankWire(self._directory, member, lambda numbered: None, on_direct, _no_error)
         self._wires.append(wire)
-        store = ControlStore(member, lambda message: self._post(wire, message), USUAL)
+        store = ControlStore(lambda message: self._post(wire, message), USUAL)
         return store
 
     def _post(self, wire: RankWire, message: FromRank) -> None:
@@ -261,6 +261,6 @@ def test_a_ranks_control_loop_carries_questions_and_answers() -> None:
         await asyncio.to_thread(rank._store.wait, ["key"], LONG)
         await asyncio.to_thread(rank._store.delete_key, "key")
         await asyncio.sleep(0)  # what threads have posted is sent in the loop's next turn
-        assert wire.sent == [StoreSet(*A, "mine", b""), StoreGet(*A, ("key",)), StoreDelete(*A, "key")]
+        assert wire.sent == [StoreSet("mine", b""), StoreGet(("key",)), StoreDelete("key")]
 
     asyncio.run(main())

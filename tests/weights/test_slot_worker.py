@@ -53,7 +53,7 @@ class Bench:
         self._news = threading.Semaphore(0)
         self.mailbox = Mailbox(self._news.release)
         self.runner = Runner(weights_of(1))
-        self.worker = SlotWorker(ME, self.mailbox, open_plane, USUAL)
+        self.worker = SlotWorker(self.mailbox, open_plane, USUAL)
         self.worker.start(self.runner)  # type: ignore[arg-type]  # it has all that is used
 
     def heard(self) -> object:
@@ -88,8 +88,8 @@ def test_pulls_one_after_the_other_and_answers_each(bench: Bench) -> None:
             bench.worker.order(pull(ticket, peer, from_slot, slot, theirs.checksum(0, from_slot)))
         bench.worker.order(SumSlots(99))
         for ticket, from_slot in enumerate((FILLED * 2)[: len(SPARE) * 3], 1):
-            assert bench.copied() == SlotCopied(*ME, ticket, theirs.checksum(0, from_slot))
-    assert bench.heard() == SlotSums(*ME, 99, (SlotSum(0, WIDTH, 5),))
+            assert bench.copied() == SlotCopied(ticket, theirs.checksum(0, from_slot))
+    assert bench.heard() == SlotSums(99, (SlotSum(0, WIDTH, 5),))
     assert bench.runner.loaded == []
 
 
@@ -113,7 +113,7 @@ def test_a_dead_source_is_answered_with_an_error_and_the_next_order_carried_out(
         bench.worker.order(pull(1, dead, FILLED[0], SPARE[0], checksum))
         bench.worker.order(pull(2, living, FILLED[0], SPARE[1], checksum))
         assert bench.copied().error
-        assert bench.copied() == SlotCopied(*ME, 2, checksum)
+        assert bench.copied() == SlotCopied(2, checksum)
 
 
 def test_a_stopped_source_is_given_up_in_time(bench: Bench) -> None:
@@ -132,9 +132,9 @@ def test_a_stopped_source_is_given_up_in_time(bench: Bench) -> None:
 
 def test_without_a_state_plane_the_checkpoint_serves_and_the_reason_is_said() -> None:
     bench = Bench(lambda: "not installed")
-    assert bench.heard() == StateReady(*ME, None, 0, "not installed")
+    assert bench.heard() == StateReady(None, 0, "not installed")
     bench.worker.order(CopySlot(1, 0, WIDTH + SPARE[0], 3))
-    assert bench.copied() == SlotCopied(*ME, 1, bench.runner.weights.checksum(0, SPARE[0]))
+    assert bench.copied() == SlotCopied(1, bench.runner.weights.checksum(0, SPARE[0]))
     bench.worker.order(CopySlot(2, 0, WIDTH + SPARE[0], 99))
     assert bench.copied().error == "KeyError: 'expert 99'"
 

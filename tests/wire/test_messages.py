@@ -70,7 +70,7 @@ def test_what_is_not_a_message_is_malformed(data: bytes) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(values(messages.StepReport), st.integers(0, 5), JSON)
+@given(values(messages.StepReport), st.integers(0, 3), JSON)
 def test_one_wrong_field_is_malformed_or_of_its_type(report: Any, place: int, value: Any) -> None:
     plain = to_plain(report)
     plain[1 + place] = value
@@ -82,8 +82,8 @@ def test_one_wrong_field_is_malformed_or_of_its_type(report: Any, place: int, va
 
 @pytest.mark.parametrize("value", ["AA", "A===", "é", "AA==\n", 1, None, ["AA=="]])
 def test_bytes_that_are_not_base64_are_malformed(value: Any) -> None:
-    plain = to_plain(StoreSet(0, 1, "key", b"\0"))
-    assert decode(json.dumps(plain).encode(), FromRank) == StoreSet(0, 1, "key", b"\0")
+    plain = to_plain(StoreSet("key", b"\0"))
+    assert decode(json.dumps(plain).encode(), FromRank) == StoreSet("key", b"\0")
     plain[-1] = value
     with pytest.raises(MalformedMessage):
         decode(json.dumps(plain).encode(), FromRank)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import zmq
 
 from elastic_ep.wire.codec import encode
 from elastic_ep.wire.messages import Beat, Cancel, Hello, Member, Numbered, SnapshotRequest, View
-from elastic_ep.wire.sockets import ControllerWire, RankWire
+from elastic_ep.wire.sockets import VERSION, ControllerWire, RankWire
 
 pytestmark = pytest.mark.anyio
 
@@ -36,8 +36,8 @@ class End:
     heard: list[Any] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def hear(self, message: Any) -> None:
-        self.heard.append(message)
+    def hear(self, *said: Any) -> None:
+        self.heard.append(said if len(said) > 1 else said[0])
         self.changed.set()
 
     async def until(self, count: int) -> None:
@@ -53,18 +53,22 @@ class Ends:
     def __init__(self, directory: Path) -> None:
         self.controller = End()
         self.ranks = {A: End(), B: End()}
-        self.blamed: list[Member | None] = []
+        self.errors = End()
         self.wire = ControllerWire(directory)
-        self.wire.receive(self.controller.hear, lambda member, _why: self.blamed.append(member))
+        self.wire.receive(self.controller.hear, self.errors.hear)
         self.wires = {
             member: RankWire(directory, member, end.hear, end.hear, lambda _id, _why: None)
             for member, end in self.ranks.items()
         }
 
+    @property
+    def blamed(self) -> list[Member | None]:
+        return [member for member, _why in self.errors.heard]
+
     async def settle(self) -> None:
         """All sockets are connected, and everything that was sent is heard."""
-        for member, wire in self.wires.items():
-            wire.send(Hello(*member, 1))
+        for wire in self.wires.values():
+            wire.send(Hello(1))
         await self.controller.until(2)
         for member, end in self.ranks.items():
             while not end.heard:
@@ -103,11 +107,11 @@ async def test_a_controller_that_sends_hears_what_came_in_meanwhile(directory: P
     async with connected(directory) as ends:
         for number in range(ROUNDS):
             before = len(ends.controller.heard)
-            ends.wires[A].send(SnapshotRequest(*A))
+            ends.wires[A].send(SnapshotRequest())
             arrived(ends.wire._router)
             ends.wire.send(B, Cancel(number))
             await ends.controller.until(before + 1)
-            assert ends.controller.heard[-1] == SnapshotRequest(*A)
+            assert ends.controller.heard[-1] == (A, SnapshotRequest())
 
 
 async def test_a_rank_that_sends_hears_what_came_in_meanwhile(directory: Path) -> None:
@@ -117,7 +121,7 @@ async def test_a_rank_that_sends_hears_what_came_in_meanwhile(directory: Path) -
             before = len(end.heard)
             ends.wire.send(A, Cancel(number))
             arrived(ends.wires[A]._dealer)
-            ends.wires[A].send(SnapshotRequest(*A))
+            ends.wires[A].send(SnapshotRequest())
             await end.until(before + 1)
             assert end.heard[-1] == Cancel(number)
 
@@ -146,32 +150,85 @@ async def test_what_is_published_is_numbered_and_beats_repeat_the_number(directo
             ]  # fmt: skip
 
 
-@pytest.mark.parametrize("claimed", [B, Member(0, 2), Member(0, 0), Member(10, 1)])
-async def test_a_rank_speaks_for_itself_alone(directory: Path, claimed: Member) -> None:
+async def test_the_sender_is_whose_socket_it_is(directory: Path) -> None:
     async with connected(directory) as ends:
         before = len(ends.controller.heard)
-        ends.wires[A].send(SnapshotRequest(*claimed))
-        ends.wires[A].send(SnapshotRequest(*A))
+        for count, member in enumerate([A, B, B, A], before + 1):
+            ends.wires[member].send(SnapshotRequest())
+            await ends.controller.until(count)
+        assert ends.controller.heard[before:] == [(member, SnapshotRequest()) for member in (A, B, B, A)]
+
+
+@pytest.mark.parametrize(
+    "identity", [b"rank", b"0", b"0.", b"00.1", b"0.1.1", b"-1.1", "\u0663.1".encode(), b"9" * 255]
+)
+async def test_what_comes_from_no_rank_is_refused_and_nobody_is_blamed(
+    directory: Path, identity: bytes
+) -> None:
+    async with connected(directory) as ends:
+        before = len(ends.controller.heard)
+        with stranger(directory, identity) as socket:
+            socket.send_multipart([VERSION, encode(SnapshotRequest())])
+            await ends.errors.until(1)
+        ends.wires[A].send(SnapshotRequest())
         await ends.controller.until(before + 1)
-        assert ends.controller.heard[before:] == [SnapshotRequest(*A)]
-        assert ends.blamed == [A], "whoever said it is to blame, and not whom it names"
-        assert ends.wire.dropped == 1
+        assert ends.controller.heard[before:] == [(A, SnapshotRequest())]
+        assert ends.blamed == [None]
+        assert "from no rank" in ends.errors.heard[0][1]
+
+
+@contextmanager
+def stranger(directory: Path, identity: bytes) -> Iterator[zmq.Socket[bytes]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, identity)
+    socket.connect(f"ipc://{directory}/rank")
+    try:
+        yield socket
+    finally:
+        context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("version", [b"", b"0", b"2", b"11", b"\xff" * 1000, encode(SnapshotRequest())])
+@pytest.mark.parametrize("body", [encode(SnapshotRequest()), b"of another form", None])
+async def test_an_unknown_version_is_refused_whatever_follows(
+    directory: Path, version: bytes, body: bytes | None
+) -> None:
+    frames = [version] if body is None else [version, body]
+    async with connected(directory) as ends:
+        before = {member: len(end.heard) for member, end in ends.ranks.items()}
+        heard = len(ends.controller.heard)
+        ends.wires[A]._dealer.send_multipart(frames)
+        ends.wires[A].send(SnapshotRequest())
+        await ends.controller.until(heard + 1)
+        assert ends.controller.heard[heard:] == [(A, SnapshotRequest())]
+        assert ends.blamed == [A]
+        assert "version" in ends.errors.heard[0][1]
+        assert "speaks 1" in ends.errors.heard[0][1]
+        ends.wire._router.send_multipart([b"0.1", *frames])
+        ends.wire._pub.send_multipart(frames)
+        ends.wire.send(A, Cancel(2))
+        ends.wire.publish(Beat())
+        await ends.ranks[A].until(before[A] + 2)
+        await ends.ranks[B].until(before[B] + 1)
+        assert ends.ranks[B].heard[before[B] :] == [Numbered(0, Beat())]
+        assert [ends.wires[member].dropped for member in (A, B)] == [2, 1]
 
 
 async def test_what_cannot_be_read_is_counted_and_costs_nothing_else(directory: Path) -> None:
     async with connected(directory) as ends:
         before = len(ends.controller.heard)
         raw = ends.wires[A]._dealer
-        raw.send(b"not a message")
-        raw.send_multipart([b"two", b"parts"])
-        ends.wires[A].send(SnapshotRequest(*A))
+        raw.send_multipart([VERSION, b"not a message"])
+        raw.send_multipart([VERSION, b"two", b"bodies"])
+        ends.wires[A].send(SnapshotRequest())
         await ends.controller.until(before + 1)
-        assert ends.controller.heard[before:] == [SnapshotRequest(*A)]
+        assert ends.controller.heard[before:] == [(A, SnapshotRequest())]
         assert ends.wire.dropped == 2
         assert ends.blamed == [A, A]
         before = len(ends.ranks[A].heard)
-        ends.wire._router.send_multipart([b"0.1", b"not a message"])
-        ends.wire._pub.send(encode(Cancel(1)))
+        ends.wire._router.send_multipart([b"0.1", VERSION, b"not a message"])
+        ends.wire._pub.send_multipart([VERSION, encode(Cancel(1))])
         ends.wire.send(A, Cancel(2))
         ends.wire.publish(Beat())
         await ends.ranks[A].until(before + 2)

@@ -33,7 +33,7 @@ from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.outlook import Outlook
-from elastic_ep.machines.membership.progress import ProgressMachine, Pulse, Suspect
+from elastic_ep.machines.membership.progress import MemberBeat, ProgressMachine, Pulse, Suspect
 from elastic_ep.machines.requests import events as routing
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import Placement
@@ -157,12 +157,11 @@ class Controller:
     def feed(self, event: ev.Event) -> None:
         self._hub.post("membership", event)
 
-    def on_message(self, message: FromRank) -> None:
+    def on_message(self, member: Member, message: FromRank) -> None:
         """A valid message from a rank; news of an old incarnation is dropped by the machines.
 
         A rank that breaks the protocol is faulty, and no reason for the controller to fall over.
         """
-        member = Member(message.rank, message.incarnation)
         if self.machine.slots.get(member.rank) is None:
             self._wire.dropped += 1
             return
@@ -318,7 +317,7 @@ class Controller:
             now_ms=self._clock.now_ms(),
             seated=tuple(sorted(self.machine.view.members)),
             starting=tuple(slot.member for slot in self.machine.slots.values() if slot.state in _STARTING),
-            beats=tuple([_heartbeat(sign) for sign in self._signs_of_life.values()]),
+            beats=tuple([_beat(member, sign) for member, sign in self._signs_of_life.items()]),
             starved=self._starvation.sample(self._pids(self.progress.doubtful())),
         )
         self._signs_of_life.clear()
@@ -458,16 +457,16 @@ class Controller:
         if report.masked:
             self._metrics.step_poisoned()
             times = {"ended_ns": report.ended_ns, "mask_ns": report.mask_ns}
-            self._log.note("poisoned_step", rank=report.rank, step=report.step, masked=report.masked, **times)
-            self._suspect(report)
+            self._log.note("poisoned_step", rank=member.rank, step=report.step, masked=report.masked, **times)
+            self._suspect(member, report)
         if self._paced:
-            self._pace.step_reported(report)
+            self._pace.step_reported(member, report)
         self._on_step(report.step)
         if report.tokens:
             committed = (member, report.tokens, report.step, report.started_ns, report.ended_ns)
             self._hub.post("routing", routing.TokensCommitted(*committed))
 
-    def _suspect(self, report: StepReport) -> None:
+    def _suspect(self, waiter: Member, report: StepReport) -> None:
         """A rank that a step has masked in a view which has it: the wait for it was longer than a kernel waits.
 
         A report from an older view proves nothing: a loss was told by a newer one, and the next incarnation may be in.
@@ -477,7 +476,7 @@ class Controller:
             return
         for seat in view.seats:
             if seat.rank in report.masked and seat.first_step <= report.step:
-                self.suspect(seat.member, LossCause.HANG, f"rank {report.rank} waited for it in vain")
+                self.suspect(seat.member, LossCause.HANG, f"rank {waiter.rank} waited for it in vain")
 
     def _answer_snapshot(self, member: Member) -> None:
         attempt = self.machine.attempt
@@ -524,16 +523,8 @@ class _Suspicions:
             self._suspect(effect.member, LossCause.HANG, effect.reason)
 
 
-def _heartbeat(report: Heartbeat | StepReport) -> Heartbeat:
+def _beat(member: Member, sign: Heartbeat | StepReport) -> MemberBeat:
     """A rank that reports its steps sends no heartbeats: the reports are."""
-    if isinstance(report, Heartbeat):
-        return report
-    return Heartbeat(
-        report.rank,
-        report.incarnation,
-        step=report.step,
-        operations=report.operations,
-        cpu_ms=report.cpu_ms,
-        waiting_for=None,
-        parked=False,
-    )
+    if isinstance(sign, Heartbeat):
+        return MemberBeat(member, sign.operations, sign.cpu_ms, sign.waiting_for, sign.parked)
+    return MemberBeat(member, sign.operations, sign.cpu_ms, waiting_for=None, parked=False)

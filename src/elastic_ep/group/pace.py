@@ -59,10 +59,9 @@ class PaceObserver:
         for watches in self._watches.values():
             watches.append(_Watch(kind, view.epoch))
 
-    def step_reported(self, report: StepReport) -> None:
+    def step_reported(self, member: Member, report: StepReport) -> None:
         if not report.tokens:
             return
-        member = Member(report.rank, report.incarnation)
         pace = self._paces.get(member)
         if pace is None:
             self._paces[member] = _Pace(report.ended_ns)
@@ -81,7 +80,7 @@ class PaceObserver:
                 beyond = max(0.0, (watch.longest_ns - typical) / 1e9)
                 steps = watch.longest_ns / typical if typical else 0.0
                 self._report(
-                    Disturbance(watch.kind, watch.epoch, report.rank, watch.longest_ns / 1e9, beyond, steps)
+                    Disturbance(watch.kind, watch.epoch, member.rank, watch.longest_ns / 1e9, beyond, steps)
                 )
         if watches:
             self._watches[member] = [watch for watch in watches if watch.left > 0]

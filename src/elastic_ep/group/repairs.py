@@ -102,8 +102,8 @@ class Repairs:
     def peer_weights(self) -> PeerWeights | None:
         """Where a joiner finds its weights; None if no member's can be read."""
         seated = sorted(self.machine.members & self.states.keys())
-        states = [state for member in seated if (state := self.states[member]).address]
-        if not states:
+        found = [(member.rank, state) for member in seated if (state := self.states[member]).address]
+        if not found:
             return None
         known = self.machine.checksums
         placement = self.machine.placement
@@ -111,8 +111,8 @@ class Repairs:
             tuple(known.get((layer, logical)) for logical in range(placement.num_experts))
             for layer in range(len(placement.slots))
         )
-        peers = tuple(PeerAddress(s.rank, s.address) for s in states if s.address is not None)
-        return PeerWeights(peers, states[0].dense_sum, checksums)
+        peers = tuple(PeerAddress(rank, s.address) for rank, s in found if s.address is not None)
+        return PeerWeights(peers, found[0][1].dense_sum, checksums)
 
     def members_changed(self, members: Collection[Member]) -> None:
         self.feed(ev.MembersChanged(tuple(sorted(members))))

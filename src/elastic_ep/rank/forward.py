@@ -145,7 +145,7 @@ class ForwardThread:
     def _request_failed(self, request_id: int, code: FailureCode, reason: str) -> None:
         """After the tokens that it has."""
         self._hand_over()
-        self._mailbox.post(RequestFailed(*self._me, request_id, code, reason))
+        self._mailbox.post(RequestFailed(request_id, code, reason))
 
     def _adopt_placement(self) -> None:
         placement = self._mailbox.placement
@@ -154,7 +154,7 @@ class ForwardThread:
         self._hand_over()
         self._placement = placement
         self._covered = self.runner.set_routing({member.rank for member in self._active}, placement)
-        self._mailbox.post(PlacementSeen(*self._me, placement.version))
+        self._mailbox.post(PlacementSeen(placement.version))
 
     def _activate(self) -> None:
         assert self.exchange is not None
@@ -179,8 +179,6 @@ class ForwardThread:
         if result.sampled or result.masked or held != self._held:
             report = partial(
                 StepReport,
-                rank=self._me.rank,
-                incarnation=self._me.incarnation,
                 step=self.step,
                 epoch=self._view.epoch,
                 started_ns=started_ns,
@@ -213,4 +211,4 @@ class ForwardThread:
             self._load_due = False
             loads = self.runner.load.take()
             if any(map(any, loads)):
-                self._mailbox.post(ExpertLoads(*self._me, loads))
+                self._mailbox.post(ExpertLoads(loads))

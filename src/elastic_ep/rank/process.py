@@ -90,8 +90,8 @@ class RankProcess:
         self._machine = MemberMachine(self._me)
         self._mailbox = Mailbox(self._notify)
         open_plane_once = functools.cache(open_plane)
-        self._slots = SlotWorker(self._me, self._mailbox, open_plane_once, self._config.timing)
-        self._store = ControlStore(self._me, self._mailbox.post, self._config.timing)
+        self._slots = SlotWorker(self._mailbox, open_plane_once, self._config.timing)
+        self._store = ControlStore(self._mailbox.post, self._config.timing)
         self._forward = ForwardThread(
             config,
             self._mailbox,
@@ -116,7 +116,7 @@ class RankProcess:
             Path(self._config.directory), self._me, self._on_numbered, self._on_direct, self._refuse
         )
         notices = NoticeReader(Path(self._config.directory), self._me, self._on_peer_death)
-        self._wire.send(Hello(*self._me, os.getpid()))
+        self._wire.send(Hello(os.getpid()))
         self._report(RankState.INIT_CUDA)
         self._forward.start()
         async with anyio.create_task_group() as tasks:
@@ -148,7 +148,7 @@ class RankProcess:
         """
         while True:
             while self._behind or not self._synchronised():
-                self._wire.send(SnapshotRequest(*self._me))
+                self._wire.send(SnapshotRequest())
                 await anyio.sleep(self._config.timing.sync_retry_ms / 1000)
             self._fell_behind = anyio.Event()
             await self._fell_behind.wait()
@@ -177,7 +177,7 @@ class RankProcess:
                 self._shut_down()
 
     def _refuse(self, request_id: int, reason: str) -> None:
-        self._wire.send(RequestFailed(*self._me, request_id, FailureCode.REFUSED, reason))
+        self._wire.send(RequestFailed(request_id, FailureCode.REFUSED, reason))
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -207,7 +207,7 @@ class RankProcess:
 
     def _promise(self, promise: MakePromise) -> None:
         step = self._mailbox.promise() if promise.seated else 0
-        self._wire.send(Promise(*self._me, promise.attempt, step))
+        self._wire.send(Promise(promise.attempt, step))
 
     def _exchange(self) -> Exchange:
         exchange = self._forward.exchange
@@ -296,7 +296,7 @@ class RankProcess:
 
     def _report(self, state: RankState, reason: str = "", suspects: tuple[int, ...] = ()) -> None:
         self._show(state)
-        self._wire.send(RankReport(*self._me, state, reason, suspects))
+        self._wire.send(RankReport(state, reason, suspects))
 
     async def _send_heartbeats(self) -> None:
         """A parked rank is silent for longer than others may be, so whoever judges it must know that it is parked.
@@ -322,7 +322,6 @@ class RankProcess:
     def _heartbeat(self, parked: bool) -> Heartbeat:
         exchange = self._forward.exchange
         return Heartbeat(
-            *self._me,
             step=self._forward.step,
             operations=exchange.operations if exchange else 0,
             cpu_ms=self._forward.cpu_ms(),

@@ -12,7 +12,6 @@ from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.timing import Timing
 from elastic_ep.weights.peers import ExpertPull, Pulled, publish, pull_experts
 from elastic_ep.weights.transfer import TransferPlane, WrongBytes
-from elastic_ep.wire.messages import Member
 from elastic_ep.wire.slot_messages import CopySlot, SlotCopied, SlotSums, StateReady, SumSlots
 
 
@@ -24,9 +23,8 @@ class SlotWorker:
     """
 
     def __init__(
-        self, me: Member, mailbox: Mailbox, open_plane: Callable[[], TransferPlane | str], timing: Timing
+        self, mailbox: Mailbox, open_plane: Callable[[], TransferPlane | str], timing: Timing
     ) -> None:
-        self._me = me
         self._mailbox = mailbox
         self._open_plane = open_plane
         self._pull_s = timing.slot_pull_ms / 1000
@@ -46,7 +44,7 @@ class SlotWorker:
         while True:
             order = put_back.pop() if put_back else self._orders.get()
             if isinstance(order, SumSlots):
-                self._mailbox.post(SlotSums(*self._me, order.ticket, tuple(runner.slot_sums())))
+                self._mailbox.post(SlotSums(order.ticket, tuple(runner.slot_sums())))
             elif plane is None or order.source is None:
                 self._mailbox.post(self._load(runner, order))
             else:
@@ -62,29 +60,27 @@ class SlotWorker:
             self._open_plane() if device == "cpu" else f"weights on a {device} device are not served to peers"
         )
         if isinstance(plane, str):
-            self._mailbox.post(StateReady(*self._me, None, 0, plane))
+            self._mailbox.post(StateReady(None, 0, plane))
             return None
         address = publish(plane, runner.weights)
         weights = runner.weights
-        self._mailbox.post(
-            StateReady(*self._me, address, weights.dense_checksum(), pulled=weights.from_peers)
-        )
+        self._mailbox.post(StateReady(address, weights.dense_checksum(), pulled=weights.from_peers))
         return plane
 
     def _load(self, runner: StepRunner, order: CopySlot) -> SlotCopied:
         try:
             checksum = runner.copy_expert(order.layer, order.physical, order.logical)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            return SlotCopied(*self._me, order.ticket, 0, f"{type(error).__name__}: {error}")
-        return SlotCopied(*self._me, order.ticket, checksum)
+            return SlotCopied(order.ticket, 0, f"{type(error).__name__}: {error}")
+        return SlotCopied(order.ticket, checksum)
 
     def _pulled(self, outcome: Pulled) -> SlotCopied:
         ticket = outcome.pull.ticket
         if isinstance(outcome.failure, WrongBytes):
-            return SlotCopied(*self._me, ticket, outcome.failure.checksum)
+            return SlotCopied(ticket, outcome.failure.checksum)
         if outcome.checksum is None:
-            return SlotCopied(*self._me, ticket, 0, str(outcome.failure))
-        return SlotCopied(*self._me, ticket, outcome.checksum)
+            return SlotCopied(ticket, 0, str(outcome.failure))
+        return SlotCopied(ticket, outcome.checksum)
 
 
 class _Pulls:

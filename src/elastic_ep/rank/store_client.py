@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from elastic_ep.timing import Timing
-from elastic_ep.wire.messages import Member
 from elastic_ep.wire.store_messages import StoreDelete, StoreGet, StoreSet, StoreValue
 
 
@@ -20,10 +19,7 @@ class ControlStore:
     and the loop would miss its heartbeats: so answers travel through queues, which the loop fills without waiting.
     """
 
-    def __init__(
-        self, me: Member, post: Callable[[StoreSet | StoreGet | StoreDelete], None], timing: Timing
-    ) -> None:
-        self._me = me
+    def __init__(self, post: Callable[[StoreSet | StoreGet | StoreDelete], None], timing: Timing) -> None:
         self._post = post
         self._get_deadline = timedelta(milliseconds=timing.store_get_ms)
         self._listeners: list[queue.SimpleQueue[tuple[str, bytes]]] = []
@@ -35,7 +31,7 @@ class ControlStore:
 
     def set(self, key: str, value: bytes) -> None:
         """Does not wait. Setting a key again replaces its value."""
-        self._post(StoreSet(*self._me, key, value))
+        self._post(StoreSet(key, value))
 
     def wait(self, keys: Sequence[str], timeout: timedelta) -> None:
         """Return when all `keys` are there; asks anew, whatever an earlier wait has found.
@@ -53,7 +49,7 @@ class ControlStore:
 
     def delete_key(self, key: str) -> bool:
         """Does not wait: whether there was one, as far as this rank's waits have seen."""
-        self._post(StoreDelete(*self._me, key))
+        self._post(StoreDelete(key))
         return self._found.pop(key, None) is not None
 
     def _fetch(self, keys: Sequence[str], timeout: timedelta) -> dict[str, bytes]:
@@ -61,7 +57,7 @@ class ControlStore:
         missing = dict.fromkeys(keys)
         found: dict[str, bytes] = {}
         with self._listening() as arrivals:
-            self._post(StoreGet(*self._me, tuple(missing)))
+            self._post(StoreGet(tuple(missing)))
             while missing:
                 try:
                     key, value = arrivals.get(timeout=max(0.0, limit - time.monotonic()))

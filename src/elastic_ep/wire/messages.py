@@ -2,7 +2,7 @@
 
 Messages are frozen dataclasses, encoded (`codec.py`) as one JSON array ``[type name, field, field, ...]``. Decoding
 checks every field against its declared type, so a malformed or foreign message raises `MalformedMessage` and never
-reaches a machine.
+reaches a machine. Who sent it is in the envelope (`sockets.py`).
 
 Which message travels where (DESIGN: three planes):
 
@@ -139,8 +139,6 @@ class Numbered:
 class Hello:
     """The rank holds its death mutex and its control loop runs: it can be watched now."""
 
-    rank: int
-    incarnation: int
     pid: int
 
 
@@ -151,8 +149,6 @@ class RankReport:
     `suspects` of `Failed` are the requests that it was computing and that may be to blame; none: it is the rank's fault.
     """
 
-    rank: int
-    incarnation: int
     state: RankState
     reason: str = ""
     suspects: tuple[int, ...] = ()
@@ -162,8 +158,6 @@ class RankReport:
 class Promise:
     """I will not begin `step` before I hear Commit or Abort of `attempt`. A joiner promises step 0."""
 
-    rank: int
-    incarnation: int
     attempt: int
     step: int
 
@@ -177,8 +171,6 @@ class Heartbeat:
     waits at a boundary because it was told to, `kv_pages` how many pages of its KV cache are in use.
     """
 
-    rank: int
-    incarnation: int
     step: int
     operations: int
     cpu_ms: int
@@ -280,8 +272,6 @@ class StepReport:
     `started_ns`, `ended_ns` and `mask_ns` are CLOCK_MONOTONIC nanoseconds.
     """
 
-    rank: int
-    incarnation: int
     step: int
     epoch: int
     started_ns: int
@@ -319,8 +309,6 @@ class RequestFailed:
     `code` is `REFUSED` or `FAILED`.
     """
 
-    rank: int
-    incarnation: int
     request_id: int
     code: FailureCode
     reason: str
@@ -329,9 +317,6 @@ class RequestFailed:
 @dataclass(frozen=True, slots=True)
 class SnapshotRequest:
     """The rank has just started or has seen a gap in the numbers."""
-
-    rank: int
-    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,6 @@ class StateReady:
     None if nobody can read them and this rank can read nobody's, for the `reason` given.
     """
 
-    rank: int
-    incarnation: int
     address: StateAddress | None
     dense_sum: int
     reason: str = ""
@@ -62,8 +60,6 @@ class PeerWeights:
 class PlacementSeen:
     """The forward thread has passed a boundary with this version: it addresses no slot by an older one."""
 
-    rank: int
-    incarnation: int
     version: int
 
 
@@ -91,8 +87,6 @@ class SlotCopied:
     Bytes with another checksum than ordered were not written.
     """
 
-    rank: int
-    incarnation: int
     ticket: int
     checksum: int
     error: str = ""
@@ -115,8 +109,6 @@ class SlotSum(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SlotSums:
-    rank: int
-    incarnation: int
     ticket: int
     sums: tuple[SlotSum, ...]
 
@@ -125,6 +117,4 @@ class SlotSums:
 class ExpertLoads:
     """Rows that the rank's slots computed since its last such report, `loads[layer][logical expert]`."""
 
-    rank: int
-    incarnation: int
     loads: tuple[tuple[int, ...], ...]

@@ -1,8 +1,12 @@
 """ZeroMQ sockets as callbacks on the event loop.
 
 The sockets are plain (not zmq.asyncio) ones, drained from `loop.add_reader` on ZeroMQ's own file descriptor:
-one callback a message, no task switch. HAZARD: that descriptor is edge-triggered, and a send may swallow the edge
-of an arrival, so every send on a socket that also receives is followed by a drain.
+one callback a message, no task switch.
+HAZARD: that descriptor is edge-triggered, and a send may swallow the edge of an arrival, so every send on a socket
+that also receives is followed by a drain.
+
+Every message is two frames, the version of the protocol and the body. A rank's socket has its member as its identity,
+which ZeroMQ puts before what comes from it: that is the sender, and no message says it again.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ _QUEUE_LIMIT = 100_000
 """Messages to a rank that it has not read: far more than one that reads at all ever leaves."""
 _TURN_S = 0.01
 MAX_MESSAGE_BYTES = 64 << 20
+VERSION = b"1"
+"""Of what `messages.py` says; all processes of a run have the same."""
 
 
 def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
@@ -104,9 +110,9 @@ class ControllerWire:
         self._outbox = Outbox(self._send, self._drain.later)
 
     def receive(
-        self, on_message: Callable[[FromRank], None], on_error: Callable[[Member | None, str], None]
+        self, on_message: Callable[[Member, FromRank], None], on_error: Callable[[Member | None, str], None]
     ) -> None:
-        """From now on `on_message` gets each valid message.
+        """From now on `on_message` gets each valid message and who sent it.
 
         `on_error` hears of everything else, counted in `dropped`: what is no message, and of a rank that does not read
         its own. It gets the rank to blame, if that is known.
@@ -117,7 +123,7 @@ class ControllerWire:
     def publish(self, body: Published) -> None:
         if not isinstance(body, Beat):
             self.number += 1
-        self._pub.send(encode(Numbered(self.number, body)), zmq.NOBLOCK)
+        self._pub.send_multipart([VERSION, encode(Numbered(self.number, body))], zmq.NOBLOCK)
 
     def send(self, member: Member, message: ToRank) -> None:
         """To one rank, in order (see `Outbox`). One that is gone is no error: the message is dropped: its death says all.
@@ -128,7 +134,7 @@ class ControllerWire:
 
     def _send(self, member: Member, message: ToRank) -> None:
         try:
-            self._router.send_multipart([_identity(member), encode(message)], zmq.NOBLOCK)
+            self._router.send_multipart([_identity(member), VERSION, encode(message)], zmq.NOBLOCK)
         except zmq.Again:
             self._drain.later(self._refuse, member, f"{_QUEUE_LIMIT} messages to it are not read")
         except zmq.ZMQError as error:
@@ -141,16 +147,15 @@ class ControllerWire:
         self._context.destroy(linger=100)
 
     def _on_parts(self, parts: list[bytes]) -> None:
+        member = _member(parts[0])
         try:
-            if len(parts) != 2:
-                raise MalformedMessage(f"{len(parts)} parts")
-            message: FromRank = decode(parts[1], FromRank)
-            if _identity(Member(message.rank, message.incarnation)) != parts[0]:
-                raise MalformedMessage("identity does not match")
+            if member is None:
+                raise MalformedMessage(f"from no rank: {parts[0]!r}")
+            message: FromRank = decode(_body(parts[1:]), FromRank)
         except MalformedMessage as error:
-            self._refuse(_member(parts[0]), str(error))
+            self._refuse(member, str(error))
             return
-        self._on_message(message)
+        self._on_message(member, message)
 
     def _refuse(self, member: Member | None, why: str) -> None:
         self.dropped += 1
@@ -189,7 +194,7 @@ class RankWire:
             drain.start()
 
     def send(self, message: FromRank) -> None:
-        self._dealer.send(encode(message), zmq.NOBLOCK)
+        self._dealer.send_multipart([VERSION, encode(message)], zmq.NOBLOCK)
         self._drains[1].after_send()
 
     def close(self) -> None:
@@ -199,7 +204,7 @@ class RankWire:
 
     def _on_pub_parts(self, parts: list[bytes]) -> None:
         try:
-            message: Numbered = decode(parts[0], Numbered)
+            message: Numbered = decode(_body(parts), Numbered)
         except MalformedMessage:
             self.dropped += 1
             return
@@ -207,7 +212,7 @@ class RankWire:
 
     def _on_direct_parts(self, parts: list[bytes]) -> None:
         try:
-            message: ToRank = decode(parts[-1], ToRank)
+            message: ToRank = decode(_body(parts), ToRank)
         except MalformedMessage as error:
             self.dropped += 1
             request_id = _assigned(parts[-1])
@@ -227,7 +232,18 @@ def _member(identity: bytes) -> Member | None:
     rank, _, incarnation = identity.partition(b".")
     if not (rank.isdigit() and incarnation.isdigit()):
         return None
-    return Member(int(rank), int(incarnation))
+    member = Member(int(rank), int(incarnation))
+    return member if _identity(member) == identity else None
+
+
+def _body(frames: list[bytes]) -> bytes:
+    """Raises `MalformedMessage` for another version than this one, whatever follows it."""
+    if frames[0] != VERSION:
+        ours, theirs = VERSION.decode(), frames[0][:20]
+        raise MalformedMessage(f"version {theirs!r} of the protocol is unknown: this process speaks {ours}")
+    if len(frames) != 2:
+        raise MalformedMessage(f"{len(frames)} frames, not a version and a body")
+    return frames[1]
 
 
 def _assigned(data: bytes) -> int | None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 class StoreSet:
     """Keep `value` under `key`, in place of what was there. Setting it again is no error."""
 
-    rank: int
-    incarnation: int
     key: str
     value: bytes
 
@@ -22,8 +20,6 @@ class StoreSet:
 class StoreGet:
     """Send me a `StoreValue` for each of `keys`: at once where there is a value, else as soon as there is one."""
 
-    rank: int
-    incarnation: int
     keys: tuple[str, ...]
 
 
@@ -31,8 +27,6 @@ class StoreGet:
 class StoreDelete:
     """Forget `key`, whoever has set it. A key that is not there is no error."""
 
-    rank: int
-    incarnation: int
     key: str
 
 

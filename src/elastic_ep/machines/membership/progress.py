@@ -13,10 +13,10 @@ Silence proves something only while something else proves that the machine runs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from elastic_ep.timing import ProgressConfig
-from elastic_ep.wire.messages import Heartbeat, Member
+from elastic_ep.wire.messages import Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,16 @@ class Starved:
 
     member: Member
     ms: int
+
+
+class MemberBeat(NamedTuple):
+    """A member's newest sign of life; the fields are those of `Heartbeat`."""
+
+    member: Member
+    operations: int
+    cpu_ms: int
+    waiting_for: int | None
+    parked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +47,7 @@ class Pulse:
     now_ms: int
     seated: tuple[Member, ...]
     starting: tuple[Member, ...]
-    beats: tuple[Heartbeat, ...]
+    beats: tuple[MemberBeat, ...]
     starved: tuple[Starved, ...] = ()
 
 
@@ -51,7 +61,7 @@ class Suspect:
 
 @dataclass
 class _Seen:
-    beat: Heartbeat | None
+    beat: MemberBeat | None
     heard_ms: int
     moved_ms: int
     """When its operations last grew; later by what does not count."""
@@ -129,7 +139,7 @@ class ProgressMachine:
             self.seen[member] = _Seen(None, now, now, now)
             self.anybody_ms = now
         for beat in event.beats:
-            seen = self.seen.get(Member(beat.rank, beat.incarnation))
+            seen = self.seen.get(beat.member)
             if seen is None:
                 continue
             self.anybody_ms = now
