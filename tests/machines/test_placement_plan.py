@@ -1,4 +1,4 @@
-"""The planner: tolerance, balance, few moves; under hypothesis for any number of ranks, experts, hosts and loads."""
+"""The planner: tolerance, balance, few moves; under hypothesis for any number of ranks, experts and loads."""
 
 from __future__ import annotations
 
@@ -38,13 +38,7 @@ def inputs(draw: st.DrawFn) -> PlanInput:
             max_size=layers,
         )
     )
-    hosts = draw(
-        st.one_of(
-            st.just(()),
-            st.lists(st.sampled_from("abc"), min_size=len(living), max_size=len(living)).map(tuple),
-        )
-    )
-    return PlanInput(placement, tuple(sorted(living)), loads, hosts=hosts, spare=spare)
+    return PlanInput(placement, tuple(sorted(living)), loads, spare)
 
 
 def held(placement: Placement, layer: int, rank: int) -> list[int]:
@@ -62,8 +56,7 @@ def test_every_expert_has_as_many_copies_as_slots_allow_and_no_two_on_a_rank(giv
             experts = held(after, layer, rank)
             assert len(experts) == len(set(experts))
             assert len(experts) <= after.slots_per_rank - given.spare
-        if not given.hosts:
-            assert min(after.copies(layer, given.ranks)) >= floor
+        assert min(after.copies(layer, given.ranks)) >= floor
 
 
 @settings(deadline=None)
@@ -82,7 +75,7 @@ def test_the_dead_keep_what_they_have_and_what_stays_keeps_its_slot(given: PlanI
 @given(inputs())
 def test_a_plan_is_content_with_what_it_has_made(given: PlanInput) -> None:
     after = planned(given)
-    again = plan(PlanInput(after, given.ranks, given.loads, given.hosts, given.spare))
+    again = plan(PlanInput(after, given.ranks, given.loads, given.spare))
     assert again.imbalance <= plan(given).imbalance * 1.0001
 
 
@@ -91,23 +84,6 @@ def test_a_plan_is_content_with_what_it_has_made(given: PlanInput) -> None:
 def test_moves_for_balance_are_bounded(given: PlanInput, most: int) -> None:
     needed, bounded = (plan(replace(given, max_moves=moves)).moves for moves in (0, most))
     assert bounded <= needed + most
-
-
-@pytest.mark.parametrize("num_hosts", [2, 3, 4])
-def test_copies_of_an_expert_are_on_different_hosts(num_hosts: int) -> None:
-    placement = launch_placement(12, 1, 16, 16)
-    hosts = tuple(f"host{rank % num_hosts}" for rank in range(12))
-    loads = [[float(expert**2) for expert in range(16)]]
-    after = planned(PlanInput(placement, tuple(range(12)), loads, hosts))
-    for expert in range(16):
-        homes = [hosts[rank] for rank in range(12) if expert in held(after, 0, rank)]
-        assert len(homes) == len(set(homes)) >= 2
-
-
-def test_more_copies_than_hosts_share_a_host_but_never_a_rank() -> None:
-    placement = launch_placement(6, 1, 6, 12)
-    after = planned(PlanInput(placement, tuple(range(6)), [[1.0] * 6], ("a", "b") * 3))
-    assert min(after.copies(0, range(6))) == 3
 
 
 def test_without_load_only_what_tolerance_needs_is_moved() -> None:
@@ -165,7 +141,6 @@ def eplb_peak(loads: tuple[int, ...], copies: int, ranks: int) -> float:
     [
         ({"loads": [[1.0] * 15]}, "16 experts"),
         ({"loads": [[1.0] * 16] * 2}, "1 layers"),
-        ({"hosts": ("a",)}, "a host for each"),
         ({"ranks": ()}, "at least one rank"),
         ({"spare": 4}, "4 spare slots of 4"),
     ],

@@ -30,46 +30,25 @@ class Edit(NamedTuple):
 
 
 class Board:
-    """`room[rank]` slots, `hosts[rank]` the number of its host. `least` copies of every expert are what slots allow.
+    """`room[rank]` slots. `least` copies of every expert are what slots allow."""
 
-    No more than `per_host` copies of an expert share a host: one, unless tolerance needs more copies than there are
-    hosts.
-    """
-
-    def __init__(self, loads: Sequence[float], room: Sequence[int], hosts: Sequence[int]) -> None:
+    def __init__(self, loads: Sequence[float], room: Sequence[int]) -> None:
         self.loads = loads
         self.total = sum(loads)
         self.room = list(room)
-        self.hosts = list(hosts)
         ranks = len(room)
         self.least = max(1, min(ranks, sum(room) // len(loads)))
-        self.per_host = self._copies_per_host()
-        sizes = [self.hosts.count(host) for host in set(self.hosts)]
-        self.most = sum(min(size, self.per_host) for size in sizes)
         self.holds: list[set[int]] = [set() for _ in range(ranks)]
         self.where: list[set[int]] = [set() for _ in loads]
         self.busy = [0.0] * ranks
         """Expected load of each rank."""
-
-    def _copies_per_host(self) -> int:
-        """The fewest with which `least` copies of every expert find room."""
-        slots, sizes = dict.fromkeys(self.hosts, 0), dict.fromkeys(self.hosts, 0)
-        for host, room in zip(self.hosts, self.room, strict=True):
-            slots[host] += room
-            sizes[host] += 1
-        experts = len(self.loads)
-        for limit in range(1, max(sizes.values()) + 1):
-            places = sum(min(slots[host], experts * min(limit, sizes[host])) for host in slots)
-            if places >= self.least * experts:
-                return limit
-        return max(sizes.values())
 
     @property
     def imbalance(self) -> float:
         return imbalance_of(self.busy)
 
     def copy(self) -> Board:
-        other = Board(self.loads, self.room, self.hosts)
+        other = Board(self.loads, self.room)
         other.holds = [set(experts) for experts in self.holds]
         other.where = [set(ranks) for ranks in self.where]
         other.busy = list(self.busy)
@@ -115,10 +94,6 @@ class Board:
         for rank in range(len(self.room)):
             while len(self.holds[rank]) > self.room[rank] and self._make_way(rank):
                 pass
-        for expert, ranks in enumerate(self.where):
-            for rank in sorted(ranks):
-                if self._crowded(expert, rank):
-                    self._move_out(expert, rank)
         needy = [expert for expert, ranks in enumerate(self.where) if len(ranks) < self.least]
         for expert in sorted(
             needy, key=lambda expert: (len(self.where[expert]), -self.loads[expert], expert)
@@ -134,28 +109,10 @@ class Board:
             return True
         for expert in sorted(self.holds[rank]):
             for taker in self._with_room():
-                if self.fits(expert, taker, leaving=rank):
+                if self.fits(expert, taker):
                     self.apply(_exchange(expert, rank, NOBODY, taker))
                     return True
         return False
-
-    def _crowded(self, expert: int, rank: int) -> bool:
-        holders = self.where[expert]
-        return sum(self.hosts[other] == self.hosts[rank] for other in holders) > self.per_host
-
-    def _move_out(self, expert: int, rank: int) -> None:
-        """Away from a host with too many copies: dropped if not needed, else to a free slot, else in an exchange."""
-        if len(self.where[expert]) > self.least:
-            self.drop(expert, rank)
-            return
-        for taker in sorted(range(len(self.room)), key=self.busy.__getitem__):
-            if not self.fits(expert, taker, leaving=rank):
-                continue
-            others = [e for e in sorted(self.holds[taker]) if self.fits(e, rank, leaving=taker)]
-            if self.has_room(taker) or others:
-                other = NOBODY if self.has_room(taker) else others[0]
-                self.apply(_exchange(expert, rank, other, taker))
-                return
 
     def _provide(self, expert: int) -> bool:
         """One more copy: into a free slot, in place of a copy that is not needed, or of one that finds another place."""
@@ -178,20 +135,16 @@ class Board:
         for rank in takers:
             for other in sorted(self.holds[rank]):
                 for second in self._with_room():
-                    if self.fits(other, second, leaving=rank):
+                    if self.fits(other, second):
                         yield Edit(((other, rank),), ((other, second), (expert, rank)))
 
     def _with_room(self) -> list[int]:
         free = [rank for rank, held in enumerate(self.holds) if len(held) < self.room[rank]]
         return sorted(free, key=lambda rank: (self.busy[rank], rank))
 
-    def fits(self, expert: int, rank: int, leaving: int | None = None) -> bool:
-        """Whether `rank` may get a copy, if the one on the rank `leaving` goes."""
-        holders = self.where[expert]
-        if rank in holders:
-            return False
-        host = self.hosts[rank]
-        return sum(self.hosts[other] == host for other in holders if other != leaving) < self.per_host
+    def fits(self, expert: int, rank: int) -> bool:
+        """Whether `rank` may get a copy."""
+        return rank not in self.where[expert]
 
     def apply(self, edit: Edit) -> None:
         for expert, rank in edit.drop:
@@ -261,25 +214,21 @@ class Board:
         return best, most
 
     def _exchangeable(self, expert: int, busiest: int, other: int, taker: int) -> bool:
-        fits = self.fits(expert, taker, leaving=busiest)
-        return fits and (other == NOBODY or self.fits(other, busiest, leaving=taker))
-
-    def _may_have_more(self, expert: int, rank: int) -> bool:
-        return len(self.where[expert]) < self.most and self.fits(expert, rank)
+        return self.fits(expert, taker) and (other == NOBODY or self.fits(other, busiest))
 
     def _replications(self, mine: Sequence[int], takers: Sequence[int]) -> Iterator[Edit]:
         """One more copy of what the busiest rank holds: in a free slot, or in place of one that others miss least."""
         for taker in takers:
             if self.has_room(taker):
                 for expert in mine:
-                    if self._may_have_more(expert, taker):
+                    if self.fits(expert, taker):
                         yield Edit((), ((expert, taker),))
         surplus = [e for e, ranks in enumerate(self.where) if len(ranks) > self.least]
         surplus.sort(key=lambda e: (self.loads[e] / (len(self.where[e]) - 1), e))
         for other in surplus[:REPLACED]:
             for place in sorted(self.where[other], key=lambda rank: (self.busy[rank], rank))[:REPLACED]:
                 for expert in mine[:REPLACED]:
-                    if expert != other and self._may_have_more(expert, place):
+                    if expert != other and self.fits(expert, place):
                         yield Edit(((other, place),), ((expert, place),))
 
     def _replacements(self, busiest: int, mine: Sequence[int]) -> Iterator[Edit]:
@@ -292,7 +241,7 @@ class Board:
         for expert in surplus[:REPLACED]:
             yield Edit(((expert, busiest),), ())
             for other in lightest:
-                if len(self.where[other]) < self.most and self.fits(other, busiest):
+                if self.fits(other, busiest):
                     yield Edit(((expert, busiest),), ((other, busiest),))
 
     def _peak_after(self, edit: Edit) -> float:

@@ -52,7 +52,7 @@ def packed(board: Board, limit: float) -> Board:
     counts = _counts(board)
     shares = [load / count for load, count in zip(board.loads, counts, strict=True)]
     most = limit * board.total / len(board.room)
-    result = Board(board.loads, board.room, board.hosts)
+    result = Board(board.loads, board.room)
     load = [0.0] * len(board.room)
     order = sorted(range(len(shares)), key=lambda expert: (-shares[expert], expert))
     for expert in order:
@@ -91,6 +91,6 @@ def _counts(board: Board) -> list[int]:
             break
         _, expert = heapq.heappop(queue)
         counts[expert] += 1
-        if counts[expert] < board.most:
+        if counts[expert] < len(board.room):
             heapq.heappush(queue, (-board.loads[expert] / counts[expert], expert))
     return counts

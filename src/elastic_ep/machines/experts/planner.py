@@ -1,9 +1,9 @@
 """The planner: which rank should hold which experts, given what they had to do of late. Pure, and deterministic.
 
-First tolerance: every expert has as many copies as the slots allow, no two on a rank, nor on a host while there are
-hosts enough. Then balance: what is left goes to the experts with the most load a copy, and copies change places until
-the busiest rank is no busier than in a placement made from nothing. It starts from what the ranks hold, and takes of
-all changes the one that gains most for each expert moved: a moved expert costs its bytes.
+First tolerance: every expert has as many copies as the slots allow, no two on a rank. Then balance: what is left goes to
+the experts with the most load a copy, and copies change places until the busiest rank is no busier than in a placement
+made from nothing. It starts from what the ranks hold, and takes of all changes the one that gains most for each expert
+moved: a moved expert costs its bytes.
 
 Replicating the busiest experts and packing them onto the least busy ranks is DeepSeek's idea (EPLB, 2025).
 """
@@ -24,7 +24,7 @@ Loads = Sequence[Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class PlanInput:
-    """`ranks` are the living ones; `hosts`, if known, names the host of each of them, in their order.
+    """`ranks` are the living ones.
 
     `spare` slots of every rank and layer stay empty. At most `max_moves` experts are moved for balance, in all layers
     together; those that tolerance needs come on top.
@@ -33,7 +33,6 @@ class PlanInput:
     placement: Placement
     ranks: tuple[int, ...]
     loads: Loads
-    hosts: tuple[str, ...] = ()
     spare: int = 0
     max_moves: int | None = None
 
@@ -43,8 +42,8 @@ class PlanInput:
             raise ValueError(
                 f"loads of {len(placement.slots)} layers of {placement.num_experts} experts are needed"
             )
-        if not self.ranks or (self.hosts and len(self.hosts) != len(self.ranks)):
-            raise ValueError("at least one rank is needed, and a host for each of them if for any")
+        if not self.ranks:
+            raise ValueError("at least one rank is needed")
         if not 0 <= self.spare < placement.slots_per_rank:
             raise ValueError(f"{self.spare} spare slots of {placement.slots_per_rank}")
 
@@ -95,13 +94,8 @@ def rank_loads(placement: Placement, layer: int, ranks: Sequence[int], loads: Se
 
 def _board(given: PlanInput, layer: int) -> Board:
     placement = given.placement
-    ranks = len(given.ranks)
     room = placement.slots_per_rank - given.spare
-    board = Board(
-        loads=given.loads[layer],
-        room=[room] * ranks,
-        hosts=[given.hosts.index(host) for host in given.hosts] if given.hosts else list(range(ranks)),
-    )
+    board = Board(given.loads[layer], [room] * len(given.ranks))
     for index, rank in enumerate(given.ranks):
         for expert in sorted(set(placement.on_rank(layer, rank)) - {EMPTY}):
             board.add(expert, index)
