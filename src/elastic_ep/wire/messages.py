@@ -4,7 +4,7 @@ Messages are frozen dataclasses, encoded (`codec.py`) as one JSON array ``[type 
 checks every field against its declared type, so a malformed or foreign message raises `MalformedMessage` and never
 reaches a machine. Who sent it is in the envelope (`sockets.py`).
 
-Which message travels where (DESIGN: three planes):
+Which message travels where (`docs/architecture.md`, planes):
 
 * PUB, controller to all, numbered: `Prepare`, `Commit`, `Abort`, `View`, `PlacementChanged`, `Beat`, wrapped in
   `Numbered`.
