@@ -18,9 +18,9 @@ from structlog.testing import capture_logs
 from tokenizers import Tokenizer, processors
 
 from elastic_ep.gateway.app import READING, create_app, serve
-from elastic_ep.gateway.bodies import chat_fields, completion_fields
+from elastic_ep.gateway.bodies import Chat, Completion, chat_body, completion_body
 from elastic_ep.gateway.errors import ApiError
-from elastic_ep.gateway.fields import Field, Label, OneOf
+from elastic_ep.gateway.fields import read
 from elastic_ep.gateway.reference import PAGE, page
 from elastic_ep.gateway.text.text import Text
 from elastic_ep.group.metrics import Metrics
@@ -189,10 +189,20 @@ def needs(path: str, name: str) -> dict[str, Any]:
     return {} if (path, name) == (COMPLETIONS, "top_logprobs") else BESIDE.get(name, {})
 
 
-def fields(path: str) -> dict[str, Field]:
-    table = (completion_fields if path == COMPLETIONS else chat_fields)(settings())
-    assert len({field.name for field in table}) == len(table), "each once"
-    return {field.name: field for field in table}
+BODIES: dict[str, type[Completion] | type[Chat]] = {
+    COMPLETIONS: completion_body(settings()),
+    CHAT: chat_body(settings()),
+}
+
+
+def honoured(path: str) -> set[str]:
+    return BODIES[path].model_fields.keys() - BODIES[path].refused.keys()
+
+
+def labels(path: str) -> set[str]:
+    """Fields of which any value is accepted."""
+    fields = BODIES[path].model_fields
+    return {name for name in honoured(path) if fields[name].annotation is Any and not fields[name].metadata}
 
 
 def asks_for_nothing(path: str, name: str, value: Any) -> bool:
@@ -246,11 +256,13 @@ async def test_a_known_field_is_honoured_or_refused_by_name(running: Running, pa
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 async def test_a_value_that_asks_for_nothing_is_accepted(running: Running, path: str) -> None:
     """Null always; and what the table says that a field which is not honoured may be."""
-    for name, field in fields(path).items():
+    body = BODIES[path]
+    for name in honoured(path) | body.refused.keys():
         before = await ask(running, path, **needs(path, name))
-        values = [] if field.required else [None]
-        if isinstance(field.kind, OneOf) and name != "truncation_side":
-            values += field.kind.allowed
+        refused = body.refused.get(name)
+        values = (
+            [*refused.allowed, None] if refused else [] if body.model_fields[name].is_required() else [None]
+        )
         for value in values:
             seen = await ask(running, path, **{**needs(path, name), name: value})
             assert seen.status == 200, (name, value, seen.body)
@@ -260,16 +272,16 @@ async def test_a_value_that_asks_for_nothing_is_accepted(running: Running, path:
 def test_a_valid_value_of_each_honoured_field_is_tried() -> None:
     """Else the first property could hold because nothing valid was sent."""
     for path in (COMPLETIONS, CHAT):
-        for name, field in fields(path).items():
-            if name in OTHERS and not isinstance(field.kind, OneOf | Label):
-                field.kind.read(others(path, name)[0], name)
-            elif not isinstance(field.kind, OneOf | Label):
-                assert not all(refused(field, value) for value in ANYTHING), name
+        for name in honoured(path) - labels(path):
+            if name in OTHERS:
+                assert refusal(path, name, others(path, name)[0]) is None
+            else:
+                assert not all(refusal(path, name, value) for value in ANYTHING), name
 
 
-def refused(field: Field, value: Any) -> ApiError | None:
+def refusal(path: str, name: str, value: Any) -> ApiError | None:
     try:
-        field.kind.read(value, field.name)
+        read(BODIES[path], ASKS[path] | {name: value})
     except ApiError as error:
         return error
     return None
@@ -277,16 +289,15 @@ def refused(field: Field, value: Any) -> ApiError | None:
 
 def test_refusals_have_the_code_for_it() -> None:
     for path in (COMPLETIONS, CHAT):
-        for field in fields(path).values():
-            if isinstance(field.kind, OneOf):
-                refusal = refused(field, {"x": "x"})
-                assert refusal is not None
-                assert (refusal.code, refusal.status) == ("unsupported_parameter", 400)
+        for name in BODIES[path].refused:
+            refused = refusal(path, name, {"x": "x"})
+            assert refused is not None
+            assert (refused.code, refused.status, refused.param) == ("unsupported_parameter", 400, name)
 
 
 def test_labels_are_few() -> None:
     for path in (COMPLETIONS, CHAT):
-        assert {name for name, field in fields(path).items() if isinstance(field.kind, Label)} <= LABELS
+        assert labels(path) == LABELS
 
 
 GUIDED = [
@@ -325,10 +336,10 @@ JSON = st.recursive(
 def test_any_value_of_any_field_is_read_or_refused_by_name(data: st.DataObject, value: Any) -> None:
     path = data.draw(st.sampled_from([COMPLETIONS, CHAT]))
     name = data.draw(st.sampled_from(sorted(KNOWN[path])))
-    refusal = refused(fields(path)[name], value)
-    if refusal is not None:
-        assert refusal.status == 400
-        assert (refusal.param or "").startswith(name)
+    refused = refusal(path, name, value)
+    if refused is not None:
+        assert refused.status == 400
+        assert (refused.param or "").startswith(name)
 
 
 async def test_unknown_fields_are_ignored_and_said_once(running: Running) -> None:

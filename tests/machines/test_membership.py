@@ -16,6 +16,7 @@ from elastic_ep.machines.rank.lifecycle import RANK
 from elastic_ep.placement import EMPTY, Change, launch_placement
 from elastic_ep.timing import MembershipConfig
 from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
+from tests.machines.model_rank import freeze
 
 CONFIG = MembershipConfig(
     attempt_deadline_ms=100,
@@ -198,9 +199,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(back_ms=st.integers(0, 100))
     def a_tick_is_repeated(self, back_ms: int) -> None:
-        before = self.machine.state()
+        before = freeze(self.machine)
         assert self.feed(Tick(self.machine.now_ms - back_ms)) == []
-        assert self.machine.state() == before
+        assert freeze(self.machine) == before
 
     @rule(rank=ranks)
     def comes_up_by_one_state(self, rank: int) -> None:
@@ -238,9 +239,9 @@ class AnyOrder(RuleBasedStateMachine):
     def dies(self, rank: int, again: bool) -> None:
         self.feed(ev.DeathNoticed(self.member(rank), "killed"))
         if again:
-            before = self.machine.state()
+            before = freeze(self.machine)
             assert self.feed(ev.DeathNoticed(self.member(rank), "killed")) == []
-            assert self.machine.state() == before
+            assert freeze(self.machine) == before
 
     @rule(rank=ranks, again=st.booleans(), status=st.sampled_from(["signal 9", "signal 11", "exit status 1"]))
     def is_gone(self, rank: int, again: bool, status: str) -> None:
@@ -249,9 +250,9 @@ class AnyOrder(RuleBasedStateMachine):
             return
         self.feed(ev.ProcessGone(member, status))
         if again:
-            before = self.machine.state()
+            before = freeze(self.machine)
             assert self.feed(ev.ProcessGone(member, status)) == []
-            assert self.machine.state() == before
+            assert freeze(self.machine) == before
 
     @rule(chosen=st.sets(ranks))
     def an_operator_wants_ranks_back(self, chosen: set[int]) -> None:
@@ -263,9 +264,9 @@ class AnyOrder(RuleBasedStateMachine):
             if isinstance(e, ev.Launch)
         ]
         assert set(launched) == (set(dead) if not (self.machine.stopping or self.machine.verdict) else set())
-        before = self.machine.state()
+        before = freeze(self.machine)
         assert self.feed(ev.RelaunchRequested(tuple(sorted(chosen)))) == [], "idempotent"
-        assert self.machine.state() == before
+        assert freeze(self.machine) == before
 
     @rule(rank=ranks)
     def is_suspected(self, rank: int) -> None:
@@ -288,9 +289,9 @@ class AnyOrder(RuleBasedStateMachine):
             ev.ProcessGone(old, "SIGKILL"),
             ev.Suspected(old, "hang"),
         )
-        before = self.machine.state()
+        before = freeze(self.machine)
         assert self.machine.step(news[kind]) == []
-        assert self.machine.state() == before
+        assert freeze(self.machine) == before
 
     @rule(began=st.booleans())
     def work_changes(self, began: bool) -> None:
@@ -383,7 +384,7 @@ class AnyOrder(RuleBasedStateMachine):
         raise AssertionError("it never settles")
 
     def everybody_does_its_part(self) -> bool:
-        before = self.machine.state()
+        before = freeze(self.machine)
         for slot in list(self.machine.slots.values()):
             member = slot.member
             if member not in self.witness.running:
@@ -393,7 +394,7 @@ class AnyOrder(RuleBasedStateMachine):
             elif slot.state in STARTING_UP:
                 self.advance(member, slot.state)
         self.everybody_promises()
-        return bool(self.machine.state() != before)
+        return bool(freeze(self.machine) != before)
 
     def repairs(self) -> bool:
         """Experts without a copy are reloaded where a living rank has an empty slot or a second copy of another one."""

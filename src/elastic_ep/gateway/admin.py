@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from elastic_ep.gateway.bodies import relaunch_fields
+from elastic_ep.gateway.bodies import Relaunch
 from elastic_ep.gateway.errors import ApiError
-from elastic_ep.gateway.fields import parse_object, read_fields
+from elastic_ep.gateway.fields import parse_object, read
 from elastic_ep.gateway.openapi import description
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.settings import ApiSettings
@@ -28,7 +29,7 @@ class AdminHandlers:
         self._settings = settings
         self._metrics = metrics
         self._reading = reading
-        self._description = description(settings)
+        self._description: dict[str, Any] | None = None
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -62,6 +63,8 @@ class AdminHandlers:
         return web.json_response({"version": self._settings.version})
 
     async def openapi(self, request: web.Request) -> web.StreamResponse:
+        if self._description is None:  # it takes a tenth of a second to make
+            self._description = await asyncio.to_thread(description, self._settings)
         return web.json_response(self._description)
 
     async def status(self, request: web.Request) -> web.StreamResponse:
@@ -89,8 +92,8 @@ class AdminHandlers:
             raise ApiError(
                 f"This body has at most {SMALL_BODY_BYTES} bytes.", status=413, code="request_too_large"
             )
-        values = read_fields(parse_object(raw) if raw.strip() else {}, relaunch_fields())
-        return web.json_response(asdict(self._backend.relaunch(values["rank"])))
+        asked = read(Relaunch, parse_object(raw) if raw.strip() else {})
+        return web.json_response(asdict(self._backend.relaunch(asked.rank)))
 
     async def rebalance(self, request: web.Request) -> web.StreamResponse:
         """Spread the experts by the load of late; answers when that is done."""

@@ -1,220 +1,206 @@
-"""The bodies of POST requests: a table of fields for each endpoint, of all that clients of OpenAI, vLLM and SGLang send.
+"""The bodies of POST requests: a model for each endpoint, with all that clients of OpenAI, vLLM and SGLang send.
 
 `python -m elastic_ep.gateway.reference` writes docs/api.md from them.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, create_model
 
 from elastic_ep.gateway import unsupported
-from elastic_ep.gateway.conversation import prompt_fields
-from elastic_ep.gateway.errors import prompt_too_long
-from elastic_ep.gateway.fields import (
-    Boolean,
-    Field,
-    Integer,
-    Kind,
-    Label,
-    ListOf,
-    Number,
-    Object,
-    OneOf,
-    Schema,
-    String,
-    bad_value,
-    wrong_type,
-)
-from elastic_ep.gateway.settings import SAMPLING_KINDS, ApiSettings, SamplingDefaults
+from elastic_ep.gateway.conversation import ChatPrompt, Message
+from elastic_ep.gateway.fields import Array, Body, Integer, Text, fault
+from elastic_ep.gateway.settings import ApiSettings, Sampling
 from elastic_ep.wire.messages import Bias
 
 _MOST_TOKEN_IDS = 1024
-_BIAS = Number(-100.0, 100.0)
-_STOP_STRINGS = ListOf(String(min_length=1, max_length=256), max_items=16, or_single=True)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenList:
-    """A prompt of token ids. One that is too long is refused before its ids are looked at."""
-
-    token: Integer
-    max_model_len: int
-
-    def read(self, value: Any, param: str) -> tuple[int, ...]:
-        if isinstance(value, list) and len(value) >= self.max_model_len:
-            raise prompt_too_long(self.max_model_len, str(len(value)), param)
-        return ListOf(self.token).read(value, param)
-
-    def schema(self) -> Schema:
-        return ListOf(self.token, 1, self.max_model_len - 1).schema()
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A string, a list of strings, a list of token ids, or a list of such lists; read to a tuple of prompts."""
-
-    token: Integer
-    max_prompts: int
-    max_model_len: int
-
-    def read(self, value: Any, param: str) -> tuple[str | tuple[int, ...], ...]:
-        if isinstance(value, str):
-            return (String().read(value, param),)
-        if not isinstance(value, list):
-            raise wrong_type(param, "a string or an array", value)
-        if not value:
-            raise bad_value(param, "must not be empty.")
-        if isinstance(value[0], (str, list)):
-            kind: Kind = String() if isinstance(value[0], str) else TokenList(self.token, self.max_model_len)
-            prompts: tuple[Any, ...] = ListOf(kind, max_items=self.max_prompts).read(value, param)
-            return prompts
-        return (TokenList(self.token, self.max_model_len).read(value, param),)
-
-    def schema(self) -> Schema:
-        tokens = TokenList(self.token, self.max_model_len).schema()
-        texts = ListOf(String(), 1, self.max_prompts).schema()
-        many = {"type": "array", "items": tokens, "minItems": 1, "maxItems": self.max_prompts}
-        return {"anyOf": [String().schema(), texts, tokens, many]}
-
-
-@dataclass(frozen=True, slots=True)
-class LogitBias:
-    """What to add to tokens' logits: token ids as JSON object names, as OpenAI has it."""
-
-    token: Integer
-
-    def read(self, value: Any, param: str) -> tuple[Bias, ...]:
-        if not isinstance(value, dict):
-            raise wrong_type(param, "an object", value)
-        if len(value) > _MOST_TOKEN_IDS:
-            raise bad_value(param, f"must have at most {_MOST_TOKEN_IDS} entries.")
-        biases = {}
-        for name, add in value.items():
-            within = f"{param}.{name[:20]}"
-            if not re.fullmatch("[0-9]{1,9}", name):
-                raise bad_value(param, "must have token ids as its names.")
-            biases[self.token.read(int(name), within)] = _BIAS.read(add, within)
-        return tuple(Bias(token, add) for token, add in biases.items())
-
-    def schema(self) -> Schema:
-        return {
-            "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-            "additionalProperties": _BIAS.schema(),
-            "maxProperties": _MOST_TOKEN_IDS,
-        }
-
-
-def _token_id(settings: ApiSettings) -> Integer:
-    return Integer(0, settings.vocab_size - 1)
-
-
-def _request_id(name: str) -> Field:
-    return Field(name, String(1, 128, pattern="[!-~]+"), about="Becomes the answer's id, behind its prefix.")
-
-
-def _common_fields(settings: ApiSettings) -> tuple[Field, ...]:
-    token_ids = ListOf(_token_id(settings), max_items=128)
-    return (
-        Field("model", String()),
-        Field("n", Integer(1, min(128, settings.max_choices)), 1),
-        Field("stream", Boolean(), False),
-        Field("stream_options", _STREAM_OPTIONS),
-        Field("stop", _STOP_STRINGS, ()),
-        Field("stop_token_ids", token_ids, ()),
-        Field("include_stop_str_in_output", Boolean(), False, about="The text ends with what stopped it."),
-        Field("no_stop_trim", Boolean(), False, about="SGLang's name for include_stop_str_in_output."),
-        Field("ignore_eos", Boolean(), False),
-        Field("min_tokens", Integer(0, 2**31 - 1), 0, about="Nothing ends the text before it has so many."),
-        Field("seed", Integer(-(2**63), 2**63 - 1)),
-        Field("max_tokens", Integer(1, 2**31 - 1)),
-        *_sampling_fields(settings.defaults),
-        Field("presence_penalty", Number(-2.0, 2.0), 0.0),
-        Field("frequency_penalty", Number(-2.0, 2.0), 0.0),
-        Field("logit_bias", LogitBias(_token_id(settings)), ()),
-        Field(
-            "allowed_token_ids",
-            ListOf(_token_id(settings), max_items=_MOST_TOKEN_IDS),
-            (),
-            about="Only these are picked; [] is all.",
-        ),
-        Field("skip_special_tokens", Boolean(), True, about="False: special tokens are part of the text."),
-        Field(
-            "return_token_ids", Boolean(), False, about="token_ids and prompt_token_ids are in the answer."
-        ),
-        Field(
-            "truncate_prompt_tokens",
-            Integer(-1, 2**31 - 1),
-            about="Keep so many tokens of each prompt; -1: as many as fit.",
-        ),
-        Field(
-            "truncation_side",
-            OneOf(("left", "right"), "a prompt is cut at one of its ends"),
-            "left",
-            about="Where the prompt is cut: left keeps its last tokens.",
-        ),
-        _request_id("request_id"),
-        _request_id("rid"),
-        *(Field(name, Label(), about="Accepted. It never changes an answer.") for name in _LABELS),
-        *unsupported.EVERYWHERE,
-    )
-
-
 _LABELS = (
     "user", "metadata", "safety_identifier", "session_id", "extra_key", "cache_salt", "prompt_cache_key",
     "prompt_cache_retention", "prompt_cache_options",
 )  # fmt: skip
 """Who asks, or hints for a cache of prompts, which there is none: nothing is shared between requests."""
-_STREAM_OPTIONS = Object(
-    (
-        Field("include_usage", Boolean(), False),
-        Field("continuous_usage_stats", Boolean(), False, about="Every chunk tells the usage so far."),
-        Field("include_obfuscation", OneOf((False,), "chunks are not padded")),
+Prompts = list[str | list[int]]
+Stops = Annotated[
+    list[Annotated[Text, Field(min_length=1, max_length=256)]],
+    Array(most=16),
+    BeforeValidator(
+        lambda stop: stop if isinstance(stop, list) else [stop], json_schema_input_type=str | list[str]
+    ),
+]
+RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern="^[!-~]+$")]
+_ITS_ID = Field(None, description="Becomes the answer's id, behind its prefix.")
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="Every chunk tells the usage so far.")
+    refused = unsupported.STREAM_OPTIONS
+
+
+class Generating(Sampling):
+    """Of both endpoints. What the model or the server bounds is bounded by `completion_body` and `chat_body`."""
+
+    model: Text | None = None
+    n: int = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: Stops = Field(default_factory=list)
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = Field(False, description="The text ends with what stopped it.")
+    no_stop_trim: bool = Field(False, description="SGLang's name for include_stop_str_in_output.")
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Integer(0)] = Field(
+        0, description="Nothing ends the text before it has so many."
     )
-)
+    seed: Annotated[int | None, Integer(-(2**63), 2**63 - 1)] = None
+    max_tokens: Annotated[int | None, Integer(1)] = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: tuple[Bias, ...] = ()
+    allowed_token_ids: Sequence[int] = ()
+    skip_special_tokens: bool = Field(True, description="False: special tokens are part of the text.")
+    return_token_ids: bool = Field(False, description="token_ids and prompt_token_ids are in the answer.")
+    truncate_prompt_tokens: Annotated[int | None, Integer(-1)] = Field(
+        None, description="Keep so many tokens of each prompt; -1: as many as fit."
+    )
+    truncation_side: Literal["left", "right"] = Field(
+        "left", description="Where the prompt is cut: left keeps its last tokens."
+    )
+    request_id: RequestId | None = _ITS_ID
+    rid: RequestId | None = _ITS_ID
 
 
-def _sampling_fields(defaults: SamplingDefaults) -> tuple[Field, ...]:
-    return tuple(Field(name, kind, getattr(defaults, name)) for name, kind in SAMPLING_KINDS.items())
+class Completion(Generating):
+    refused = unsupported.EVERYWHERE | unsupported.COMPLETIONS
+    prompt: Prompts
+    logprobs: int | None = None
+    echo: bool = False
+    add_special_tokens: bool = True
+    best_of: Annotated[int | None, Integer(1, 128)] = Field(
+        None, description="As n: the best of more choices than are shown is not told."
+    )
 
 
-def completion_fields(settings: ApiSettings) -> tuple[Field, ...]:
-    return (
-        Field(
-            "prompt", Prompt(_token_id(settings), settings.max_choices, settings.max_model_len), required=True
+class Chat(ChatPrompt, Generating):
+    refused = unsupported.EVERYWHERE | unsupported.CHAT
+    max_completion_tokens: Annotated[int | None, Integer(1)] = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+    return_prompt_token_ids: bool = Field(False, description="SGLang's: prompt_token_ids are in the answer.")
+
+
+class Tokenize(Body):
+    prompt: Text
+    add_special_tokens: bool = True
+
+
+class Detokenize(Body):
+    tokens: list[int]
+
+
+class Relaunch(Body):
+    rank: Annotated[int | None, Integer(0)] = None
+
+
+def completion_body(settings: ApiSettings) -> type[Completion]:
+    return create_model(
+        "Completion",
+        __base__=Completion,
+        prompt=(_prompts(settings), ...),
+        logprobs=(Annotated[int | None, Integer(0, settings.max_logprobs)], None),
+        **_bounded(settings),
+    )
+
+
+def chat_body(settings: ApiSettings) -> type[Chat]:
+    made = create_model(
+        "Chat",
+        __base__=Chat,
+        messages=(Annotated[list[Message], Array(1, settings.max_model_len)], ...),
+        top_logprobs=(Annotated[int, Integer(0, settings.max_logprobs)], 0),
+        **_bounded(settings),
+    )
+    if not settings.trust_request_chat_template:
+        made.refused = Chat.refused | unsupported.CHAT_TEMPLATE
+    return made
+
+
+def detokenize_body(settings: ApiSettings) -> type[Detokenize]:
+    return create_model(
+        "Detokenize", __base__=Detokenize, tokens=(_token_ids(settings, settings.max_model_len), ...)
+    )
+
+
+def _bounded(settings: ApiSettings) -> dict[str, Any]:
+    some: Any = Field([], description="Only these are picked; [] is all.")
+    defaults = settings.defaults.model_dump()
+    return {
+        "n": (Annotated[int, Integer(1, min(128, settings.max_choices))], 1),
+        "stop_token_ids": (_token_ids(settings, 128), []),
+        "logit_bias": (_logit_bias(settings), ()),
+        "allowed_token_ids": (_token_ids(settings, _MOST_TOKEN_IDS), some),
+        **{
+            name: (Annotated[field.annotation, *field.metadata], defaults[name])
+            for name, field in Sampling.model_fields.items()
+        },
+        **{name: (Any, Field(None, description="Accepted. It never changes an answer.")) for name in _LABELS},
+    }
+
+
+def _token_ids(settings: ApiSettings, most: int, least: int = 0) -> Any:
+    token = Annotated[int, Integer(0, settings.vocab_size - 1)]
+    return Annotated[list[token], Array(least, most)]
+
+
+def _prompts(settings: ApiSettings) -> Any:
+    """A string, a list of strings, a list of token ids, or a list of such lists; read to a list of prompts."""
+    longest = settings.max_model_len
+
+    def short(ids: Any) -> Any:
+        # One that is too long is refused before its ids are looked at.
+        if isinstance(ids, list) and len(ids) >= longest:
+            raise fault("prompt_too_long", "is too long.", longest=longest, tokens=str(len(ids)))
+        return ids
+
+    ids: Any = Annotated[_token_ids(settings, longest - 1, least=1), BeforeValidator(short)]
+    many = Array(1, settings.max_choices)
+    alone = AfterValidator(lambda prompt: [prompt])
+    return Annotated[
+        Annotated[Text, alone, Tag("|text")]
+        | Annotated[list[Text], many, Tag("|texts")]
+        | Annotated[ids, alone, Tag("|ids")]
+        | Annotated[list[ids], many, Tag("|lists")],
+        Discriminator(
+            _form, custom_error_type="prompt_type", custom_error_message="must be a string or an array"
         ),
-        *_common_fields(settings),
-        Field("logprobs", Integer(0, settings.max_logprobs)),
-        Field("echo", Boolean(), False),
-        Field("add_special_tokens", Boolean(), True),
-        Field("best_of", Integer(1, 128), about="As n: the best of more choices than are shown is not told."),
-        *unsupported.COMPLETIONS,
-    )
+    ]
 
 
-def chat_fields(settings: ApiSettings) -> tuple[Field, ...]:
-    return (
-        *prompt_fields(settings),
-        *_common_fields(settings),
-        Field("max_completion_tokens", Integer(1, 2**31 - 1)),
-        Field("logprobs", Boolean(), False),
-        Field("top_logprobs", Integer(0, settings.max_logprobs), 0),
-        Field(
-            "return_prompt_token_ids", Boolean(), False, about="SGLang's: prompt_token_ids are in the answer."
-        ),
-        *unsupported.CHAT,
-    )
+def _form(prompt: Any) -> str | None:
+    if isinstance(prompt, str):
+        return "|text"
+    if not isinstance(prompt, list):
+        return None
+    first = prompt[0] if prompt else 0
+    return "|texts" if isinstance(first, str) else "|lists" if isinstance(first, list) else "|ids"
 
 
-def tokenize_fields() -> tuple[Field, ...]:
-    return (Field("prompt", String(), required=True), Field("add_special_tokens", Boolean(), True))
+def _logit_bias(settings: ApiSettings) -> Any:
+    """What to add to tokens' logits: token ids as JSON object names, as OpenAI has it."""
 
+    def biases(given: dict[str, float]) -> tuple[Bias, ...]:
+        if unknown := [name for name in given if int(name) >= settings.vocab_size]:
+            raise fault("invalid_value", f"must be below {settings.vocab_size}.", inside=f".{unknown[0]}")
+        return tuple(
+            Bias(token, add) for token, add in {int(name): add for name, add in given.items()}.items()
+        )
 
-def detokenize_fields(settings: ApiSettings) -> tuple[Field, ...]:
-    return (Field("tokens", ListOf(_token_id(settings), max_items=settings.max_model_len), required=True),)
-
-
-def relaunch_fields() -> tuple[Field, ...]:
-    return (Field("rank", Integer(0, 2**31 - 1)),)
+    name = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+    return Annotated[
+        dict[name, Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=_MOST_TOKEN_IDS),
+        AfterValidator(biases),
+    ]

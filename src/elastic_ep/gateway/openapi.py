@@ -1,20 +1,15 @@
-"""The OpenAPI 3.1 description of the HTTP API, made from the tables that requests are read with."""
+"""The OpenAPI 3.1 description of the HTTP API, made from the models that requests are read with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from elastic_ep.gateway.bodies import (
-    chat_fields,
-    completion_fields,
-    detokenize_fields,
-    relaunch_fields,
-    tokenize_fields,
-)
-from elastic_ep.gateway.fields import Field, Schema, object_schema
+from pydantic import TypeAdapter
+
+from elastic_ep.gateway.bodies import Relaunch, Tokenize, chat_body, completion_body, detokenize_body
+from elastic_ep.gateway.fields import Body, Schema, Schemas
 from elastic_ep.gateway.settings import ApiSettings
-from elastic_ep.wire.messages import RankState
+from elastic_ep.group import port
 
 _INTEGER: Schema = {"type": "integer", "minimum": 0}
 _STRING: Schema = {"type": "string"}
@@ -25,12 +20,15 @@ _FINISH: Schema = {"enum": ["stop", "length"]}
 def description(settings: ApiSettings) -> dict[str, Any]:
     """The whole document. With API keys, all but the probes and metrics ask for one."""
     guarded = bool(settings.api_keys)
+    schemas = {"Error": _error_schema()}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "elastic_ep", "version": settings.version},
         "paths": {**_generating_paths(settings), **_admin_paths(settings)},
-        "components": {"schemas": {"Error": _error_schema()}},
+        "components": {"schemas": schemas},
     }
+    for path in document["paths"].values():
+        _gather(path, schemas)
     if guarded:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
@@ -45,10 +43,10 @@ def _generating_paths(settings: ApiSettings) -> dict[str, Any]:
     chat_choice = _object(index=_INTEGER, message=message, logprobs=_NULLABLE, finish_reason=_FINISH)
     return {
         "/v1/completions": _generating(
-            "Continue a text.", completion_fields(settings), _answer("text_completion", text_choice)
+            "Continue a text.", completion_body(settings), _answer("text_completion", text_choice)
         ),
         "/v1/chat/completions": _generating(
-            "Answer in a conversation.", chat_fields(settings), _answer("chat.completion", chat_choice)
+            "Answer in a conversation.", chat_body(settings), _answer("chat.completion", chat_choice)
         ),
     }
 
@@ -56,28 +54,25 @@ def _generating_paths(settings: ApiSettings) -> dict[str, Any]:
 def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
     model = _object(id=_STRING, object={"const": "model"}, created=_INTEGER, max_model_len=_INTEGER)
     models = _object(object={"const": "list"}, data={"type": "array", "items": model})
-    health = _json(
-        "The service as a whole, and why nobody serves at this moment.",
-        _object(healthy={"type": "boolean"}, state=_STRING, serving_ranks=_INTEGER, reason=_STRING),
-    )
+    health = _json("The service as a whole, and why nobody serves at this moment.", _schema(port.Health))
     name = {"name": "model", "in": "path", "required": True, "schema": _STRING}
     tokens = {"type": "array", "items": _INTEGER}
     tokenized = _object(tokens=tokens, count=_INTEGER, max_model_len=_INTEGER)
     return {
         "/v1/models": _get("The model that is served.", models),
         "/v1/models/{model}": {"parameters": [name], **_get("One model.", model, 404)},
-        "/v1/fault_tolerance/status": _get("Each rank's state.", _status_schema()),
-        "/v1/fault_tolerance/experts": _get("Who holds which expert.", _experts_schema()),
+        "/v1/fault_tolerance/status": _get("Each rank's state.", _schema(port.FaultToleranceStatus)),
+        "/v1/fault_tolerance/experts": _get("Who holds which expert.", _schema(port.ExpertsStatus)),
         "/v1/fault_tolerance/verify": {
             "post": {
                 "summary": "Have every rank re-check the bytes of its experts.",
-                "responses": {"200": _json("What differs.", _verification_schema()), **_errors(401)},
+                "responses": {"200": _json("What differs.", _schema(port.Verification)), **_errors(401)},
             }
         },
         "/v1/fault_tolerance/relaunch": _post(
             "Launch dead ranks now: the one that is named, or all. One that runs is left alone.",
-            relaunch_fields(),
-            _json("Which ranks are launched, which run already.", _relaunch_schema()),
+            Relaunch,
+            _json("Which ranks are launched, which run already.", _schema(port.Relaunch)),
             404,
             503,
             required=False,
@@ -86,7 +81,7 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
             "post": {
                 "summary": "Spread the experts over the ranks by the load of late.",
                 "responses": {
-                    "200": _json("Copies planned and made.", _rebalancing_schema()),
+                    "200": _json("Copies planned and made.", _schema(port.Rebalancing)),
                     **_errors(401),
                 },
             }
@@ -97,25 +92,25 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
             "get": {"summary": "Can a request be served?", "responses": {"200": health, "503": health}}
         },
         "/metrics": {"get": {"summary": "Prometheus metrics.", "responses": {"200": _text("text/plain")}}},
-        "/tokenize": _post("Text to token ids.", tokenize_fields(), _json("Token ids.", tokenized)),
+        "/tokenize": _post("Text to token ids.", Tokenize, _json("Token ids.", tokenized)),
         "/detokenize": _post(
-            "Token ids to text.", detokenize_fields(settings), _json("Text.", _object(prompt=_STRING))
+            "Token ids to text.", detokenize_body(settings), _json("Text.", _object(prompt=_STRING))
         ),
     }
 
 
-def _generating(summary: str, table: Iterable[Field], answer: Schema) -> dict[str, Any]:
+def _generating(summary: str, body: type[Body], answer: Schema) -> dict[str, Any]:
     success = _json("The answer, or its server-sent events with `stream`.", answer)
     success["content"]["text/event-stream"] = {"schema": {}}
-    return _post(summary, table, success, 404, 429, 503)
+    return _post(summary, body, success, 404, 429, 503)
 
 
 def _post(
-    summary: str, table: Iterable[Field], success: dict[str, Any], *errors: int, required: bool = True
+    summary: str, body: type[Body], success: dict[str, Any], *errors: int, required: bool = True
 ) -> dict[str, Any]:
-    body = {"required": required, "content": {"application/json": {"schema": object_schema(table)}}}
+    asked = {"required": required, "content": {"application/json": {"schema": _schema(body)}}}
     responses = {"200": success, **_errors(400, 401, 413, *errors)}
-    return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
+    return {"post": {"summary": summary, "requestBody": asked, "responses": responses}}
 
 
 def _get(summary: str, schema: Schema, *errors: int) -> dict[str, Any]:
@@ -153,51 +148,18 @@ def _error_schema() -> Schema:
     return _object(error=_object(message=_STRING, type=_STRING, param=optional, code=optional))
 
 
-def _status_schema() -> Schema:
-    engine = _object(
-        id=_INTEGER,
-        status={"enum": ["healthy", "unhealthy", "dead"]},
-        state={"enum": [state.value for state in RankState]},
-        incarnation=_INTEGER,
-        pid={"type": ["integer", "null"]},
-        running=_INTEGER,
-        waiting=_INTEGER,
-        reason=_STRING,
-    )
-    engines = {"type": "array", "items": engine}
-    return _object(
-        state=_STRING, epoch=_INTEGER, step={"type": "integer"}, tolerates=_INTEGER, engines=engines
+def _schema(kind: type) -> Schema:
+    """Of a body, asked or answered."""
+    return TypeAdapter(kind).json_schema(
+        ref_template="#/components/schemas/{model}",
+        schema_generator=Schemas,
+        mode="validation" if issubclass(kind, Body) else "serialization",
     )
 
 
-def _experts_schema() -> Schema:
-    slot = _object(
-        physical=_INTEGER,
-        rank=_INTEGER,
-        logical={"type": ["integer", "null"]},
-        alive={"type": "boolean"},
-        checksum={"type": ["string", "null"]},
-    )
-    layer = _object(layer=_INTEGER, tolerates=_INTEGER, slots={"type": "array", "items": slot})
-    return _object(version=_INTEGER, tolerates=_INTEGER, layers={"type": "array", "items": layer})
-
-
-def _relaunch_schema() -> Schema:
-    ranks = {"type": "array", "items": _INTEGER}
-    return _object(relaunched=ranks, running=ranks)
-
-
-def _rebalancing_schema() -> Schema:
-    number: Schema = {"type": "number", "minimum": 0}
-    return _object(
-        planned=_INTEGER, made=_INTEGER, imbalance_before=number, imbalance=number, version=_INTEGER
-    )
-
-
-def _verification_schema() -> Schema:
-    corrupt = _object(layer=_INTEGER, physical=_INTEGER, rank=_INTEGER)
-    return _object(
-        checked=_INTEGER,
-        differ={"type": "array", "items": corrupt},
-        silent={"type": "array", "items": _INTEGER},
-    )
+def _gather(node: Any, schemas: Schema) -> None:
+    """Put what pydantic defines within a schema where the document has it."""
+    if isinstance(node, dict):
+        schemas.update(node.pop("$defs", {}))
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _gather(inner, schemas)

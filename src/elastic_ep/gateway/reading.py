@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from elastic_ep.gateway.bodies import detokenize_fields, tokenize_fields
-from elastic_ep.gateway.fields import parse_object, read_fields
+from elastic_ep.gateway.bodies import Tokenize, detokenize_body
+from elastic_ep.gateway.fields import parse_object, read
 from elastic_ep.gateway.requests import Job, JobReader
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.text import Text
@@ -33,6 +33,7 @@ class BodyReader:
         self._settings = settings
         self._text = text
         self._jobs = JobReader(settings, text)
+        self._detokenize_body = detokenize_body(settings)
 
     def read(self, task: str, raw: bytes) -> Job | bytes:
         """A job for "completion" and "chat", the whole answer as JSON for "tokenize" and "detokenize"."""
@@ -56,15 +57,15 @@ class BodyReader:
         raise ValueError(task)
 
     def _tokenize(self, body: dict[str, Any]) -> bytes:
-        values = read_fields(body, tokenize_fields())
-        special = values["add_special_tokens"]
-        tokens = self._jobs.encode(values["prompt"], "prompt", add_special_tokens=special)
+        values = read(Tokenize, body)
+        special = values.add_special_tokens
+        tokens = self._jobs.encode(values.prompt, "prompt", add_special_tokens=special)
         longest = self._settings.max_model_len
         return _json({"tokens": tokens, "count": len(tokens), "max_model_len": longest})
 
     def _detokenize(self, body: dict[str, Any]) -> bytes:
-        values = read_fields(body, detokenize_fields(self._settings))
-        return _json({"prompt": self._text.decode(values["tokens"])})
+        values = read(self._detokenize_body, body)
+        return _json({"prompt": self._text.decode(values.tokens)})
 
 
 class Reading:

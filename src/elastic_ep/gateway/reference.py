@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from elastic_ep.gateway.bodies import chat_fields, completion_fields, detokenize_fields, tokenize_fields
-from elastic_ep.gateway.fields import Field, Label, OneOf, Schema
+from elastic_ep.gateway.bodies import Tokenize, chat_body, completion_body, detokenize_body
+from elastic_ep.gateway.fields import Body, Schema, Schemas
 from elastic_ep.gateway.settings import ApiSettings
 
 PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 _HEAD = """# Request fields
 
-Written by `python -m elastic_ep.gateway.reference` from the tables that requests are read by. `GET /openapi.json` has the
+Written by `python -m elastic_ep.gateway.reference` from the models that requests are read by. `GET /openapi.json` has the
 same.
 
 A field that is honoured does what it does in OpenAI's API, vLLM and SGLang. One that is not is refused with status 400,
@@ -26,56 +25,39 @@ for one with 4096 positions and a vocabulary of 32000.
 
 def page() -> str:
     settings = ApiSettings(model_name="model", max_model_len=4096, vocab_size=32000, version="")
-    tables: dict[str, Sequence[Field]] = {
-        "/v1/completions": completion_fields(settings),
-        "/v1/chat/completions": chat_fields(settings),
-        "/tokenize": tokenize_fields(),
-        "/detokenize": detokenize_fields(settings),
+    bodies: dict[str, type[Body]] = {
+        "/v1/completions": completion_body(settings),
+        "/v1/chat/completions": chat_body(settings),
+        "/tokenize": Tokenize,
+        "/detokenize": detokenize_body(settings),
     }
-    return "\n".join([_HEAD, *(_section(path, table) for path, table in tables.items())])
+    return "\n".join([_HEAD, *(_section(path, body) for path, body in bodies.items())])
 
 
-def _section(path: str, table: Sequence[Field]) -> str:
-    refused = [
-        field for field in table if isinstance(field.kind, OneOf) and field.about.startswith("Refused")
-    ]
-    honoured = [field for field in table if field not in refused]
-    parts = [f"## POST {path}\n", "| field | value | |", "|---|---|---|"]
-    parts += [f"| `{field.name}` | {_kind(field)} | {_about(field)} |" for field in honoured]
-    if refused:
-        parts += ["\n| not honoured | accepted nevertheless | why |", "|---|---|---|"]
-        parts += [f"| `{field.name}` | {_allowed(field)} | {_why(field)} |" for field in refused]
-    return "\n".join(parts) + "\n"
-
-
-def _kind(field: Field) -> str:
-    return "anything" if isinstance(field.kind, Label) else _shown(field.kind.schema())
-
-
-def _about(field: Field) -> str:
-    default = "" if field.default in (None, (), "") else f"Default {json.dumps(field.default)}."
-    return " ".join(part for part in ("Required." if field.required else default, field.about) if part)
-
-
-def _allowed(field: Field) -> str:
-    assert isinstance(field.kind, OneOf)
-    return ", ".join(f"`{json.dumps(value)}`" for value in ("null", *field.kind.allowed)).replace(
-        '"null"', "null"
-    )
-
-
-def _why(field: Field) -> str:
-    assert isinstance(field.kind, OneOf)
-    return field.kind.why
+def _section(path: str, body: type[Body]) -> str:
+    properties = body.model_json_schema(schema_generator=Schemas)["properties"]
+    lines = [f"## POST {path}\n", "| field | value | |", "|---|---|---|"]
+    for name, field in sorted(body.model_fields.items(), key=lambda item: not item[1].is_required()):
+        one = properties[name]
+        given = "" if one.get("default") in (None, []) else f"Default {json.dumps(one['default'])}."
+        about = " ".join(filter(None, ["Required." if field.is_required() else given, field.description]))
+        if name not in body.refused:
+            lines.append(f"| `{name}` | {_shown(one)} | {about} |")
+    if body.refused:
+        lines += ["\n| not honoured | accepted nevertheless | why |", "|---|---|---|"]
+    for name, refused in body.refused.items():
+        allowed = ", ".join(f"`{json.dumps(value)}`" for value in (None, *refused.allowed))
+        lines.append(f"| `{name}` | {allowed} | {refused.why} |")
+    return "\n".join(lines) + "\n"
 
 
 def _shown(schema: Schema) -> str:
-    """A JSON Schema in words."""
-    if "anyOf" in schema:
-        return " or ".join(_shown(one) for one in schema["anyOf"])
+    """A JSON Schema in words, without null."""
+    if kinds := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(_shown(one) for one in kinds if one.get("type") != "null")
     if "enum" in schema:
-        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
-    kind = schema.get("type", "anything")
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"] if value is not None)
+    kind = schema.get("type", "object" if "$ref" in schema else "anything")
     if kind == "array":
         return f"array of {_shown(schema['items'])}"
     if "maximum" not in schema:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from typing import Any
 
 import structlog
 
-from elastic_ep.gateway.bodies import chat_fields, completion_fields
-from elastic_ep.gateway.conversation import add_generation_prompt
+from elastic_ep.gateway.bodies import Chat, Generating, StreamOptions, chat_body, completion_body
 from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
-from elastic_ep.gateway.fields import Field, String, bad_value, read_fields, unknown_fields, unsupported
+from elastic_ep.gateway.fields import LONE_SURROGATE, bad_value, is_encodable, read, unsupported
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.text import CannotContinue, ChatTemplateError, PromptTooLong, Text
 from elastic_ep.models.config_json import shown
@@ -71,65 +69,68 @@ class JobReader:
     def __init__(self, settings: ApiSettings, text: Text) -> None:
         self._settings = settings
         self._text = text
-        self._completion_fields = completion_fields(settings)
-        self._chat_fields = chat_fields(settings)
+        self._completion_body = completion_body(settings)
+        self._chat_body = chat_body(settings)
         # Every token covers some bytes of the text; what normalisation shrinks away is covered by the 4.
         self._max_prompt_bytes = 4 * text.max_token_bytes * settings.max_model_len
 
     def completion(self, body: dict[str, Any]) -> Job:
-        values = read_fields(_without_cut_tokens(body), self._completion_fields)
-        self._check_model(values["model"])
-        logprobs = values["logprobs"]
-        if values["echo"] and logprobs is not None:
+        values = read(self._completion_body, _without_cut_tokens(body))
+        self._check_model(values.model)
+        logprobs = values.logprobs
+        if values.echo and logprobs is not None:
             raise unsupported(
                 "echo", "cannot be honoured with 'logprobs': prompts have no log-probabilities here."
             )
-        if values["best_of"] not in (None, values["n"]):
+        if values.best_of not in (None, values.n):
             raise unsupported("best_of", "cannot be honoured here with a value other than n.")
-        prompts = values["prompt"]
-        self._check_choices(len(prompts), values["n"])
+        prompts = values.prompt
+        self._check_choices(len(prompts), values.n)
         default = min(_COMPLETION_MAX_TOKENS, self._settings.defaults.max_tokens or _COMPLETION_MAX_TOKENS)
         parts = []
         for prompt in prompts:
-            special = values["add_special_tokens"]
-            text = isinstance(prompt, str)
-            encoded = tuple(self.encode(prompt, "prompt", add_special_tokens=special) if text else prompt)
-            ids = self._cut(encoded, values, values["max_tokens"])
-            limit = self._max_tokens(ids, values["max_tokens"], "prompt", default=default)
+            if isinstance(prompt, str):
+                special = values.add_special_tokens
+                encoded = tuple(self.encode(prompt, "prompt", add_special_tokens=special))
+            else:
+                encoded = tuple(prompt)
+            ids = self._cut(encoded, values, values.max_tokens)
+            limit = self._max_tokens(ids, values.max_tokens, "prompt", default=default)
             self._check_known(ids, "prompt")
-            as_given = text and ids == encoded
-            echo = (prompt if as_given else self._text.decode(ids)) if values["echo"] else ""
-            parts.append(Part(ids, self._sampling(values, limit, logprobs), _seed(values["seed"]), echo))
-        return _job(values, tuple(parts), logprobs, _unknown(body, self._completion_fields))
+            echo = ""
+            if values.echo:
+                echo = prompt if isinstance(prompt, str) and ids == encoded else self._text.decode(ids)
+            parts.append(Part(ids, self._sampling(values, limit, logprobs), _seed(values.seed), echo))
+        return _job(values, tuple(parts), logprobs)
 
     def chat(self, body: dict[str, Any]) -> Job:
-        values = read_fields(body, self._chat_fields)
-        self._check_model(values["model"])
-        if values["top_logprobs"] and not values["logprobs"]:
+        values = read(self._chat_body, body)
+        self._check_model(values.model)
+        if values.top_logprobs and not values.logprobs:
             raise bad_value("top_logprobs", "needs 'logprobs' to be true.")
-        logprobs = values["top_logprobs"] if values["logprobs"] else None
-        self._check_choices(1, values["n"])
+        logprobs = values.top_logprobs if values.logprobs else None
+        self._check_choices(1, values.n)
         prompt = self._render(values)
-        encoded = self.encode(prompt, "messages", add_special_tokens=values["add_special_tokens"])
-        asked = values["max_completion_tokens"]
-        asked = values["max_tokens"] if asked is None else asked
+        encoded = self.encode(prompt, "messages", add_special_tokens=values.add_special_tokens)
+        asked = values.max_completion_tokens
+        asked = values.max_tokens if asked is None else asked
         ids = self._cut(tuple(encoded), values, asked)
         default = self._settings.defaults.max_tokens or self._settings.max_model_len
         limit = self._max_tokens(ids, asked, "messages", default=default)
         self._check_known(ids, "messages")
-        part = Part(ids, self._sampling(values, limit, logprobs), _seed(values["seed"]))
-        return _job(values, (part,), logprobs, _unknown(body, self._chat_fields))
+        part = Part(ids, self._sampling(values, limit, logprobs), _seed(values.seed))
+        return _job(values, (part,), logprobs)
 
-    def _cut(self, prompt: tuple[int, ...], values: dict[str, Any], asked: int | None) -> tuple[int, ...]:
+    def _cut(self, prompt: tuple[int, ...], values: Generating, asked: int | None) -> tuple[int, ...]:
         """What 'truncate_prompt_tokens' leaves of a prompt to which `asked` tokens are to be generated."""
-        keep = values["truncate_prompt_tokens"]
+        keep = values.truncate_prompt_tokens
         if keep is None:
             return prompt
         if keep == 0:
             raise bad_value("truncate_prompt_tokens", "must be at least 1, or -1.")
         if keep < 0:
             keep = max(1, self._settings.max_model_len - (asked or 1))
-        return prompt[-keep:] if values["truncation_side"] == "left" else prompt[:keep]
+        return prompt[-keep:] if values.truncation_side == "left" else prompt[:keep]
 
     def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text that may be far too long: that is seen without tokenising it."""
@@ -141,21 +142,21 @@ class JobReader:
         except Exception as error:
             raise bad_value(param, f"cannot be tokenised: {error}") from error
 
-    def _render(self, values: dict[str, Any]) -> str:
-        template = values["chat_template"] or None
-        documents = values["documents"]
+    def _render(self, values: Chat) -> str:
+        template = values.chat_template or None
+        documents = values.documents
         try:
             if documents and not self._text.template_uses("documents", template):
                 raise unsupported(
                     "documents", "cannot be honoured here: the chat template does not show documents."
                 )
             prompt = self._text.render_chat(
-                values["messages"],
-                add_generation_prompt=add_generation_prompt(values),
-                continue_final_message=values["continue_final_message"],
+                values.messages,
+                add_generation_prompt=values.begins_a_message,
+                continue_final_message=values.continue_final_message,
                 documents=documents,
                 chat_template=template,
-                variables=values["chat_template_kwargs"],
+                variables=values.chat_template_kwargs,
                 max_characters=self._max_prompt_bytes,
             )
         except PromptTooLong as error:
@@ -165,8 +166,12 @@ class JobReader:
         except ChatTemplateError as error:
             param = "chat_template" if template else "messages"
             raise ApiError(str(error), param=param, code="chat_template_error") from error
-        # What only the template knows can carry what `String` keeps out of messages.
-        return String().read(prompt, "chat_template_kwargs" if values["chat_template_kwargs"] else "messages")
+        # What only the template knows can carry what `Text` keeps out of messages.
+        if not is_encodable(prompt):
+            raise bad_value(
+                "chat_template_kwargs" if values.chat_template_kwargs else "messages", LONE_SURROGATE
+            )
+        return prompt
 
     def _too_long(self, characters: int, param: str) -> ApiError:
         at_least = characters // self._text.max_token_bytes
@@ -212,24 +217,24 @@ class JobReader:
             )
         return asked
 
-    def _sampling(self, values: dict[str, Any], max_tokens: int, logprobs: int | None) -> SamplingParams:
-        temperature = values["temperature"]
-        ends = () if values["ignore_eos"] else self._settings.eos_token_ids
+    def _sampling(self, values: Generating, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        temperature = values.temperature
+        ends = () if values.ignore_eos else self._settings.eos_token_ids
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
-            top_p=values["top_p"],
-            top_k=max(values["top_k"], 0),
-            min_p=values["min_p"],
-            repetition_penalty=values["repetition_penalty"],
-            presence_penalty=values["presence_penalty"],
-            frequency_penalty=values["frequency_penalty"],
-            ignore_eos=values["ignore_eos"],
-            stop_token_ids=(*values["stop_token_ids"], *ends),
+            top_p=values.top_p,
+            top_k=max(values.top_k, 0),
+            min_p=values.min_p,
+            repetition_penalty=values.repetition_penalty,
+            presence_penalty=values.presence_penalty,
+            frequency_penalty=values.frequency_penalty,
+            ignore_eos=values.ignore_eos,
+            stop_token_ids=(*values.stop_token_ids, *ends),
             logprobs=logprobs,
-            min_tokens=values["min_tokens"],
-            logit_bias=values["logit_bias"],
-            allowed_token_ids=values["allowed_token_ids"],
+            min_tokens=values.min_tokens,
+            logit_bias=values.logit_bias,
+            allowed_token_ids=tuple(values.allowed_token_ids),
         )
 
 
@@ -237,30 +242,28 @@ def _seed(given: int | None) -> int:
     return random.getrandbits(63) if given is None else given & (2**63 - 1)
 
 
-def _job(
-    values: dict[str, Any], parts: tuple[Part, ...], logprobs: int | None, unknown: tuple[str, ...]
-) -> Job:
-    options = values["stream_options"] or {}
-    if any(options.values()) and not values["stream"]:
+def _job(values: Generating, parts: tuple[Part, ...], logprobs: int | None) -> Job:
+    options = values.stream_options or StreamOptions.model_construct()
+    if (options.include_usage or options.continuous_usage_stats) and not values.stream:
         raise bad_value("stream_options", "is only allowed when 'stream' is true.")
-    token_ids = values["return_token_ids"]
+    token_ids = values.return_token_ids
     return Job(
         parts=parts,
-        n=values["n"],
-        stream=values["stream"],
+        n=values.n,
+        stream=values.stream,
         output=Output(
-            stop=values["stop"],
-            min_tokens=values["min_tokens"],
-            include_stop=values["include_stop_str_in_output"] or values["no_stop_trim"],
-            skip_special_tokens=values["skip_special_tokens"],
+            stop=tuple(values.stop),
+            min_tokens=values.min_tokens,
+            include_stop=values.include_stop_str_in_output or values.no_stop_trim,
+            skip_special_tokens=values.skip_special_tokens,
             logprobs=logprobs,
             token_ids=token_ids,
-            prompt_token_ids=token_ids or values.get("return_prompt_token_ids", False),
-            include_usage=options.get("include_usage", False),
-            continuous_usage=options.get("continuous_usage_stats", False),
+            prompt_token_ids=token_ids or (isinstance(values, Chat) and values.return_prompt_token_ids),
+            include_usage=options.include_usage,
+            continuous_usage=options.continuous_usage_stats,
         ),
-        request_id=values["request_id"] or values["rid"],
-        unknown=unknown,
+        request_id=values.request_id or values.rid,
+        unknown=_unknown(values),
     )
 
 
@@ -277,8 +280,11 @@ def _without_cut_tokens(body: dict[str, Any]) -> dict[str, Any]:
     return {**body, "prompt": cut}
 
 
-def _unknown(body: dict[str, Any], table: tuple[Field, ...]) -> tuple[str, ...]:
-    return tuple(name[:100] for name in itertools.islice(unknown_fields(body, table), _MOST_UNKNOWN))
+def _unknown(values: Generating) -> tuple[str, ...]:
+    names = [*(values.model_extra or ())]
+    if values.stream_options is not None:
+        names += [f"stream_options.{name}" for name in values.stream_options.model_extra or ()]
+    return tuple(name[:100] for name in names[:_MOST_UNKNOWN])
 
 
 class UnknownNames:

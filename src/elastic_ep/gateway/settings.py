@@ -5,64 +5,59 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
 
 from elastic_ep.gateway.cors import Cors
-from elastic_ep.gateway.errors import ApiError
-from elastic_ep.gateway.fields import Boolean, Integer, Kind, Number
+from elastic_ep.gateway.fields import Body, Integer, refusal
 from elastic_ep.models.config_json import CheckpointError, read_json_object, shown
 
-SAMPLING_KINDS: Mapping[str, Kind] = {
-    "temperature": Number(0.0, 2.0),
-    "top_p": Number(0.0, 1.0, above_low=True),
-    "top_k": Integer(-1, 2**31 - 1),
-    "min_p": Number(0.0, 1.0),
-    "repetition_penalty": Number(0.01, 100.0),
-}
-"""What a request may say, and a model's `generation_config.json` for requests that do not."""
 _GENERATION_CONFIG = "generation_config.json"
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingDefaults:
+class Sampling(Body):
+    """What a request may say, and a model's `generation_config.json` for requests that do not."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Integer(-1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+
+
+class _GenerationConfig(Sampling):
+    max_new_tokens: Annotated[int | None, Integer(1)] = None
+    do_sample: bool = True
+
+
+class SamplingDefaults(Sampling):
     """What a request gets that does not say. OpenAI's values unless the model's generation_config differs.
 
     `max_tokens` None: as the endpoint has it.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
     max_tokens: int | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> SamplingDefaults:
-        """Read `generation_config.json`, by the table that requests are read by.
+        """Read `generation_config.json`, by the model that requests are read by.
 
         A missing file or field, and null, leave the default. Raises `CheckpointError` with file, field and value.
         """
         file = folder / _GENERATION_CONFIG
         if not file.exists():
             return cls()
-        config = read_json_object(file)
-
-        def read(name: str, kind: Kind, default: Any) -> Any:
-            value = config.get(name)
-            try:
-                return default if value is None else kind.read(value, name)
-            except ApiError as error:
-                raise CheckpointError(f"{file}: {error.message[:-1]}; it is {shown(value)}") from None
-
-        known = {name: read(name, kind, getattr(cls(), name)) for name, kind in SAMPLING_KINDS.items()}
-        known["max_tokens"] = read("max_new_tokens", Integer(1, 2**31 - 1), None)
+        try:
+            config = _GenerationConfig.model_validate(read_json_object(file))
+        except ValidationError as error:
+            value = error.errors()[0]["input"]
+            raise CheckpointError(f"{file}: {refusal(error).message[:-1]}; it is {shown(value)}") from None
+        known = config.model_dump(include={*Sampling.model_fields})
         # Hugging Face writes do_sample=false for greedy models and may leave a temperature beside it.
-        if read("do_sample", Boolean(), True) is False:
-            known = {name: known[name] for name in ("repetition_penalty", "max_tokens")} | {
-                "temperature": 0.0
-            }
-        return cls(**known)
+        if not config.do_sample:
+            known = {"temperature": 0.0, "repetition_penalty": config.repetition_penalty}
+        return cls(**known, max_tokens=config.max_new_tokens)
 
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {

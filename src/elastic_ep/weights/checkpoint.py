@@ -1,7 +1,7 @@
 """Where each tensor of a safetensors checkpoint lies, checked without reading one. Standard library only.
 
 Format: eight bytes of little-endian header length, a JSON header that names every tensor's dtype, shape and byte
-range, then the bytes.
+range, then the bytes. The package `safetensors` tells neither where a tensor's bytes lie nor which entry is wrong.
 """
 
 from __future__ import annotations

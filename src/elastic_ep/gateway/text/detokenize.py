@@ -138,7 +138,8 @@ class WindowDetokenizer:
     """For any other tokenizer: decode the last few ids with and without the new one; the difference is new.
 
     The way of Hugging Face's text-generation-inference: a decoder may look at neighbours, so a token cannot be
-    decoded alone.
+    decoded alone. Not `tokenizers`' own `DecodeStream`: it raises where a decoder takes back bytes that are shown
+    already ("pieces, replaced at last" in the tests), and has no end.
     """
 
     __slots__ = ("_decode", "_ids", "_read")

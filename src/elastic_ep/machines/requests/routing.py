@@ -14,10 +14,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from elastic_ep.machines.contract import UnexpectedEvent
-from elastic_ep.machines.machine import Machine
 from elastic_ep.machines.requests import events as ev
 from elastic_ep.machines.requests.events import Effect, Event, RoutingConfig
 from elastic_ep.machines.requests.lifecycle import REQUEST, RequestState
@@ -27,7 +26,7 @@ from elastic_ep.wire.messages import Cancel, FailureCode, Member, Token
 
 
 @dataclass(eq=False)
-class RoutingMachine(Machine[Event, Effect]):
+class RoutingMachine:
     """Feed it with `step`; everything without an underscore may be read.
 
     `requests` holds the live ones by id, `waiting` the ids among them that no rank has, in the order in which
@@ -35,6 +34,7 @@ class RoutingMachine(Machine[Event, Effect]):
     """
 
     config: RoutingConfig
+    transient: ClassVar = frozenset({"_effects", "_handlers"})
 
     def __post_init__(self) -> None:
         self.requests: dict[int, Request] = {}
@@ -78,14 +78,15 @@ class RoutingMachine(Machine[Event, Effect]):
         oldest = next(iter(self.requests.values()), None)
         return oldest.due_ms if oldest else None
 
-    def request_state(self, request_id: int) -> RequestState | None:
+    def state(self, request_id: int) -> RequestState | None:
         """None: never heard of, refused, or ended."""
         request = self.requests.get(request_id)
         return RequestState(request.life.state) if request else None
 
     # The machine
 
-    def _step(self, event: Event) -> list[Effect]:
+    def step(self, event: Event) -> list[Effect]:
+        """Take one event. Raises `UnexpectedEvent` for one that its sender must not send, changing nothing."""
         effects: list[Effect] = []
         self._effects = effects
         had_work = bool(self.requests)
@@ -375,7 +376,7 @@ class RoutingMachine(Machine[Event, Effect]):
 
     # Invariants
 
-    def _check(self) -> None:
+    def check(self) -> None:
         seen = dict.fromkeys(self.waiting, 0)
         for member, rank in self.ranks.items():
             assert rank.member == member
