@@ -16,7 +16,6 @@ from typing import Any
 from elastic_ep.event_log.reader import Differs, Line, Log, Unreadable
 from elastic_ep.machines.membership.events import GroupState, RankMoved
 from elastic_ep.machines.registry import MACHINES
-from elastic_ep.machines.snapshot import capture
 from elastic_ep.machines.snapshot import to_plain as state_to_plain
 from elastic_ep.wire.codec import from_plain, to_plain
 from elastic_ep.wire.messages import Member, RankState
@@ -137,7 +136,7 @@ def _step(machines: dict[str, Any], line: Line, plain: Callable[[Any], Any]) -> 
 def _compare_states(machines: dict[str, Any], line: Line) -> None:
     """A later file tells the machines' states as they were when it began."""
     for name, logged in line.fields.get("states", {}).items():
-        now = json.loads(json.dumps(state_to_plain(capture(machines[name]))))
+        now = json.loads(json.dumps(state_to_plain(machines[name].state())))
         for part in now.keys() | logged.keys():
             if now.get(part) != logged.get(part):
                 told, found = json.dumps(logged.get(part)), json.dumps(now.get(part))

@@ -45,7 +45,7 @@ FREE_TICKS = 4
 def copy_controller(machine: MembershipMachine) -> MembershipMachine:
     new = type(machine)(machine.num_ranks, machine.placement, machine.config)
     for name, value in vars(machine).items():
-        if name not in ("_handlers", "placement", "config"):
+        if name not in ("_handlers", "_recent", "placement", "config"):
             setattr(new, name, value)
     new.slots = {rank: copy.copy(slot) for rank, slot in machine.slots.items()}
     for slot in new.slots.values():
@@ -99,7 +99,7 @@ class Model:
     # Keeping things once
 
     def keep_controller(self, machine: MembershipMachine) -> int:
-        return _keep(machine, freeze(machine), self._controller_ids, self.controllers)
+        return _keep(machine, machine.state(), self._controller_ids, self.controllers)
 
     def keep_rank(self, rank: RankModel) -> int:
         return _keep(rank, freeze(rank), self._rank_ids, self.ranks)

@@ -16,7 +16,6 @@ from elastic_ep.machines.rank.lifecycle import RANK
 from elastic_ep.placement import EMPTY, Change, launch_placement
 from elastic_ep.timing import MembershipConfig
 from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
-from tests.machines.model_rank import freeze
 
 CONFIG = MembershipConfig(
     attempt_deadline_ms=100,
@@ -199,9 +198,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(back_ms=st.integers(0, 100))
     def a_tick_is_repeated(self, back_ms: int) -> None:
-        before = freeze(self.machine)
+        before = self.machine.state()
         assert self.feed(Tick(self.machine.now_ms - back_ms)) == []
-        assert freeze(self.machine) == before
+        assert self.machine.state() == before
 
     @rule(rank=ranks)
     def comes_up_by_one_state(self, rank: int) -> None:
@@ -239,9 +238,9 @@ class AnyOrder(RuleBasedStateMachine):
     def dies(self, rank: int, again: bool) -> None:
         self.feed(ev.DeathNoticed(self.member(rank), "killed"))
         if again:
-            before = freeze(self.machine)
+            before = self.machine.state()
             assert self.feed(ev.DeathNoticed(self.member(rank), "killed")) == []
-            assert freeze(self.machine) == before
+            assert self.machine.state() == before
 
     @rule(rank=ranks, again=st.booleans(), status=st.sampled_from(["signal 9", "signal 11", "exit status 1"]))
     def is_gone(self, rank: int, again: bool, status: str) -> None:
@@ -250,9 +249,9 @@ class AnyOrder(RuleBasedStateMachine):
             return
         self.feed(ev.ProcessGone(member, status))
         if again:
-            before = freeze(self.machine)
+            before = self.machine.state()
             assert self.feed(ev.ProcessGone(member, status)) == []
-            assert freeze(self.machine) == before
+            assert self.machine.state() == before
 
     @rule(chosen=st.sets(ranks))
     def an_operator_wants_ranks_back(self, chosen: set[int]) -> None:
@@ -264,9 +263,9 @@ class AnyOrder(RuleBasedStateMachine):
             if isinstance(e, ev.Launch)
         ]
         assert set(launched) == (set(dead) if not (self.machine.stopping or self.machine.verdict) else set())
-        before = freeze(self.machine)
+        before = self.machine.state()
         assert self.feed(ev.RelaunchRequested(tuple(sorted(chosen)))) == [], "idempotent"
-        assert freeze(self.machine) == before
+        assert self.machine.state() == before
 
     @rule(rank=ranks)
     def is_suspected(self, rank: int) -> None:
@@ -289,9 +288,9 @@ class AnyOrder(RuleBasedStateMachine):
             ev.ProcessGone(old, "SIGKILL"),
             ev.Suspected(old, "hang"),
         )
-        before = freeze(self.machine)
+        before = self.machine.state()
         assert self.machine.step(news[kind]) == []
-        assert freeze(self.machine) == before
+        assert self.machine.state() == before
 
     @rule(began=st.booleans())
     def work_changes(self, began: bool) -> None:
@@ -384,7 +383,7 @@ class AnyOrder(RuleBasedStateMachine):
         raise AssertionError("it never settles")
 
     def everybody_does_its_part(self) -> bool:
-        before = freeze(self.machine)
+        before = self.machine.state()
         for slot in list(self.machine.slots.values()):
             member = slot.member
             if member not in self.witness.running:
@@ -394,7 +393,7 @@ class AnyOrder(RuleBasedStateMachine):
             elif slot.state in STARTING_UP:
                 self.advance(member, slot.state)
         self.everybody_promises()
-        return bool(freeze(self.machine) != before)
+        return bool(self.machine.state() != before)
 
     def repairs(self) -> bool:
         """Experts without a copy are reloaded where a living rank has an empty slot or a second copy of another one."""

@@ -69,11 +69,11 @@ def test_a_request_from_submit_to_finish() -> None:
         ev.WorkBegan(),
         ev.Send(A, Assign(0, (7, 0), (), SamplingParams(2), 5, 0)),
     ]
-    assert machine.state(0) is RequestState.RUNNING
+    assert machine.request_state(0) is RequestState.RUNNING
     first, last = tokens(A, (0, 0)), tokens(A, (0, 1, "length"))
     assert run(machine, first) == [ev.Deliver(0, first.tokens)]
     assert run(machine, last) == [ev.Deliver(0, last.tokens), ev.Finish(0, "length"), ev.WorkEnded()]
-    assert (machine.state(0), machine.running, machine.requests) == (None, 0, {})
+    assert (machine.request_state(0), machine.running, machine.requests) == (None, 0, {})
 
 
 def test_least_loaded_then_longest_not_chosen() -> None:
@@ -117,7 +117,7 @@ def test_replays_wait_at_the_front_when_nobody_serves() -> None:
     run(machine, ev.RankUp(A), *(new(i) for i in range(4)))
     run(machine, tokens(A, (1, 0)), ev.RankDown(A, "killed"))
     assert list(machine.waiting) == [0, 1, 2, 3]
-    assert [machine.state(i) for i in (0, 1, 2)] == [
+    assert [machine.request_state(i) for i in (0, 1, 2)] == [
         RequestState.REPLAYING,
         RequestState.REPLAYING,
         RequestState.QUEUED,
@@ -268,7 +268,7 @@ def test_a_new_incarnation_displaces_the_old_one() -> None:
     run(machine, ev.RankUp(A), new(0))
     assert assigned(run(machine, ev.RankUp(A2))) == {0: A2}
     assert run(machine, ev.RankDown(A, "late news")) == []
-    assert machine.state(0) is RequestState.RUNNING
+    assert machine.request_state(0) is RequestState.RUNNING
 
 
 # Moves
@@ -286,7 +286,7 @@ def test_what_waits_in_a_survivor_moves_to_the_rank_that_is_back() -> None:
         ev.Send(B, Cancel(2)),
         ev.Send(A2, Assign(2, (7, 2), (oracle(2, 0), oracle(2, 1)), SamplingParams(4), 5, 0)),
     ]
-    assert (machine.moves, machine.replays, machine.state(0)) == (2, 2, RequestState.RUNNING)
+    assert (machine.moves, machine.replays, machine.request_state(0)) == (2, 2, RequestState.RUNNING)
     assert run(machine, tokens(B, (0, 1))) == []
     assert machine.stale_tokens == 1
     event = tokens(A2, (0, 1), (2, 2))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from elastic_ep.config import EventLogMode
 from elastic_ep.event_log.writer import Item, LogWriter
-from elastic_ep.machines.snapshot import Stateful, capture
+from elastic_ep.machines.machine import Machine
 
 
 class Note(Protocol):
@@ -46,7 +46,7 @@ class EventLog:
         """What is recorded must not tell of any text; where that is in no field marked so, whoever records sees to it."""
         self._soon = soon
         self._clock_ns = clock_ns
-        self._machines: Mapping[str, Stateful] = {}
+        self._machines: Mapping[str, Machine[Any, Any]] = {}
         self._captures = 0
 
     @property
@@ -54,7 +54,7 @@ class EventLog:
         """Of the file that is being written; None: there is no log."""
         return self._writer.path if self._writer else None
 
-    def begin(self, run: Mapping[str, Any], machines: Mapping[str, Stateful] | None = None) -> None:
+    def begin(self, run: Mapping[str, Any], machines: Mapping[str, Machine[Any, Any]] | None = None) -> None:
         """The first line, of `run`: what replay needs to build the same machines.
 
         `machines` are asked for their states where a new file begins; without them there is one file without a limit.
@@ -93,4 +93,4 @@ class EventLog:
 
     def _capture(self) -> None:
         assert self._writer is not None
-        self._writer.put_states(self._clock_ns(), {name: capture(m) for name, m in self._machines.items()})
+        self._writer.put_states(self._clock_ns(), {name: m.state() for name, m in self._machines.items()})

@@ -1,8 +1,8 @@
 """A machine's whole state as one frozen value: to compare machines, and to go on from the middle of an event log.
 
-`capture` takes mutable things as they are at one moment. What is frozen anyway (messages, rows of scalars) is shared, so
-it costs a few microseconds a live request. `to_plain` makes JSON of it, later and on any thread, and `restore` puts
-that into a fresh machine: from there on both machines say the same to the same events.
+`capture` (a machine's `state()`) takes mutable things as they are at one moment. What is frozen anyway (messages, rows
+of scalars) is shared, so it costs a few microseconds a live request. `to_plain` makes JSON of it, later and on any
+thread, and `restore` puts that into a fresh machine: from there on both machines say the same to the same events.
 
 Two ways to one mutable thing (a request is in the queue and among its rank's) stay two ways to one thing.
 """
@@ -17,19 +17,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from elastic_ep.machines.tables import Table, TableMachine
+
+if TYPE_CHECKING:
+    from elastic_ep.machines.machine import Machine
 
 
 class MalformedState(ValueError):
     """This is no state of such a machine."""
-
-
-class Stateful(Protocol):
-    """`transient` names the fields that mean nothing between two events."""
-
-    transient: ClassVar[frozenset[str]]
 
 
 class State(NamedTuple):
@@ -58,7 +55,7 @@ _frozen_types: set[type] = {*_SCALARS, frozenset}
 """Types whose values never change. Others join when first seen."""
 
 
-def capture(machine: Stateful) -> State:
+def capture(machine: Machine[Any, Any]) -> State:
     """Raises TypeError for what no machine may hold."""
     memo: dict[int, int] = {}
     kept = [(name, value) for name, value in vars(machine).items() if name not in machine.transient]

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from elastic_ep.machines.contract import Tick, UnexpectedEvent
 from elastic_ep.machines.experts import events as ev
 from elastic_ep.machines.experts.events import Effect, Event, Origin
 from elastic_ep.machines.experts.moves import Layer
+from elastic_ep.machines.machine import Machine
 from elastic_ep.placement import EMPTY, Change, Placement
 from elastic_ep.timing import RepairConfig
 from elastic_ep.wire.messages import Member, PlacementChanged
@@ -50,12 +51,11 @@ class Pursuit:
 
 
 @dataclass(eq=False)
-class RepairMachine:
+class RepairMachine(Machine[Event, Effect]):
     """Feed it with `step`; `placement` may be read."""
 
     placement: Placement
     config: RepairConfig = field(default_factory=RepairConfig)
-    transient: ClassVar = frozenset({"_changes", "_effects", "_handlers"})
 
     def __post_init__(self) -> None:
         self.members: frozenset[Member] = frozenset()
@@ -95,7 +95,7 @@ class RepairMachine:
             Tick: self._on_tick,
         }
 
-    def step(self, event: Event) -> list[Effect]:
+    def _step(self, event: Event) -> list[Effect]:
         self._effects = []
         self._changes = []
         self._handlers[type(event)](event)
@@ -108,7 +108,7 @@ class RepairMachine:
             )
         return self._effects
 
-    def check(self) -> None:
+    def _check(self) -> None:
         for (layer, physical), copy in self.copies.items():
             assert self.placement.slots[layer][physical] == EMPTY, (
                 "a slot that is addressed is being overwritten"

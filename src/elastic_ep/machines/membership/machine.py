@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from elastic_ep.machines.contract import Tick
+from elastic_ep.machines.machine import Machine
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import Effect, Event, GroupState
 from elastic_ep.machines.membership.group import GROUP, Attempt, Slot
@@ -37,13 +38,12 @@ _STARTING = (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
 
 
 @dataclass(eq=False)
-class MembershipMachine:
+class MembershipMachine(Machine[Event, Effect]):
     """Feed it with `step`; `view` and `slots` may be read."""
 
     num_ranks: int
     placement: Placement
     config: MembershipConfig = field(default_factory=MembershipConfig)
-    transient: ClassVar = frozenset({"_effects", "_handlers"})
 
     def __post_init__(self) -> None:
         self.view = View(epoch=0, seats=())
@@ -139,7 +139,7 @@ class MembershipMachine:
 
     # The machine
 
-    def step(self, event: Event) -> list[Effect]:
+    def _step(self, event: Event) -> list[Effect]:
         self._effects = []
         before = self.group_state
         self._handlers[type(event)](event)
@@ -149,7 +149,7 @@ class MembershipMachine:
             self._effects.append(ev.GroupMoved(now))
         return self._effects
 
-    def check(self) -> None:
+    def _check(self) -> None:
         for seat in self.view.seats:
             slot = self.slots[seat.rank]
             assert slot.member == seat.member, f"rank {seat.rank} is seated under an old incarnation"

@@ -13,8 +13,9 @@ Silence proves something only while something else proves that the machine runs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
+from elastic_ep.machines.machine import Machine
 from elastic_ep.timing import ProgressConfig
 from elastic_ep.wire.messages import Member
 
@@ -74,9 +75,8 @@ class _Seen:
 
 
 @dataclass(eq=False)
-class ProgressMachine:
+class ProgressMachine(Machine[Pulse, Suspect]):
     config: ProgressConfig = field(default_factory=ProgressConfig)
-    transient: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         self.seen: dict[Member, _Seen] = {}
@@ -85,7 +85,7 @@ class ProgressMachine:
         self.anybody_ms = 0
         """When anybody was last heard."""
 
-    def step(self, event: Pulse) -> list[Suspect]:
+    def _step(self, event: Pulse) -> list[Suspect]:
         self._pass_time(event)
         self._take_in(event)
         seated = [member for member in event.seated if member not in self.suspected]
@@ -103,7 +103,7 @@ class ProgressMachine:
             and now - min(seen.heard_ms, seen.moved_ms) > self.config.limit_ms // 3
         ]
 
-    def check(self) -> None:
+    def _check(self) -> None:
         now = self.now_ms or 0
         for seen in self.seen.values():
             assert max(seen.heard_ms, seen.moved_ms, seen.idle_ms) <= now

@@ -14,9 +14,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 from elastic_ep.machines.contract import UnexpectedEvent
+from elastic_ep.machines.machine import Machine
 from elastic_ep.machines.requests import events as ev
 from elastic_ep.machines.requests.events import Effect, Event, RoutingConfig
 from elastic_ep.machines.requests.lifecycle import REQUEST, RequestState
@@ -26,7 +27,7 @@ from elastic_ep.wire.messages import Cancel, FailureCode, Member, Token
 
 
 @dataclass(eq=False)
-class RoutingMachine:
+class RoutingMachine(Machine[Event, Effect]):
     """Feed it with `step`; everything without an underscore may be read.
 
     `requests` holds the live ones by id, `waiting` the ids among them that no rank has, in the order in which
@@ -34,7 +35,6 @@ class RoutingMachine:
     """
 
     config: RoutingConfig
-    transient: ClassVar = frozenset({"_effects", "_handlers"})
 
     def __post_init__(self) -> None:
         self.requests: dict[int, Request] = {}
@@ -78,15 +78,14 @@ class RoutingMachine:
         oldest = next(iter(self.requests.values()), None)
         return oldest.due_ms if oldest else None
 
-    def state(self, request_id: int) -> RequestState | None:
+    def request_state(self, request_id: int) -> RequestState | None:
         """None: never heard of, refused, or ended."""
         request = self.requests.get(request_id)
         return RequestState(request.life.state) if request else None
 
     # The machine
 
-    def step(self, event: Event) -> list[Effect]:
-        """Take one event. Raises `UnexpectedEvent` for one that its sender must not send, changing nothing."""
+    def _step(self, event: Event) -> list[Effect]:
         effects: list[Effect] = []
         self._effects = effects
         had_work = bool(self.requests)
@@ -376,7 +375,7 @@ class RoutingMachine:
 
     # Invariants
 
-    def check(self) -> None:
+    def _check(self) -> None:
         seen = dict.fromkeys(self.waiting, 0)
         for member, rank in self.ranks.items():
             assert rank.member == member
