@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from typing import Any
 
 import pytest
@@ -143,3 +144,18 @@ async def test_a_preflight_of_what_is_not_allowed(start: Start, asked: dict[str,
 async def test_options_without_an_origin_is_a_wrong_method(running: Running) -> None:
     async with running.http.options(running.url + COMPLETIONS) as response:
         assert response.status == 405
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/tokenize", "/v1/fault_tolerance/verify"])
+async def test_a_compressed_body_is_refused_and_nothing_of_it_is_read(start: Start, path: str) -> None:
+    running = await start(FakeBackend(), max_body_bytes=4000)
+    packed = gzip.compress(b" " * 100_000 + b'{"prompt": "A"}')
+    for encoding in ("gzip", "deflate", "br"):
+        headers = {"Content-Encoding": encoding, "Content-Type": "application/json"}
+        async with running.http.post(running.url + path, data=packed, headers=headers) as response:
+            error = (await response.json())["error"]
+        assert (response.status, error["param"]) == (415, "Content-Encoding")
+    async with running.http.post(
+        running.url + COMPLETIONS, json={"prompt": "A"}, headers={"Content-Encoding": "identity"}
+    ) as response:
+        assert response.status == 200

@@ -39,7 +39,7 @@ def create_app(
     `load_text`, which must be picklable, makes the like of `text` in the process that reads large bodies. That one is
     started by the first large body, or by `app[READING].worker.warm()`.
     """
-    middlewares = [error_middleware(metrics.http_error), settings.cors.middleware()]
+    middlewares = [error_middleware(metrics.http_error), settings.cors.middleware(), _plain_bodies]
     if settings.api_keys:
         middlewares.append(_key_middleware(settings.api_keys))
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
@@ -79,6 +79,7 @@ async def serve(app: web.Application, host: str, port: int, *, grace_s: float = 
         handle_signals=False,
         shutdown_timeout=grace_s,
         logger=logger,
+        auto_decompress=False,
     )
     await runner.setup()
     try:
@@ -89,6 +90,16 @@ async def serve(app: web.Application, host: str, port: int, *, grace_s: float = 
     bound: int = runner.addresses[0][1]
     shown = f"[{host}]" if ":" in host else host
     return Server(f"http://{shown}:{bound}", bound, runner)
+
+
+@web.middleware
+async def _plain_bodies(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A few bytes can stand for gigabytes, which would be made on the event loop, of a refused request too."""
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        message = "This server reads no compressed bodies: send it without Content-Encoding."
+        raise ApiError(message, status=415, param="Content-Encoding", code="unsupported_content_encoding")
+    return await handler(request)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
