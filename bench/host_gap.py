@@ -48,6 +48,7 @@ from elastic_ep.models import qwen3_moe
 from elastic_ep.placement import launch_placement
 from elastic_ep.rank.forward import LOAD_REPORT_STEPS, ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.rank.outbox import Post
 from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
 from elastic_ep.rank.slots import SlotWorker
 from elastic_ep.timing import USUAL
@@ -168,8 +169,8 @@ class TimedRunner(CudaRunner):
 class BlockForward(ForwardThread):
     """Takes its seat as ever, then runs the blocks, and stops."""
 
-    def __init__(self, config: RankConfig, mailbox: Mailbox, plan: Plan) -> None:
-        super().__init__(config, mailbox, self._build_engine)
+    def __init__(self, config: RankConfig, mailbox: Mailbox, post: Post, plan: Plan) -> None:
+        super().__init__(config, mailbox, post, self._build_engine)
         self._plan = plan
         self._timer = Timer(plan.step_s)
         self._number = 0
@@ -219,8 +220,8 @@ class BlockForward(ForwardThread):
 class BlockRank(RankProcess):
     def __init__(self, config: RankConfig, life_fd: int, plan: Plan) -> None:
         super().__init__(config, -1, life_fd)
-        self._forward = BlockForward(config, self._mailbox, plan)
-        self._slots = SlotWorker(self._mailbox, lambda: "no state plane here", USUAL)
+        self._forward = BlockForward(config, self._mailbox, self._outbox.post, plan)
+        self._slots = SlotWorker(self._outbox.post, lambda: "no state plane here", USUAL)
 
 
 def run_rank(config: RankConfig, life_fd: int, plan: Plan) -> None:

@@ -26,9 +26,11 @@ from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.host.scheduling import make_prompt
+from elastic_ep.machines.rank.events import DeviceOpened
 from elastic_ep.rank.engine import build_engine
 from elastic_ep.rank.forward import ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.rank.outbox import Post
 from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
 from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Assign, SamplingParams, StepReport
@@ -78,8 +80,10 @@ class BareExchange:
 class BlockForward(ForwardThread):
     """Takes its seat as ever, then runs `blocks`, the same steps in each, and stops."""
 
-    def __init__(self, config: RankConfig, mailbox: Mailbox, build: Build, blocks: Blocks) -> None:
-        super().__init__(config, mailbox, build)
+    def __init__(
+        self, config: RankConfig, mailbox: Mailbox, post: Post, build: Build, blocks: Blocks
+    ) -> None:
+        super().__init__(config, mailbox, post, build)
         self._blocks = blocks
         self._out = Path(config.directory) / f"{config.rank}.json"
         self._number = 0
@@ -156,12 +160,13 @@ class BlockRank(RankProcess):
         self._blocks = BlockForward(
             config,
             self._mailbox,
+            self._outbox.post,
             lambda told: build_engine(
                 told,
                 windows_fd,
                 lambda: "no state plane here",
                 FileStore(Path(told.directory)),
-                self._device_opened,
+                lambda: self._outbox.post(DeviceOpened()),
             ),
             blocks,
         )

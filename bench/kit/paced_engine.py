@@ -173,7 +173,7 @@ class PacedRank(RankProcess):
             runner = PacedRunner(told, float(os.environ[STEP_MS]) / 1000)
             return runner, runner.exchange
 
-        self._forward = ForwardThread(config, self._mailbox, build)
+        self._forward = ForwardThread(config, self._mailbox, self._outbox.post, build)
 
 
 def main(config_json: str, windows_fd: int, life_fd: int) -> int:

@@ -130,8 +130,8 @@ def beats(events: Path) -> Counter[int]:
     whole = events.read_text().rpartition("\n")[0]  # the last line may be on its way
     for line in whole.splitlines():
         if '"progress"' in line and (record := json.loads(line)).get("machine") == "progress":
-            for kind, rank, *_, parked, _pages in record["heard"][-2]:
-                heard[rank] += kind == "Heartbeat" and parked
+            for (rank, _incarnation), *_, parked in record["heard"][-2]:
+                heard[rank] += parked
     return heard
 
 

@@ -13,9 +13,11 @@ import anyio
 import pytest
 
 from elastic_ep.host.peer_notices import NoticeReader, NoticeSender
+from elastic_ep.machines.rank.events import PeerDied, Started
 from elastic_ep.rank.forward import ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
-from elastic_ep.wire.messages import Member, RankState, Seat, View
+from elastic_ep.rank.outbox import Ready
+from elastic_ep.wire.messages import Member, Seat, View
 from tests.kit.harness import DEADLINE_S, running
 from tests.kit.lone_rank import CONFIG, Wire, lone_rank
 
@@ -106,7 +108,7 @@ class Parts:
 
 
 def seated(mailbox: Mailbox, parts: Parts) -> ForwardThread:
-    forward = ForwardThread(CONFIG, mailbox, lambda _config: (parts, parts))  # type: ignore[arg-type,return-value]  # all that is used of them
+    forward = ForwardThread(CONFIG, mailbox, lambda item: None, lambda _config: (parts, parts))  # type: ignore[arg-type,return-value]  # all that is used of them
     forward.exchange = forward.runner = parts  # type: ignore[assignment]  # as above
     mailbox.adopt(View(1, (Seat(0, 1, 0), Seat(1, 1, 0), Seat(2, 7, 0))))
     assert forward._take_seat()
@@ -115,7 +117,7 @@ def seated(mailbox: Mailbox, parts: Parts) -> ForwardThread:
 
 
 def test_a_boundary_routes_around_the_dead_before_the_view_does() -> None:
-    mailbox, parts = Mailbox(lambda: None), Parts()
+    mailbox, parts = Mailbox(), Parts()
     forward = seated(mailbox, parts)
     assert parts.routed == [{0, 1, 2}]
     mailbox.peer_died(PEER)
@@ -131,7 +133,7 @@ def test_a_boundary_routes_around_the_dead_before_the_view_does() -> None:
 
 
 def test_whoever_died_before_the_view_that_seats_it_is_not_activated() -> None:
-    mailbox, parts = Mailbox(lambda: None), Parts()
+    mailbox, parts = Mailbox(), Parts()
     forward = seated(mailbox, parts)
     assert not mailbox.is_dead(Member(1, 0))
     mailbox.peer_died(Member(1, 3))
@@ -145,17 +147,15 @@ def test_whoever_died_before_the_view_that_seats_it_is_not_activated() -> None:
 @pytest.mark.anyio
 async def test_a_rank_masks_a_peer_once_however_often_it_hears() -> None:
     rank, parts = lone_rank(Wire()), Parts()
-    rank._on_peer_death(OTHER)  # before there is an exchange
-    rank._on_peer_death(rank._me)
-    rank._forward.exchange = parts  # type: ignore[assignment]  # all that is used of it
     rank._slots.start = lambda runner: None  # type: ignore[method-assign]  # there are no weights
-    rank._forward.runner = parts  # type: ignore[assignment]  # as above
-    rank._on_forward_state(RankState.INIT_DIST, "", ())
+    rank._hear(Started())
+    rank._hear(PeerDied(OTHER))  # before there is an exchange
+    rank._hear(PeerDied(rank._me))
+    rank._outbox.post(Ready(parts, parts))  # type: ignore[arg-type]  # all that is used of them
     assert parts.masked == [OTHER]
-    rank._on_peer_death(PEER)
+    rank._hear(PeerDied(PEER))
     issued_ns = rank._mailbox.mask_ns
-    rank._on_peer_death(PEER)
-    rank._mask(PEER)  # by the view
+    rank._hear(PeerDied(PEER))
     assert parts.masked == [OTHER, PEER]
     assert rank._mailbox.mask_ns == issued_ns > 0
     assert rank._mailbox.is_dead(PEER)

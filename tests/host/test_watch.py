@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from elastic_ep.wire.messages import Heartbeat, Member, Prepare
+from elastic_ep.wire.messages import Heartbeat, Member, Prepare, RankState
 from tests.kit.fake_group import FakeGroup
 from tests.kit.virtual_time import VirtualTimeLoop, run_virtually
 
@@ -71,7 +71,7 @@ def test_a_joiner_that_could_not_run_is_not_fenced_for_being_late() -> None:
         def loses(rank: Any, message: Any) -> bool:
             if isinstance(getattr(message, "body", None), Prepare):
                 prepared.set()
-                return not group.ranks[1].said_ready or rank.member == Member(1, 2)
+                return group.ranks[1].machine.stage is RankState.INIT_DIST or rank.member == Member(1, 2)
             return False
 
         group.loses = loses

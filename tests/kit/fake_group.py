@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,8 +18,8 @@ from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership.events import Start
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.progress import ProgressMachine
-from elastic_ep.machines.rank import member as rk
-from elastic_ep.machines.rank.member import MemberMachine
+from elastic_ep.machines.rank import events as rk
+from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.machines.requests.events import RoutingConfig
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import EMPTY, Placement, launch_placement
@@ -78,16 +78,16 @@ class FakeLog:
 
 
 class FakeRank:
-    """A rank's control loop with the real member machine; its steps, bytes and copies are a table."""
+    """A rank's control loop with the real rank machine; its steps, bytes and copies are a table."""
 
     def __init__(self, group: FakeGroup, member: Member) -> None:
         self.group = group
         self.member = member
-        self.machine = MemberMachine(member)
-        self.mailbox = Mailbox(lambda: None)
+        self.machine = RankMachine(member)
+        self.mailbox = Mailbox()
         self.alive = True
-        self.heard_pub = False
-        self.said_ready = False
+        self.asking = False
+        """For a snapshot, at its own pace."""
         self.told: list[Any] = []
         """What it alone was told."""
         self.silent = False
@@ -101,8 +101,8 @@ class FakeRank:
 
     def start(self) -> None:
         self.say(Hello(1000 + self.member.rank))
-        for state in (RankState.INIT_CUDA, RankState.INIT_DIST):
-            self.say(RankReport(state))
+        for event in (rk.Started(), rk.EngineReady(), rk.WarmedUp()):
+            self._step(event)
         self.say(StateReady(StateAddress(f"host:{self.member.rank}", ()), dense_sum=0))
         self._synchronise()
 
@@ -110,12 +110,8 @@ class FakeRank:
         self.group.carry(self.member, message)
 
     def _synchronise(self) -> None:
-        if not self.alive or self.said_ready:
-            return
-        if self.heard_pub and self.machine.number is not None:
-            self.said_ready = True
-            self.say(RankReport(RankState.JOINING))
-        else:
+        self.asking = self.alive and not self.machine.synchronised
+        if self.asking:
             self.say(SnapshotRequest())
             self.group.loop.call_later(USUAL.sync_retry_ms / 1000, self._synchronise)
 
@@ -128,26 +124,29 @@ class FakeRank:
             self.told.append(message)
         match message:
             case Numbered() | Snapshot():
-                self.heard_pub = self.heard_pub or isinstance(message, Numbered)
-                self._perform(self.machine.step(message))
+                self._step(message)
             case SumSlots(ticket):
                 self.say(SlotSums(ticket, self._sums()))
             case CopySlot():
                 self.group.ordered(self, message)
             case Shutdown():
-                self.say(RankReport(RankState.STOPPED))
+                self._step(message)
+                self._step(rk.StepsEnded())
                 self.group.end(self.member, "0")
 
-    def _perform(self, effects: Iterable[rk.Effect]) -> None:
-        for effect in effects:
+    def _step(self, event: rk.Event) -> None:
+        for effect in self.machine.step(event):
             match effect:
                 case rk.AskSnapshot():
-                    if self.said_ready:
-                        self.group.loop.call_later(USUAL.sync_retry_ms / 1000, self.say, SnapshotRequest())
+                    if not self.asking:
+                        self.asking = True
+                        self.group.loop.call_later(USUAL.sync_retry_ms / 1000, self._synchronise)
                 case rk.MakePromise(attempt, seated):
                     self.say(Promise(attempt, self.mailbox.promise() if seated else 0))
                 case rk.AdoptPlacement(placement):
                     self.say(PlacementSeen(placement.version))
+                case RankReport():
+                    self.say(effect)
                 case rk.Expelled():
                     self.group.end(self.member, "expelled")
 

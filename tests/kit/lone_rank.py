@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from elastic_ep.config import EngineLimits, RankConfig
@@ -31,5 +32,6 @@ class Wire:
 
 def lone_rank(wire: Wire) -> RankProcess:
     rank = RankProcess(CONFIG, windows_fd=-1, life_fd=-1)
+    rank._loop = SimpleNamespace(call_soon_threadsafe=lambda call: call())  # type: ignore[assignment]  # as above
     rank._wire = wire  # type: ignore[assignment]  # the only part of it that is used
     return rank

@@ -1,4 +1,4 @@
-"""A model of the whole group around the real membership, member and mailbox code, for exhaustive search.
+"""A model of the whole group around the real membership, rank and mailbox code, for exhaustive search.
 
 A state of the world is a flat tuple of small integers and tuples: each distinct controller, rank and message is
 kept once and named by a number, and what a real machine does on an event is computed once per (machine state,
@@ -193,7 +193,7 @@ class Model:
             return False
         return all(
             self._has_sent(world, peer, model)
-            for peer in model.begun[-1].active - model.masked
+            for peer in model.begun[-1].active - model.machine.masked
             if peer != model.machine.me
         )
 
@@ -221,7 +221,12 @@ class Model:
             if other == rank or life not in (ALIVE, DOOMED):
                 continue
             peer = self.ranks[world.ranks[other]]
-            excused = model.masked | peer.masked | lost_between(model, peer) | lost_between(peer, model)
+            excused = (
+                model.machine.masked
+                | peer.machine.masked
+                | lost_between(model, peer)
+                | lost_between(peer, model)
+            )
             me, it = model.machine.me, peer.machine.me
             for theirs in peer.begun:
                 if theirs.step == step and not (active ^ theirs.active) <= excused:
@@ -246,10 +251,10 @@ class Model:
     def _lacks(self, world: World, rank: int) -> bool:
         """Whether a beat would tell this rank something, and no answer is on its way already."""
         model = self.ranks[world.ranks[rank]]
-        if model.heard_pub and model.machine.number == world.head:
+        if model.machine._subscribed and model.machine.number == world.head:
             return False
         asked = any(isinstance(self.messages[item], SnapshotRequest) for item in world.up[rank])
-        return not model.heard_pub or not (asked or world.down[rank])
+        return not model.machine._subscribed or not (asked or world.down[rank])
 
     def _beat(self, world: World, rank: int) -> World:
         after, out = self._step_rank(world.ranks[rank], self.keep_message(Beat()), world.head)

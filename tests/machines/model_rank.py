@@ -1,4 +1,4 @@
-"""One rank in the model: the real member machine and mailbox, and the boundary as the forward thread does it."""
+"""One rank in the model: the real rank machine and mailbox, and the boundary as the forward thread does it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.rank import member as rk
-from elastic_ep.machines.rank.member import MemberMachine
+from elastic_ep.machines.rank import events as rk
+from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.wire.messages import (
@@ -17,7 +17,7 @@ from elastic_ep.wire.messages import (
     Commit,
     Member,
     Numbered,
-    RankState,
+    RankReport,
     Snapshot,
     SnapshotRequest,
     View,
@@ -32,7 +32,7 @@ def freeze(value: Any) -> Any:
     """`value` as a hashable thing that is equal for equal states. New fields of a machine are seen by themselves."""
     if isinstance(value, TableMachine):
         return value.state
-    if isinstance(value, (MembershipMachine, MemberMachine, RankModel)):
+    if isinstance(value, (MembershipMachine, RankMachine, RankModel)):
         return tuple(freeze(item) for name, item in sorted(vars(value).items()) if name not in _NOT_STATE)
     if is_dataclass(value) and not isinstance(value, type):
         frozen = value.__dataclass_params__.frozen  # type: ignore[attr-defined]  # no type has it
@@ -48,12 +48,23 @@ def freeze(value: Any) -> Any:
     return value
 
 
-_NOT_STATE = {"_handlers", "_effects", "num_ranks", "placement", "_coverage", "config", "out"}
+_NOT_STATE = {
+    "_handlers",
+    "_effects",
+    "_recent",
+    "num_ranks",
+    "placement",
+    "_coverage",
+    "config",
+    "out",
+    "_behind",
+}
+"""`_behind` says how long the shell goes on asking: here each question is answered, and a beat repeats it."""
 _MAILBOX = ("join_ready", "view", "hold_at", "begun", "waiting_at")
 
 
 def copy_mailbox(mailbox: Mailbox) -> Mailbox:
-    new = Mailbox(lambda: None)
+    new = Mailbox()
     for name in _MAILBOX:
         setattr(new, name, getattr(mailbox, name))
     return new
@@ -65,17 +76,16 @@ class Begun(NamedTuple):
 
 
 class RankModel:
-    """One rank process: the real member machine and mailbox, and the boundary as the forward thread does it."""
+    """One rank process: the real rank machine and mailbox, and the boundary as the forward thread does it."""
 
     def __init__(self, me: Member) -> None:
-        self.machine = MemberMachine(me)
-        self.mailbox = Mailbox(lambda: None)
-        self.heard_pub = False
-        self.reported = False
+        self.machine = RankMachine(me)
+        for event in (rk.Started(), rk.EngineReady(), rk.WarmedUp()):
+            self.machine.step(event)
+        self.mailbox = Mailbox()
         self.step = 0
         self.in_step = False
         self.view = View(epoch=0, seats=())
-        self.masked: frozenset[Member] = frozenset()
         self.begun: tuple[Begun, ...] = ()
         """The last two steps begun: no peer can be further behind."""
         self.promised: tuple[int, int] | None = None
@@ -87,14 +97,13 @@ class RankModel:
     def copy(self) -> RankModel:
         new = copy.copy(self)
         new.machine = copy.copy(self.machine)
+        new.machine.lifecycle = copy.copy(self.machine.lifecycle)
         new.machine._early = dict(self.machine._early)
         new.mailbox = copy_mailbox(self.mailbox)
         new.out = []
         return new
 
     def hear(self, message: Numbered | Snapshot) -> None:
-        if isinstance(message, Numbered):
-            self.heard_pub = True
         self._redeem(message)
         for effect in self.machine.step(message):
             match effect:
@@ -104,16 +113,13 @@ class RankModel:
                     self._promise(attempt, seated)
                 case rk.ReleaseHold():
                     self.mailbox.release()
-                case rk.Mask(member):
-                    self.masked |= {member}
                 case rk.Adopt(view):
                     self.mailbox.adopt(view)
+                case RankReport(state):
+                    self.out.append(ev.Reported(self.machine.me, state))
                 case rk.Expelled():
                     raise Violation(f"{self.machine.me} lives and is expelled")
         self.machine.check()
-        if self.heard_pub and self.machine.number is not None and not self.reported:
-            self.reported = True
-            self.out.append(ev.Reported(self.machine.me, RankState.JOINING))
 
     def boundary(self) -> None:
         """The forward thread ends its step, if it is in one, and begins the next, if it may."""

@@ -28,7 +28,7 @@ from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.placement import launch_placement
 from elastic_ep.timing import MembershipConfig
-from elastic_ep.wire.messages import Member
+from elastic_ep.wire.messages import Member, RankState
 from tests.machines.membership_model import GONE, UNSUBSCRIBED, Bounds, Model, World
 from tests.machines.model_rank import Violation
 
@@ -130,7 +130,7 @@ def serving(model: Model, case: Case) -> World:
 def _settle(model: Model, world: World, rank: int, until_ready: bool = False) -> World:
     """Let one rank hear and be heard until there is nothing more to say, or until it is about to report Joining."""
     quiet = ("boundary", "work", "timeout")
-    while not (until_ready and model.ranks[world.ranks[rank]].reported):
+    while not (until_ready and model.ranks[world.ranks[rank]].machine.stage is RankState.JOINING):
         enabled = [
             act for label, act in model.successors(world) if label[0] not in quiet and label[1] == rank
         ]

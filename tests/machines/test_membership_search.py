@@ -12,9 +12,9 @@ import pytest
 
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.rank.member import Effect, Mask, MemberMachine
+from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.rank.mailbox import Mailbox
-from elastic_ep.wire.messages import Abort, Beat, Numbered, Prepare, Snapshot
+from elastic_ep.wire.messages import Abort, Beat, Numbered, Prepare
 from tests.machines.membership_model import Bounds, Model
 from tests.machines.search import CASES, Case
 
@@ -64,27 +64,27 @@ def test_counting_a_promise_of_another_attempt_splits(monkeypatch: pytest.Monkey
 
 
 def test_releasing_the_hold_on_a_stale_abort_breaks_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    hear = MemberMachine._on_numbered
+    hear = RankMachine._on_numbered
 
-    def hear_stale(self: MemberMachine, event: Numbered) -> None:
+    def hear_stale(self: RankMachine, event: Numbered) -> None:
         if self.number is not None and event.number <= self.number and not isinstance(event.body, Beat):
             self._apply(event.body)
         else:
             hear(self, event)
 
-    monkeypatch.setattr(MemberMachine, "_on_numbered", hear_stale)
+    monkeypatch.setattr(RankMachine, "_on_numbered", hear_stale)
     _, found = replace(TWO_AND_A_JOINER, bounds=Bounds(1, deaths=1, losses=1)).run()
     assert "having promised" in found.violation, str(found)
 
 
 def test_promising_twice_breaks_the_first_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = MemberMachine._prepare
+    prepare = RankMachine._prepare
 
-    def prepare_again(self: MemberMachine, message: Prepare) -> None:
+    def prepare_again(self: RankMachine, message: Prepare) -> None:
         self.attempt = None
         prepare(self, message)
 
-    monkeypatch.setattr(MemberMachine, "_prepare", prepare_again)
+    monkeypatch.setattr(RankMachine, "_prepare", prepare_again)
     _, found = replace(TWO_AND_A_JOINER, bounds=Bounds(1, deaths=1, losses=1)).run()
     assert "having promised" in found.violation, str(found)
 
@@ -109,17 +109,12 @@ def test_not_aborting_when_a_joiner_dies_is_found(monkeypatch: pytest.MonkeyPatc
 
 
 def test_not_masking_the_lost_gets_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    hear = MemberMachine.step
-
-    def hear_unmasked(self: MemberMachine, event: Numbered | Snapshot) -> list[Effect]:
-        return [effect for effect in hear(self, event) if not isinstance(effect, Mask)]
-
-    monkeypatch.setattr(MemberMachine, "step", hear_unmasked)
+    monkeypatch.setattr(RankMachine, "_mask", lambda self, member: None)
     _, found = replace(TWO_AND_A_JOINER, bounds=Bounds(1, deaths=1)).run()
     assert found.violation.startswith("stuck: "), str(found)
 
 
 def test_holding_for_ever_gets_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MemberMachine, "_end_attempt", lambda self: None)
+    monkeypatch.setattr(RankMachine, "_end_attempt", lambda self: None)
     _, found = replace(TWO_AND_A_JOINER, bounds=Bounds(2)).run()
     assert found.violation.startswith("stuck: "), str(found)

@@ -11,6 +11,7 @@ import pytest
 from elastic_ep.placement import Placement
 from elastic_ep.rank.forward import ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.rank.outbox import Posted
 from elastic_ep.wire.messages import Assign, Cancel, Member, SamplingParams, Seat, View
 from elastic_ep.wire.slot_messages import PlacementSeen
 from tests.kit.lone_rank import CONFIG
@@ -45,11 +46,11 @@ class Runner:
         self.heard.append(Cancel(request_id))
 
 
-def forward_on(mailbox: Mailbox) -> tuple[ForwardThread, Runner]:
+def forward_on(mailbox: Mailbox, said: list[Posted]) -> tuple[ForwardThread, Runner]:
     """Seated, and past its first boundary, at which it took in that all are there."""
     runner = Runner()
     mailbox.adopt(ALL)
-    forward = ForwardThread(CONFIG, mailbox, cast(Any, None))
+    forward = ForwardThread(CONFIG, mailbox, said.append, cast(Any, None))
     forward.runner = cast(Any, runner)
     forward.exchange = cast(Any, SimpleNamespace(activate=lambda member: None))
     assert forward._take_seat()
@@ -81,15 +82,16 @@ def test_nothing_that_was_left_in_the_mailbox_is_forgotten(monkeypatch: pytest.M
     """Two boundaries while it comes in, and one after: then all of it is taken in, in whatever order they ran."""
     shared = {"join_ready", "view", "placement", "_dead", "inbox"}
     monkeypatch.setattr(test_mailbox, "SHARED", shared)
-    done = Mailbox(lambda: None)
+    done = Mailbox()
     done.adopt(ALL)
     for leave in act:
         leave(done)
     tried = 0
     for choose in schedules():
         tried += 1
-        mailbox = SteppedMailbox(lambda: None)
-        forward, runner = forward_on(mailbox)
+        mailbox = SteppedMailbox()
+        said: list[Posted] = []
+        forward, runner = forward_on(mailbox, said)
 
         def boundaries(forward: ForwardThread = forward) -> None:
             for _ in range(2):
@@ -106,7 +108,7 @@ def test_nothing_that_was_left_in_the_mailbox_is_forgotten(monkeypatch: pytest.M
         assert runner.routed == expected, "a death or a return is forgotten"
         assert runner.placement == done.placement, "a placement is forgotten"
         assert runner.heard == list(done.inbox), "a request is forgotten, or comes twice, or out of order"
-        seen = [item.version for item in mailbox.outbox if isinstance(item, PlacementSeen)]
+        seen = [item.version for item in said if isinstance(item, PlacementSeen)]
         assert seen[-1:] == ([done.placement.version] if done.placement else [])
         assert seen == sorted(set(seen))
     assert tried > 20

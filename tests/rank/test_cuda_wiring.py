@@ -16,6 +16,7 @@ from elastic_ep.config import CannotRun, EngineLimits, RankConfig
 from elastic_ep.group.controller import Controller
 from elastic_ep.host import devices
 from elastic_ep.machines.membership import events as ev
+from elastic_ep.machines.rank.events import DeviceOpened, Started, StepsFailed
 from elastic_ep.placement import launch_placement
 from elastic_ep.rank import process as rank_module
 from elastic_ep.rank.engine import build_engine
@@ -56,11 +57,11 @@ def test_what_a_machine_lacks_is_the_reason_and_no_traceback(capfd: pytest.Captu
     def build(config: RankConfig) -> Any:
         raise CannotRun("install the driver")
 
-    mailbox = Mailbox(lambda: None)
-    forward = ForwardThread(CONFIG, mailbox, build)
+    said: list[Any] = []
+    forward = ForwardThread(CONFIG, Mailbox(), said.append, build)
     forward.start()
     forward._thread.join(10)
-    assert list(mailbox.outbox) == [(RankState.FAILED, "install the driver", ())]
+    assert said == [StepsFailed("install the driver")]
     assert capfd.readouterr().err == ""
 
 
@@ -153,9 +154,9 @@ def test_a_rank_that_starts_is_held_at_each_heartbeat(
 def test_a_rank_says_when_its_device_is_open() -> None:
     wire = Wire()
     rank = lone_rank(wire)
-    rank._mailbox._notify = rank._drain_outbox
-    rank._device_opened()
-    assert wire.sent == [RankReport(RankState.INIT_CUDA)]
+    rank._hear(Started())
+    rank._outbox.post(DeviceOpened())
+    assert wire.sent == 2 * [RankReport(RankState.INIT_CUDA)]
 
 
 @pytest.mark.parametrize(

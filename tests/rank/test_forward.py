@@ -17,14 +17,16 @@ from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.engine.sampler import Sampled
 from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.engine.step_runner import StepRunner
+from elastic_ep.machines.rank.events import StepsEnded, StepsFailed, WarmedUp
 from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import launch_placement
 from elastic_ep.rank import forward as forward_module
 from elastic_ep.rank.forward import ForwardThread
-from elastic_ep.rank.mailbox import Mailbox, Outgoing
+from elastic_ep.rank.mailbox import Mailbox
+from elastic_ep.rank.outbox import Posted, Ready
 from elastic_ep.run import BUNDLED_MODEL
 from elastic_ep.timing import USUAL
-from elastic_ep.wire.messages import Assign, Member, RankState, SamplingParams, Seat, StepReport, View
+from elastic_ep.wire.messages import Assign, Member, SamplingParams, Seat, StepReport, View
 from elastic_ep.wire.slot_messages import ExpertLoads, PlacementSeen
 
 MODEL = load_spec(Path(BUNDLED_MODEL))
@@ -41,7 +43,8 @@ class Story(Mailbox):
     """Writes down what the forward thread does, and then does what `then` says, as the control loop would."""
 
     def __init__(self) -> None:
-        super().__init__(lambda: None)
+        super().__init__()
+        self.outbox: list[Posted] = []
         self.told: list[str] = []
         self.then: dict[str, Callable[[], object]] = {}
         self.adopt(ALONE)
@@ -50,8 +53,8 @@ class Story(Mailbox):
         self.told.append(what)
         self.then.pop(what, lambda: None)()
 
-    def post(self, item: Outgoing) -> None:
-        super().post(item)
+    def post(self, item: Posted) -> None:
+        self.outbox.append(item)
         match item:
             case StepReport():
                 self.tell(f"report {item.step}")
@@ -59,8 +62,8 @@ class Story(Mailbox):
                 self.tell("placement seen")
             case ExpertLoads():
                 self.tell("loads")
-            case (state, *_):
-                self.tell(str(state))
+            case Ready() | WarmedUp() | StepsEnded() | StepsFailed():
+                self.tell(type(item).__name__)
 
     def wait(self, timeout_s: float) -> None:
         assert "wait" in self.then, f"nobody ends this wait: {self.told}"
@@ -145,7 +148,7 @@ class Rank:
         params = SamplingParams(max_tokens=new, ignore_eos=True)
         self.story.deliver(Assign(7, (1, 2, 3), (), params, 0, 0))
         self.forward = ForwardThread(
-            CONFIG, self.story, lambda config: (self.runner, cast(Any, self.exchange))
+            CONFIG, self.story, self.story.post, lambda config: (self.runner, cast(Any, self.exchange))
         )
 
     def run(self, **then: Callable[[], object]) -> list[str]:
@@ -153,7 +156,7 @@ class Rank:
         self.story.then = {when.replace("_", " "): act for when, act in then.items()}
         self.forward._main()
         assert not self.story.then, f"never came to it: {self.story.told}"
-        assert self.story.told[:2] == ["InitDist", "Joining"]
+        assert self.story.told[:2] == ["Ready", "WarmedUp"]
         return self.story.told[2:]
 
     def stop(self) -> None:
@@ -172,7 +175,7 @@ def test_a_report_goes_out_after_the_next_launch_and_the_last_one_before_the_end
         "launch 0", "end 0",
         "launch 1", "report 0", "end 1",
         "launch 2", "report 1", "end 2",
-        "report 2", "Stopped",
+        "report 2", "StepsEnded",
     ]  # fmt: skip
     assert rank.tokens() == [3, 4, 5]
 
@@ -182,7 +185,7 @@ def test_where_a_launch_computes_the_step_its_report_goes_out_at_once() -> None:
     assert rank.run(launch_1=rank.stop) == [
         "launch 0", "end 0", "report 0",
         "launch 1", "end 1", "report 1",
-        "Stopped",
+        "StepsEnded",
     ]  # fmt: skip
 
 
@@ -214,7 +217,7 @@ def test_nothing_is_kept_back_while_it_is_held() -> None:
         rank.story.release()
 
     assert rank.run(end_1=hold, wait=release, launch_2=rank.stop)[5:] == [
-        "report 1", "wait", "launch 2", "end 2", "report 2", "Stopped",
+        "report 1", "wait", "launch 2", "end 2", "report 2", "StepsEnded",
     ]  # fmt: skip
 
 
@@ -224,7 +227,7 @@ def test_nothing_is_kept_back_while_it_is_parked() -> None:
     def park() -> None:
         rank.story.adopt(View(2, ALONE.seats, park_at=1))
 
-    assert rank.run(end_0=park, wait=rank.stop) == ["launch 0", "end 0", "report 0", "wait", "Stopped"]
+    assert rank.run(end_0=park, wait=rank.stop) == ["launch 0", "end 0", "report 0", "wait", "StepsEnded"]
 
 
 def test_a_poisoned_step_is_reported_at_once_after_the_step_before_it() -> None:
@@ -234,7 +237,7 @@ def test_a_poisoned_step_is_reported_at_once_after_the_step_before_it() -> None:
         "launch 0", "end 0",
         "launch 1", "report 0", "end 1", "report 1",
         "launch 2", "end 2", "report 2",
-        "Stopped",
+        "StepsEnded",
     ]  # fmt: skip
     assert [report.masked for report in rank.story.reports] == [(), (3,), ()]
     assert rank.tokens() == [3, 4], "those of the poisoned step are sampled once"
@@ -250,8 +253,8 @@ def test_what_was_committed_before_a_failure_is_delivered(
         raise RuntimeError("the device is gone")
 
     told = rank.run(**{when: fail})
-    assert told[-2:] == (["report 0", "Failed"] if when == "launch_1" else ["end 1", "Failed"])
-    assert rank.story.outbox[-1] == (RankState.FAILED, "RuntimeError: the device is gone", (7,))
+    assert told[-2:] == (["report 0", "StepsFailed"] if when == "launch_1" else ["end 1", "StepsFailed"])
+    assert rank.story.outbox[-1] == StepsFailed("RuntimeError: the device is gone", (7,))
     assert rank.tokens() == [3]
     assert "the device is gone" in "".join(capfd.readouterr())
 
@@ -297,5 +300,5 @@ def test_a_new_routing_waits_for_the_report() -> None:
         "launch 0", "end 0", "report 0", "placement seen",
         "launch 1", "end 1", "report 1", "activate 1",
         "launch 2", "end 2", "report 2",
-        "Stopped",
+        "StepsEnded",
     ]  # fmt: skip

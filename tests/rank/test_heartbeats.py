@@ -46,8 +46,7 @@ async def test_a_report_after_the_word_of_parking_is_followed_by_another() -> No
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(rank._send_heartbeats)
         await anyio.wait_all_tasks_blocked()
-        rank._mailbox.outbox.append(REPORT)
-        rank._drain_outbox()
+        rank._outbox.post(REPORT)
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
     assert [isinstance(sign, Heartbeat) and sign.parked for sign in wire.sent] == [True, False, True]

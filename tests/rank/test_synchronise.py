@@ -5,9 +5,8 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from elastic_ep.machines.rank.member import AskSnapshot
 from elastic_ep.timing import USUAL
-from elastic_ep.wire.messages import SnapshotRequest
+from elastic_ep.wire.messages import Beat, Numbered, SnapshotRequest
 from tests.kit.lone_rank import Wire, lone_rank
 
 BEATS = 2_000
@@ -23,7 +22,7 @@ async def test_a_storm_of_beats_makes_no_storm_of_requests() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(rank._synchronise)
             for _ in range(BEATS):
-                rank._perform([AskSnapshot()])
+                rank._hear(Numbered(1, Beat()))
                 await anyio.lowlevel.checkpoint()
             while len(wire.sent) < 2:  # it goes on asking until it is answered
                 await anyio.lowlevel.checkpoint()

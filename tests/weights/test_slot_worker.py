@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import signal
-import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
 from elastic_ep.placement import EMPTY
-from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.slots import SlotWorker
 from elastic_ep.timing import USUAL
 from elastic_ep.weights.bank import Weights
@@ -50,15 +49,13 @@ class Bench:
     """A worker at work, and what it has said."""
 
     def __init__(self, open_plane: Callable[[], TransferPlane | str]) -> None:
-        self._news = threading.Semaphore(0)
-        self.mailbox = Mailbox(self._news.release)
+        self._news: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.runner = Runner(weights_of(1))
-        self.worker = SlotWorker(self.mailbox, open_plane, USUAL)
+        self.worker = SlotWorker(self._news.put, open_plane, USUAL)
         self.worker.start(self.runner)  # type: ignore[arg-type]  # it has all that is used
 
     def heard(self) -> object:
-        assert self._news.acquire(timeout=DEADLINE_S), "the worker says nothing"
-        return self.mailbox.outbox.popleft()
+        return self._news.get(timeout=DEADLINE_S)
 
     def copied(self) -> SlotCopied:
         message = self.heard()

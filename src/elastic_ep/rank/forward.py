@@ -23,9 +23,11 @@ from elastic_ep.config import CannotRun, RankConfig
 from elastic_ep.engine.step_runner import StepResult, StepRunner
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.host.scheduling import make_ordinary
+from elastic_ep.machines.rank.events import StepsEnded, StepsFailed, WarmedUp
 from elastic_ep.placement import Placement
 from elastic_ep.rank.mailbox import Mailbox
-from elastic_ep.wire.messages import Assign, FailureCode, Member, RankState, RequestFailed, StepReport, View
+from elastic_ep.rank.outbox import Post, Ready
+from elastic_ep.wire.messages import Assign, FailureCode, Member, RequestFailed, StepReport, View
 from elastic_ep.wire.slot_messages import ExpertLoads, PlacementSeen
 
 log = structlog.get_logger()
@@ -44,15 +46,16 @@ class ForwardThread:
         self,
         config: RankConfig,
         mailbox: Mailbox,
+        post: Post,
         build: Callable[[RankConfig], tuple[StepRunner, Exchange]],
     ) -> None:
         self._config = config
         self._me = Member(config.rank, config.incarnation)
         self._mailbox = mailbox
+        self._post = post
         self._build = build
         self.exchange: Exchange | None = None
         self.step = 0
-        self.done = False
         self._view = View(epoch=0, seats=())
         self._pending = False
         self._active: frozenset[Member] = frozenset()
@@ -80,24 +83,23 @@ class ForwardThread:
         ready = False
         try:
             self.runner, self.exchange = self._build(self._config)
-            self._mailbox.post((RankState.INIT_DIST, "", ()))
+            self._post(Ready(self.runner, self.exchange))
             self.runner.warm_up()
-            self._mailbox.post((RankState.JOINING, "", ()))
+            self._post(WarmedUp())
             ready = True
             try:
                 self._run()
             finally:
                 self._hand_over()
-            self.done = True
-            self._mailbox.post((RankState.STOPPED, "", ()))
+            self._post(StepsEnded())
         except CannotRun as error:
-            self._mailbox.post((RankState.FAILED, str(error), ()))
+            self._post(StepsFailed(str(error)))
         except BaseException as error:
             # What keeps one rank from starting mostly keeps all, and the run process says it once, without the stack.
             say = log.error if ready else log.debug
             say("the forward thread ends by an exception", step=self.step, exc_info=True)
             suspects = self.runner.suspects if self._stepping else ()
-            self._mailbox.post((RankState.FAILED, f"{type(error).__name__}: {error}", suspects))
+            self._post(StepsFailed(f"{type(error).__name__}: {error}", suspects))
 
     def _run(self) -> None:
         mailbox = self._mailbox
@@ -145,7 +147,7 @@ class ForwardThread:
     def _request_failed(self, request_id: int, code: FailureCode, reason: str) -> None:
         """After the tokens that it has."""
         self._hand_over()
-        self._mailbox.post(RequestFailed(request_id, code, reason))
+        self._post(RequestFailed(request_id, code, reason))
 
     def _adopt_placement(self) -> None:
         placement = self._mailbox.placement
@@ -154,7 +156,7 @@ class ForwardThread:
         self._hand_over()
         self._placement = placement
         self._covered = self.runner.set_routing({member.rank for member in self._active}, placement)
-        self._mailbox.post(PlacementSeen(placement.version))
+        self._post(PlacementSeen(placement.version))
 
     def _activate(self) -> None:
         assert self.exchange is not None
@@ -206,9 +208,9 @@ class ForwardThread:
         """What the last step has left to report."""
         if self._report is not None:
             (report, result), self._report = self._report, None
-            self._mailbox.post(report(tokens=result.tokens))
+            self._post(report(tokens=result.tokens))
         if self._load_due:
             self._load_due = False
             loads = self.runner.load.take()
             if any(map(any, loads)):
-                self._mailbox.post(ExpertLoads(loads))
+                self._post(ExpertLoads(loads))

@@ -1,4 +1,4 @@
-"""Where a rank's control loop and its forward thread meet.
+"""The step protocol: what a rank's control loop and its forward thread must know of each other at a boundary.
 
 Plain attributes, no locks: the control loop writes, the forward thread reads at each boundary. Two of them need
 an order. The forward thread first says which step it is about to begin (`begun`), then looks at `hold_at`; the
@@ -10,27 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
 
 from elastic_ep.placement import Placement
-from elastic_ep.wire.messages import Assign, Cancel, Member, RankState, RequestFailed, StepReport, View
-from elastic_ep.wire.slot_messages import ExpertLoads, PlacementSeen, SlotCopied, SlotSums, StateReady
-from elastic_ep.wire.store_messages import StoreDelete, StoreGet, StoreSet
-
-Outgoing = (
-    StepReport
-    | PlacementSeen
-    | ExpertLoads
-    | StateReady
-    | SlotCopied
-    | SlotSums
-    | StoreSet
-    | StoreGet
-    | StoreDelete
-    | RequestFailed
-    | tuple[RankState, str, tuple[int, ...]]
-)
-"""For the controller; a lifecycle state comes with its reason and its suspects."""
+from elastic_ep.wire.messages import Assign, Cancel, Member, View
 
 NEVER = 1 << 62
 PROMISE_MARGIN = 2
@@ -38,7 +20,7 @@ PROMISE_MARGIN = 2
 
 
 class Mailbox:
-    def __init__(self, notify: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         # Written by the control loop.
         self.join_ready = False
         """There is a view, a placement or a death that the forward thread has not taken in."""
@@ -52,13 +34,12 @@ class Mailbox:
         """When the control loop last issued a mask."""
         self._dead: dict[int, int] = {}
         """By rank, the newest incarnation that is known to be dead."""
-        # Written by the forward thread (the outbox by the slot worker and the store too).
+        # Written by the forward thread.
         self.begun = -1
+        """The step that it is in, or waits before."""
         self.waiting_at: int | None = None
         """The step before which the forward thread waits because of a hold or because the group is parked."""
-        self.outbox: deque[Outgoing] = deque()
         self._wake = threading.Event()
-        self._notify = notify
 
     # Control loop
 
@@ -116,8 +97,3 @@ class Mailbox:
     def wait(self, timeout_s: float) -> None:
         self._wake.wait(timeout_s)
         self._wake.clear()
-
-    def post(self, item: Outgoing) -> None:
-        """Any thread but the control loop's. Raises RuntimeError when the loop has ended."""
-        self.outbox.append(item)
-        self._notify()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.host.scheduling import make_ordinary
-from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.timing import Timing
 from elastic_ep.weights.peers import ExpertPull, Pulled, publish, pull_experts
 from elastic_ep.weights.transfer import TransferPlane, WrongBytes
@@ -16,16 +15,19 @@ from elastic_ep.wire.slot_messages import CopySlot, SlotCopied, SlotSums, StateR
 
 
 class SlotWorker:
-    """Carries out orders, and leaves the answers in the mailbox. `open_plane`: this rank's end of the state plane.
+    """Carries out orders, and posts the answers. `open_plane`: this rank's end of the state plane.
 
     HAZARD: its thread must not be nicer than the others. On a busy machine it would be kept waiting while it holds the
     interpreter lock, the control loop with it, and the rank would be taken for hung.
     """
 
     def __init__(
-        self, mailbox: Mailbox, open_plane: Callable[[], TransferPlane | str], timing: Timing
+        self,
+        post: Callable[[StateReady | SlotCopied | SlotSums], None],
+        open_plane: Callable[[], TransferPlane | str],
+        timing: Timing,
     ) -> None:
-        self._mailbox = mailbox
+        self._post = post
         self._open_plane = open_plane
         self._pull_s = timing.slot_pull_ms / 1000
         self._orders: queue.SimpleQueue[CopySlot | SumSlots] = queue.SimpleQueue()
@@ -44,13 +46,13 @@ class SlotWorker:
         while True:
             order = put_back.pop() if put_back else self._orders.get()
             if isinstance(order, SumSlots):
-                self._mailbox.post(SlotSums(order.ticket, tuple(runner.slot_sums())))
+                self._post(SlotSums(order.ticket, tuple(runner.slot_sums())))
             elif plane is None or order.source is None:
-                self._mailbox.post(self._load(runner, order))
+                self._post(self._load(runner, order))
             else:
                 pulls = _Pulls(order, self._orders, runner.slots_per_rank)
                 for outcome in pull_experts(plane, runner.weights, pulls, self._pull_s):
-                    self._mailbox.post(self._pulled(outcome))
+                    self._post(self._pulled(outcome))
                 put_back = pulls.others
 
     def _publish(self, runner: StepRunner) -> TransferPlane | None:
@@ -60,11 +62,11 @@ class SlotWorker:
             self._open_plane() if device == "cpu" else f"weights on a {device} device are not served to peers"
         )
         if isinstance(plane, str):
-            self._mailbox.post(StateReady(None, 0, plane))
+            self._post(StateReady(None, 0, plane))
             return None
         address = publish(plane, runner.weights)
         weights = runner.weights
-        self._mailbox.post(StateReady(address, weights.dense_checksum(), pulled=weights.from_peers))
+        self._post(StateReady(address, weights.dense_checksum(), pulled=weights.from_peers))
         return plane
 
     def _load(self, runner: StepRunner, order: CopySlot) -> SlotCopied:
