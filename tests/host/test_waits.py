@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from elastic_ep.group.experts import verify
+from elastic_ep.group.expert_status import verify
 from elastic_ep.group.port import Verification
 from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Member

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elastic_ep.gateway.router import RoutedStream, Router
 from elastic_ep.group.controller import Controller
-from elastic_ep.group.experts import experts_status, verify
+from elastic_ep.group.expert_status import experts_status, verify
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import (
     EngineStatus,

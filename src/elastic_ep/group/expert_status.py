@@ -1,4 +1,4 @@
-"""Who holds which expert, and whether the bytes are right: what operators ask of placement and proofs."""
+"""Who holds which expert, and whether the bytes are right: what operators ask of placement and audit."""
 
 from __future__ import annotations
 
