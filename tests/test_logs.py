@@ -163,7 +163,7 @@ def test_beside_the_live_table_lines_come_out_whole_and_above_it(monkeypatch: py
             while drawn() == drawn_then:
                 await asyncio.sleep(0.01)
             shown = terminal.getvalue()
-            machine.slots[0].reason = "[/nothing] that closes"
+            machine.records[0].reason = "[/nothing] that closes"
             while "that closes" not in terminal.getvalue():
                 await asyncio.sleep(0.01)
             table.cancel()

@@ -105,7 +105,9 @@ def _timeline(log: Log, machines: dict[str, Any]) -> Timeline:
         view = membership.view
         timeline.epoch, timeline.parked = view.epoch, view.park_at is not None
         timeline.members = frozenset((seat.rank, seat.incarnation) for seat in view.seats)
-        timeline.asked_to_stop = {slot.member for slot in membership.slots.values() if slot.told_to_stop}
+        timeline.asked_to_stop = {
+            record.member for record in membership.records.values() if record.told_to_stop
+        }
     return timeline
 
 

@@ -60,7 +60,7 @@ def test_who_said_hello_is_watched_and_held_while_it_starts() -> None:
         group.kill(1)
         await group.until(lambda: AGAIN in group.processes.held, "it starts again")
         held = group.processes.held.count(AGAIN)
-        if group.controller.machine.slots[1].state is not RankState.SERVING:
+        if group.controller.machine.records[1].state is not RankState.SERVING:
             group.controller.on_message(AGAIN, Heartbeat(0, 0, 0, None, False))
             assert group.processes.held.count(AGAIN) == held + 1
 
@@ -73,7 +73,7 @@ def test_a_joiner_waits_until_its_device_is_free_of_the_dead() -> None:
         group.kill(1)
         await asyncio.sleep(5.0)
         assert len(group.processes.occupied[1]) == 1
-        assert group.controller.machine.slots[1].state is RankState.INIT_DIST
+        assert group.controller.machine.records[1].state is RankState.INIT_DIST
         group.kill(1)
         await asyncio.sleep(5.0)
         assert len(group.processes.occupied[1]) == 2

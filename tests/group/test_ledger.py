@@ -96,7 +96,7 @@ def test_each_loss_is_told_once_counted_once_and_kept(seed: int) -> None:
                 group.router.submit((1, 2), SamplingParams(max_tokens=9), 1, 0)
             for rank in choose.sample(list(group.ranks.values()), choose.randrange(1, 3)):
                 name, (cause, end) = choose.choice(list(ENDS.items()))
-                serving = group.controller.machine.slots[rank.member.rank].state is RankState.SERVING
+                serving = group.controller.machine.records[rank.member.rank].state is RankState.SERVING
                 if rank.alive and (serving or name != "lie"):  # who only starts may well say so
                     expected[str(cause)] += 1
                     end(group, rank)
@@ -112,7 +112,7 @@ def test_each_loss_is_told_once_counted_once_and_kept(seed: int) -> None:
     noted = [facts for kind, facts in group.log.notes if kind == "loss"]
     assert Counter(facts["cause"] for facts in noted) == expected
 
-    for rank, slot in group.controller.machine.slots.items():
+    for rank, record in group.controller.machine.records.items():
         last = group.controller.ledger.last(rank)
         mine = [line for line in told if line["rank"].split(".")[0] == str(rank)]
         assert (last is None) == (not mine)
@@ -120,7 +120,9 @@ def test_each_loss_is_told_once_counted_once_and_kept(seed: int) -> None:
             assert f"{rank}.{last.incarnation}" == mine[-1]["rank"]
             assert (last.cause, last.why) == (mine[-1]["cause"], mine[-1]["why"])
             assert last.back_after_s is not None, "it serves"
-            assert any(line["event"] == "rank is back" and line["rank"] == str(slot.member) for line in lines)
+            assert any(
+                line["event"] == "rank is back" and line["rank"] == str(record.member) for line in lines
+            )
     served = [up for up in group.log.effects(ev.MemberUp) if up.member.incarnation > 1]
     returns = [line["rank"] for line in lines if line["event"] == "rank is back"]
     assert sorted(returns) == sorted(str(up.member) for up in served if str(up.member) in returns)

@@ -333,8 +333,8 @@ class FakeGroup:
 
     @property
     def all_serve(self) -> bool:
-        slots = self.controller.machine.slots.values()
-        return all(slot.state is RankState.SERVING for slot in slots)
+        records = self.controller.machine.records.values()
+        return all(record.state is RankState.SERVING for record in records)
 
     async def until(self, condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
         limit = self.loop.time() + seconds

@@ -47,9 +47,9 @@ def copy_controller(machine: MembershipMachine) -> MembershipMachine:
     for name, value in vars(machine).items():
         if name not in ("_handlers", "_recent", "placement", "config"):
             setattr(new, name, value)
-    new.slots = {rank: copy.copy(slot) for rank, slot in machine.slots.items()}
-    for slot in new.slots.values():
-        slot.lifecycle = copy.copy(slot.lifecycle)
+    new.records = {rank: copy.copy(record) for rank, record in machine.records.items()}
+    for record in new.records.values():
+        record.lifecycle = copy.copy(record.lifecycle)
     return new
 
 

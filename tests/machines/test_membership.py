@@ -173,16 +173,16 @@ class AnyOrder(RuleBasedStateMachine):
         return effects
 
     def too_few_are_left(self) -> None:
-        slots = self.machine.slots
+        records = self.machine.records
         well = [
-            m for m in self.witness.running - self.witness.fenced if slots[m.rank].state not in RANK.final
+            m for m in self.witness.running - self.witness.fenced if records[m.rank].state not in RANK.final
         ]
         placement = self.machine.placement
         assert len(well) * placement.slots_per_rank < placement.num_experts
         assert self.machine.config.relaunch_limit == 0
 
     def member(self, rank: int) -> Member:
-        return self.machine.slots[rank % self.machine.num_ranks].member
+        return self.machine.records[rank % self.machine.num_ranks].member
 
     ranks = st.integers(0, 3)
 
@@ -204,9 +204,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(rank=ranks)
     def comes_up_by_one_state(self, rank: int) -> None:
-        slot = self.machine.slots[rank % self.machine.num_ranks]
-        if slot.member in self.witness.running and slot.state in STARTING_UP:
-            self.advance(slot.member, slot.state)
+        record = self.machine.records[rank % self.machine.num_ranks]
+        if record.member in self.witness.running and record.state in STARTING_UP:
+            self.advance(record.member, record.state)
 
     def advance(self, member: Member, state: RankState) -> None:
         following = {RankState.INIT_CUDA: RankState.INIT_DIST, RankState.INIT_DIST: RankState.JOINING}
@@ -255,8 +255,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(chosen=st.sets(ranks))
     def an_operator_wants_ranks_back(self, chosen: set[int]) -> None:
-        slots = self.machine.slots
-        dead = [r for r in chosen & slots.keys() if slots[r].gone and slots[r].state is RankState.FAILED]
+        records = self.machine.records
+        dead = [
+            r for r in chosen & records.keys() if records[r].gone and records[r].state is RankState.FAILED
+        ]
         launched = [
             e.member.rank
             for e in self.feed(ev.RelaunchRequested(tuple(sorted(chosen))))
@@ -269,11 +271,11 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(rank=ranks)
     def is_suspected(self, rank: int) -> None:
-        slot = self.machine.slots[rank % self.machine.num_ranks]
-        fenced = ev.Fence(slot.member, "hang") in self.feed(ev.Suspected(slot.member, "hang"))
-        assert fenced == (slot.state not in RANK.final)
+        record = self.machine.records[rank % self.machine.num_ranks]
+        fenced = ev.Fence(record.member, "hang") in self.feed(ev.Suspected(record.member, "hang"))
+        assert fenced == (record.state not in RANK.final)
 
-    @precondition(lambda self: any(slot.member.incarnation > 1 for slot in self.machine.slots.values()))
+    @precondition(lambda self: any(record.member.incarnation > 1 for record in self.machine.records.values()))
     @rule(rank=ranks, kind=st.integers(0, 5))
     def news_of_an_old_incarnation(self, rank: int, kind: int) -> None:
         member = self.member(rank)
@@ -354,7 +356,7 @@ class AnyOrder(RuleBasedStateMachine):
         """
         if not self.machine.stopping:
             self.settle()
-            left = [slot for slot in self.machine.slots.values() if not slot.away]
+            left = [record for record in self.machine.records.values() if not record.away]
             verdict = self.witness.verdict
             assert (verdict is None) == self.machine.can_serve
             if isinstance(verdict, ev.StartFailed):
@@ -362,7 +364,7 @@ class AnyOrder(RuleBasedStateMachine):
             elif verdict:
                 assert self.machine.config.relaunch_limit == 0
             else:
-                assert {slot.member for slot in left} == self.machine.view.members
+                assert {record.member for record in left} == self.machine.view.members
                 assert self.machine.config.relaunch_limit == 0 or len(left) == self.machine.num_ranks
                 parked = self.machine.view.park_at is not None
                 assert parked == (not self.machine.has_work)
@@ -384,14 +386,14 @@ class AnyOrder(RuleBasedStateMachine):
 
     def everybody_does_its_part(self) -> bool:
         before = self.machine.state()
-        for slot in list(self.machine.slots.values()):
-            member = slot.member
+        for record in list(self.machine.records.values()):
+            member = record.member
             if member not in self.witness.running:
                 continue
-            if member in self.witness.fenced or slot.state in RANK.final:
+            if member in self.witness.fenced or record.state in RANK.final:
                 self.feed(ev.ProcessGone(member, "SIGKILL"))
-            elif slot.state in STARTING_UP:
-                self.advance(member, slot.state)
+            elif record.state in STARTING_UP:
+                self.advance(member, record.state)
         self.everybody_promises()
         return bool(self.machine.state() != before)
 
@@ -443,7 +445,7 @@ def feed(machine: MembershipMachine, *events: ev.Event) -> list[ev.Effect]:
 def come_up(machine: MembershipMachine, *ranks: int) -> list[ev.Effect]:
     effects = []
     for rank in ranks:
-        member = machine.slots[rank].member
+        member = machine.records[rank].member
         states = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
         effects += feed(machine, *(ev.Reported(member, state) for state in states))
     return effects
@@ -469,7 +471,7 @@ def serving_with(num_ranks: int, redundant: int | None = None, **config: int) ->
 
 
 def kill(machine: MembershipMachine, rank: int) -> list[ev.Effect]:
-    member = machine.slots[rank].member
+    member = machine.records[rank].member
     return feed(machine, ev.DeathNoticed(member, "killed"), ev.ProcessGone(member, "SIGKILL"))
 
 
@@ -525,8 +527,8 @@ def test_relaunches_back_off_and_never_end() -> None:
     for _ in range(8):
         died_ms = machine.now_ms
         kill(machine, 1)
-        if machine.slots[1].relaunch_at_ms is not None:
-            feed(machine, Tick(machine.slots[1].relaunch_at_ms))
+        if machine.records[1].relaunch_at_ms is not None:
+            feed(machine, Tick(machine.records[1].relaunch_at_ms))
         waits.append(machine.now_ms - died_ms)
     assert waits == [0, 50, 100, 400, 800, 1_500, 1_500, 1_500]
 
@@ -535,8 +537,8 @@ def test_who_waits_long_says_how_long_and_what_to_do() -> None:
     machine = serving(2)
     for _ in range(4):
         kill(machine, 1)
-        if machine.slots[1].early_deaths < 4:
-            feed(machine, Tick(machine.slots[1].relaunch_at_ms or machine.now_ms))
+        if machine.records[1].early_deaths < 4:
+            feed(machine, Tick(machine.records[1].relaunch_at_ms or machine.now_ms))
     said = machine.reason(1, machine.now_ms)
     assert said == (
         "died: SIGKILL; next launch in 1 s (early deaths in a row: 4); "
@@ -559,19 +561,19 @@ def test_a_rank_that_served_and_was_killed_from_outside_is_back_at_once_however_
 def test_a_rank_that_we_fence_again_and_again_is_a_crash_loop() -> None:
     machine = serving(2)
     for _ in range(3):
-        member = machine.slots[1].member
+        member = machine.records[1].member
         feed(machine, ev.Suspected(member, "hang"), ev.ProcessGone(member, "signal 9"))
-        if machine.slots[1].relaunch_at_ms is not None:
-            feed(machine, Tick(machine.slots[1].relaunch_at_ms))
+        if machine.records[1].relaunch_at_ms is not None:
+            feed(machine, Tick(machine.records[1].relaunch_at_ms))
         come_up(machine, 1)
         promise(machine)
-    assert machine.slots[1].early_deaths == 3
+    assert machine.records[1].early_deaths == 3
 
 
 def test_a_loss_that_is_laid_at_a_request_does_not_count() -> None:
     machine = serving(2)
     for _ in range(3 * CONFIG.relaunch_limit):
-        member = machine.slots[1].member
+        member = machine.records[1].member
         effects = feed(
             machine,
             ev.Reported(member, RankState.FAILED, "IndexError", suspects=(17,)),
@@ -589,12 +591,12 @@ def test_last_words_count_also_when_the_death_was_noticed_first(first: ev.Event 
     feed(
         machine, *(event for event in (first, words) if event), ev.ProcessGone(Member(1, 1), "exit status 1")
     )
-    assert machine.slots[1].early_deaths == 0
-    assert machine.slots[1].reason == "IndexError"
+    assert machine.records[1].early_deaths == 0
+    assert machine.records[1].reason == "IndexError"
 
 
 def fail_to_start(machine: MembershipMachine, rank: int, reason: str) -> list[ev.Effect]:
-    member = machine.slots[rank].member
+    member = machine.records[rank].member
     return feed(
         machine,
         ev.ProcessStarted(member),
@@ -699,7 +701,7 @@ def test_a_rank_that_was_stable_is_forgiven() -> None:
     for _ in range(2 * CONFIG.relaunch_limit):
         feed(machine, Tick(machine.now_ms + CONFIG.stable_after_ms))
         kill(machine, 1)
-        assert machine.slots[1].early_deaths == 0
+        assert machine.records[1].early_deaths == 0
         come_up(machine, 1)
         promise(machine)
     assert machine.group_state is ev.GroupState.SERVING
@@ -722,7 +724,7 @@ def time_out(machine: MembershipMachine, *promising: int) -> list[Member]:
     attempt = machine.attempt
     assert attempt
     for rank in promising:
-        feed(machine, ev.Promised(machine.slots[rank].member, attempt.number, 5))
+        feed(machine, ev.Promised(machine.records[rank].member, attempt.number, 5))
     effects = feed(machine, Tick(attempt.deadline_ms))
     assert effects[0] == ev.Publish(Abort(attempt.number))
     return [effect.member for effect in effects if isinstance(effect, ev.Fence)]
@@ -734,7 +736,7 @@ def test_a_member_that_lets_attempts_in_a_row_time_out_is_fenced() -> None:
     come_up(machine, 2)
     fenced = [time_out(machine, 1, 2) for _ in range(CONFIG.missed_attempts_limit)]
     assert fenced == [[], [], [Member(0, 1)]]
-    assert machine.slots[0].fenced == "did not promise in time, 3 attempts in a row"
+    assert machine.records[0].fenced == "did not promise in time, 3 attempts in a row"
     kill(machine, 0)
     promise(machine)
     come_up(machine, 0)
@@ -759,8 +761,8 @@ def test_a_joiner_that_nobody_can_connect_to_does_not_have_the_members_fenced() 
     machine = serving(3)
     for incarnation in range(2, 2 + CONFIG.missed_attempts_limit):
         kill(machine, 2)
-        if machine.slots[2].relaunch_at_ms is not None:
-            feed(machine, Tick(machine.slots[2].relaunch_at_ms))
+        if machine.records[2].relaunch_at_ms is not None:
+            feed(machine, Tick(machine.records[2].relaunch_at_ms))
         come_up(machine, 2)
         assert time_out(machine) == [Member(2, incarnation)]
 
@@ -798,7 +800,7 @@ def test_stopping_begins_with_draining_and_starts_nothing_new() -> None:
     machine = serving(3)
     for _ in range(2):
         kill(machine, 2)
-    assert machine.slots[2].relaunch_at_ms is not None
+    assert machine.records[2].relaunch_at_ms is not None
     kill(machine, 1)
     come_up(machine, 1)
     assert machine.attempt

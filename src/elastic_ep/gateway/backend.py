@@ -39,8 +39,8 @@ class GroupBackend:
         self._metrics = metrics
         self._num_pages = num_pages
         metrics.refresh = self._refresh
-        for rank, slot in controller.machine.slots.items():
-            metrics.rank_state(rank, slot.state)
+        for rank, record in controller.machine.records.items():
+            metrics.rank_state(rank, record.state)
 
     def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
         return self._router.submit(prompt, params, seed, choice)
@@ -52,11 +52,11 @@ class GroupBackend:
 
     def relaunch(self, rank: int | None) -> Relaunch:
         machine = self._controller.machine
-        if rank is not None and rank not in machine.slots:
+        if rank is not None and rank not in machine.records:
             raise UnknownRank(f"There is no rank {rank}: they are 0 to {machine.num_ranks - 1}.")
         if machine.stopping or machine.verdict:
             raise Stopping
-        asked = sorted(machine.slots) if rank is None else [rank]
+        asked = sorted(machine.records) if rank is None else [rank]
         relaunched = self._controller.relaunch(asked)
         return Relaunch(relaunched, tuple(other for other in asked if other not in relaunched))
 
@@ -80,20 +80,20 @@ class GroupBackend:
             epoch=machine.view.epoch,
             step=self._controller.step,
             tolerates=machine.tolerates,
-            engines=tuple(self._engine_status(rank) for rank in sorted(machine.slots)),
+            engines=tuple(self._engine_status(rank) for rank in sorted(machine.records)),
             idle=machine.idle,
         )
 
     def _engine_status(self, rank: int) -> EngineStatus:
-        slot = self._controller.machine.slots[rank]
-        facts = self._controller.facts.get(slot.member)
-        dead = slot.state in (RankState.FAILED, RankState.STOPPED)
-        healthy = slot.state in (RankState.SERVING, RankState.DRAINING) and not slot.fenced
+        record = self._controller.machine.records[rank]
+        facts = self._controller.facts.get(record.member)
+        dead = record.state in (RankState.FAILED, RankState.STOPPED)
+        healthy = record.state in (RankState.SERVING, RankState.DRAINING) and not record.fenced
         return EngineStatus(
             id=rank,
             status="dead" if dead else "healthy" if healthy else "unhealthy",
-            state=slot.state,
-            incarnation=slot.member.incarnation,
+            state=record.state,
+            incarnation=record.member.incarnation,
             pid=facts.pid if facts else None,
             running=facts.running if facts else 0,
             waiting=facts.waiting if facts else 0,
@@ -103,7 +103,7 @@ class GroupBackend:
         )
 
     def _kv_cache_usage(self, rank: int) -> float:
-        facts = self._controller.facts.get(self._controller.machine.slots[rank].member)
+        facts = self._controller.facts.get(self._controller.machine.records[rank].member)
         return facts.kv_pages / self._num_pages if facts else 0.0
 
     def _refresh(self) -> None:
@@ -113,5 +113,5 @@ class GroupBackend:
         metrics.requests(self._router.running, self._router.waiting)
         metrics.messages_dropped(controller.dropped)
         metrics.group(machine.public_state, idle=machine.idle, tolerates=machine.tolerates)
-        usage = {rank: self._kv_cache_usage(rank) for rank in machine.slots}
+        usage = {rank: self._kv_cache_usage(rank) for rank in machine.records}
         metrics.kv_cache(usage, members=[seat.rank for seat in machine.view.seats])

@@ -162,7 +162,7 @@ class Controller:
 
         A rank that breaks the protocol is faulty, and no reason for the controller to fall over.
         """
-        if self.machine.slots.get(member.rank) is None:
+        if self.machine.records.get(member.rank) is None:
             self._wire.dropped += 1
             return
         try:
@@ -178,8 +178,8 @@ class Controller:
                 self._signs_of_life[member] = message
                 facts = self._known(member)
                 facts.step, facts.kv_pages = message.step, message.kv_pages
-                slot = self.machine.slots[member.rank]
-                if slot.member == member and slot.state in _STARTING:
+                record = self.machine.records[member.rank]
+                if record.member == member and record.state in _STARTING:
                     self._hold_device(member)
             case Promise():
                 self.feed(ev.Promised(member, message.attempt, message.step))
@@ -210,8 +210,8 @@ class Controller:
         if self._log.private:
             why = masked(why)
         self._log.note("protocol_error", member=member, why=why)
-        slot = self.machine.slots.get(member.rank) if member else None
-        if member is not None and slot is not None and slot.member == member:
+        record = self.machine.records.get(member.rank) if member else None
+        if member is not None and record is not None and record.member == member:
             self.suspect(member, LossCause.PROTOCOL, f"protocol error: {why}")
 
     def suspect(self, member: Member, cause: LossCause, why: str) -> None:
@@ -243,8 +243,8 @@ class Controller:
 
     def on_death(self, member: Member, cause: str, at_ns: int) -> None:
         """A death notice: `cause` says who noticed, `at_ns` when, CLOCK_MONOTONIC nanoseconds."""
-        slot = self.machine.slots[member.rank]
-        if slot.member == member and member not in self._noticed_ns:
+        record = self.machine.records[member.rank]
+        if record.member == member and member not in self._noticed_ns:
             self._noticed_ns[member] = at_ns
             self._log.note(
                 "death_notice", rank=member.rank, incarnation=member.incarnation, source=cause, at_ns=at_ns
@@ -281,8 +281,10 @@ class Controller:
 
     def relaunch(self, ranks: Iterable[int]) -> tuple[int, ...]:
         """Have those of `ranks` launched now that are dead; which ones. Those that run are left alone."""
-        slots = self.machine.slots
-        dead = tuple(rank for rank in ranks if slots[rank].fenced or slots[rank].state is RankState.FAILED)
+        records = self.machine.records
+        dead = tuple(
+            rank for rank in ranks if records[rank].fenced or records[rank].state is RankState.FAILED
+        )
         self.feed(ev.RelaunchRequested(dead))
         return dead
 
@@ -316,7 +318,9 @@ class Controller:
         pulse = Pulse(
             now_ms=self._clock.now_ms(),
             seated=tuple(sorted(self.machine.view.members)),
-            starting=tuple(slot.member for slot in self.machine.slots.values() if slot.state in _STARTING),
+            starting=tuple(
+                record.member for record in self.machine.records.values() if record.state in _STARTING
+            ),
             beats=tuple([_beat(member, sign) for member, sign in self._signs_of_life.items()]),
             starved=self._starvation.sample(self._pids(self.progress.doubtful())),
         )
@@ -433,8 +437,8 @@ class Controller:
             return
 
         def joining() -> None:
-            slot = self.machine.slots[member.rank]
-            if slot.member != member or slot.state is RankState.FAILED:
+            record = self.machine.records[member.rank]
+            if record.member != member or record.state is RankState.FAILED:
                 return  # it died meanwhile
             try:
                 self.feed(reported)
@@ -445,8 +449,8 @@ class Controller:
 
     def _reason(self, member: Member, report: RankReport) -> str:
         """What a rank that has had requests says of its failure may quote them; its own line on stderr has it whole."""
-        slot = self.machine.slots[member.rank]
-        served = slot.member == member and slot.state in (RankState.SERVING, RankState.DRAINING)
+        record = self.machine.records[member.rank]
+        served = record.member == member and record.state in (RankState.SERVING, RankState.DRAINING)
         return masked(report.reason) if served and self._log.private else report.reason
 
     def _on_step_report(self, member: Member, report: StepReport) -> None:
@@ -490,15 +494,15 @@ class Controller:
         self.suspect(member, LossCause.PROTOCOL, f"protocol error: {error}")
 
     def _blame(self, member: Member, cause: LossCause, why: str) -> None:
-        slot = self.machine.slots[member.rank]
-        if slot.member == member and slot.state not in _ENDED:
+        record = self.machine.records[member.rank]
+        if record.member == member and record.state not in _ENDED:
             self.ledger.blame(member, cause, why)
 
     def _relaunch_in_s(self, rank: int) -> float | None:
-        slot = self.machine.slots[rank]
-        if slot.away or self.machine.stopping:
+        record = self.machine.records[rank]
+        if record.away or self.machine.stopping:
             return None
-        return max(0.0, ((slot.relaunch_at_ms or 0) - self.machine.now_ms) / 1000)
+        return max(0.0, ((record.relaunch_at_ms or 0) - self.machine.now_ms) / 1000)
 
     def _known(self, member: Member) -> RankFacts:
         return self.facts.setdefault(member, RankFacts())

@@ -51,9 +51,12 @@ class LaunchDisplay:
         table = Table(title=f"group: {self._machine.public_state}   {time.monotonic() - self._started:.1f} s")
         for heading in ("rank", "incarnation", "state", "reason"):
             table.add_column(heading)
-        for rank, slot in self._machine.slots.items():
-            colour = _COLOURS[slot.state]
+        for rank, record in self._machine.records.items():
+            colour = _COLOURS[record.state]
             table.add_row(
-                str(rank), str(slot.member.incarnation), f"[{colour}]{slot.state}[/]", escape(slot.reason)
+                str(rank),
+                str(record.member.incarnation),
+                f"[{colour}]{record.state}[/]",
+                escape(record.reason),
             )
         return table

@@ -15,15 +15,9 @@ from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.machine import Machine
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import Effect, Event, GroupState
-from elastic_ep.machines.membership.group import GROUP, Attempt, Slot
+from elastic_ep.machines.membership.group import GROUP
 from elastic_ep.machines.membership.outlook import Outlook, enough_slots, outlook, why_never
-from elastic_ep.machines.membership.relaunch import (
-    Death,
-    early_deaths,
-    explain,
-    killed_from_outside,
-    pause_ms,
-)
+from elastic_ep.machines.membership.records import SEATED, STARTING, Attempt, RankRecord
 from elastic_ep.machines.membership.start_failure import alike
 from elastic_ep.machines.rank.lifecycle import RANK, REPORTED_TRIGGERS
 from elastic_ep.machines.tables import TableMachine
@@ -34,12 +28,10 @@ from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, RankState, 
 STEP_GAP_AFTER_TOTAL_LOSS = 100_000
 """Steps that a member may have begun unseen since the last `StepSeen`; far more than could have run."""
 
-_STARTING = (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
-
 
 @dataclass(eq=False)
 class MembershipMachine(Machine[Event, Effect]):
-    """Feed it with `step`; `view` and `slots` may be read."""
+    """Feed it with `step`; `view` and `records` may be read."""
 
     num_ranks: int
     placement: Placement
@@ -47,7 +39,9 @@ class MembershipMachine(Machine[Event, Effect]):
 
     def __post_init__(self) -> None:
         self.view = View(epoch=0, seats=())
-        self.slots = {rank: Slot(Member(rank, 1), TableMachine(RANK)) for rank in range(self.num_ranks)}
+        self.records = {
+            rank: RankRecord(Member(rank, 1), TableMachine(RANK)) for rank in range(self.num_ranks)
+        }
         self.attempt: Attempt | None = None
         self.attempts = 0
         self.now_ms = 0
@@ -117,16 +111,17 @@ class MembershipMachine(Machine[Event, Effect]):
 
     def reason(self, rank: int, now_ms: int) -> str:
         """Why a rank is not well, and if it waits for its next launch, how long it does."""
-        slot = self.slots[rank]
-        if not (slot.away or slot.relaunch_at_ms is not None) or self.verdict:
-            return slot.reason
-        wait_ms = max(0, slot.relaunch_at_ms - now_ms) if slot.relaunch_at_ms is not None else None
-        return explain(slot.reason, slot.early_deaths, wait_ms, self.config)
+        record = self.records[rank]
+        return record.reason if self.verdict else record.explained(now_ms, self.config)
 
     def next_deadline_ms(self) -> int | None:
         """When a `Tick` may next have an effect."""
-        times = [slot.relaunch_at_ms for slot in self.slots.values() if slot.relaunch_at_ms is not None]
-        times += [due for slot in self.slots.values() if (due := self._init_due_ms(slot)) is not None]
+        times = [
+            record.relaunch_at_ms for record in self.records.values() if record.relaunch_at_ms is not None
+        ]
+        times += [
+            due for record in self.records.values() if (due := record.init_due_ms(self.config)) is not None
+        ]
         if self.attempt:
             times.append(self.attempt.deadline_ms)
         elif self._would_park():
@@ -151,54 +146,52 @@ class MembershipMachine(Machine[Event, Effect]):
 
     def _check(self) -> None:
         for seat in self.view.seats:
-            slot = self.slots[seat.rank]
-            assert slot.member == seat.member, f"rank {seat.rank} is seated under an old incarnation"
-            assert slot.state in (RankState.SERVING, RankState.DRAINING), (
-                f"{slot.member} seated in {slot.state}"
-            )
+            record = self.records[seat.rank]
+            assert record.member == seat.member, f"rank {seat.rank} is seated under an old incarnation"
+            assert record.state in SEATED, f"{record.member} seated in {record.state}"
         if self.attempt:
             assert not self.attempt.joiners & self.view.members, "a joiner is already seated"
             assert self.attempt.awaited <= self.attempt.joiners | self.view.members, "awaits a stranger"
             assert self.attempt.awaited, "an attempt that awaits nobody has not ended"
 
     def _on_start(self, _event: ev.Start) -> None:
-        for slot in self.slots.values():
-            slot.since_ms = self.now_ms
-            self._effects.append(ev.Launch(slot.member))
+        for record in self.records.values():
+            record.since_ms = self.now_ms
+            self._effects.append(ev.Launch(record.member))
 
     def _on_tick(self, event: Tick) -> None:
         self.now_ms = max(self.now_ms, event.now_ms)
         if self.attempt and self.now_ms >= self.attempt.deadline_ms:
             self._time_out(self.attempt)
-        for slot in self.slots.values():
-            if slot.relaunch_at_ms is not None and self.now_ms >= slot.relaunch_at_ms:
-                self._relaunch(slot)
-            due_ms = self._init_due_ms(slot)
+        for record in self.records.values():
+            if record.relaunch_at_ms is not None and self.now_ms >= record.relaunch_at_ms:
+                self._relaunch(record)
+            due_ms = record.init_due_ms(self.config)
             if due_ms is not None and self.now_ms >= due_ms:
-                slot.failed = f"stuck in {slot.state} for {self.config.init_deadline_ms / 1000:g} s"
-                self._fence(slot, slot.failed)
+                record.failed = f"stuck in {record.state} for {self.config.init_deadline_ms / 1000:g} s"
+                self._fence(record, record.failed)
 
     def _on_process_started(self, event: ev.ProcessStarted) -> None:
-        slot = self._current(event.member)
-        if slot and slot.state is RankState.LAUNCHING:
-            self._move(slot, "process_started")
+        record = self._current(event.member)
+        if record and record.state is RankState.LAUNCHING:
+            self._move(record, "process_started")
 
     def _on_reported(self, event: ev.Reported) -> None:
-        slot = self._current(event.member)
-        if slot is None or slot.gone:
+        record = self._current(event.member)
+        if record is None or record.gone:
             return
-        if event.state is RankState.FAILED and not slot.fenced:
+        if event.state is RankState.FAILED and not record.fenced:
             # Its death may have been noticed before its last words are read.
-            slot.reason = slot.failed = event.reason
-            slot.suspects = event.suspects
-        if slot.state in RANK.final:
+            record.reason = record.failed = event.reason
+            record.suspects = event.suspects
+        if record.over:
             return
         if event.state is RankState.FAILED:
-            self._fence(slot, event.reason)
-        elif event.state in REPORTED_TRIGGERS and event.state is not slot.state:
-            self._move(slot, REPORTED_TRIGGERS[event.state])
+            self._fence(record, event.reason)
+        elif event.state in REPORTED_TRIGGERS and event.state is not record.state:
+            self._move(record, REPORTED_TRIGGERS[event.state])
             if event.state is RankState.JOINING:
-                slot.start_failure = ""
+                record.start_failure = ""
             if event.state is RankState.JOINING and self.first_joining_ms is None:
                 self.first_joining_ms = self.now_ms
 
@@ -207,7 +200,7 @@ class MembershipMachine(Machine[Event, Effect]):
         # A promise of another attempt is stale: counting it would let two members run one step under two views.
         if attempt is None or event.attempt != attempt.number or event.member not in attempt.awaited:
             return
-        self.slots[event.member.rank].missed_attempts = 0
+        self.records[event.member.rank].missed_attempts = 0
         self.attempt = replace(
             attempt,
             awaited=attempt.awaited - {event.member},
@@ -217,28 +210,28 @@ class MembershipMachine(Machine[Event, Effect]):
             self._commit(self.attempt)
 
     def _on_death(self, event: ev.DeathNoticed) -> None:
-        slot = self._current(event.member)
-        if slot is None or slot.state in RANK.final:
+        record = self._current(event.member)
+        if record is None or record.over:
             return
-        self._lose(slot, _end(slot, event.cause))
+        self._lose(record, record.why_ended(event.cause))
 
     def _on_gone(self, event: ev.ProcessGone) -> None:
-        slot = self._current(event.member)
-        if slot is None or slot.gone:
+        record = self._current(event.member)
+        if record is None or record.gone:
             return
-        if slot.state not in RANK.final:
-            self._lose(slot, _end(slot, f"died: {event.status}"))
-        slot.gone = True
-        if not slot.fenced and not slot.failed:
-            slot.reason = _end(slot, f"died: {event.status}")
-        if not self.stopping and slot.state is RankState.FAILED:
-            self._count_death(slot, event.status)
-            self._plan_relaunch(slot)
+        if not record.over:
+            self._lose(record, record.why_ended(f"died: {event.status}"))
+        record.gone = True
+        if not record.fenced and not record.failed:
+            record.reason = record.why_ended(f"died: {event.status}")
+        if not self.stopping and record.state is RankState.FAILED:
+            record.count_death(event.status, self.config)
+            self._plan_relaunch(record)
 
     def _on_suspected(self, event: ev.Suspected) -> None:
-        slot = self._current(event.member)
-        if slot and slot.state not in RANK.final:
-            self._fence(slot, event.reason)
+        record = self._current(event.member)
+        if record and not record.over:
+            self._fence(record, event.reason)
 
     def _on_work_began(self, _event: ev.WorkBegan) -> None:
         self.has_work = True
@@ -257,115 +250,85 @@ class MembershipMachine(Machine[Event, Effect]):
     def _on_relaunch_requested(self, event: ev.RelaunchRequested) -> None:
         if self.stopping or self.verdict:
             return
-        for slot in (self.slots[rank] for rank in event.ranks if rank in self.slots):
-            if slot.away or slot.relaunch_at_ms is not None:
-                self._relaunch(slot)
-            elif not slot.gone and (slot.fenced or slot.state in RANK.final):
-                slot.wanted_back = True
+        for record in (self.records[rank] for rank in event.ranks if rank in self.records):
+            if record.away or record.relaunch_at_ms is not None:
+                self._relaunch(record)
+            elif not record.gone and (record.fenced or record.over):
+                record.wanted_back = True
 
     def _on_stop(self, _event: ev.StopRequested) -> None:
         self.stopping = True
         if self.attempt:
             self._abort()
-        for slot in self.slots.values():
-            slot.relaunch_at_ms = None
-            if slot.state is RankState.SERVING:
-                self._move(slot, "drain")
+        for record in self.records.values():
+            record.relaunch_at_ms = None
+            if record.state is RankState.SERVING:
+                self._move(record, "drain")
 
     def _on_stop_ranks(self, _event: ev.StopRanks) -> None:
-        for slot in self.slots.values():
-            if slot.state not in RANK.final:
-                if slot.state in (RankState.SERVING, RankState.DRAINING, RankState.JOINING):
-                    slot.told_to_stop = True
-                    self._effects.append(ev.SendTo(slot.member, Shutdown()))
+        for record in self.records.values():
+            if not record.over:
+                if record.state in (RankState.SERVING, RankState.DRAINING, RankState.JOINING):
+                    record.told_to_stop = True
+                    self._effects.append(ev.SendTo(record.member, Shutdown()))
                 else:
-                    self._fence(slot, ev.STOPPING)
+                    self._fence(record, ev.STOPPING)
 
     def _on_stop_forced(self, _event: ev.StopForced) -> None:
-        for slot in self.slots.values():
-            if not slot.gone:
-                self._fence(slot, f"{ev.STOPPING}: deadline passed")
+        for record in self.records.values():
+            if not record.gone:
+                self._fence(record, f"{ev.STOPPING}: deadline passed")
 
     # Moves
 
-    def _current(self, member: Member) -> Slot | None:
-        """The slot, if this incarnation is its present one: news of an older one is dropped."""
-        slot = self.slots.get(member.rank)
-        return slot if slot and slot.member == member else None
+    def _current(self, member: Member) -> RankRecord | None:
+        """The record, if this incarnation is its present one: news of an older one is dropped."""
+        record = self.records.get(member.rank)
+        return record if record and record.member == member else None
 
-    def _init_due_ms(self, slot: Slot) -> int | None:
-        """When a rank that is starting up must have reached its next state."""
-        if slot.since_ms is None or slot.fenced or slot.state not in _STARTING:
-            return None
-        return slot.since_ms + self.config.init_deadline_ms
+    def _move(self, record: RankRecord, trigger: str, reason: str = "") -> None:
+        if record.lifecycle.fire(trigger):
+            record.since_ms = self.now_ms
+            self._effects.append(ev.RankMoved(record.member, record.state, reason))
 
-    def _move(self, slot: Slot, trigger: str, reason: str = "") -> None:
-        if slot.lifecycle.fire(trigger):
-            slot.since_ms = self.now_ms
-            self._effects.append(ev.RankMoved(slot.member, slot.state, reason))
+    def _fence(self, record: RankRecord, reason: str) -> None:
+        record.fenced = record.fenced or reason
+        self._effects.append(ev.Fence(record.member, reason))
 
-    def _fence(self, slot: Slot, reason: str) -> None:
-        slot.fenced = slot.fenced or reason
-        self._effects.append(ev.Fence(slot.member, reason))
-
-    def _lose(self, slot: Slot, reason: str) -> None:
-        was_seated = self.view.seat(slot.member.rank) is not None
-        slot.died_in = slot.state
-        if slot.state in (RankState.SERVING, RankState.DRAINING):
-            slot.served_ms = self.now_ms - (slot.since_ms or 0)
-        slot.reason = reason
-        if self.stopping:
-            self._move(slot, "stopped", reason)
-        else:
-            self._move(slot, "lost", reason)
-        if self.attempt and slot.member in self.attempt.joiners | self.view.members:
+    def _lose(self, record: RankRecord, reason: str) -> None:
+        was_seated = self.view.seat(record.member.rank) is not None
+        record.lost(self.now_ms, reason)
+        self._move(record, "stopped" if self.stopping else "lost", reason)
+        if self.attempt and record.member in self.attempt.joiners | self.view.members:
             self._abort()
         if was_seated:
-            seats = tuple(seat for seat in self.view.seats if seat.member != slot.member)
+            seats = tuple(seat for seat in self.view.seats if seat.member != record.member)
             self._publish_view(seats, self.view.park_at)
-            self._effects.append(ev.MemberDown(slot.member, reason))
+            self._effects.append(ev.MemberDown(record.member, reason))
 
-    def _count_death(self, slot: Slot, status: str) -> None:
-        death = Death(status, slot.served_ms, bool(slot.fenced), bool(slot.suspects))
-        slot.early_deaths = early_deaths(slot.early_deaths, death, self.config)
-        if slot.died_in in _STARTING:
-            slot.start_failure = slot.failed
-            if not slot.fenced and not killed_from_outside(status):
-                slot.start_failure = slot.reason
-
-    def _plan_relaunch(self, slot: Slot) -> None:
+    def _plan_relaunch(self, record: RankRecord) -> None:
         if self._all_failed_alike():
-            self._conclude(ev.StartFailed(slot.start_failure))
-        if self.verdict:
-            return
-        wait_ms = 0 if slot.wanted_back else pause_ms(slot.early_deaths, self.config)
-        if wait_ms is None:
-            slot.away = True
-        elif wait_ms == 0:
-            self._relaunch(slot)
-        else:
-            slot.relaunch_at_ms = self.now_ms + wait_ms
+            self._conclude(ev.StartFailed(record.start_failure))
+        if self.verdict is None:
+            record.plan_relaunch(self.now_ms, self.config)
+            if record.relaunch_at_ms == self.now_ms:
+                self._relaunch(record)
 
-    def _relaunch(self, slot: Slot) -> None:
-        slot.relaunch_at_ms = None
-        slot.member = Member(slot.member.rank, slot.member.incarnation + 1)
-        slot.gone = slot.away = slot.wanted_back = False
-        slot.fenced = slot.failed = ""
-        slot.suspects = ()
-        slot.died_in = slot.served_ms = None
-        self._move(slot, "relaunch")
-        self._effects.append(ev.Launch(slot.member))
+    def _relaunch(self, record: RankRecord) -> None:
+        record.begin_anew()
+        self._move(record, "relaunch")
+        self._effects.append(ev.Launch(record.member))
 
     def _all_failed_alike(self) -> bool:
         """Before anybody had a seat, the last launch of every rank failed for the same reason."""
-        return not self.view.epoch and alike(slot.start_failure for slot in self.slots.values())
+        return not self.view.epoch and alike(record.start_failure for record in self.records.values())
 
     def _conclude(self, verdict: ev.Verdict) -> None:
         """This run is over: nothing is launched any more, and whoever runs it has to end it."""
         if self.verdict is None:
             self.verdict = verdict
-            for slot in self.slots.values():
-                slot.relaunch_at_ms = None
+            for record in self.records.values():
+                record.relaunch_at_ms = None
             if self.attempt:
                 self._abort()
             self._effects.append(verdict)
@@ -389,15 +352,15 @@ class MembershipMachine(Machine[Event, Effect]):
         self._abort()
         joiners = attempt.awaited & attempt.joiners
         for member in sorted(joiners):
-            self._fence(self.slots[member.rank], "did not connect in time")
+            self._fence(self.records[member.rank], "did not connect in time")
         if not joiners:
             for member in sorted(attempt.awaited):
-                self._miss(self.slots[member.rank])
+                self._miss(self.records[member.rank])
 
-    def _miss(self, slot: Slot) -> None:
-        slot.missed_attempts += 1
-        if slot.missed_attempts >= self.config.missed_attempts_limit:
-            self._fence(slot, f"did not promise in time, {slot.missed_attempts} attempts in a row")
+    def _miss(self, record: RankRecord) -> None:
+        record.missed_attempts += 1
+        if record.missed_attempts >= self.config.missed_attempts_limit:
+            self._fence(record, f"did not promise in time, {record.missed_attempts} attempts in a row")
 
     def _commit(self, attempt: Attempt) -> None:
         self.attempt = None
@@ -418,7 +381,7 @@ class MembershipMachine(Machine[Event, Effect]):
         self._effects.append(ev.Publish(Commit(attempt.number, self.view)))
         self.idle_since_ms = self.now_ms
         for seat in joined:
-            self._move(self.slots[seat.rank], "admitted")
+            self._move(self.records[seat.rank], "admitted")
             self._effects.append(ev.MemberUp(seat.member))
 
     def _publish_view(self, seats: tuple[Seat, ...], park_at: int | None) -> None:
@@ -455,12 +418,14 @@ class MembershipMachine(Machine[Event, Effect]):
 
     def _ready_joiners(self) -> frozenset[Member]:
         waiting = frozenset(
-            slot.member for slot in self.slots.values() if slot.state is RankState.JOINING and not slot.fenced
+            record.member
+            for record in self.records.values()
+            if record.state is RankState.JOINING and not record.fenced
         )
         if self.view.seats or not waiting:
             return waiting
         # Forming: all together, unless somebody is hopelessly late.
-        missing = [s for s in self.slots.values() if s.member not in waiting and not s.away]
+        missing = [r for r in self.records.values() if r.member not in waiting and not r.away]
         assert self.first_joining_ms is not None
         late = self.now_ms >= self.first_joining_ms + self.config.forming_grace_ms
         return waiting if not missing or late or self.view.epoch else frozenset()
@@ -477,7 +442,7 @@ class MembershipMachine(Machine[Event, Effect]):
         self._effects.append(ev.Publish(Prepare(self.attempts, tuple(sorted(joiners)))))
 
     def _say_all_stopped(self) -> None:
-        over = all(slot.gone for slot in self.slots.values())
+        over = all(record.gone for record in self.records.values())
         if over and not self._all_stopped_said:
             self._all_stopped_said = True
             self._effects.append(ev.AllStopped())
@@ -491,10 +456,7 @@ class MembershipMachine(Machine[Event, Effect]):
         if self.stopping or self.config.relaunch_limit or enough_slots(self):
             return
         # While the first launches are under way it may turn out that they all fail alike.
-        if self.view.epoch or all(slot.gone or slot.state not in _STARTING for slot in self.slots.values()):
+        if self.view.epoch or all(
+            record.gone or record.state not in STARTING for record in self.records.values()
+        ):
             self._conclude(ev.NothingWillServe(why_never(self)))
-
-
-def _end(slot: Slot, otherwise: str) -> str:
-    """Why a process ended."""
-    return slot.fenced or (ev.AS_ASKED if slot.told_to_stop else otherwise)

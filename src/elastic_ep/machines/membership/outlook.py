@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from elastic_ep.machines.membership.group import Slot
-from elastic_ep.machines.rank.lifecycle import RANK
+from elastic_ep.machines.membership.records import RankRecord
 
 if TYPE_CHECKING:
     from elastic_ep.machines.membership.machine import MembershipMachine
@@ -48,13 +47,13 @@ def outlook(machine: MembershipMachine, now_ms: int) -> Outlook:
 
 def enough_slots(machine: MembershipMachine) -> bool:
     """Whether the ranks that are there, or come by themselves, have slots for every expert."""
-    ranks = sum(_counts(machine, slot) for slot in machine.slots.values())
+    ranks = sum(_counts(machine, record) for record in machine.records.values())
     return ranks * machine.placement.slots_per_rank >= machine.placement.num_experts
 
 
 def why_never(machine: MembershipMachine) -> str:
     """In words for an operator, when `enough_slots` says no."""
-    left = sum(_counts(machine, slot) for slot in machine.slots.values())
+    left = sum(_counts(machine, record) for record in machine.records.values())
     placement = machine.placement
     if left == 0:
         return "no rank is left, and none is launched again (--relaunch-limit 0)"
@@ -65,14 +64,14 @@ def why_never(machine: MembershipMachine) -> str:
     )
 
 
-def _counts(machine: MembershipMachine, slot: Slot) -> bool:
-    if slot.relaunch_at_ms is not None or slot.wanted_back:
+def _counts(machine: MembershipMachine, record: RankRecord) -> bool:
+    if record.relaunch_at_ms is not None or record.wanted_back:
         return True
-    if slot.fenced or slot.gone or slot.state in RANK.final:
+    if record.fenced or record.gone or record.over:
         return machine.config.relaunch_limit > 0
     return True
 
 
 def _returning(machine: MembershipMachine) -> int:
     seated = {seat.rank for seat in machine.view.seats}
-    return sum(rank not in seated and _counts(machine, slot) for rank, slot in machine.slots.items())
+    return sum(rank not in seated and _counts(machine, record) for rank, record in machine.records.items())
