@@ -78,6 +78,21 @@ async def test_raw_value(running: Running, raw: bytes) -> None:
     assert running.backend.submitted == []
 
 
+@pytest.mark.parametrize(
+    ("raw", "param"),
+    [
+        (b'{"prompt": "A", "\\ud800": 1}', "body"),
+        (b'{"prompt": "A", "stream": true, "stream_options": {"\\ud800": 1}}', "stream_options"),
+    ],
+)
+async def test_a_name_that_is_no_text(running: Running, raw: bytes, param: str) -> None:
+    async with running.http.post(running.url + COMPLETIONS, data=raw) as response:
+        assert response.status == 400
+        error = check_error(await response.json())
+    assert error["param"] == param
+    assert "lone surrogate" in error["message"]
+
+
 BAD_FIELDS: list[tuple[str, Any]] = [
     ("prompt", None),
     ("prompt", 7),
