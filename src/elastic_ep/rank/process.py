@@ -146,7 +146,12 @@ class RankProcess:
 
     def _hear(self, event: Event) -> None:
         before = self._machine.stage
-        for effect in self._machine.step(event):
+        try:
+            effects = self._machine.step(event)
+        except Exception as error:  # whose notes tell the last events
+            log.error("the rank's machine cannot go on", exc_info=True)
+            effects = self._machine.step(StepsFailed(f"{type(error).__name__}: {error}"))
+        for effect in effects:
             self._perform(effect)
         if self._machine.stage is not before:
             titles.show_rank(self._me, self._machine.stage)

@@ -37,7 +37,7 @@ class StepsEnded:
 
 @dataclass(frozen=True, slots=True)
 class StepsFailed:
-    """The forward thread has ended by an error. `suspects` are the requests that it was computing."""
+    """Steps cannot go on: the forward thread has ended by an error, while it computed the requests `suspects`."""
 
     reason: str
     suspects: tuple[int, ...] = ()
