@@ -165,7 +165,7 @@ class RunProcess:
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(controller.beat)
             if self._config.fault_tolerance:
-                tasks.start_soon(controller.watch_progress)
+                tasks.start_soon(controller.watch.run)
             tasks.start_soon(parts.rebalancer.run)
             tasks.start_soon(self._start_ranks, launcher, controller)
             tasks.start_soon(_warm, controller, app[READING])

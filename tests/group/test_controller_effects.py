@@ -272,7 +272,7 @@ def test_a_stop_drains_then_ends_all() -> None:
 def test_a_rank_that_falls_silent_is_fenced_and_nobody_else() -> None:
     async def main(group: FakeGroup) -> None:
         controller = group.controller
-        watch = asyncio.create_task(controller.watch_progress())
+        watch = asyncio.create_task(controller.watch.run())
         group.ranks[1].silent = True
 
         def beat(count: int) -> None:

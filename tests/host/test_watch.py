@@ -29,7 +29,7 @@ def watched(main: Callable[[FakeGroup], Coroutine[Any, Any, None]], **shape: Any
         group = FakeGroup(loop, **shape)
         group.launch()
         tasks = [
-            asyncio.create_task(group.controller.watch_progress()),
+            asyncio.create_task(group.controller.watch.run()),
             asyncio.create_task(beats(group)),
         ]
         await group.until(lambda: group.all_serve, "all ranks serve")

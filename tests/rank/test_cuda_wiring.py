@@ -144,7 +144,7 @@ def test_a_rank_that_starts_is_held_at_each_heartbeat(
     controller = SimpleNamespace(
         machine=SimpleNamespace(slots={1: SimpleNamespace(member=member_now, state=state)}),
         _hold_device=asked.append,
-        _signs_of_life={},
+        watch=SimpleNamespace(heard=lambda _member, _sign: None),
         _known=lambda member: SimpleNamespace(),
     )
     Controller._heard(cast(Any, controller), Member(1, 2), Heartbeat(0, 0, 0, None, parked=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import anyio
@@ -19,6 +18,7 @@ from elastic_ep.group.pace import Disturbance, PaceObserver
 from elastic_ep.group.port import LossCause
 from elastic_ep.group.repairs import Repairs
 from elastic_ep.group.store_table import StoreTable
+from elastic_ep.group.watch import STARTING, ProgressWatch, RankFacts
 from elastic_ep.host.launcher_events import (
     DeathNoticed,
     Launched,
@@ -28,12 +28,11 @@ from elastic_ep.host.launcher_events import (
     ServerLost,
     ServerReady,
 )
-from elastic_ep.host.starvation import Starvation
 from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.outlook import Outlook
-from elastic_ep.machines.membership.progress import MemberBeat, ProgressMachine, Pulse, Suspect
+from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.requests import events as routing
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import Placement
@@ -62,9 +61,6 @@ from elastic_ep.wire.sockets import ControllerWire
 from elastic_ep.wire.store_messages import StoreDelete, StoreGet, StoreSet
 
 log = structlog.get_logger()
-NOTED_PAUSE_MS = 500
-"""Whoever reads the log is told when the watch over progress was held up for longer."""
-_STARTING = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
 _ENDED = (RankState.FAILED, RankState.STOPPED)
 
 
@@ -89,18 +85,6 @@ class Processes(Protocol):
         """Call `then`, now or when nothing of the rank's dead incarnations is on its device any more."""
 
 
-@dataclass
-class RankFacts:
-    """What is known of a member besides its lifecycle."""
-
-    pid: int | None = None
-    running: int = 0
-    waiting: int = 0
-    step: int = 0
-    kv_pages: int = 0
-    """Of its KV cache, in use."""
-
-
 class Controller:
     """`on_step` hears the number of each reported step. `paced`: stalls are measured."""
 
@@ -121,7 +105,6 @@ class Controller:
         paced: bool = True,
     ) -> None:
         self.machine = machine
-        self.progress = progress
         self.repairs = repairs
         self.ledger = Ledger(metrics, log)
         self.facts: dict[Member, RankFacts] = {}
@@ -144,13 +127,10 @@ class Controller:
         self._store = StoreTable(wire.send, log.note)
         self._pace = PaceObserver(self._disturbed, timing)
         self._lines = GroupLines(machine)
-        self._starvation = Starvation()
-        self._signs_of_life: dict[Member, Heartbeat | StepReport] = {}
-        """Since the last pulse, the newest of each member."""
         self._noticed_ns: dict[Member, int] = {}
         self._seated: frozenset[Member] = frozenset()
         hub.attach("membership", machine, self)
-        hub.attach("progress", progress, _Suspicions(self.suspect), clocked=False)
+        self.watch = ProgressWatch(hub, clock, machine, progress, self.facts, log, timing, self.suspect)
 
     # In
 
@@ -175,11 +155,11 @@ class Controller:
             case StepReport():
                 self._on_step_report(member, message)
             case Heartbeat():
-                self._signs_of_life[member] = message
+                self.watch.heard(member, message)
                 facts = self._known(member)
                 facts.step, facts.kv_pages = message.step, message.kv_pages
                 record = self.machine.records[member.rank]
-                if record.member == member and record.state in _STARTING:
+                if record.member == member and record.state in STARTING:
                     self._hold_device(member)
             case Promise():
                 self.feed(ev.Promised(member, message.attempt, message.step))
@@ -294,42 +274,7 @@ class Controller:
         """Repeat the last number, so that a lost message is noticed."""
         while True:
             self._wire.publish(Beat())
-            await anyio.sleep(self.timing.beat_ms / 1000 * self._calm)
-
-    async def watch_progress(self) -> None:
-        while True:
-            pause_s = self.timing.pulse_ms / 1000 * self._calm
-            self._clock.rest(pause_s)
-            await anyio.sleep(pause_s)
-            held_up_ms = self._clock.held_up_ms()
-            if held_up_ms > NOTED_PAUSE_MS:
-                self._log.note("held_up", ms=held_up_ms)
-                log.warning(
-                    "the machine, or this process, stood still: no rank is judged by it", for_ms=held_up_ms
-                )
-            self._pulse()
-
-    @property
-    def _calm(self) -> int:
-        """How much rarer things are checked while the group is parked."""
-        return self.timing.calm_factor if self.machine.group_state is ev.GroupState.PAUSED else 1
-
-    def _pulse(self) -> None:
-        pulse = Pulse(
-            now_ms=self._clock.now_ms(),
-            seated=tuple(sorted(self.machine.view.members)),
-            starting=tuple(
-                record.member for record in self.machine.records.values() if record.state in _STARTING
-            ),
-            beats=tuple([_beat(member, sign) for member, sign in self._signs_of_life.items()]),
-            starved=self._starvation.sample(self._pids(self.progress.doubtful())),
-        )
-        self._signs_of_life.clear()
-        self._hub.post("progress", pulse)
-
-    def _pids(self, members: Iterable[Member]) -> dict[Member, int]:
-        found = {member: facts.pid for member in members if (facts := self.facts.get(member))}
-        return {member: pid for member, pid in found.items() if pid is not None}
+            await anyio.sleep(self.watch.calm * self.timing.beat_ms / 1000)
 
     # What the hub calls
 
@@ -430,7 +375,7 @@ class Controller:
             self._hub.post("routing", routing.Blamed(member, report.suspects))
         if report.state is RankState.FAILED:
             self._blame(member, LossCause.EXCEPTION, self._reason(member, report))
-        if report.state in _STARTING:
+        if report.state in STARTING:
             self._hold_device(member)
         if report.state is not RankState.JOINING:
             self.feed(reported)
@@ -457,7 +402,7 @@ class Controller:
         facts = self._known(member)
         facts.running, facts.waiting, facts.step = report.running, report.waiting, report.step
         facts.kv_pages = report.kv_pages
-        self._signs_of_life[member] = report
+        self.watch.heard(member, report)
         if report.masked:
             self._metrics.step_poisoned()
             times = {"ended_ns": report.ended_ns, "mask_ns": report.mask_ns}
@@ -511,24 +456,3 @@ class Controller:
         pid = self._known(member).pid
         if pid is not None:
             self._processes.hold(member, pid)
-
-
-class _Suspicions:
-    """The progress machine's shell."""
-
-    def __init__(self, suspect: Callable[[Member, LossCause, str], None]) -> None:
-        self._suspect = suspect
-
-    def at_once(self, effects: Sequence[Suspect]) -> None:
-        pass
-
-    def perform(self, event: Pulse, effects: Sequence[Suspect]) -> None:
-        for effect in effects:
-            self._suspect(effect.member, LossCause.HANG, effect.reason)
-
-
-def _beat(member: Member, sign: Heartbeat | StepReport) -> MemberBeat:
-    """A rank that reports its steps sends no heartbeats: the reports are."""
-    if isinstance(sign, Heartbeat):
-        return MemberBeat(member, sign.operations, sign.cpu_ms, sign.waiting_for, sign.parked)
-    return MemberBeat(member, sign.operations, sign.cpu_ms, waiting_for=None, parked=False)
