@@ -110,7 +110,7 @@ def test_a_joiner_is_heard_of_when_its_predecessor_has_left_the_device(
     waiting: list[Callable[[], None]] = []
     slots = {1: SimpleNamespace(member=joiner, state=RankState.INIT_DIST)}
     controller = SimpleNamespace(
-        machine=SimpleNamespace(slots=slots),
+        machine=SimpleNamespace(records=slots),
         _processes=SimpleNamespace(when_free=lambda rank, then: waiting.append(then)),
         _hold_device=held.append,
         feed=events.append,
@@ -142,7 +142,7 @@ def test_a_rank_that_starts_is_held_at_each_heartbeat(
 ) -> None:
     asked: list[Member] = []
     controller = SimpleNamespace(
-        machine=SimpleNamespace(slots={1: SimpleNamespace(member=member_now, state=state)}),
+        machine=SimpleNamespace(records={1: SimpleNamespace(member=member_now, state=state)}),
         _hold_device=asked.append,
         watch=SimpleNamespace(heard=lambda _member, _sign: None),
         _known=lambda member: SimpleNamespace(),
