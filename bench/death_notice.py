@@ -29,7 +29,7 @@ from tests.kit.served import write_result
 from bench.kit.command_line import command_line
 from elastic_ep.host.fork_messages import LaunchOptions
 from elastic_ep.host.launcher import Launcher
-from elastic_ep.host.launcher_events import DeathNoticed, Launched, LauncherEvent, ProcessGone
+from elastic_ep.host.launcher_events import Died, Launched, LauncherEvent, Reaped
 from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.wire.messages import Member
 
@@ -89,7 +89,7 @@ class Bench:
         self._changed = anyio.Event()
 
     def on_event(self, event: LauncherEvent) -> None:
-        if isinstance(event, (DeathNoticed, Launched, ProcessGone)):
+        if isinstance(event, (Died, Launched, Reaped)):
             self.seen[type(event), event.member] = (event, time.monotonic_ns())
             self._changed.set()
             self._changed = anyio.Event()
@@ -115,8 +115,8 @@ async def one_kill(
     await anyio.sleep(SETTLE_S)
     killed_ns = time.monotonic_ns()
     os.kill(launched.pid, signal.SIGKILL)
-    notice, handled_ns = await bench.until(DeathNoticed, member)
-    gone, _ = await bench.until(ProcessGone, member)
+    notice, handled_ns = await bench.until(Died, member)
+    gone, _ = await bench.until(Reaped, member)
     if notice.cause == "mutex":
         to.mutex.append((notice.at_ns - killed_ns) / 1e6)
     to.event.append((handled_ns - killed_ns) / 1e6)

@@ -4,7 +4,7 @@ Four ranks on one GPU, each the real rank process (control loop, forward thread,
 conductor stands in for the controller and takes them through prepare, promise and commit. Then the forward threads run
 blocks of the same decode steps in turns, in lockstep, so that a drift of the machine disturbs all alike:
 
-* "on": a step as the server has it: step words said, the mailbox looked at, masks read back with the tokens and judged,
+* "on": a step as the server has it: the step barrier, the mailbox looked at, masks read back with the tokens and judged,
   tokens and progress reported, loads of the experts reported, heartbeats where no report was.
 * "tokens": only what any server has to do: launch, wait, sample, and hand the tokens to another process, as "on" does it
   when the next step has been launched.

@@ -14,7 +14,7 @@ import torch
 from bench.kit.moe_plane import BF16, Case, Plane
 from bench.kit.moe_sides import Layer, Sides
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
-from elastic_ep.exchange.step_words import StepWords
+from elastic_ep.exchange.step_barrier import StepBarrier
 
 _MEET_S = 60.0
 _LAUNCH_CYCLES = 400_000
@@ -24,15 +24,15 @@ class Meeting:
     """All ranks at once, to within microseconds. Raises TimeoutError if one does not come."""
 
     def __init__(self, directory: Path, ranks: int, rank: int) -> None:
-        self._words = StepWords(directory, ranks, rank)
+        self._barrier = StepBarrier(directory, ranks, rank)
         self._ranks = range(ranks)
         self._number = 0
 
     def __call__(self) -> None:
         self._number += 1
-        self._words.say(self._number)
+        self._barrier.say(self._number)
         limit = time.monotonic() + _MEET_S
-        while any(self._words.of(rank) < self._number for rank in self._ranks):
+        while any(self._barrier.of(rank) < self._number for rank in self._ranks):
             os.sched_yield()
             if time.monotonic() > limit:
                 raise TimeoutError(f"a peer did not come to meeting {self._number}")

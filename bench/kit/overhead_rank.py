@@ -55,7 +55,7 @@ class Blocks:
 
 
 class BareExchange:
-    """Only the wait for a step's results: no step words, no masks, no bookkeeping of peers."""
+    """Only the wait for a step's results: no step barrier, no masks, no bookkeeping of peers."""
 
     def __init__(self) -> None:
         self._done = torch.cuda.Event()

@@ -28,7 +28,7 @@ from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Received
 from elastic_ep.exchange.peers import Peers
-from elastic_ep.exchange.step_words import StepWords
+from elastic_ep.exchange.step_barrier import StepBarrier
 from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import EMPTY
@@ -52,7 +52,7 @@ class PacedExchange:
             config.placement.num_ranks,
             config.placement.slots_per_rank,
         )
-        self._words = StepWords(Path(config.directory), config.placement.num_ranks, config.rank)
+        self._barrier = StepBarrier(Path(config.directory), config.placement.num_ranks, config.rank)
         self._step_s, self._per_step = step_s, operations
         self._masked = threading.Event()
         self._step, self._ends_s = -1, 0.0
@@ -65,7 +65,7 @@ class PacedExchange:
 
     @property
     def waiting_for(self) -> int | None:
-        return next((rank for rank in self.live if self._words.of(rank) < self._step), None)
+        return next((rank for rank in self.live if self._barrier.of(rank) < self._step), None)
 
     def connect(self, member: Member) -> None:
         pass
@@ -81,7 +81,7 @@ class PacedExchange:
         self._peers.begin_step()
         self._masked.clear()
         self._step = step
-        self._words.say(step)
+        self._barrier.say(step)
 
     def launch(self) -> None:
         self._ends_s = time.perf_counter() + self._step_s

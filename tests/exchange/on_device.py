@@ -11,7 +11,7 @@ import torch
 from elastic_ep.exchange.base import DeviceExchange, Exchange, ExchangeShape, Received
 from elastic_ep.exchange.mooncake import MooncakeExchange, load_buffer_class
 from elastic_ep.exchange.mooncake_needs import HIDDEN_MULTIPLE
-from elastic_ep.exchange.step_words import StepWords
+from elastic_ep.exchange.step_barrier import StepBarrier
 from elastic_ep.wire.messages import Member
 from tests.kit.file_store import FileStore
 
@@ -102,8 +102,10 @@ def open_mooncake(shape: ExchangeShape, member: Member, place: str) -> Exchange:
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))
     directory = Path(place)
-    words = StepWords(directory, shape.num_ranks, member.rank)
-    return HostEnd(MooncakeExchange(carried(shape), member, FileStore(directory), words=words), shape, device)
+    barrier = StepBarrier(directory, shape.num_ranks, member.rank)
+    return HostEnd(
+        MooncakeExchange(carried(shape), member, FileStore(directory), barrier=barrier), shape, device
+    )
 
 
 def warm_up_mooncake() -> None:

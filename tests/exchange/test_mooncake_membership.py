@@ -100,11 +100,11 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 class End:
     """One rank's exchange; all that share `directory` meet."""
 
-    def __init__(self, directory: Path, member: Member, words: Any = None) -> None:
+    def __init__(self, directory: Path, member: Member, barrier: Any = None) -> None:
         self._directory = directory
         self.member = member
         self.exchange = MooncakeExchange(
-            SHAPE, member, FileStore(directory), words=words, connect_timeout_ms=CONNECT_TIMEOUT_MS
+            SHAPE, member, FileStore(directory), barrier=barrier, connect_timeout_ms=CONNECT_TIMEOUT_MS
         )
         self.buffer: Buffer = self.exchange._buffer
 
@@ -248,11 +248,11 @@ def test_an_activation_has_taken_in_what_was_connected(end: End) -> None:
 
 def test_a_step_is_begun_without_waiting_and_then_met_by_all_who_take_part(tmp_path: Path) -> None:
     calls: list[tuple[Any, ...]] = []
-    words = SimpleNamespace(
+    barrier = SimpleNamespace(
         say=lambda step: calls.append(("say", step)),
         wait_for=lambda step, ranks: calls.append(("wait for", step, set(ranks()))),
     )
-    end = End(tmp_path, ME, words)
+    end = End(tmp_path, ME, barrier)
     end.exchange.begin_step(6)
     end.exchange.meet()
     assert calls == [], "alone"

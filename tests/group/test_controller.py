@@ -122,7 +122,7 @@ def one_thing(group: FakeGroup, choose: random.Random) -> None:
         case 2:
             place = choose.choice(list(rank.contents))
             rank.contents[place] += 1
-            controller.repairs.proofs.ask(controller.machine.view.members)
+            controller.repairs.audit.ask(controller.machine.view.members)
         case 3:
             placement = controller.repairs.placement
             members = tuple(sorted(controller.machine.view.members))

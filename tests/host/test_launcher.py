@@ -16,10 +16,10 @@ import pytest
 
 from elastic_ep.host.launcher import ForkServerFailed, Launcher
 from elastic_ep.host.launcher_events import (
-    DeathNoticed,
+    Died,
     Launched,
     LaunchFailed,
-    ProcessGone,
+    Reaped,
     ServerLost,
     ServerReady,
 )
@@ -41,12 +41,12 @@ def with_launcher(directory: Path, body: Callable[[Run], Awaitable[None]], **opt
     return anyio.run(main)
 
 
-async def gone(run: Run, member: Member) -> ProcessGone:
-    return await run.expect(ProcessGone, lambda event: event.member == member)
+async def gone(run: Run, member: Member) -> Reaped:
+    return await run.expect(Reaped, lambda event: event.member == member)
 
 
-async def noticed(run: Run, member: Member) -> DeathNoticed:
-    return await run.expect(DeathNoticed, lambda event: event.member == member)
+async def noticed(run: Run, member: Member) -> Died:
+    return await run.expect(Died, lambda event: event.member == member)
 
 
 def test_what_a_rank_is_born_with(directory: Path) -> None:
@@ -67,7 +67,7 @@ def test_what_a_rank_is_born_with(directory: Path) -> None:
         assert not facts["torch"]
 
     run = with_launcher(directory, body)
-    assert run.of(A) == ["Launched", "DeathNoticed", "ProcessGone"]
+    assert run.of(A) == ["Launched", "Died", "Reaped"]
     assert not directory.exists()
 
 
@@ -86,7 +86,7 @@ def test_kill_is_noticed_by_the_mutex_and_then_confirmed(directory: Path) -> Non
         assert run.of(B) == ["Launched"]
 
     run = with_launcher(directory, body)
-    assert run.of(A) == ["Launched", "DeathNoticed", "ProcessGone"]
+    assert run.of(A) == ["Launched", "Died", "Reaped"]
 
 
 def test_the_mutex_alone_gives_notice(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_death_before_hello_is_noticed_by_other_means(directory: Path) -> None:
         run.launcher.watch(A)  # a hello that comes after all: no effect
 
     run = with_launcher(directory, body, entry="rank_entries:slow_start")
-    assert run.of(A) == ["Launched", "DeathNoticed", "ProcessGone"]
+    assert run.of(A) == ["Launched", "Died", "Reaped"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_exits_by_itself(
         assert (await gone(run, A)).status == status
 
     run = with_launcher(directory, body)
-    assert run.of(A) == ["Launched", "DeathNoticed", "ProcessGone"]
+    assert run.of(A) == ["Launched", "Died", "Reaped"]
     assert ("broken on purpose" in capfd.readouterr().err) == (do == "raise")
 
 
@@ -150,7 +150,7 @@ def test_fence_a_stopped_rank(directory: Path) -> None:
         run.launcher.kill(Member(0, 99))
 
     run = with_launcher(directory, body)
-    assert run.of(A) == ["Launched", "DeathNoticed", "ProcessGone"]
+    assert run.of(A) == ["Launched", "Died", "Reaped"]
 
 
 def test_fence_at_any_moment_of_a_launch(directory: Path) -> None:
@@ -165,7 +165,7 @@ def test_fence_at_any_moment_of_a_launch(directory: Path) -> None:
         await run.expect(LaunchFailed, lambda event: event.member == second)
 
     run = with_launcher(directory, body)
-    assert run.of(Member(0, 1)) == ["Launched", "DeathNoticed", "ProcessGone"]
+    assert run.of(Member(0, 1)) == ["Launched", "Died", "Reaped"]
 
 
 def test_many_incarnations_reuse_the_mutexes(directory: Path) -> None:
@@ -175,7 +175,7 @@ def test_many_incarnations_reuse_the_mutexes(directory: Path) -> None:
             pid = (await run.up(member))["pid"]
             os.kill(pid, signal.SIGKILL)
             assert (await gone(run, member)).status == "signal 9"
-            assert run.of(member) == ["Launched", "DeathNoticed", "ProcessGone"]
+            assert run.of(member) == ["Launched", "Died", "Reaped"]
 
     with_launcher(directory, body, timing=Timing(ranks=1))
 
@@ -217,7 +217,7 @@ def test_ranks_outlive_their_fork_server(directory: Path) -> None:
         assert (await gone(run, A)).status == "unknown"
 
     run = with_launcher(directory, body)
-    assert run.of(A) == ["Launched", "DeathNoticed", "ProcessGone"]
+    assert run.of(A) == ["Launched", "Died", "Reaped"]
     assert not directory.exists()
 
 
@@ -312,7 +312,7 @@ def test_leaving_kills_everything_stopped_ranks_included(directory: Path) -> Non
     assert time.monotonic() - began < 5
     assert not any(map(alive, pids))
     assert not directory.exists()
-    assert run.of(A) == run.of(B) == ["Launched", "DeathNoticed", "ProcessGone"]
+    assert run.of(A) == run.of(B) == ["Launched", "Died", "Reaped"]
 
 
 def test_torch_is_there_at_once_and_the_server_stays_single_threaded(directory: Path) -> None:

@@ -34,7 +34,7 @@ def verifying(main: Any, **shape: int) -> FakeGroup:
 def ask(group: FakeGroup) -> asyncio.Task[Verification]:
     repairs = group.controller.repairs
     return asyncio.create_task(
-        verify(repairs.placement, group.controller.machine.view.members, repairs.proofs, AUDIT_S)
+        verify(repairs.placement, group.controller.machine.view.members, repairs.audit, AUDIT_S)
     )
 
 
@@ -71,7 +71,7 @@ def test_verify_is_answered_when_the_last_death_is_known(seed: int) -> None:
         assert group.loop.time() - began_s <= due_s + 0.01
         assert found.silent == tuple(sorted(dying))
         assert not found.differ
-        assert not group.controller.repairs.proofs._awaited
+        assert not group.controller.repairs.audit._awaited
 
     verifying(main, ranks=ranks, experts=5, redundant=0, relaunch_limit=10)
 
@@ -89,15 +89,15 @@ def test_a_rank_that_lives_and_does_not_answer_is_silent_after_the_deadline() ->
 
 def test_questions_that_nobody_waits_for_leave_nothing_behind() -> None:
     async def main(group: FakeGroup) -> None:
-        proofs = group.controller.repairs.proofs
+        audit = group.controller.repairs.audit
         task = ask(group)
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         for _ in range(100):
-            proofs.ask(group.controller.machine.view.members)
+            audit.ask(group.controller.machine.view.members)
         await asyncio.sleep(0.1)
-        assert not proofs._awaited
-        assert not proofs._lost
+        assert not audit._awaited
+        assert not audit._lost
 
     verifying(main)

@@ -37,7 +37,7 @@ from elastic_ep.config import CannotRun
 from elastic_ep.exchange.base import ExchangeShape, Received
 from elastic_ep.exchange.mooncake_needs import CPU_WHEEL, CUDA_WHEEL, EXPERTS_MULTIPLE, HIDDEN_MULTIPLE
 from elastic_ep.exchange.peers import Peers
-from elastic_ep.exchange.step_words import StepWords
+from elastic_ep.exchange.step_barrier import StepBarrier
 from elastic_ep.exchange.store import IncarnationStore, PeerGone, Store
 from elastic_ep.wire.messages import Member
 
@@ -98,7 +98,7 @@ class MooncakeExchange:
     `combine` only). `read_masks` may be called before `end_step`, on the forward stream: then one wait serves the masks
     and whatever else is copied to the host.
 
-    With `words`, `meet` returns when all who take part have begun the step (see step_words.py for why); without them that
+    With `barrier`, `meet` returns when all who take part have begun the step (step_barrier.py says why); without it that
     is the caller's business, and nobody knows whom a step waits for.
 
     `timeout_ms` is how long a kernel waits for a peer before it masks it by itself: the last resort, if the control
@@ -111,7 +111,7 @@ class MooncakeExchange:
         member: Member,
         store: Store,
         *,
-        words: StepWords | None = None,
+        barrier: StepBarrier | None = None,
         timeout_ms: int = 20_000,
         connect_timeout_ms: int = 10_000,
     ) -> None:
@@ -131,7 +131,7 @@ class MooncakeExchange:
         self._peers = Peers(member, shape.num_ranks, shape.slots_per_rank)
         self._targets: frozenset[int] = frozenset()
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._words = words
+        self._barrier = barrier
         self._step: int | None = None
         self._store = IncarnationStore(store, self._is_wanted)
         self._store.incarnations[member.rank] = member.incarnation
@@ -162,10 +162,10 @@ class MooncakeExchange:
     @property
     def waiting_for(self) -> int | None:
         """A live rank that is behind this one, if a step is in progress: the device does not tell more."""
-        step, words = self._step, self._words
-        if step is None or words is None:
+        step, barrier = self._step, self._barrier
+        if step is None or barrier is None:
             return None
-        return next((rank for rank in self.live if words.of(rank) < step), None)
+        return next((rank for rank in self.live if barrier.of(rank) < step), None)
 
     @property
     def operations(self) -> int:
@@ -228,13 +228,13 @@ class MooncakeExchange:
         self._reading = False
         if not self._taken_in:
             self._take_in()
-        if self._words is not None and len(self.live) > 1:
-            self._words.say(step)
+        if self._barrier is not None and len(self.live) > 1:
+            self._barrier.say(step)
             self._step = step
 
     def meet(self) -> None:
-        if self._words is not None and self._step is not None:
-            self._words.wait_for(self._step, lambda: self.live)
+        if self._barrier is not None and self._step is not None:
+            self._barrier.wait_for(self._step, lambda: self.live)
 
     def _take_in(self) -> None:
         """Repeat a mask as it is: that of a rank that takes no part, or none if all do, as they were activated since."""

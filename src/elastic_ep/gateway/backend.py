@@ -63,12 +63,12 @@ class GroupBackend:
     async def experts(self) -> ExpertsStatus:
         controller = self._controller
         ranks = [seat.rank for seat in controller.machine.view.seats]
-        return await experts_status(controller.repairs.placement, ranks, controller.repairs.proofs)
+        return await experts_status(controller.repairs.placement, ranks, controller.repairs.audit)
 
     async def verify(self) -> Verification:
         controller = self._controller
         members, deadline_s = controller.machine.view.members, controller.timing.audit_ms / 1000
-        return await verify(controller.repairs.placement, members, controller.repairs.proofs, deadline_s)
+        return await verify(controller.repairs.placement, members, controller.repairs.audit, deadline_s)
 
     async def rebalance(self) -> Rebalancing:
         return await self._rebalancer.rebalance()

@@ -13,7 +13,7 @@ Place = tuple[int, int]
 """(layer, physical expert)"""
 
 
-class Proofs:
+class Audit:
     def __init__(self, send: Callable[[Member, SumSlots], None]) -> None:
         self._send = send
         self._tickets = 0
@@ -47,7 +47,7 @@ class Proofs:
         finally:
             del self._awaited[ticket], self._lost[ticket]
 
-    def heard(self, member: Member, message: SlotSums) -> None:
+    def answered(self, member: Member, message: SlotSums) -> None:
         self.sums |= {(layer, physical): checksum for layer, physical, checksum in message.sums}
         self._awaited.get(message.ticket, set()).discard(member)
         self._tell()

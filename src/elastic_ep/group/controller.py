@@ -20,11 +20,11 @@ from elastic_ep.group.repairs import Repairs
 from elastic_ep.group.store_table import StoreTable
 from elastic_ep.group.watch import STARTING, ProgressWatch, RankFacts
 from elastic_ep.host.launcher_events import (
-    DeathNoticed,
+    Died,
     Launched,
     LauncherEvent,
     LaunchFailed,
-    ProcessGone,
+    Reaped,
     ServerLost,
     ServerReady,
 )
@@ -205,9 +205,9 @@ class Controller:
             case Launched(member, pid):
                 self._known(member).pid = pid
                 self.feed(ev.ProcessStarted(member))
-            case DeathNoticed(member, cause, at_ns):
+            case Died(member, cause, at_ns):
                 self.on_death(member, cause, at_ns)
-            case ProcessGone(member, status, _):
+            case Reaped(member, status, _):
                 self._processes.gone(member)
                 self.on_gone(member, status)
             case LaunchFailed(member, reason):
@@ -303,7 +303,7 @@ class Controller:
                 self._view_changed(view, "gain")
             case ev.MemberUp(member):
                 self._hub.post("routing", routing.RankUp(member))
-                self.repairs.proofs.ask([member])
+                self.repairs.audit.ask([member])
             case ev.MemberDown(member, reason):
                 self._hub.post("routing", routing.RankDown(member, reason))
             case ev.RankMoved(member, state):

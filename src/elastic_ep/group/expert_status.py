@@ -6,26 +6,26 @@ from collections.abc import Collection
 
 import anyio.lowlevel
 
-from elastic_ep.group.audit import Proofs
+from elastic_ep.group.audit import Audit
 from elastic_ep.group.port import CorruptSlot, ExpertsStatus, LayerStatus, SlotStatus, Verification
 from elastic_ep.placement import EMPTY, Placement
 from elastic_ep.wire.messages import Member
 
 
-async def experts_status(placement: Placement, ranks: Collection[int], proofs: Proofs) -> ExpertsStatus:
+async def experts_status(placement: Placement, ranks: Collection[int], audit: Audit) -> ExpertsStatus:
     """`ranks` take part now. Others have their turn of the event loop between each two layers."""
     layers = []
     for layer in range(len(placement.slots)):
-        layers.append(_layer(placement, layer, ranks, proofs))
+        layers.append(_layer(placement, layer, ranks, audit))
         await anyio.lowlevel.checkpoint()
     return ExpertsStatus(placement.version, min(layer.tolerates for layer in layers), tuple(layers))
 
 
-def _layer(placement: Placement, layer: int, ranks: Collection[int], proofs: Proofs) -> LayerStatus:
+def _layer(placement: Placement, layer: int, ranks: Collection[int], audit: Audit) -> LayerStatus:
     slots = []
     for physical, logical in enumerate(placement.slots[layer]):
         rank = placement.rank_of(physical)
-        known = proofs.sums.get((layer, physical)) if logical != EMPTY and rank in ranks else None
+        known = audit.sums.get((layer, physical)) if logical != EMPTY and rank in ranks else None
         slots.append(
             SlotStatus(
                 physical,
@@ -39,14 +39,14 @@ def _layer(placement: Placement, layer: int, ranks: Collection[int], proofs: Pro
 
 
 async def verify(
-    placement: Placement, members: Collection[Member], proofs: Proofs, deadline_s: float
+    placement: Placement, members: Collection[Member], audit: Audit, deadline_s: float
 ) -> Verification:
     """Ask all members; what differs was taken out of the placement when their answers came in.
 
     Whoever dies before it answers is silent, and nobody waits for it any longer; so is whoever has not in `deadline_s`.
     """
-    found_before = len(proofs.corrupt)
-    silent = await proofs.ask_and_wait(members, deadline_s)
+    found_before = len(audit.corrupt)
+    silent = await audit.ask_and_wait(members, deadline_s)
     answered = {member.rank for member in members} - {member.rank for member in silent}
     checked = sum(
         logical != EMPTY
@@ -54,7 +54,5 @@ async def verify(
         for p, logical in enumerate(row)
         if placement.rank_of(p) in answered
     )
-    differ = tuple(
-        CorruptSlot(*place, placement.rank_of(place[1])) for place in proofs.corrupt[found_before:]
-    )
+    differ = tuple(CorruptSlot(*place, placement.rank_of(place[1])) for place in audit.corrupt[found_before:])
     return Verification(checked, differ, tuple(sorted(member.rank for member in silent)))

@@ -8,7 +8,7 @@ import anyio
 import structlog
 
 from elastic_ep.event_log.log import EventLog
-from elastic_ep.group.audit import Proofs
+from elastic_ep.group.audit import Audit
 from elastic_ep.group.expert_loads import LoadWindow
 from elastic_ep.group.hub import Hub
 from elastic_ep.group.metrics import Metrics
@@ -48,7 +48,7 @@ class Repairs:
         self.unreadable = ""
         """Why weights come from the checkpoint alone, if they do."""
         self.loads = LoadWindow()
-        self.proofs = Proofs(wire.send)
+        self.audit = Audit(wire.send)
         self._hub = hub
         self._wire = wire
         self._log = log
@@ -92,7 +92,7 @@ class Repairs:
                 self.feed(ev.Copied(member, message.ticket, message.checksum, message.error))
             case SlotSums():
                 self.feed(ev.Summed(member, message.sums))
-                self.proofs.heard(member, message)
+                self.audit.answered(member, message)
             case ExpertLoads():
                 layers = len(self.placement.slots)
                 if [len(row) for row in message.loads] != [self.placement.num_experts] * layers:
@@ -116,7 +116,7 @@ class Repairs:
 
     def members_changed(self, members: Collection[Member]) -> None:
         self.feed(ev.MembersChanged(tuple(sorted(members))))
-        self.proofs.members_changed(members)
+        self.audit.members_changed(members)
 
     def gone(self, member: Member) -> None:
         self.states.pop(member, None)
@@ -170,16 +170,16 @@ class Repairs:
         match effect:
             case ev.Replace(changed):
                 for change in changed.changes:
-                    self.proofs.sums.pop((change.layer, change.physical), None)
+                    self.audit.sums.pop((change.layer, change.physical), None)
                 self._hub.post("membership", Placed(changed.version, changed.changes))
             case ev.Corrupt(layer, physical):
                 rank = self.placement.rank_of(physical)
                 log.error(
                     "an expert's bytes are wrong; it is made anew", rank=rank, layer=layer, slot=physical
                 )
-                self.proofs.corrupt.append((layer, physical))
+                self.audit.corrupt.append((layer, physical))
             case ev.Recheck(member):
-                self.proofs.ask([member])
+                self.audit.ask([member])
             case ev.PlanEnded(plan=plan) if plan == self._plans:
                 self._outcome = effect
                 self._plan_ended.set()

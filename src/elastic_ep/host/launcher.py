@@ -30,11 +30,11 @@ from elastic_ep.host.fork_messages import (
     LaunchOptions,
 )
 from elastic_ep.host.launcher_events import (
-    DeathNoticed,
+    Died,
     Launched,
     LauncherEvent,
     LaunchFailed,
-    ProcessGone,
+    Reaped,
     ServerLost,
     ServerReady,
 )
@@ -280,11 +280,11 @@ class Launcher:
     def _notice(self, process: _Process, cause: str, at_ns: int) -> None:
         if not process.noticed:
             process.noticed = True
-            self._on_event(DeathNoticed(process.member, cause, at_ns))
+            self._on_event(Died(process.member, cause, at_ns))
 
     def _gone(self, process: _Process, status: str) -> None:
         if self._forget(process):
-            self._on_event(ProcessGone(process.member, status, process.gone_ns or time.monotonic_ns()))
+            self._on_event(Reaped(process.member, status, process.gone_ns or time.monotonic_ns()))
             self._stir()
 
     def _fail(self, process: _Process, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What the launcher reports. Of one member: `Launched`, `DeathNoticed`, `ProcessGone`, in this order; or
+"""What the launcher reports. Of one member: `Launched`, `Died`, `Reaped`, in this order; or
 `LaunchFailed` alone. Times are CLOCK_MONOTONIC nanoseconds."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LaunchFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class DeathNoticed:
+class Died:
     """The process is dead or surely dying. `cause`: "mutex", "mutex released", "pidfd" or "reaped"."""
 
     member: Member
@@ -51,7 +51,7 @@ class DeathNoticed:
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessGone:
+class Reaped:
     """Its memory, files and device work are gone. `status`: "signal 9", "exit status 1" or "unknown"."""
 
     member: Member
@@ -59,4 +59,4 @@ class ProcessGone:
     at_ns: int
 
 
-LauncherEvent = ServerReady | ServerLost | Launched | LaunchFailed | DeathNoticed | ProcessGone
+LauncherEvent = ServerReady | ServerLost | Launched | LaunchFailed | Died | Reaped

@@ -13,7 +13,7 @@ from elastic_ep.engine.ops_cuda.memory import Budget, needs_of
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake import MooncakeExchange, buffer_bytes
-from elastic_ep.exchange.step_words import StepWords
+from elastic_ep.exchange.step_barrier import StepBarrier
 from elastic_ep.exchange.store import Store
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
@@ -54,17 +54,17 @@ def exchange_shape(spec: ModelSpec, limits: EngineLimits, placement: Placement) 
 def _build(
     config: RankConfig, store: Store, spec: ModelSpec, shape: ExchangeShape, budget: Budget
 ) -> tuple[CudaRunner, MooncakeExchange]:
-    # Step words are a file that all ranks map, so all of them are on one host.
+    # The step barrier is a file that all ranks map, so all of them are on one host.
     directory = Path(config.directory) / "mooncake"
     directory.mkdir(mode=0o700, exist_ok=True)
-    words = StepWords(directory, config.placement.num_ranks, config.rank)
+    barrier = StepBarrier(directory, config.placement.num_ranks, config.rank)
     member = Member(config.rank, config.incarnation)
     timing = config.timing
     exchange = MooncakeExchange(
         shape,
         member,
         store,
-        words=words,
+        barrier=barrier,
         timeout_ms=timing.kernel_wait_ms,
         connect_timeout_ms=timing.store_get_ms,
     )

@@ -26,7 +26,7 @@ _SPINS = 200
 _PAUSE_S = 0.00002
 
 
-class StepWords:
+class StepBarrier:
     """`rank`'s word is written by that rank alone; `directory` is private to the group."""
 
     def __init__(self, directory: Path, num_ranks: int, rank: int) -> None:

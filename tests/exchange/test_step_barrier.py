@@ -6,7 +6,7 @@ import threading
 from collections.abc import Collection
 from pathlib import Path
 
-from elastic_ep.exchange.step_words import NOT_BEGUN, StepWords
+from elastic_ep.exchange.step_barrier import NOT_BEGUN, StepBarrier
 
 DEADLINE_S = 20.0
 
@@ -14,9 +14,9 @@ DEADLINE_S = 20.0
 class Waiting(threading.Thread):
     """Waits for `ranks` to begin `step`; they may be changed meanwhile. `looked` is set after every look."""
 
-    def __init__(self, words: StepWords, step: int, ranks: Collection[int]) -> None:
+    def __init__(self, barrier: StepBarrier, step: int, ranks: Collection[int]) -> None:
         super().__init__(daemon=True)
-        self._words, self._step = words, step
+        self._words, self._step = barrier, step
         self.ranks = ranks
         self.looked = threading.Semaphore(0)
         self.start()
@@ -37,12 +37,12 @@ class Waiting(threading.Thread):
         return not self.is_alive()
 
 
-def words(directory: Path, rank: int) -> StepWords:
-    return StepWords(directory, 3, rank)
+def barrier(directory: Path, rank: int) -> StepBarrier:
+    return StepBarrier(directory, 3, rank)
 
 
 def test_a_step_begins_when_all_have_come_to_it(tmp_path: Path) -> None:
-    mine, second, third = (words(tmp_path, rank) for rank in range(3))
+    mine, second, third = (barrier(tmp_path, rank) for rank in range(3))
     for each in (mine, second, third):
         each.say(6)
     mine.say(7)
@@ -54,7 +54,7 @@ def test_a_step_begins_when_all_have_come_to_it(tmp_path: Path) -> None:
 
 
 def test_who_is_masked_is_not_waited_for(tmp_path: Path) -> None:
-    mine = words(tmp_path, 0)
+    mine = barrier(tmp_path, 0)
     mine.say(7)
     waiting = Waiting(mine, 7, {0, 2})
     assert waiting.still_waits()
@@ -63,8 +63,8 @@ def test_who_is_masked_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_words_are_seen_by_all_and_a_new_incarnation_has_begun_nothing(tmp_path: Path) -> None:
-    all_words = [words(tmp_path, rank) for rank in range(3)]
+    all_words = [barrier(tmp_path, rank) for rank in range(3)]
     all_words[1].say(12)
     assert [all_words[0].of(rank) for rank in range(3)] == [NOT_BEGUN, 12, NOT_BEGUN]
-    words(tmp_path, 1)
+    barrier(tmp_path, 1)
     assert all_words[2].of(1) == NOT_BEGUN
