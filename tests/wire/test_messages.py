@@ -7,17 +7,28 @@ import itertools
 import json
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.wire import messages
-from elastic_ep.wire.codec import PACKED_FROM, MalformedMessage, decode, encode, to_plain
-from elastic_ep.wire.messages import Assign, FromRank, Member, Numbered, SamplingParams, ToRank
+from elastic_ep.wire.codec import PACKED_FROM, MalformedMessage, check, decode, encode, pack, to_plain, unpack
+from elastic_ep.wire.messages import (
+    Assign,
+    FromRank,
+    Member,
+    Numbered,
+    RankReport,
+    RankState,
+    SamplingParams,
+    ToRank,
+)
 from elastic_ep.wire.store_messages import StoreSet
 
 
@@ -36,7 +47,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return st.sampled_from(list(hint))
     simple = {
-        int: st.integers(),
+        int: st.integers(-(2**63), 2**64 - 1),
         float: st.floats(allow_nan=False),
         bool: st.booleans(),
         str: st.text(max_size=8),
@@ -52,21 +63,97 @@ JSON = st.recursive(
 )
 
 
+READ_AND_WRITTEN = [(encode, decode), (pack, unpack)]
+
+
+@pytest.mark.parametrize(("write", "read"), READ_AND_WRITTEN, ids=["json", "messagepack"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
-def test_round_trip(kind: Any) -> None:
+def test_round_trip(kind: Any, write: Any, read: Any) -> None:
     @settings(max_examples=30, deadline=None)
     @given(values(kind))
-    def check(message: Any) -> None:
-        assert decode(encode(message), kind) == message
+    def hold(message: Any) -> None:
+        found = read(write(message), kind)
+        assert found == message
+        assert repr(found) == repr(message), "equal, but of another type"
 
-    check()
+    hold()
+
+
+UNIONS = [FromRank, ToRank, Numbered]
+OTHERS: list[Any] = [None, True, 7, 1.5, "x", "1", b"x", [], {}]
+
+
+@pytest.mark.parametrize("union", UNIONS, ids=["from a rank", "to a rank", "published"])
+def test_nothing_but_a_whole_message_is_one(union: Any) -> None:
+    @settings(max_examples=150, deadline=None)
+    @given(values(union), st.data())
+    def hold(message: Any, data: st.DataObject) -> None:
+        packed = pack(message)
+        for wrong in (
+            packed[: data.draw(st.integers(0, len(packed) - 1))],
+            packed + data.draw(st.binary(min_size=1)),
+        ):
+            with pytest.raises(MalformedMessage):
+                unpack(wrong, union)
+        row = msgspec.msgpack.decode(packed)
+        for other in (
+            row[:-1],
+            [*row, None],
+            [*row, 0],
+            ["Unknown", *row[1:]],
+            row[1:],
+            dict.fromkeys(row[:1]),
+        ):
+            with pytest.raises(MalformedMessage):
+                unpack(msgspec.msgpack.encode(other), union)
+
+    hold()
+
+
+@pytest.mark.parametrize("union", UNIONS, ids=["from a rank", "to a rank", "published"])
+def test_whatever_is_changed_inside_is_refused_or_read_as_it_stands(union: Any) -> None:
+    """Nothing is filled in, left out or taken for another type; but a whole number may stand for a float."""
+
+    @settings(max_examples=300, deadline=None)
+    @given(values(union), st.data())
+    def hold(message: Any, data: st.DataObject) -> None:
+        row = msgspec.msgpack.decode(pack(message))
+        holder, place = data.draw(st.sampled_from(list(places(row))))
+        was = holder[place]
+        changes = [other for other in OTHERS if not (type(other) is int and type(was) is float)]
+        if isinstance(was, list):
+            changes += [was[:-1], [*was, None], [*was, 0], [*was, *was[-1:]]]
+        holder[place] = data.draw(st.sampled_from(changes))
+        changed = msgspec.msgpack.encode(row)
+        try:
+            found = unpack(changed, union)
+        except MalformedMessage:
+            return
+        assert pack(found) == changed
+        assert isinstance(found, typing.get_args(union) or union)
+
+    hold()
+
+
+def places(row: list[Any]) -> Iterator[tuple[list[Any], int]]:
+    for place, item in enumerate(row):
+        yield row, place
+        if isinstance(item, list):
+            yield from places(item)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
+@example(b"[" * 100_000)
+@example(b"\x91" * 100_000)
+@example(b"\xdd\xff\xff\xff\xff" * 3)
+@example(b"\xc6\xff\xff\xff\xff")
+@example(b"\x92\xa5Hello\xc7\x08\x01abcdefgh")
+@example(b"\x92\xa1\xff\x01")
 def test_what_is_not_a_message_is_malformed(data: bytes) -> None:
-    with pytest.raises(MalformedMessage):
-        decode(data, FromRank)
+    for read in (decode, unpack):
+        with pytest.raises(MalformedMessage):
+            read(data, FromRank)
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,6 +165,60 @@ def test_one_wrong_field_is_malformed_or_of_its_type(report: Any, place: int, va
         return
     with pytest.raises(MalformedMessage):
         decode(json.dumps(plain).encode(), FromRank)
+
+
+TOKEN = [1, 2, 3, None, None, []]
+
+
+@pytest.mark.parametrize("row", [*(TOKEN[:length] for length in range(6)), [*TOKEN, 0], [*TOKEN, None]])
+def test_a_row_is_not_filled_with_defaults(row: list[Any]) -> None:
+    report = messages.StepReport(1, 1, 1, 1, (messages.Token(1, 2, 3),), 1, 1, 1, 1)
+    plain = msgspec.msgpack.decode(pack(report))
+    assert plain[5] == [TOKEN]
+    plain[5] = [row]
+    for data, read in ((msgspec.msgpack.encode(plain), unpack), (msgspec.json.encode(plain), decode)):
+        with pytest.raises(MalformedMessage):
+            read(data, FromRank)
+
+
+def test_an_error_names_the_field() -> None:
+    row = msgspec.msgpack.decode(pack(Assign(1, (), (), SamplingParams(1), 0, 0)))
+    row[2] = [1, "x"]
+    with pytest.raises(MalformedMessage, match=r"not a Assign: Expected `int`, got `str` - at `prompt\[1\]`"):
+        unpack(msgspec.msgpack.encode(row), Assign)
+
+
+def test_a_reason_with_a_file_name_that_is_not_utf_8_can_be_said() -> None:
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    report = RankReport(RankState.FAILED, f"{name}: no such file", (1,))
+    assert unpack(pack(report), FromRank) == replace(report, reason="caf?: no such file")
+    assert decode(encode(report), FromRank) == report
+
+
+SAMPLING: Any = SamplingParams
+REQUEST: Any = Assign(1, (5,), (), SamplingParams(1), 0, 0)
+
+
+@settings(deadline=None)
+@given(values(Assign))
+def test_what_passes_the_check_can_be_sent(request: Assign) -> None:
+    check(request, Assign)
+    unpack(pack(request), Assign)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        replace(REQUEST, seed=2**64), replace(REQUEST, seed=-(2**63) - 1), replace(REQUEST, seed=True),
+        replace(REQUEST, prompt=[5]), replace(REQUEST, prompt=(5, 2**70)), replace(REQUEST, prompt=(5, 5.0)),
+        replace(REQUEST, prompt="5"), replace(REQUEST, params=None), replace(REQUEST, params=SAMPLING(1.0)),
+        replace(REQUEST, seed=object()), replace(REQUEST, params=SAMPLING(1, top_p="1")), None, (1,),
+        SamplingParams(1),
+    ],
+)  # fmt: skip
+def test_what_could_not_be_sent_does_not_pass_the_check(wrong: Any) -> None:
+    with pytest.raises(MalformedMessage):
+        check(wrong, Assign)
 
 
 @pytest.mark.parametrize("value", ["AA", "A===", "é", "AA==\n", 1, None, ["AA=="]])

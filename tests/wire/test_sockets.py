@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import zmq
 
-from elastic_ep.wire.codec import encode
+from elastic_ep.wire.codec import pack
 from elastic_ep.wire.messages import Beat, Cancel, Hello, Member, Numbered, SnapshotRequest, View
 from elastic_ep.wire.sockets import VERSION, ControllerWire, RankWire
 
@@ -168,7 +168,7 @@ async def test_what_comes_from_no_rank_is_refused_and_nobody_is_blamed(
     async with connected(directory) as ends:
         before = len(ends.controller.heard)
         with stranger(directory, identity) as socket:
-            socket.send_multipart([VERSION, encode(SnapshotRequest())])
+            socket.send_multipart([VERSION, pack(SnapshotRequest())])
             await ends.errors.until(1)
         ends.wires[A].send(SnapshotRequest())
         await ends.controller.until(before + 1)
@@ -189,8 +189,8 @@ def stranger(directory: Path, identity: bytes) -> Iterator[zmq.Socket[bytes]]:
         context.destroy(linger=0)
 
 
-@pytest.mark.parametrize("version", [b"", b"0", b"2", b"11", b"\xff" * 1000, encode(SnapshotRequest())])
-@pytest.mark.parametrize("body", [encode(SnapshotRequest()), b"of another form", None])
+@pytest.mark.parametrize("version", [b"", b"0", b"2", b"11", b"\xff" * 1000, pack(SnapshotRequest())])
+@pytest.mark.parametrize("body", [pack(SnapshotRequest()), b"of another form", None])
 async def test_an_unknown_version_is_refused_whatever_follows(
     directory: Path, version: bytes, body: bytes | None
 ) -> None:
@@ -228,7 +228,7 @@ async def test_what_cannot_be_read_is_counted_and_costs_nothing_else(directory: 
         assert ends.blamed == [A, A]
         before = len(ends.ranks[A].heard)
         ends.wire._router.send_multipart([b"0.1", VERSION, b"not a message"])
-        ends.wire._pub.send_multipart([VERSION, encode(Cancel(1))])
+        ends.wire._pub.send_multipart([VERSION, pack(Cancel(1))])
         ends.wire.send(A, Cancel(2))
         ends.wire.publish(Beat())
         await ends.ranks[A].until(before + 2)

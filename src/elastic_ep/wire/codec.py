@@ -1,4 +1,11 @@
-"""Frozen dataclasses and named tuples to JSON and back, checked against their declared types. Standard library only."""
+"""Frozen dataclasses and named tuples to bytes and back, checked against their declared types by msgspec.
+
+Each record is an array ``[type name, field, ...]`` of exactly that length. Messages between processes are MessagePack
+(`pack`, `unpack`); the event log and what people may want to read are JSON.
+
+msgspec has no unions of dataclasses. So for each a struct with the same fields is made, which it decodes to and the
+dataclass is built from; what holds no dataclass it decodes as it is.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +14,15 @@ import binascii
 import functools
 import json
 import operator
+import re
 import types
 import typing
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from enum import StrEnum
 from typing import Any, TypeVar, cast
+
+import msgspec
 
 
 class MalformedMessage(ValueError):
@@ -21,7 +30,7 @@ class MalformedMessage(ValueError):
 
 
 _T = TypeVar("_T")
-_Reader = Callable[[Any], Any]
+_Build = Callable[[Any], Any]
 
 
 def to_plain(value: Any) -> Any:
@@ -36,7 +45,7 @@ def to_plain(value: Any) -> Any:
     if cls in _PLAIN:
         return value
     if cls is tuple or cls is list:
-        if len(value) >= PACKED_FROM and (packed := _pack(value)) is not None:
+        if len(value) >= PACKED_FROM and (packed := _packed(value)) is not None:
             return packed
         return [item if type(item) in _PLAIN else to_plain(item) for item in value]
     if issubclass(cls, tuple):
@@ -51,55 +60,52 @@ def to_plain(value: Any) -> Any:
 
 
 def encode(message: Any) -> bytes:
+    """JSON."""
     return json.dumps(to_plain(message), separators=(",", ":")).encode()
 
 
 def decode(data: bytes, expected: type[_T] | Any) -> _T:
-    """The message in `data`, which must be of the type (or union of types) `expected`.
+    """The inverse of `encode`: what it gives is of the type (or union of types) `expected`.
 
     Raises `MalformedMessage`.
     """
     try:
         plain = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedMessage(f"not JSON: {data[:80]!r}") from error
-    except RecursionError as error:
-        raise MalformedMessage("nested too deeply") from error
-    return typing.cast(_T, _reader(expected)(plain))
+    return from_plain(plain, expected)
 
 
 def from_plain(plain: Any, expected: type[_T] | Any) -> _T:
     """The inverse of `to_plain`, checked against `expected`. Raises `MalformedMessage`."""
-    return typing.cast(_T, _reader(expected)(plain))
+    return _read(expected, lambda shape: msgspec.convert(plain, shape))
+
+
+def pack(message: Any) -> bytes:
+    """MessagePack. Raises OverflowError for an integer that 64 bits do not hold.
+
+    Half a surrogate pair in a text (a file's name that is not UTF-8, in a reason) becomes a question mark.
+    """
+    row = _row(message)
+    try:
+        return _pack_plain(row)
+    except UnicodeEncodeError:
+        return _pack_plain(_utf8(row))
+
+
+def unpack(data: bytes, expected: type[_T] | Any) -> _T:
+    """The inverse of `pack`, checked against `expected`. Raises `MalformedMessage`."""
+    return _read(expected, lambda _shape: _decoder(expected).decode(data))
 
 
 def check(value: Any, expected: Any) -> None:
-    """Raise `MalformedMessage`, which names the field, unless `value` would come through `decode` as `expected`.
-
-    Far quicker than to try, as long tuples of scalars are not walked through in Python.
-    """
-    arms = typing.get_args(expected)
-    if typing.get_origin(expected) in (typing.Union, types.UnionType):
-        if not any(_passes(value, arm) for arm in arms):
-            raise _mismatch(value, expected)
-    elif typing.get_origin(expected) is tuple:
-        if type(value) is not tuple:
-            raise _mismatch(value, expected)
-        if arms[0] not in _PLAIN:
-            for entry in value:
-                check(entry, arms[0])
-        elif not set(map(type, value)) <= {arms[0]}:
-            raise _mismatch(next(entry for entry in value if type(entry) is not arms[0]), arms[0])
-    elif is_dataclass(expected) or hasattr(expected, "_fields"):
-        if type(value) is not expected:
-            raise _mismatch(value, expected)
-        for name, hint in _hints(cast(Any, expected)).items():
-            try:
-                check(getattr(value, name), hint)
-            except MalformedMessage as error:
-                raise MalformedMessage(f"{name}: {error}") from None
-    elif type(value) is not expected and not (expected is float and type(value) is int):
-        raise _mismatch(value, expected)
+    """Raise `MalformedMessage`, which names the field, unless `value` comes through `pack` and `unpack` unchanged."""
+    try:
+        same = unpack(pack(value), expected) == value
+    except (TypeError, OverflowError) as error:
+        raise MalformedMessage(f"not {_name(expected)}: {error}") from error
+    if not same:
+        raise MalformedMessage(f"not {_name(expected)}: a field has another type than is declared")
 
 
 @functools.cache
@@ -107,22 +113,10 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _passes(value: Any, expected: Any) -> bool:
-    try:
-        check(value, expected)
-    except MalformedMessage:
-        return False
-    return True
-
-
-def _mismatch(value: Any, expected: Any) -> MalformedMessage:
-    return MalformedMessage(f"expected {getattr(expected, '__name__', expected)}, got {str(value)[:80]}")
-
-
 PACKED_FROM = 256
 
 
-def _pack(values: Sequence[Any]) -> str | None:
+def _packed(values: Sequence[Any]) -> str | None:
     """Type code (as in `array`), then the little-endian items as base64; None if they are not integers that fit."""
     for code in ("I", "q"):
         try:
@@ -150,131 +144,157 @@ def _unpack(text: str) -> array[int]:
 
 _PLAIN = {int, str, float, bool, type(None)}
 """What JSON takes as it is. Named tuples join when first seen: they are lists to it."""
-_names_cache: dict[type, tuple[str, ...]] = {}
-_getters: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
-_readers: dict[Any, _Reader] = {}
 
 
-def _getter(cls: type) -> Callable[[Any], tuple[Any, ...]]:
+@functools.cache
+def _getter(cls: Any) -> Callable[[Any], tuple[Any, ...]]:
     """All fields at once: the messages of every step pass here."""
-    if cls not in _getters and hasattr(cls, "plain_fields"):
-        _getters[cls] = cls.plain_fields
-    elif cls not in _getters:
-        names = _names(cls)
-        one = operator.attrgetter(names[0]) if len(names) == 1 else None
-        many = operator.attrgetter(*names) if len(names) > 1 else None
-        _getters[cls] = many or ((lambda value: (one(value),)) if one else (lambda _value: ()))
-    return _getters[cls]
+    if hasattr(cls, "plain_fields"):
+        return cast(Callable[[Any], tuple[Any, ...]], cls.plain_fields)
+    names = _names(cls)
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda value: tuple([getattr(value, name) for name in names])
 
 
-def _names(cls: type) -> tuple[str, ...]:
-    if cls not in _names_cache:
-        _names_cache[cls] = tuple(field.name for field in fields(cls))
-    return _names_cache[cls]
+@functools.cache
+def _names(cls: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
 
 
-def _reader(hint: Any) -> _Reader:
-    if hint not in _readers:
-        _readers[hint] = _make_reader(hint)
-    return _readers[hint]
+_tuple: Any = tuple
+_pack_plain = msgspec.msgpack.Encoder().encode
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
-def _make_reader(hint: Any) -> _Reader:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _union_reader(list(typing.get_args(hint)))
-    if origin is tuple:
-        return _sequence_reader(typing.get_args(hint)[0])
-    if isinstance(hint, type) and issubclass(hint, tuple):
-        return _named_tuple_reader(hint)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _record_reader(hint)
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return _enum_reader(hint)
-    if hint is bytes:
-        return _read_bytes
-    return _scalar_reader(hint)
+def _row(record: Any) -> list[Any]:
+    """`record` as msgspec takes it: the dataclasses in it are rows too."""
+    cls: Any = type(record)
+    row = [cls.__name__, *_getter(cls)(record)]
+    for place in _nested(cls):
+        row[place] = _rows(row[place])
+    return row
 
 
-def _union_reader(arms: list[Any]) -> _Reader:
-    records = {str(arm.__name__): _reader(arm) for arm in arms if isinstance(arm, type) and is_dataclass(arm)}
-    others = [_reader(arm) for arm in arms if not is_dataclass(arm) and arm is not type(None)]
-    optional = type(None) in arms
-
-    def read(plain: Any) -> Any:
-        if plain is None and optional:
-            return None
-        if isinstance(plain, list) and plain and isinstance(plain[0], str) and plain[0] in records:
-            return records[plain[0]](plain)
-        for other in others:
-            return other(plain)
-        raise MalformedMessage(f"none of {sorted(records)}: {str(plain)[:80]}")
-
-    return read
+def _rows(value: Any) -> Any:
+    if type(value) is tuple:
+        return [_rows(item) for item in value]
+    return _row(value) if is_dataclass(value) else value
 
 
-def _sequence_reader(item: Any) -> _Reader:
-    read_item = _reader(item)
-
-    def read(plain: Any) -> Any:
-        if type(plain) is str:
-            items = tuple(_unpack(plain))
-            return items if item is int else tuple([read_item(entry) for entry in items])
-        if not isinstance(plain, list):
-            raise MalformedMessage(f"expected a list, got {str(plain)[:80]}")
-        return tuple([read_item(entry) for entry in plain])
-
-    return read
+@functools.cache
+def _nested(cls: type) -> tuple[int, ...]:
+    """Where in a row there may be dataclasses."""
+    return tuple(place for place, hint in enumerate(_hints(cls).values(), 1) if _has_record(hint))
 
 
-def _named_tuple_reader(cls: type) -> _Reader:
-    hints = typing.get_type_hints(cls)
-    readers = [_reader(hint) for hint in hints.values()]
-
-    def read(plain: Any) -> Any:
-        if not isinstance(plain, list) or len(plain) != len(readers):
-            raise MalformedMessage(f"expected {list(hints)}, got {str(plain)[:80]}")
-        return cls(*[reader(value) for reader, value in zip(readers, plain, strict=True)])
-
-    return read
+def _has_record(hint: Any) -> bool:
+    return is_dataclass(hint) or any(map(_has_record, typing.get_args(hint)))
 
 
-def _record_reader(cls: type) -> _Reader:
-    hints = typing.get_type_hints(cls)
-    readers = [_reader(hints[name]) for name in _names(cls)]
-    expected = len(readers) + 1
-
-    def read(plain: Any) -> Any:
-        if not isinstance(plain, list) or len(plain) != expected or plain[0] != cls.__name__:
-            raise MalformedMessage(f"expected {cls.__name__}, got {str(plain)[:80]}")
-        return cls(*[reader(value) for reader, value in zip(readers, plain[1:], strict=True)])
-
-    return read
+def _utf8(plain: Any) -> Any:
+    if isinstance(plain, str):
+        return plain.encode("utf-8", "replace").decode()
+    return [_utf8(item) for item in plain] if isinstance(plain, list | tuple) else plain
 
 
-def _enum_reader(cls: type[StrEnum]) -> _Reader:
-    def read(plain: Any) -> Any:
-        try:
-            return cls(plain)
-        except ValueError as error:
-            raise MalformedMessage(f"not a {cls.__name__}: {plain!r}") from error
-
-    return read
-
-
-def _read_bytes(plain: Any) -> bytes:
+def _read(expected: Any, parse: Callable[[Any], Any]) -> Any:
+    shape, build = _shape(expected)
     try:
-        return base64.b64decode(plain, validate=True)
-    except (TypeError, ValueError) as error:
-        raise MalformedMessage(f"not base64: {str(plain)[:80]}") from error
+        plain = parse(shape)
+    except _UNREADABLE as error:
+        raise MalformedMessage(f"not {_name(expected)}: {_in_words(str(error), expected)}") from error
+    return build(plain) if build else plain
 
 
-def _scalar_reader(cls: type) -> _Reader:
-    def read(plain: Any) -> Any:
-        if type(plain) is cls:
-            return plain
-        if cls is float and type(plain) is int:
-            return float(plain)
-        raise MalformedMessage(f"expected {cls.__name__}, got {str(plain)[:80]}")
+def _name(expected: Any) -> str:
+    arms = typing.get_args(expected)
+    return f"one of {len(arms)} messages" if len(arms) > 1 else f"a {getattr(expected, '__name__', expected)}"
 
-    return read
+
+def _in_words(error: str, expected: Any) -> str:
+    """`error` with the field's name in place of its number, where it can be only one."""
+    place = re.search(r"\$\[([1-9]\d*)\]", error)
+    if place is None or not is_dataclass(expected):
+        return error
+    return error.replace(place[0], _names(cast(Any, expected))[int(place[1]) - 1], 1)
+
+
+@functools.cache
+def _decoder(expected: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(_shape(expected)[0])
+
+
+@functools.cache
+def _shape(hint: Any) -> tuple[Any, _Build | None]:
+    """What msgspec is to decode, and what makes a value of `hint` of that; None where it is one already."""
+    origin, arms = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _union_shape(arms)
+    if origin is tuple:
+        return _sequence_shape(arms[0])
+    if isinstance(hint, type) and issubclass(hint, tuple):
+        return _named_tuple_shape(hint)
+    if is_dataclass(hint):
+        return _record_shape(hint)
+    return hint, None
+
+
+def _union_shape(arms: tuple[Any, ...]) -> tuple[Any, _Build | None]:
+    shapes = [_shape(arm) for arm in arms]
+    builds = {shape: build for shape, build in shapes if build and isinstance(shape, type)}
+    # msgspec allows one kind of array besides the structs.
+    of_array = next((build for shape, build in shapes if build and shape not in builds), None)
+
+    def build(plain: Any) -> Any:
+        if (record := builds.get(type(plain))) is not None:
+            return record(plain)
+        return of_array(plain) if of_array and type(plain) in (tuple, str) else plain
+
+    return typing.Union[tuple(shape for shape, _ in shapes)], build if builds or of_array else None  # noqa: UP007
+
+
+def _sequence_shape(item: Any) -> tuple[Any, _Build | None]:
+    shape, build = _shape(item)
+    if item is int or int in typing.get_args(item):
+        return _tuple[shape, ...] | str, lambda plain: tuple(_unpack(plain)) if type(plain) is str else plain
+    if build is None:
+        return _tuple[shape, ...], None
+    return _tuple[shape, ...], lambda plain: tuple([build(entry) for entry in plain])
+
+
+def _named_tuple_shape(cls: Any) -> tuple[Any, _Build | None]:
+    """HAZARD: msgspec fills what a row lacks with defaults; it must be of the exact length."""
+    shapes = [_shape(hint) for hint in _hints(cls).values()]
+    if not cls._field_defaults and not any(build for _, build in shapes):
+        return cls, None
+    return _tuple[tuple(shape for shape, _ in shapes)], _builder(cls, shapes, lambda plain: plain)
+
+
+def _record_shape(cls: Any) -> tuple[Any, _Build | None]:
+    hints = _hints(cls)
+    shapes = [_shape(hints[name]) for name in _names(cls)]
+    struct = msgspec.defstruct(
+        cls.__name__,
+        [(name, shape) for name, (shape, _) in zip(_names(cls), shapes, strict=True)],
+        array_like=True, tag=cls.__name__, forbid_unknown_fields=True,
+    )  # fmt: skip
+    return struct, _builder(cls, shapes, msgspec.structs.astuple)
+
+
+def _builder(
+    cls: Callable[..., Any],
+    shapes: Sequence[tuple[Any, _Build | None]],
+    parts: Callable[[Any], tuple[Any, ...]],
+) -> _Build:
+    builds = [(place, build) for place, (_, build) in enumerate(shapes) if build]
+    if not builds:
+        return lambda plain: cls(*parts(plain))
+
+    def build(plain: Any) -> Any:
+        values = list(parts(plain))
+        for place, make in builds:
+            values[place] = make(values[place])
+        return cls(*values)
+
+    return build

@@ -1,7 +1,7 @@
 """Every message that crosses a process boundary.
 
-Messages are frozen dataclasses, encoded (`codec.py`) as one JSON array ``[type name, field, field, ...]``. Decoding
-checks every field against its declared type, so a malformed or foreign message raises `MalformedMessage` and never
+Messages are frozen dataclasses, packed (`codec.py`) as one array ``[type name, field, field, ...]``. Unpacking checks
+every field against its declared type, so a malformed or foreign message raises `MalformedMessage` and never
 reaches a machine. Who sent it is in the envelope (`sockets.py`).
 
 Which message travels where (`docs/architecture.md`, planes):

@@ -12,7 +12,6 @@ which ZeroMQ puts before what comes from it: that is the sender, and no message 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import structlog
 import zmq
 
-from elastic_ep.wire.codec import MalformedMessage, decode, encode
+from elastic_ep.wire.codec import MalformedMessage, pack, unpack
 from elastic_ep.wire.messages import (
     Beat,
     FromRank,
@@ -123,7 +122,7 @@ class ControllerWire:
     def publish(self, body: Published) -> None:
         if not isinstance(body, Beat):
             self.number += 1
-        self._pub.send_multipart([VERSION, encode(Numbered(self.number, body))], zmq.NOBLOCK)
+        self._pub.send_multipart([VERSION, pack(Numbered(self.number, body))], zmq.NOBLOCK)
 
     def send(self, member: Member, message: ToRank) -> None:
         """To one rank, in order (see `Outbox`). One that is gone is no error: the message is dropped: its death says all.
@@ -134,7 +133,7 @@ class ControllerWire:
 
     def _send(self, member: Member, message: ToRank) -> None:
         try:
-            self._router.send_multipart([_identity(member), VERSION, encode(message)], zmq.NOBLOCK)
+            self._router.send_multipart([_identity(member), VERSION, pack(message)], zmq.NOBLOCK)
         except zmq.Again:
             self._drain.later(self._refuse, member, f"{_QUEUE_LIMIT} messages to it are not read")
         except zmq.ZMQError as error:
@@ -151,7 +150,7 @@ class ControllerWire:
         try:
             if member is None:
                 raise MalformedMessage(f"from no rank: {parts[0]!r}")
-            message: FromRank = decode(_body(parts[1:]), FromRank)
+            message: FromRank = unpack(_body(parts[1:]), FromRank)
         except MalformedMessage as error:
             self._refuse(member, str(error))
             return
@@ -194,7 +193,7 @@ class RankWire:
             drain.start()
 
     def send(self, message: FromRank) -> None:
-        self._dealer.send_multipart([VERSION, encode(message)], zmq.NOBLOCK)
+        self._dealer.send_multipart([VERSION, pack(message)], zmq.NOBLOCK)
         self._drains[1].after_send()
 
     def close(self) -> None:
@@ -204,7 +203,7 @@ class RankWire:
 
     def _on_pub_parts(self, parts: list[bytes]) -> None:
         try:
-            message: Numbered = decode(_body(parts), Numbered)
+            message: Numbered = unpack(_body(parts), Numbered)
         except MalformedMessage:
             self.dropped += 1
             return
@@ -212,7 +211,7 @@ class RankWire:
 
     def _on_direct_parts(self, parts: list[bytes]) -> None:
         try:
-            message: ToRank = decode(_body(parts), ToRank)
+            message: ToRank = unpack(_body(parts), ToRank)
         except MalformedMessage as error:
             self.dropped += 1
             request_id = _assigned(parts[-1])
@@ -249,9 +248,9 @@ def _body(frames: list[bytes]) -> bytes:
 def _assigned(data: bytes) -> int | None:
     """The request that a malformed message assigns, if that much can be read."""
     try:
-        plain = json.loads(data)
-    except (ValueError, RecursionError):
+        plain: list[object] = unpack(data, list)
+    except MalformedMessage:
         return None
-    if isinstance(plain, list) and plain[:1] == ["Assign"] and len(plain) > 1 and type(plain[1]) is int:
-        return int(plain[1])
+    if plain[:1] == ["Assign"] and len(plain) > 1 and type(plain[1]) is int:
+        return plain[1]
     return None
