@@ -167,7 +167,7 @@ def test_one_wrong_field_is_malformed_or_of_its_type(report: Any, place: int, va
         decode(json.dumps(plain).encode(), FromRank)
 
 
-TOKEN = [1, 2, 3, None, None, []]
+TOKEN: list[Any] = [1, 2, 3, None, None, []]
 
 
 @pytest.mark.parametrize("row", [*(TOKEN[:length] for length in range(6)), [*TOKEN, 0], [*TOKEN, None]])

@@ -73,12 +73,12 @@ def decode(data: bytes, expected: type[_T] | Any) -> _T:
         plain = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise MalformedMessage(f"not JSON: {data[:80]!r}") from error
-    return from_plain(plain, expected)
+    return cast(_T, from_plain(plain, expected))
 
 
 def from_plain(plain: Any, expected: type[_T] | Any) -> _T:
     """The inverse of `to_plain`, checked against `expected`. Raises `MalformedMessage`."""
-    return _read(expected, lambda shape: msgspec.convert(plain, shape))
+    return cast(_T, _read(expected, lambda shape: msgspec.convert(plain, shape)))
 
 
 def pack(message: Any) -> bytes:
@@ -95,7 +95,7 @@ def pack(message: Any) -> bytes:
 
 def unpack(data: bytes, expected: type[_T] | Any) -> _T:
     """The inverse of `pack`, checked against `expected`. Raises `MalformedMessage`."""
-    return _read(expected, lambda _shape: _decoder(expected).decode(data))
+    return cast(_T, _read(expected, lambda _shape: _decoder(cast(Any, expected)).decode(data)))
 
 
 def check(value: Any, expected: Any) -> None:
