@@ -17,12 +17,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +33,7 @@ from tests.kit.shapes import QWEN3_30B
 
 from bench.kit.command_line import command_line
 from bench.kit.conductor import Conductor
+from bench.kit.own_rank import live_and_end, no_plane
 from bench.kit.sections import quartiles
 from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.engine.ops_cuda.inputs import StepShape
@@ -43,14 +42,12 @@ from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.exchange.peers import Peers
-from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.models import qwen3_moe
 from elastic_ep.placement import launch_placement
-from elastic_ep.rank.forward import LOAD_REPORT_STEPS, ForwardThread
+from elastic_ep.rank.forward import LOAD_REPORT_STEPS, Build, ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.outbox import Post
-from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
-from elastic_ep.rank.slots import SlotWorker
+from elastic_ep.rank.process import RankProcess
 from elastic_ep.timing import USUAL
 from elastic_ep.weights.bank import Weights, dummy_source
 from elastic_ep.wire.messages import Assign, Member, SamplingParams
@@ -169,7 +166,7 @@ class TimedRunner(CudaRunner):
 class BlockForward(ForwardThread):
     """Takes its seat as ever, then runs the blocks, and stops."""
 
-    def __init__(self, config: RankConfig, mailbox: Mailbox, post: Post, plan: Plan) -> None:
+    def __init__(self, config: RankConfig, mailbox: Mailbox, post: Post, _build: Build, plan: Plan) -> None:
         super().__init__(config, mailbox, post, self._build_engine)
         self._plan = plan
         self._timer = Timer(plan.step_s)
@@ -217,24 +214,9 @@ class BlockForward(ForwardThread):
         return {name: [second * 1e6 for second in seconds] for name, seconds in taken.items()}
 
 
-class BlockRank(RankProcess):
-    def __init__(self, config: RankConfig, life_fd: int, plan: Plan) -> None:
-        super().__init__(config, -1, life_fd)
-        self._forward = BlockForward(config, self._mailbox, self._outbox.post, plan)
-        self._slots = SlotWorker(self._outbox.post, lambda: "no state plane here", USUAL)
-
-
 def run_rank(config: RankConfig, life_fd: int, plan: Plan) -> None:
-    """In a process of its own, which it ends; as `elastic_ep.rank.process.main`."""
-    status = 1
-    try:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        make_prompt()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        status = anyio.run(BlockRank(config, life_fd, plan).run)
-    except BaseException:
-        traceback.print_exc()
-    os._exit(status)
+    forward = partial(BlockForward, plan=plan)
+    live_and_end(lambda: RankProcess(config, -1, life_fd, forward=forward, open_plane=no_plane))
 
 
 def measure(plan: Plan) -> Blocks:

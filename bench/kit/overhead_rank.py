@@ -7,12 +7,8 @@ could. "off" makes no tokens of what it samples.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
 import time
-import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,24 +17,22 @@ import anyio
 import torch
 from tests.kit.file_store import FileStore
 
+from bench.kit.own_rank import live_and_end, no_plane
 from elastic_ep.config import RankConfig
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.exchange.mooncake import MooncakeExchange
-from elastic_ep.host.scheduling import make_prompt
-from elastic_ep.machines.rank.events import DeviceOpened
 from elastic_ep.rank.engine import build_engine
-from elastic_ep.rank.forward import ForwardThread
+from elastic_ep.rank.forward import Build, ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.outbox import Post
-from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
+from elastic_ep.rank.process import RankProcess
 from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Assign, SamplingParams, StepReport
 
 MODES = ("on", "tokens", "off")
 _SETTLE_STEPS = 6
 _BATCH_NUMBERS = 1000
-Build = Callable[[RankConfig], tuple[StepRunner, Exchange]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,21 +150,15 @@ class BlockForward(ForwardThread):
 
 class BlockRank(RankProcess):
     def __init__(self, config: RankConfig, windows_fd: int, life_fd: int, blocks: Blocks) -> None:
-        super().__init__(config, windows_fd, life_fd)
-        self._blocks = BlockForward(
-            config,
-            self._mailbox,
-            self._outbox.post,
-            lambda told: build_engine(
-                told,
-                windows_fd,
-                lambda: "no state plane here",
-                FileStore(Path(told.directory)),
-                lambda: self._outbox.post(DeviceOpened()),
-            ),
-            blocks,
-        )
-        self._forward = self._blocks
+        def forward(told: RankConfig, mailbox: Mailbox, post: Post, build: Build) -> ForwardThread:
+            self._blocks = BlockForward(told, mailbox, post, build, blocks)
+            return self._blocks
+
+        def build(told: RankConfig) -> tuple[StepRunner, Exchange]:
+            store = FileStore(Path(told.directory))
+            return build_engine(told, windows_fd, no_plane, store, lambda: None)
+
+        super().__init__(config, windows_fd, life_fd, build=build, forward=forward, open_plane=no_plane)
 
     async def _send_heartbeats(self) -> None:
         """Only while the machinery is on."""
@@ -182,13 +170,4 @@ class BlockRank(RankProcess):
 
 
 def run_rank(config: RankConfig, windows_fd: int, life_fd: int, blocks: Blocks) -> None:
-    """In a process of its own, which it ends; as `elastic_ep.rank.process.main`."""
-    status = 1
-    try:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        make_prompt()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        status = anyio.run(BlockRank(config, windows_fd, life_fd, blocks).run)
-    except BaseException:
-        traceback.print_exc()
-    os._exit(status)
+    live_and_end(lambda: BlockRank(config, windows_fd, life_fd, blocks))

@@ -8,8 +8,6 @@ function of (length of the prompt, choice, position), so texts of a disturbed ru
 from __future__ import annotations
 
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence as Seq
@@ -17,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import anyio
 import torch
 
 from elastic_ep.config import RankConfig
@@ -29,11 +26,9 @@ from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Received
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_barrier import StepBarrier
-from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import EMPTY
-from elastic_ep.rank.forward import ForwardThread
-from elastic_ep.rank.process import SWITCH_INTERVAL_S, RankProcess
+from elastic_ep.rank.process import RankProcess, live
 from elastic_ep.wire.messages import Member
 from elastic_ep.wire.slot_messages import SlotSum
 
@@ -165,21 +160,11 @@ class PacedRunner(StepRunner):
         ]
 
 
-class PacedRank(RankProcess):
-    def __init__(self, config: RankConfig, windows_fd: int, life_fd: int) -> None:
-        super().__init__(config, windows_fd, life_fd)
-
-        def build(told: RankConfig) -> tuple[StepRunner, PacedExchange]:
-            runner = PacedRunner(told, float(os.environ[STEP_MS]) / 1000)
-            return runner, runner.exchange
-
-        self._forward = ForwardThread(config, self._mailbox, self._outbox.post, build)
+def build(config: RankConfig) -> tuple[StepRunner, PacedExchange]:
+    runner = PacedRunner(config, float(os.environ[STEP_MS]) / 1000)
+    return runner, runner.exchange
 
 
 def main(config_json: str, windows_fd: int, life_fd: int) -> int:
     """As `elastic_ep.rank.process.main`."""
-    config = RankConfig.from_json(config_json)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    make_prompt()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return anyio.run(PacedRank(config, windows_fd, life_fd).run)
+    return live(RankProcess(RankConfig.from_json(config_json), windows_fd, life_fd, build=build))

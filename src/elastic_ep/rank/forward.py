@@ -38,6 +38,8 @@ _WAIT_S = 1.0
 LOAD_REPORT_STEPS = 128
 """How often the controller hears what the experts had to do."""
 
+Build = Callable[[RankConfig], tuple[StepRunner, Exchange]]
+
 
 class ForwardThread:
     """`build` makes the engine, on this thread: it may take seconds and touches the device."""
@@ -47,7 +49,7 @@ class ForwardThread:
         config: RankConfig,
         mailbox: Mailbox,
         post: Post,
-        build: Callable[[RankConfig], tuple[StepRunner, Exchange]],
+        build: Build,
     ) -> None:
         self._config = config
         self._me = Member(config.rank, config.incarnation)

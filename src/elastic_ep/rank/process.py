@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -19,6 +20,7 @@ import structlog
 
 from elastic_ep import logs, titles
 from elastic_ep.config import RankConfig
+from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.host.peer_notices import NoticeReader
 from elastic_ep.host.scheduling import make_prompt
@@ -46,10 +48,10 @@ from elastic_ep.machines.rank.events import (
 )
 from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.rank.connector import Connector
-from elastic_ep.rank.engine import build_engine
-from elastic_ep.rank.forward import ForwardThread
+from elastic_ep.rank.engine import OpenPlane, build_engine
+from elastic_ep.rank.forward import Build, ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
-from elastic_ep.rank.outbox import Outbox, Ready
+from elastic_ep.rank.outbox import Outbox, Post, Ready
 from elastic_ep.rank.slots import SlotWorker
 from elastic_ep.rank.store_client import ControlStore
 from elastic_ep.weights.transfer import open_plane
@@ -85,16 +87,34 @@ def main(config_json: str, windows_fd: int, life_fd: int) -> int:
     """Run this rank until it is told to stop; the exit status. `life_fd` ends when the run process does."""
     config = RankConfig.from_json(config_json)
     logs.configure(config.log, f"rank {config.rank}.{config.incarnation}")
+    return live(RankProcess(config, windows_fd, life_fd))
+
+
+def live(rank: RankProcess) -> int:
+    """To the exit status, in the main thread of a process that does nothing else."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()  # a mask must not wait behind the other ranks' forward threads
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return anyio.run(RankProcess(config, windows_fd, life_fd).run)
+    return anyio.run(rank.run)
 
 
 class RankProcess:
-    """Feeds the rank's machine with what this process hears, and does what it says."""
+    """Feeds the rank's machine with what this process hears, and does what it says.
 
-    def __init__(self, config: RankConfig, windows_fd: int, life_fd: int) -> None:
+    Benches put another engine in: `build` makes it, `forward` the thread that runs its steps, and `open_plane` this
+    rank's end of the state plane.
+    """
+
+    def __init__(
+        self,
+        config: RankConfig,
+        windows_fd: int,
+        life_fd: int,
+        *,
+        build: Build | None = None,
+        forward: Callable[[RankConfig, Mailbox, Post, Build], ForwardThread] = ForwardThread,
+        open_plane: OpenPlane = open_plane,
+    ) -> None:
         self._config = config
         self._life_fd = life_fd
         self._me = Member(config.rank, config.incarnation)
@@ -105,14 +125,12 @@ class RankProcess:
         open_plane_once = functools.cache(open_plane)
         self._slots = SlotWorker(self._outbox.post, open_plane_once, self._config.timing)
         self._store = ControlStore(self._outbox.post, self._config.timing)
-        self._forward = ForwardThread(
-            config,
-            self._mailbox,
-            self._outbox.post,
-            lambda c: build_engine(
-                c, windows_fd, open_plane_once, self._store, lambda: self._outbox.post(DeviceOpened())
-            ),
-        )
+
+        def build_here(told: RankConfig) -> tuple[StepRunner, Exchange]:
+            opened = functools.partial(self._outbox.post, DeviceOpened())
+            return build_engine(told, windows_fd, open_plane_once, self._store, opened)
+
+        self._forward = forward(config, self._mailbox, self._outbox.post, build or build_here)
         self._reported = anyio.Event()
         """Set when a step report has gone out since the last heartbeat was due: it is a sign of life too."""
         self._fell_behind = anyio.Event()
