@@ -129,7 +129,7 @@ class TimedExchange(MooncakeExchange):
         self.suspects = frozenset()
         self._peers = Peers(Member(0, 0), 1, MODEL.moe.experts)
         self._targets = frozenset()
-        self._words = None
+        self._barrier = None
         self._step = None
         self._taken_in = True
         self._buffer = SimpleNamespace(query_mask_buffer=lambda masks: None)
