@@ -32,7 +32,7 @@ from elastic_ep.wire.messages import (
     Snapshot,
     SnapshotRequest,
 )
-from tests.machines.model_rank import RankModel, Violation, freeze, lost_between
+from tests.machines.model_rank import RankModel, Violation, lost_between
 
 ALIVE, DOOMED, DEAD, NOTICED, GONE = range(5)
 """A process: running; running but fenced; dead and nobody knows; noticed; nothing left of it."""
@@ -102,7 +102,7 @@ class Model:
         return _keep(machine, machine.state(), self._controller_ids, self.controllers)
 
     def keep_rank(self, rank: RankModel) -> int:
-        return _keep(rank, freeze(rank), self._rank_ids, self.ranks)
+        return _keep(rank, rank.key(), self._rank_ids, self.ranks)
 
     def keep_message(self, message: Any) -> int:
         return _keep(message, message, self._message_ids, self.messages)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from elastic_ep.machines.membership import events as ev
-from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.rank import events as rk
 from elastic_ep.machines.rank.machine import RankMachine
-from elastic_ep.machines.tables import TableMachine
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.wire.messages import (
     Abort,
@@ -28,38 +25,9 @@ class Violation(Exception):
     """A property of the protocol does not hold."""
 
 
-def freeze(value: Any) -> Any:
-    """`value` as a hashable thing that is equal for equal states. New fields of a machine are seen by themselves."""
-    if isinstance(value, TableMachine):
-        return value.state
-    if isinstance(value, (MembershipMachine, RankMachine, RankModel)):
-        return tuple(freeze(item) for name, item in sorted(vars(value).items()) if name not in _NOT_STATE)
-    if is_dataclass(value) and not isinstance(value, type):
-        frozen = value.__dataclass_params__.frozen  # type: ignore[attr-defined]  # no type has it
-        if frozen:
-            return value
-        return tuple(freeze(getattr(value, each.name)) for each in fields(value))
-    if isinstance(value, dict):
-        return tuple((key, freeze(item)) for key, item in sorted(value.items()))
-    if isinstance(value, (set, frozenset)):
-        return frozenset(freeze(item) for item in value)
-    if isinstance(value, Mailbox):
-        return tuple(getattr(value, name) for name in _MAILBOX)
-    return value
-
-
-_NOT_STATE = {
-    "_handlers",
-    "_effects",
-    "_recent",
-    "num_ranks",
-    "placement",
-    "_coverage",
-    "config",
-    "out",
-    "_behind",
-}
-"""`_behind` says how long the shell goes on asking: here each question is answered, and a beat repeats it."""
+_NOT_IN_KEY = {"_behind", "_early", "placement"}
+"""`_behind` says how long the shell goes on asking: here each question is answered, and a beat repeats it. Placements do
+not change here, and in which order early messages came makes no difference."""
 _MAILBOX = ("join_ready", "view", "hold_at", "begun", "waiting_at")
 
 
@@ -102,6 +70,14 @@ class RankModel:
         new.mailbox = copy_mailbox(self.mailbox)
         new.out = []
         return new
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal for ranks that can only go on in the same way."""
+        machine = [part for part in self.machine.state().fields if part[0] not in _NOT_IN_KEY]
+        early = frozenset(self.machine._early.items())
+        mailbox = [getattr(self.mailbox, name) for name in _MAILBOX]
+        own = (self.step, self.in_step, self.view, self.begun, self.promised, self.over)
+        return *machine, early, *mailbox, *own
 
     def hear(self, message: Numbered | Snapshot) -> None:
         self._redeem(message)
