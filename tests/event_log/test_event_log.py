@@ -603,6 +603,19 @@ def test_what_cannot_be_encoded_ends_the_log_alone(
     assert (tmp_path / "run" / CURRENT).read_bytes().count(b"\n") == 1
 
 
+def test_a_reason_that_is_no_whole_text_is_logged_all_the_same(tmp_path: Path) -> None:
+    """What a rank says of a file may hold bytes of its name that are no characters."""
+    folder = tmp_path / "run"
+    log = EventLog(folder)
+    log.begin({"machines": {"routing": {"config": ["RoutingConfig", *dataclasses.astuple(CONFIG)]}}})
+    machine = RoutingMachine(CONFIG)
+    for event in (ev.NothingWillServe("no such file: é\udcff"), ev.RankUp(Member(0, 1))):
+        log.record("routing", event, machine.step(event))
+    log.close()
+    assert contents(folder)[CURRENT].count(b"\n") == 3
+    assert main([str(folder), "--quiet"]) == SAME
+
+
 def test_states_are_taken_when_all_events_are_recorded(tmp_path: Path) -> None:
     """A record may come between another machine's event and its record; what is called soon comes after both."""
     called: list[Callable[[], None]] = []

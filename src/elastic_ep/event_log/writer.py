@@ -12,10 +12,11 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import msgspec
 import structlog
 
 from elastic_ep.config import EventLogMode
@@ -43,6 +44,7 @@ Item: TypeAlias = tuple[int, str, Any, Any, int]
 
 # Made once: json.dumps with separators makes an encoder for every call.
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+_encode_quickly = msgspec.json.Encoder().encode
 _operators = structlog.get_logger()
 
 
@@ -67,6 +69,8 @@ class LogWriter:
         self._mode = mode
         private = mode is not EventLogMode.FULL
         self._plain = privacy.without_text if private else codec.to_plain
+        # To msgspec infinity is null; logprobs may be infinite.
+        self._encoded = _quickly if private else _encoded
         self._blanks = privacy.blanks if private else None
         self._run = ""
         self._turns = 0
@@ -210,7 +214,8 @@ class LogWriter:
         files.head_written()
 
     def _add(self, fields: Mapping[str, Any]) -> None:
-        text = _text(fields).encode()
+        # What is in a note nobody has made plain, and JSON's own encoder takes nothing else.
+        text = _text(fields, self._encoded if "machine" in fields else _encoded)
         self._make_room(len(text), int(fields["t_ns"]))
         self._chain(text)
 
@@ -240,13 +245,24 @@ class LogWriter:
         self._files.write(data)
 
 
-def _text(fields: Mapping[str, Any]) -> str:
+def _text(fields: Mapping[str, Any], encoded: Callable[[Any], bytes]) -> bytes:
     """HAZARD: as for `_pieces`: an event may have thousands of effects. They come last."""
     effects = fields.get("effects", ())
     if len(effects) <= _EFFECTS_AT_ONCE:
-        return _encode(fields)
-    head = _encode({**fields, "effects": []})
-    return f"{head[:-2]}{','.join([_encode(effect) for effect in effects])}]}}"
+        return encoded(fields)
+    head = encoded({**fields, "effects": []})
+    return b"%s%s]}" % (head[:-2], b",".join([encoded(effect) for effect in effects]))
+
+
+def _encoded(value: Any) -> bytes:
+    return _encode(value).encode()
+
+
+def _quickly(value: Any) -> bytes:
+    try:
+        return _encode_quickly(value)
+    except UnicodeEncodeError:  # half a character, as in a file's name: UTF-8 has no bytes for it
+        return _encoded(value)
 
 
 def _pieces(value: Any) -> Iterator[str]:

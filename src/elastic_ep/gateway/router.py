@@ -6,11 +6,10 @@ task and no timer a request.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import get_args
-
-import anyio
 
 from elastic_ep.group.hub import Hub
 from elastic_ep.group.port import Busy, Failure, Refused, Stopping, Unavailable
@@ -36,7 +35,7 @@ class RoutedStream:
         self.request_id = request_id
         self._cancel = cancel
         self._ready: deque[Token] = deque()
-        self._wake: anyio.Event | None = None
+        self._wake: asyncio.Future[None] | None = None
         self._ended = False
         self._refusal: ev.Refuse | None = None
         self.failure: Failure | None = None
@@ -48,8 +47,8 @@ class RoutedStream:
         while not self._ready:
             if self._ended:
                 raise StopAsyncIteration
-            self._wake = anyio.Event()
-            await self._wake.wait()
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
         batch = tuple(self._ready)
         self._ready.clear()
         return batch
@@ -63,14 +62,16 @@ class RoutedStream:
 
     def _deliver(self, tokens: tuple[Token, ...]) -> None:
         self._ready.extend(tokens)
-        if self._wake is not None:
-            self._wake.set()
+        self._rouse()
 
     def _end(self, failure: Failure | None = None) -> None:
         self._ended = True
         self.failure = failure
-        if self._wake is not None:
-            self._wake.set()
+        self._rouse()
+
+    def _rouse(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
 
 
 class Router:
