@@ -205,7 +205,11 @@ def classes(hint: Any, seen: set[type]) -> set[type]:
     return seen
 
 
-NOT_LOGGED = {"experts.balance", "experts.planner", "registry", "snapshot", "tables"}
+NOT_LOGGED = {
+    "experts.balance", "experts.planner", "rank.bisection", "rank.events", "rank.machine", "registry", "snapshot",
+    "tables",
+}  # fmt: skip
+"""Ranks write no event log."""
 
 
 def logged() -> set[type]:
@@ -485,6 +489,7 @@ def test_another_state_is_refused_even_with_its_checksum_mended(
     ("change", "status", "said"),
     [
         ({"format": 99}, UNREADABLE, "format 99"),
+        ({"format": 2}, UNREADABLE, "format 2"),
         ({"version": "0.0.7"}, SAME, "same"),
         ({"version": "0.0.7", "machines": {"routing": {}}}, UNREADABLE, "0.0.7"),
         ({"version": "0.0.7", "machines": {"unheard": {}}}, UNREADABLE, "0.0.7"),

@@ -58,10 +58,10 @@ class Log:
             raise Unreadable(f"{first}: no first line that says what the run was")
         self.begins = begins
         self.run: dict[str, Any] = begins.fields["run"]
-        if self.run.get("format", 1) not in range(1, FORMAT + 1):
+        if (written := self.run.get("format", 1)) != FORMAT:
             raise Unreadable(
-                f"{first}: the log of elastic_ep {self.run.get('version')} has format {self.run['format']!r}, "
-                f"this one reads up to {FORMAT}"
+                f"{first}: the log of elastic_ep {self.run.get('version')} has format {written!r}, this one reads "
+                f"{FORMAT}: replay it with the version that wrote it"
             )
         self.dropped: int = begins.fields.get("dropped", 0)
         """How many files the run has deleted, as far as heard."""

@@ -24,8 +24,8 @@ from elastic_ep.event_log.files import LogFiles
 from elastic_ep.machines import snapshot
 from elastic_ep.wire import codec, privacy
 
-FORMAT = 2
-"""Of the lines. 1 had one file a run, and all tokens in it."""
+FORMAT = 3
+"""Of the lines, and of the machines' events in them."""
 BATCH_S = 0.05
 """A kill of the run process loses about so much of the log's end."""
 SLICE_S, PAUSE_S = 1e-4, 2e-5
