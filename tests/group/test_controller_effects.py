@@ -21,6 +21,7 @@ from elastic_ep.wire.messages import (
     Heartbeat,
     Hello,
     Member,
+    RankReport,
     RankState,
     SamplingParams,
     Shutdown,
@@ -164,8 +165,6 @@ CAUSES = {
 
 
 def _failed(why: str) -> Any:
-    from elastic_ep.wire.messages import RankReport
-
     return RankReport(RankState.FAILED, why)
 
 
@@ -326,5 +325,30 @@ def test_what_survivors_felt_is_measured_and_told(kind: str, name: str) -> None:
         (noted,) = [facts for what, facts in group.log.notes if what == "disturbance"]
         assert (noted["kind"], noted["rank"], noted["gap_s"], noted["beyond_s"]) == (kind, 0, 0.21, 0.2)
         assert metric(group, f"{name}_seconds_sum") == pytest.approx(0.2)
+
+    simulate(main)
+
+
+def test_who_sends_what_is_no_message_is_fenced_and_nobody_else_for_what_nobody_sent() -> None:
+    async def main(group: FakeGroup) -> None:
+        group.controller.on_protocol_error(None, "from nobody")
+        await asyncio.sleep(0.01)
+        assert group.processes.fenced == []
+        group.controller.on_protocol_error(Member(1, 9), "from an incarnation that is not there")
+        await asyncio.sleep(0.01)
+        assert group.processes.fenced == []
+        group.controller.on_protocol_error(ALL[1], "no message")
+        assert group.processes.fenced == [ALL[1]]
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_a_serving_rank_says_of_its_failure_is_masked_in_private_logs(private: bool) -> None:
+    async def main(group: FakeGroup) -> None:
+        group.log.private = private
+        group.controller.on_message(ALL[1], RankReport(RankState.FAILED, "token 4711 is wrong"))
+        logged = [event for _, event, _ in group.log.recorded if isinstance(event, ev.Reported)][-1]
+        assert ("4711" in logged.reason) is not private
 
     simulate(main)

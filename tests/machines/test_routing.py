@@ -190,6 +190,47 @@ def test_abort_from_the_rank() -> None:
     assert effects[1:] == [ev.Finish(0, "abort"), ev.WorkEnded()]
 
 
+def test_what_a_rank_says_has_failed_ends_and_makes_room() -> None:
+    machine = machine_of(max_num_seqs=1)
+    run(machine, ev.RankUp(A), new(0), new(1), new(2), ev.RankUp(B))
+    failed = ev.Failed(A, 0, FailureCode.FAILED, "why")
+    held_before = dict(machine.ranks[A].requests)
+    effects = run(machine, failed)
+    assert ev.Finish(0, "abort", FailureCode.FAILED, "why") in effects
+    assert machine.request_state(0) is None
+    assert 0 in held_before
+    assert 0 not in machine.ranks[A].requests
+    assert run(machine, failed) == [], "it has ended"
+    assert len(machine.requests) == 2
+
+
+def test_a_failure_lets_the_next_one_in() -> None:
+    """What nobody has room for is assigned when a request fails, at once."""
+    machine = machine_of(max_num_seqs=1, max_queued=9)
+    run(machine, ev.RankUp(A))
+    waiting = 0
+    for number in range(6):
+        run(machine, new(number))
+        waiting = len(machine.waiting)
+    assert waiting
+    first = next(iter(machine.ranks[A].requests))
+    effects = run(machine, ev.Failed(A, first, FailureCode.FAILED, "why"))
+    assert list(assigned(effects).values()) == [A]
+    assert len(machine.waiting) == waiting - 1
+
+
+def test_a_request_that_two_ranks_name_as_the_cause_of_their_end_ends() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), new(0))
+    run(machine, ev.Blamed(A, (0, 99)))
+    effects = run(machine, ev.RankDown(A, "crashed"))
+    assert not any(isinstance(effect, ev.Finish) for effect in effects)
+    run(machine, ev.RankUp(B), ev.Blamed(B, (0,)))
+    effects = run(machine, ev.RankDown(B, "crashed"))
+    (finish,) = [effect for effect in effects if isinstance(effect, ev.Finish)]
+    assert (finish.request_id, finish.code) == (0, FailureCode.FAILED)
+
+
 def test_draining_takes_nothing_new() -> None:
     machine = machine_of()
     run(machine, ev.RankUp(A), new(0), ev.RankDraining(A), new(1))
