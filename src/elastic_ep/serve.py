@@ -31,6 +31,7 @@ from elastic_ep.gateway.app import READING, create_app
 from elastic_ep.gateway.app import Server as HttpServer
 from elastic_ep.gateway.app import serve as serve_http
 from elastic_ep.gateway.backend import GroupBackend
+from elastic_ep.gateway.bodies import prepare
 from elastic_ep.gateway.cors import Cors
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.router import Router
@@ -115,6 +116,8 @@ class RunProcess:
         self._rank_entry = rank_entry
         self._config = plan.config
         self._metrics = Metrics()
+        self._api_settings = self._make_api_settings()
+        prepare(self._api_settings)
         self.held = HeldReport()
         self._stop_signals = 0
         self._fork_error: str | None = None
@@ -332,11 +335,8 @@ class RunProcess:
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         return {"version": version(), "started": started, "config": shown, "machines": arguments(**machines)}
 
-    def _app(self, parts: Parts) -> web.Application:
-        backend = GroupBackend(
-            parts.controller, parts.router, parts.rebalancer, self._metrics, self._plan.limits.num_pages
-        )
-        settings = ApiSettings(
+    def _make_api_settings(self) -> ApiSettings:
+        return ApiSettings(
             model_name=self._plan.name,
             max_model_len=self._plan.limits.max_model_len,
             vocab_size=self._plan.model.vocab_size,
@@ -352,7 +352,12 @@ class RunProcess:
             eos_token_ids=self._plan.text_fit.eos_token_ids,
             trust_request_chat_template=self._config.trust_request_chat_template,
         )
-        return create_app(backend, settings, self._plan.text, self._metrics, self._plan.load_text)
+
+    def _app(self, parts: Parts) -> web.Application:
+        backend = GroupBackend(
+            parts.controller, parts.router, parts.rebalancer, self._metrics, self._plan.limits.num_pages
+        )
+        return create_app(backend, self._api_settings, self._plan.text, self._metrics, self._plan.load_text)
 
     async def _listen(self, app: web.Application) -> HttpServer:
         try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import aiohttp
 import pytest
 
 from elastic_ep.gateway.app import READING, Server, create_app, serve
+from elastic_ep.gateway.bodies import prepare
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.text import Text
 from elastic_ep.gateway.text_worker import TextWorker
@@ -52,7 +54,9 @@ async def start(anyio_backend: str) -> AsyncIterator[Start]:
     async def begin(backend: FakeBackend | None = None, text: Text | None = None, **changes: Any) -> Running:
         backend = backend or FakeBackend()
         metrics = Metrics()
-        app = create_app(backend, settings(**changes), text or sample_text(), metrics, sample_text)
+        chosen = settings(**changes)
+        await asyncio.to_thread(prepare, chosen)
+        app = create_app(backend, chosen, text or sample_text(), metrics, sample_text)
         server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
         http = aiohttp.ClientSession()
         closing.append((server, http))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, create_model
@@ -105,6 +106,7 @@ class Relaunch(Body):
     rank: Annotated[int | None, Integer(0)] = None
 
 
+@cache
 def completion_body(settings: ApiSettings) -> type[Completion]:
     return create_model(
         "Completion",
@@ -115,6 +117,7 @@ def completion_body(settings: ApiSettings) -> type[Completion]:
     )
 
 
+@cache
 def chat_body(settings: ApiSettings) -> type[Chat]:
     made = create_model(
         "Chat",
@@ -128,10 +131,16 @@ def chat_body(settings: ApiSettings) -> type[Chat]:
     return made
 
 
+@cache
 def detokenize_body(settings: ApiSettings) -> type[Detokenize]:
     return create_model(
         "Detokenize", __base__=Detokenize, tokens=(_token_ids(settings, settings.max_model_len), ...)
     )
+
+
+def prepare(settings: ApiSettings) -> None:
+    """HAZARD: to make the models takes tens of milliseconds: call it before an event loop runs. They are kept."""
+    completion_body(settings), chat_body(settings), detokenize_body(settings)
 
 
 def _bounded(settings: ApiSettings) -> dict[str, Any]:

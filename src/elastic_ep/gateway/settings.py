@@ -95,7 +95,7 @@ class ApiSettings:
     max_model_len: int
     vocab_size: int
     version: str
-    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults, hash=False)
     api_keys: tuple[str, ...] = ()
     cors: Cors = field(default_factory=Cors)
     eos_token_ids: tuple[int, ...] = ()
