@@ -26,7 +26,7 @@ def _break_the_next_step(*_: Any) -> None:
     def broken(self: ForwardThread) -> None:
         raise RuntimeError("broken on purpose")
 
-    ForwardThread._one_step = broken  # type: ignore[method-assign]
+    ForwardThread._one_step = broken  # type: ignore[method-assign]  # to break it
 
 
 if __name__ == "__main__":

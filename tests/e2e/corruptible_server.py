@@ -41,7 +41,7 @@ def main(config_json: str, windows_fd: int, life_fd: int) -> int:
         signal.signal(signal.SIGUSR1, on_signal)
         start(worker, runner)
 
-    SlotWorker.start = start_spoilt  # type: ignore[method-assign,assignment]
+    SlotWorker.start = start_spoilt  # type: ignore[method-assign,assignment]  # to spoil bytes
     return rank.main(config_json, windows_fd, life_fd)
 
 

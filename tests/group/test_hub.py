@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,28 @@ def test_a_consequence_that_is_refused_is_told_and_costs_the_others_nothing() ->
         rig.hub.post("a", "a!x,b,cab")
     assert [event for _, event, _, _ in rig.lines] == ["a!x,b,cab", "b", "cab", "ab", "b"]
     assert [line["log_level"] for line in said] == ["error"]
+
+
+@pytest.mark.parametrize("word", ["a*,b", "a*", "ab*,c"])
+def test_what_a_shell_cannot_perform_stops_nothing_else(word: str) -> None:
+    """ "*": the shell fails at that effect. Those that were posted before it, and all that is posted later, are heard."""
+
+    class Failing(Rig):
+        def perform(self, event: Any, effects: Sequence[Any]) -> None:
+            super().perform(event, [effect for effect in effects if effect != "*"])
+            if "*" in effects:
+                raise RuntimeError("a fault of this program")
+
+    rig = Failing()
+    with capture_logs() as said, suppress(RuntimeError):
+        rig.hub.post(word[0], word)
+    heard = [event for _, event, _, _ in rig.lines]
+    assert heard[0] == word
+    assert len(heard) == 1 + len([part for part in word[1:].split(",") if part != "*"])
+    rig.hub.post("b", "b")
+    assert rig.lines[-1][1] == "b"
+    assert rig.hub._busy is False
+    assert len(said) == (word == "ab*,c")
 
 
 def test_a_clocked_machine_hears_the_time_first() -> None:

@@ -140,7 +140,8 @@ def detokenize_body(settings: ApiSettings) -> type[Detokenize]:
 
 def prepare(settings: ApiSettings) -> None:
     """HAZARD: to make the models takes tens of milliseconds: call it before an event loop runs. They are kept."""
-    completion_body(settings), chat_body(settings), detokenize_body(settings)
+    for make in (completion_body, chat_body, detokenize_body):
+        make(settings)
 
 
 def _bounded(settings: ApiSettings) -> dict[str, Any]:

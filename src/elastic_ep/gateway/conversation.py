@@ -17,7 +17,7 @@ _OF_THE_REQUEST = sorted(RESERVED | {"chat_template", "continue_final_message"})
 class TextPart(TypedDict):
     """What is not listed stays as it is, here and in a message: a chat template may know it."""
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
 
     type: Annotated[Any, Refused(("text",))]
     text: Text
@@ -31,7 +31,7 @@ Content = Annotated[
 
 
 class Message(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
 
     role: Annotated[Text, Field(min_length=1, max_length=64)]
     content: NotRequired[Content | None]

@@ -71,7 +71,8 @@ class Hub:
         """Feed the machine, now, or when what is in hand has been performed.
 
         Raises `UnexpectedEvent`, with nothing changed, if the machine takes no such event now. What comes of `event`
-        raises nothing: consequences that a machine refuses are a fault of this program, and are logged.
+        raises nothing: consequences that a machine refuses, or that a shell cannot perform, are a fault of this program,
+        and are logged.
         """
         self._queue.append((name, event, self._performing))
         if self._busy:
@@ -91,6 +92,8 @@ class Hub:
                 self._feed(name, event, cause)
             except UnexpectedEvent:
                 log.exception("a machine refused what another one's effect led to", machine=name)
+            except Exception:  # HAZARD: else the hub stays busy, and nothing is heard any more
+                log.exception("an effect could not be performed", machine=name)
 
     def _feed(self, name: str, event: Any, cause: int) -> None:
         fed = self._fed[name]

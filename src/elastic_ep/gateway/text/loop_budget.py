@@ -43,7 +43,7 @@ class _Counted:
 
     def __len__(self) -> int:
         # A TypeError says that there is none; Jinja then counts for itself.
-        return len(self._items)  # type: ignore[arg-type]
+        return len(self._items)  # type: ignore[arg-type]  # what has no length raises
 
 
 @jinja2.pass_context
