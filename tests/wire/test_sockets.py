@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import select
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import zmq
 
 from elastic_ep.wire.codec import pack
 from elastic_ep.wire.messages import Beat, Cancel, Hello, Member, Numbered, SnapshotRequest, View
-from elastic_ep.wire.sockets import VERSION, ControllerWire, RankWire
+from elastic_ep.wire.sockets import VERSION, ControllerWire, RankWire, _Drain
 
 pytestmark = pytest.mark.anyio
 
@@ -134,6 +135,45 @@ async def test_many_messages_at_once_are_all_heard_in_order(directory: Path) -> 
             ends.wire.send(B, Cancel(number))
         await ends.ranks[B].until(before + 500)
         assert ends.ranks[B].heard[before:] == [Cancel(number) for number in range(500)]
+
+
+class Full:
+    """A socket in which everything is before anybody looks, so that its descriptor tells of nothing any more."""
+
+    closed = False
+
+    def __init__(self, fd: int, count: int) -> None:
+        self._fd = fd
+        self._left = [[b"%d" % number] for number in reversed(range(count))]
+
+    def getsockopt(self, _option: int) -> int:
+        return self._fd
+
+    def recv_multipart(self, _flags: int) -> list[bytes]:
+        if not self._left:
+            raise zmq.Again
+        return self._left.pop()
+
+
+async def test_a_message_that_nobody_can_take_does_not_keep_back_those_behind_it() -> None:
+    end, faults = End(), []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _loop, facts: faults.append(str(facts["exception"])))
+
+    def fails(parts: list[bytes]) -> None:
+        end.hear(parts)
+        if parts in ([b"0"], [b"3"]):
+            raise RuntimeError("a fault of this program")
+
+    reader, writer = os.pipe()
+    drain = _Drain(cast(Any, Full(reader, 9)), fails)
+    drain.start()
+    await end.until(9)
+    drain.close()
+    os.close(reader)
+    os.close(writer)
+    assert end.heard == [[b"%d" % number] for number in range(9)]
+    assert faults == 2 * ["a fault of this program"]
 
 
 async def test_what_is_published_is_numbered_and_beats_repeat_the_number(directory: Path) -> None:

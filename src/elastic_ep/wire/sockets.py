@@ -74,7 +74,12 @@ class _Drain:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._on_parts(parts)
+            try:
+                self._on_parts(parts)
+            except Exception:
+                # HAZARD: the descriptor tells of what comes, not of what is left.
+                self._loop.call_soon(self.run)
+                raise
             if time.monotonic() >= until:
                 self._paused = True
                 self._loop.call_soon(self._take)
