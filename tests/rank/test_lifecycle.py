@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
+import structlog
 
 from elastic_ep.machines.rank.events import DeviceOpened, Started, StepsEnded, WarmedUp
 from elastic_ep.wire.messages import Beat, Numbered, RankReport, RankState, Seat, Shutdown, Snapshot, View
 from tests.kit.lone_rank import Wire, lone_rank
 
 ALONE = View(1, (Seat(0, 1, 0),))
+
+
+@pytest.fixture
+def plain_tracebacks() -> Iterator[None]:
+    """As `logs.configure` has them; to draw one takes tens of milliseconds."""
+    shown = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.processors.add_log_level, shown])
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.mark.anyio
@@ -27,6 +38,7 @@ async def test_a_rank_without_an_engine_exits_when_it_is_told_to_stop() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.usefixtures("plain_tracebacks")
 async def test_a_rank_whose_machine_cannot_go_on_says_why_and_ends(capfd: pytest.CaptureFixture[str]) -> None:
     """Seated before it is ready: a rank that went on in a state that it does not understand could break a promise."""
     wire = Wire()
