@@ -9,7 +9,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TWICE = ("test_engine.py",)
+TWICE = ("test_engine.py", "test_pages.py")
 NO_DEVICE = ("test_interpreted.py",)
 """Files that start the interpreter's process."""
 
