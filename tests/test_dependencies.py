@@ -19,7 +19,8 @@ ARROWS: dict[str, set[str]] = {
     "exchange": {"wire", "config"},
     "models": {"exchange", "placement"},
     "weights": {"models", "wire", "placement", "timing"},
-    "engine": {"exchange", "machines", "models", "weights", "wire", "config", "placement"},
+    "kv": set(),
+    "engine": {"exchange", "kv", "machines", "models", "weights", "wire", "config", "placement"},
     "host": {"event_log", "exchange", "machines", "wire", "config", "logs", "timing", "titles"},
     "rank": {
         "engine", "exchange", "host", "machines", "models", "weights", "wire", "config", "logs", "placement",
@@ -55,6 +56,7 @@ FORBIDDEN = {
     "exchange": IO,
     "engine": IO,
     "weights": IO,
+    "kv": {*IO, "torch"},
     "wire": {"torch", "numpy", "aiohttp"},
     "group": {"torch", "numpy", "aiohttp"},
     "gateway": {"torch", "zmq"},

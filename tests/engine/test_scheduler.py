@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.engine.kv_pages import NULL_PAGE
 from elastic_ep.engine.scheduler import HORIZON, Chunk, Scheduler, Sequence
+from elastic_ep.kv.page_table import NULL_PAGE
 from elastic_ep.wire.messages import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=1)
 
 
 def sequence(number: int, length: int) -> Sequence:
-    return Sequence(number, [0] * length, length, PARAMS, 0, 0)
+    return Sequence(number, [number] * length, length, PARAMS, 0, 0)
 
 
 def check(scheduler: Scheduler, chunks: list[Chunk], limits: EngineLimits) -> None:
@@ -137,7 +137,9 @@ def test_who_says_how_much_it_wants_never_pauses_once_it_has_begun(data: st.Data
     for step in range(5000):
         if arriving and step % 2 == 0:
             length, emitted, more = arriving.pop()
-            new = Sequence(step, [0] * (length + emitted), length, PARAMS, 0, 0, most=length + emitted + more)
+            new = Sequence(
+                step, [step] * (length + emitted), length, PARAMS, 0, 0, most=length + emitted + more
+            )
             scheduler.add(new)
         in_mid_answer = [bool(seq.output_len) for seq in scheduler.waiting]
         assert in_mid_answer == sorted(in_mid_answer, reverse=True)

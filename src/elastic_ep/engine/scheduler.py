@@ -5,19 +5,25 @@ decodes. Waiting sequences are admitted first come, first served, but those in m
 ones, and only while the pages that are promised to all fit: then nobody who has begun has to wait until another ends.
 
 A sequence that may go on to the end of the context is promised less than it may come to need. If pages run out all the
-same, the youngest without output gives its own back, else the youngest, and is computed anew later: the oldest always
-advances, and no request fails for lack of pages.
+same, the youngest without output gives its own back, else the youngest, and comes back later: the oldest always advances,
+and no request fails for lack of pages.
+
+What nobody has is computed: full pages of committed tokens have names, and who is admitted shares those on the device.
+Those that are in host memory only (kv/shelf.py) are copied first, and meanwhile it is not computed. Others make the
+copies: `take_copies` says which are wanted, `stored` and `fetched` that they are over.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.engine.kv_pages import KVPages
+from elastic_ep.kv.names import NO_PAGE, PageName, extend
+from elastic_ep.kv.page_table import PageTable
 from elastic_ep.wire.messages import Assign, SamplingParams
 
 HORIZON = 512
@@ -36,6 +42,12 @@ class Sequence:
     choice: int
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    names: list[PageName] = field(default_factory=list)
+    """Of its leading full pages, as far as they were needed."""
+    full: int = 0
+    """How many of `pages` are full and in the KV cache."""
+    cached: int | None = None
+    """Tokens that need not be computed when it was first admitted."""
     stops: frozenset[int] = frozenset()
     """Tokens that end it."""
     most: int = sys.maxsize
@@ -75,16 +87,44 @@ class Chunk(NamedTuple):
         return self.start + self.length == len(self.sequence.tokens)
 
 
+class Fetch(NamedTuple):
+    """Copy the pages of these names from the shelf into `pages`, from the first on, as far as they are there."""
+
+    ticket: int
+    names: list[PageName]
+    pages: list[int]
+
+
+class Copies(NamedTuple):
+    """Wanted between device and shelf. Each page is held until its copy is over."""
+
+    store: list[tuple[PageName, int]]
+    fetch: list[Fetch]
+
+
 class Scheduler:
     """`running` hold pages for all tokens that they have, `suspects` too: of these one is computed by itself in every
-    other step, as it may break the device, and then only that one is to blame.
+    other step, as it may break the device, and then only that one is to blame. `fetching`, by ticket, wait for pages.
+
+    `root` is the name that chains of this model begin with. Without `share_prefixes` no request has pages of another,
+    only its own of before. `on_shelf` says whether a page is in host memory; None: none ever is, and none goes there.
 
     Raises ValueError if one sequence of the greatest length would not fit into the cache.
     """
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        limits: EngineLimits,
+        *,
+        root: PageName = NO_PAGE,
+        share_prefixes: bool = True,
+        on_shelf: Callable[[PageName], bool] | None = None,
+    ) -> None:
         self._limits = limits
-        self.pages = KVPages(limits.num_pages, limits.page_size)
+        self._root = root
+        self._share_prefixes = share_prefixes
+        self._on_shelf = on_shelf
+        self.pages = PageTable(limits.num_pages, limits.page_size)
         if limits.sequence_pages > limits.num_pages:
             raise ValueError(
                 f"{limits.num_pages} KV pages of {limits.page_size} tokens cannot hold one sequence of "
@@ -96,9 +136,21 @@ class Scheduler:
             )
         self.running: list[Sequence] = []  # oldest first
         self.suspects: deque[Sequence] = deque()  # next first
+        self.fetching: dict[int, Sequence] = {}
         self.waiting: deque[Sequence] = deque()  # those in mid-answer first
         self.preemptions = 0
+        self.asked = self.hits = 0
+        """Tokens of those admitted, and how many of these were in pages that somebody had."""
         self._suspects_turn = False
+        self._tickets = 0
+        self._fetches: dict[int, Fetch] = {}
+        """In progress, those too that nobody waits for any more."""
+        self._copies = Copies([], [])
+
+    @property
+    def taken(self) -> int:
+        """Seats."""
+        return len(self.running) + len(self.suspects) + len(self.fetching)
 
     def add(self, sequence: Sequence) -> None:
         if sequence.output_len:
@@ -112,12 +164,14 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.suspects:
             self.suspects.remove(sequence)
-        else:
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        else:
+            self.fetching = {ticket: one for ticket, one in self.fetching.items() if one is not sequence}
         self._release(sequence)
 
     def find(self, request_id: int) -> Sequence | None:
-        everyone = (*self.running, *self.suspects, *self.waiting)
+        everyone = (*self.running, *self.suspects, *self.fetching.values(), *self.waiting)
         return next((seq for seq in everyone if seq.request_id == request_id), None)
 
     def schedule(self) -> list[Chunk]:
@@ -134,19 +188,62 @@ class Scheduler:
                 chunks.append(Chunk(sequence, sequence.computed, length))
                 budget -= length
         while budget > 0 and (admitted := self._admit()):
-            if admitted.alone_until:
-                self.suspects.append(admitted)
+            if admitted not in self.running:
                 continue
-            self.running.append(admitted)
-            length = min(budget, len(admitted.tokens))
-            chunks.append(Chunk(admitted, 0, length))
+            length = min(budget, len(admitted.tokens) - admitted.computed)
+            chunks.append(Chunk(admitted, admitted.computed, length))
             budget -= length
         return chunks or self._one_suspect()
 
     def commit(self, chunks: list[Chunk]) -> None:
         """The chunks are in the KV cache."""
+        page_size = self._limits.page_size
         for chunk in chunks:
-            chunk.sequence.computed = chunk.start + chunk.length
+            sequence = chunk.sequence
+            sequence.computed = computed = chunk.start + chunk.length
+            if computed // page_size > sequence.full:
+                self._name_full_pages(sequence)
+
+    # Copies of pages
+
+    def take_copies(self) -> Copies:
+        """Those that are wanted since this was last asked."""
+        copies, self._copies = self._copies, Copies([], [])
+        return copies
+
+    def stored(self, pages: list[int]) -> None:
+        """They are on the shelf, or will not be."""
+        for page in pages:
+            self.pages.release([page])
+
+    def fetched(self, ticket: int, good: int) -> None:
+        """The `good` leading pages of a fetch are in the KV cache. Their sequence goes on, if it is still wanted."""
+        fetch = self._fetches.pop(ticket)
+        for page, name in zip(fetch.pages[:good], fetch.names, strict=False):
+            self.pages.name(page, name)
+        sequence = self.fetching.pop(ticket, None)
+        if sequence is not None:
+            sequence.full += good
+            self._start(sequence)
+        self.pages.release(fetch.pages)
+
+    def _name_full_pages(self, sequence: Sequence) -> None:
+        full = sequence.computed // self._limits.page_size
+        self._extend_names(sequence)
+        for place in range(sequence.full, full):
+            page, name = sequence.pages[place], sequence.names[place]
+            if self.pages.name(page, name) and self._on_shelf is not None:
+                self.pages.hold([page])
+                self._copies.store.append((name, page))
+        sequence.full = full
+
+    def _extend_names(self, sequence: Sequence) -> None:
+        root = self._root
+        if not self._share_prefixes:
+            root = PageName(sequence.request_id.to_bytes(len(NO_PAGE), "little"))
+        extend(sequence.names, root, sequence.tokens, self._limits.page_size)
+
+    # Room
 
     def _one_suspect(self) -> list[Chunk]:
         """A batch of one of the suspects; those that have proved themselves are none any more."""
@@ -206,17 +303,50 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """The first that waits, with pages, if there is a seat and room for what it is promised."""
-        taken = len(self.running) + len(self.suspects)
-        if not self.waiting or taken >= self._limits.max_num_seqs:
+        if not self.waiting or self.taken >= self._limits.max_num_seqs:
             return None
         sequence = self.waiting[0]
-        if taken and self._promised(sequence) + self._promised_to_all() > self.pages.num_pages:
+        self._extend_names(sequence)
+        # Its last token is computed in any case: that is what it goes on from.
+        names = sequence.names[: (len(sequence.tokens) - 1) // self._limits.page_size]
+        here = self.pages.find(names)
+        if self.taken and self._missing(sequence, here) > 0:
             return None
-        pages = self.pages.take(self.pages.pages_for(len(sequence.tokens)))
+        self.pages.hold(here)
+        pages = self.pages.take(self.pages.pages_for(len(sequence.tokens)) - len(here))
         if pages is None:
+            self.pages.release(here)
             return None
-        sequence.pages = pages
-        return self.waiting.popleft()
+        sequence.pages, sequence.full = here + pages, len(here)
+        self.waiting.popleft()
+        if self._on_shelf is not None and len(here) < len(names) and self._on_shelf(names[len(here)]):
+            self._fetch(sequence, names[len(here) :])
+        else:
+            self._start(sequence)
+        return sequence
+
+    def _missing(self, sequence: Sequence, here: list[int]) -> int:
+        """Pages that are too few for what it is promised beside all others; `here` are those that it would share."""
+        wanted = self._promised(sequence) - len(here) + self.pages.unheld(here)
+        return self.pages.held + self._promised_to_all() + wanted - self.pages.num_pages
+
+    def _fetch(self, sequence: Sequence, names: list[PageName]) -> None:
+        pages = sequence.pages[sequence.full : sequence.full + len(names)]
+        self.pages.hold(pages)  # by whoever writes to them, whatever becomes of the sequence meanwhile
+        self._tickets += 1
+        fetch = Fetch(self._tickets, names, pages)
+        self.fetching[fetch.ticket] = sequence
+        self._fetches[fetch.ticket] = fetch
+        self._copies.fetch.append(fetch)
+
+    def _start(self, sequence: Sequence) -> None:
+        """It has its pages, and those that somebody had are in them."""
+        sequence.computed = sequence.full * self._limits.page_size
+        self.asked += len(sequence.tokens)
+        self.hits += sequence.computed
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
+        (self.suspects if sequence.alone_until else self.running).append(sequence)
 
     def _promised(self, sequence: Sequence) -> int:
         """Pages for all that it may generate; `HORIZON` ahead if it may go on to the end of the context."""
@@ -225,7 +355,9 @@ class Scheduler:
         return self.pages.pages_for(most)
 
     def _promised_to_all(self) -> int:
-        return sum([self._promised(sequence) for sequence in (*self.running, *self.suspects)])
+        """Beyond what they have."""
+        everyone = (*self.running, *self.suspects, *self.fetching.values())
+        return sum([max(0, self._promised(sequence) - len(sequence.pages)) for sequence in everyone])
 
     def _in_mid_answer(self) -> int:
         """How many of those that wait, at their front."""
@@ -234,6 +366,6 @@ class Scheduler:
         )
 
     def _release(self, sequence: Sequence) -> None:
-        self.pages.give_back(sequence.pages)
+        self.pages.release(sequence.pages)
         sequence.pages = []
-        sequence.computed = 0
+        sequence.computed = sequence.full = 0

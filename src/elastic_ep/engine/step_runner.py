@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 import torch
@@ -30,16 +31,25 @@ _Appended = tuple[int, int, Sampled, str | None]
 """Request, index, what was sampled, and finish as in `Token`."""
 
 
+class Cached(NamedTuple):
+    """So many tokens of a request's prompt were there when it was admitted."""
+
+    request_id: int
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """`masked` names the ranks that poisoned the step; it then committed nothing.
 
     `failed` names the request that cannot be computed, with the reason; the step then committed nothing either.
+    `cached` comes with a request's first token, if any were.
     """
 
     failed: Seq[tuple[int, str]] = ()
     sampled: Seq[_Appended] = ()
     masked: frozenset[int] = frozenset()
+    cached: Seq[Cached] = ()
 
     @property
     def tokens(self) -> tuple[Token, ...]:
@@ -117,7 +127,8 @@ class StepRunner(ABC):
 
     @property
     def running(self) -> int:
-        return len(self._scheduler.running) + len(self._scheduler.suspects)
+        """Requests that have a seat."""
+        return self._scheduler.taken
 
     @property
     def waiting(self) -> int:
@@ -125,9 +136,8 @@ class StepRunner(ABC):
 
     @property
     def kv_pages(self) -> int:
-        """Pages of the KV cache in use. Any thread."""
-        pages = self._scheduler.pages
-        return pages.num_pages - pages.free
+        """Pages of the KV cache that somebody holds. Any thread."""
+        return self._scheduler.pages.held
 
     @property
     def has_work(self) -> bool:
@@ -265,10 +275,13 @@ class StepRunner(ABC):
         """The device is idle meanwhile: one loop, without a call for each token."""
         appended: list[_Appended] = []
         failed: list[tuple[int, str]] = []
+        cached: list[Cached] = []
         for sequence, one in zip(sequences, sampled, strict=True):
             try:
                 tokens, token = sequence.tokens, one.token
                 index = len(tokens) - sequence.prompt_len
+                if index == 0 and sequence.cached:
+                    cached.append(Cached(sequence.request_id, sequence.cached))
                 tokens.append(token)
                 finish = None
                 if token in sequence.stops:
@@ -283,7 +296,7 @@ class StepRunner(ABC):
                 failed.append((sequence.request_id, f"continuing it raised {_words(error)}"))
                 continue
             appended.append((sequence.request_id, index, one, finish))
-        return StepResult(failed, appended)
+        return StepResult(failed, appended, cached=cached)
 
 
 def _words(error: Exception) -> str:

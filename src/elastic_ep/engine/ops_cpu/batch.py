@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from elastic_ep.engine.kv_pages import NULL_PAGE
 from elastic_ep.engine.ops_cpu.layers import padded
 from elastic_ep.engine.scheduler import Chunk
+from elastic_ep.kv.page_table import NULL_PAGE
 
 QUERY_TILE = 2
 KEY_BLOCK = 64
