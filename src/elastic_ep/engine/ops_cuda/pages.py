@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from elastic_ep.engine.kv_pages import NULL_PAGE
+from elastic_ep.kv.page_table import NULL_PAGE
 
 STAGING_BYTES = 32 << 20
 """Of pinned memory. A batch of so many bytes takes most of a millisecond over PCIe, some twenty times what it costs to
