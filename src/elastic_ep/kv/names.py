@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 PageName = bytes
-_BYTES = 16
-NO_PAGE = PageName(_BYTES)
+NAME_BYTES = 16
+NO_PAGE = PageName(NAME_BYTES)
 """What a chain begins with that belongs to no model."""
 
 
 def root(model: str) -> PageName:
     """What the chains of a model's pages begin with; `model` tells it from all others that keys could be taken for."""
-    return blake2b(model.encode(), digest_size=_BYTES).digest()
+    return blake2b(model.encode(), digest_size=NAME_BYTES).digest()
 
 
 def extend(names: list[PageName], root: PageName, tokens: Sequence[int], page_size: int) -> None:
@@ -26,5 +26,5 @@ def extend(names: list[PageName], root: PageName, tokens: Sequence[int], page_si
     parent = names[-1] if names else root
     for start in range(len(names) * page_size, len(tokens) - page_size + 1, page_size):
         page = array("i", tokens[start : start + page_size]).tobytes()
-        parent = blake2b(parent + page, digest_size=_BYTES).digest()
+        parent = blake2b(parent + page, digest_size=NAME_BYTES).digest()
         names.append(parent)
