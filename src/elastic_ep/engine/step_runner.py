@@ -19,6 +19,8 @@ from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.engine.sampler import Sampled
 from elastic_ep.engine.scheduler import Chunk, Scheduler, Sequence
 from elastic_ep.exchange.base import Exchange
+from elastic_ep.kv.copier import PageCopier, PageMover, Shelf
+from elastic_ep.kv.names import NO_PAGE, PageName
 from elastic_ep.machines.rank.bisection import Bisection
 from elastic_ep.placement import Placement
 from elastic_ep.weights.bank import Weights
@@ -62,6 +64,18 @@ class StepResult:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class StreamMemory:
+    """What a rank may go on from instead of computing it: see `Scheduler`. `shelf` None: there is none."""
+
+    root: PageName = NO_PAGE
+    share_prefixes: bool = True
+    shelf: Shelf | None = None
+
+
+NO_SHELF = StreamMemory()
+
+
 class StepRunner(ABC):
     """Forward thread only, except where said. Raises ValueError if the limits do not fit together.
 
@@ -82,6 +96,7 @@ class StepRunner(ABC):
         exchange: Exchange,
         routing: RoutingTable,
         load: ExpertLoad,
+        memory: StreamMemory = NO_SHELF,
     ) -> None:
         self._limits = limits
         self._vocab_size = weights.spec.vocab_size
@@ -89,6 +104,8 @@ class StepRunner(ABC):
         self._placement = placement
         self._rank = rank
         self._exchange = exchange
+        self._memory = memory
+        self._copier: PageCopier | None = None
         self._scheduler = Scheduler(limits)
         self.weights = weights
         self._routing = routing
@@ -101,6 +118,22 @@ class StepRunner(ABC):
     @abstractmethod
     def warm_up(self) -> None:
         """Do once, without peers, what a first step would be slow for."""
+
+    def _open_memory(self, mover: PageMover) -> None:
+        """The KV cache is there, with `_limits.num_pages`; nothing has been scheduled yet."""
+        memory = self._memory
+        self._copier = PageCopier(memory.shelf, mover) if memory.shelf is not None else None
+        self._scheduler = Scheduler(
+            self._limits,
+            root=memory.root,
+            share_prefixes=memory.share_prefixes,
+            on_shelf=self._copier.on_shelf if self._copier else None,
+        )
+
+    def close(self) -> None:
+        """No step is run any more. Ends the thread that copies pages."""
+        if self._copier is not None:
+            self._copier.close()
 
     @abstractmethod
     def _launch(self, chunks: list[Chunk]) -> None:
@@ -222,9 +255,11 @@ class StepRunner(ABC):
         not wait for it.
         """
         self._exchange.begin_step(step)
+        self._take_done()
         chunks = self._computing = (self._again.take() or self._scheduler.schedule()) if schedule else []
         failure = self._compute(chunks)
         launched()
+        self._ask_copies()
         masked = self._exchange.end_step()
         if masked:  # whatever has failed, may have failed for that
             if chunks:
@@ -244,6 +279,23 @@ class StepRunner(ABC):
             return self._failed(chunks, failure)
         self._scheduler.commit(chunks)
         return self._append(sequences, sampled)
+
+    def _take_done(self) -> None:
+        """Copies of pages that are over since the last step."""
+        if self._copier is not None:
+            done = self._copier.take_done()
+            self._scheduler.stored(done.stored)
+            for ticket, good in done.fetched:
+                self._scheduler.fetched(ticket, good)
+
+    def _ask_copies(self) -> None:
+        """While the device works. The pages were committed by earlier steps, or are nobody's yet."""
+        if self._copier is not None:
+            copies = self._scheduler.take_copies()
+            for fetch in copies.fetch:
+                self._copier.fetch(*fetch)
+            if copies.store:
+                self._copier.store(copies.store)
 
     def _compute(self, chunks: list[Chunk]) -> Exception | None:
         """Launch the step. What it raised, if its operations could be completed all the same."""

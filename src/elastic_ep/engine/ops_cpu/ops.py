@@ -30,7 +30,7 @@ class CpuOps:
         self._spec = spec
         self._layout = layout
         self._loads = loads
-        self._caches = [
+        self.caches = [
             torch.zeros(layout.rows, layer.attention.head_dim, device=device) for layer in spec.layers
         ]
         """Of each layer, rows as `CacheLayout` orders them."""
@@ -48,7 +48,7 @@ class CpuOps:
 
     def forget(self, batch: Batch) -> None:
         """Zero what `batch` wrote. A poisoned step may have left NaN, and zero probability times NaN is NaN."""
-        for cache in self._caches:
+        for cache in self.caches:
             cache.index_fill_(0, batch.write_rows, 0.0)
 
     def embed(self, table: torch.Tensor) -> torch.Tensor:
@@ -83,11 +83,11 @@ class CpuOps:
             qk, values = (part.clamp(-kind.clip_qkv, kind.clip_qkv) for part in (qk, values))
         qk = self._rope.rotate(qk, *self._rotation)
         kv = torch.cat((qk[:, heads:], values), dim=1)
-        self._caches[index].index_copy_(0, self._step.write_rows, kv.view(-1, dim))
+        self.caches[index].index_copy_(0, self._step.write_rows, kv.view(-1, dim))
         return qk
 
     def attend(self, queries: torch.Tensor, index: int) -> torch.Tensor:
-        return attend(queries, self._caches[index], self._step, self._layout)
+        return attend(queries, self.caches[index], self._step, self._layout)
 
     def gate(self, h: torch.Tensor, layer: Parts, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self._batch is None:

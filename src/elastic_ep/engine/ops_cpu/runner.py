@@ -11,9 +11,10 @@ from elastic_ep.engine.expert_load import ExpertLoad
 from elastic_ep.engine.interrupted import CountedCarrier
 from elastic_ep.engine.ops_cpu.batch import KEY_BLOCK, Batch, BatchMaker, CacheLayout
 from elastic_ep.engine.ops_cpu.ops import CpuOps
+from elastic_ep.engine.ops_cpu.pages import CpuPages
 from elastic_ep.engine.sampler import Sampled, sample
 from elastic_ep.engine.scheduler import Chunk, Sequence
-from elastic_ep.engine.step_runner import StepResult, StepRunner
+from elastic_ep.engine.step_runner import NO_SHELF, StepResult, StepRunner, StreamMemory
 from elastic_ep.engine.transformer import Transformer
 from elastic_ep.exchange.base import TILE, Exchange, Received
 from elastic_ep.models.spec import ModelSpec
@@ -35,6 +36,7 @@ class ModelRunner(StepRunner):
         rank: int,
         exchange: Exchange,
         device: torch.device | str = "cpu",
+        memory: StreamMemory = NO_SHELF,
     ) -> None:
         if KEY_BLOCK % limits.page_size:
             raise ValueError(f"page size {limits.page_size} does not divide {KEY_BLOCK}")
@@ -47,7 +49,8 @@ class ModelRunner(StepRunner):
         load = ExpertLoad(placement, rank)
         self._ops = CpuOps(spec, layout, limits.max_model_len, self._device, load.by_slot)
         self._model = Transformer(weights, self._ops)
-        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load)
+        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load, memory)
+        self._open_memory(CpuPages(self._ops.caches, layout))
         self._carrier = CountedCarrier(exchange)
         self._batch: Batch | None = None
         self._logits: torch.Tensor | None = None

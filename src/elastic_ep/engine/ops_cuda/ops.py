@@ -44,7 +44,7 @@ class CudaOps:
         self._rows_per_expert = num_ranks * spec.moe.top_k / spec.moe.experts
         kind = spec.attention
         size = (limits.cache_pages, kind.kv_heads, limits.page_size, kind.head_dim)
-        self._caches = torch.zeros(len(spec.layers), 2, *size, dtype=dtype, device=device)
+        self.caches = torch.zeros(len(spec.layers), 2, *size, dtype=dtype, device=device)
         angles = rotary_angles(kind.head_dim, kind.rope_theta, limits.max_model_len)
         self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
         self.load = torch.zeros(spec.moe_layers, slots, dtype=torch.int32, device=device)
@@ -71,7 +71,7 @@ class CudaOps:
 
     def rope_and_write(self, qkv: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
         inputs, rows, kind = self._inputs, self._shape.rows, self._spec.layers[index].attention
-        keys, values = self._caches[index]
+        keys, values = self.caches[index]
         norm = layer["qk_norm"] if kind.qk_norm is QkNorm.HEAD else None
         if kind.qk_norm is QkNorm.PROJECTION:
             qkv = self._norm_projections(qkv, layer["qk_norm"].view(-1), kind.heads * kind.head_dim)
@@ -96,7 +96,7 @@ class CudaOps:
 
     def attend(self, queries: torch.Tensor, index: int) -> torch.Tensor:
         inputs, rows = self._inputs, self._shape.rows
-        keys, values = self._caches[index]
+        keys, values = self.caches[index]
         if self._shape.decode:
             out = decode_attention(queries, keys, values, inputs.tables[:rows], inputs.lengths[:rows])
         else:

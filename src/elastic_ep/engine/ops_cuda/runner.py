@@ -17,9 +17,10 @@ from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
 from elastic_ep.engine.ops_cuda.load import DeviceLoad
 from elastic_ep.engine.ops_cuda.memory import Budget
 from elastic_ep.engine.ops_cuda.ops import CudaOps
+from elastic_ep.engine.ops_cuda.pages import CudaPages
 from elastic_ep.engine.sampler import Sampled, is_plain_greedy
 from elastic_ep.engine.scheduler import Chunk, Sequence
-from elastic_ep.engine.step_runner import StepRunner
+from elastic_ep.engine.step_runner import NO_SHELF, StepRunner, StreamMemory
 from elastic_ep.engine.transformer import Transformer
 from elastic_ep.exchange.base import DeviceExchange
 from elastic_ep.placement import Placement
@@ -57,6 +58,7 @@ class CudaRunner(StepRunner):
         tile: int = TILE_ROWS,
         graphs: bool = True,
         budget: Budget | None = None,
+        memory: StreamMemory = NO_SHELF,
     ) -> None:
         device = weights.embed.device
         self._inputs = StepInputs(limits, tile, device)
@@ -87,7 +89,8 @@ class CudaRunner(StepRunner):
         self._drawn: Drawn | None = None
         """None: the most likely token of each."""
         load = DeviceLoad(placement, rank, self._ops.load)
-        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load)
+        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load, memory)
+        self._open_memory(CudaPages(self._ops.caches))
 
     def set_routing(self, active_ranks: Collection[int], placement: Placement | None = None) -> bool:
         covered = super().set_routing(active_ranks, placement)
