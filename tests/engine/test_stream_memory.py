@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.engine.solo import TINY, SoloExchange, assign, drain, dummy_weights
 
 LIMITS = EngineLimits(max_model_len=200, max_num_seqs=4, max_num_batched_tokens=24, num_pages=40)
 PREFIX = [7 * number % 200 + 4 for number in range(70)]
-SAMPLED = {"temperature": 0.8, "top_p": 0.9, "logprobs": 3, "max_tokens": 40}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "logprobs": 3, "max_tokens": 40}
 
 
 class Memory:
@@ -74,7 +75,7 @@ REQUESTS = [
 def test_a_prefix_in_common_is_computed_once_and_nobody_can_tell() -> None:
     shared = runner(StreamMemory())
     tokens: dict[int, list[Token]] = {}
-    cached = {}
+    cached: dict[int, int] = {}
     for request in REQUESTS:
         assert not shared.add(request)
         while shared.has_work:
