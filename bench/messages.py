@@ -21,6 +21,7 @@ from elastic_ep.wire.messages import (
     FromRank,
     Heartbeat,
     Numbered,
+    PageCounts,
     SamplingParams,
     Seat,
     StepReport,
@@ -40,9 +41,12 @@ def main() -> None:
     prompt = tuple(range(100, 100 + options.tokens))
     tokens = tuple(Token(request, 5, 1234 + request) for request in range(16))
     messages: dict[str, tuple[Any, Any]] = {
-        "step report of 16": (StepReport(7, 3, 1, 2, tokens, 16, 0, 999, 55, kv_pages=40), FromRank),
+        "step report of 16": (
+            StepReport(7, 3, 1, 2, tokens, 16, 0, 999, 55, pages=PageCounts(held=40)),
+            FromRank,
+        ),
         "assignment": (Assign(1, prompt, (), SamplingParams(100), 77, 0), ToRank),
-        "heartbeat": (Heartbeat(5, 6, 7, None, parked=False, kv_pages=3), FromRank),
+        "heartbeat": (Heartbeat(5, 6, 7, None, parked=False, pages=PageCounts(held=3)), FromRank),
         "view of 8": (Numbered(4, View(5, tuple(Seat(rank, 1, 0) for rank in range(8)))), Numbered),
     }
     rows = []

@@ -24,7 +24,8 @@ REFUSED = """
     --data-parallel-size 8 | -dp 8 | --dp 8 | --dp-size 4 | --ep-size 8 | --ep 8 | --expert-parallel-size 8
     --gpu-memory-utilization 0.9 | --mem-fraction-static 0.88 | --kv-cache-memory-bytes 1G | --max-total-tokens 1000
     --dtype bfloat16 | --dtype float16 | --quantization fp8 | -q awq | --kv-cache-dtype fp8 | --enforce-eager
-    --disable-cuda-graph | --enable-prefix-caching | --max-running-requests 64 | --context-length 4096
+    --disable-cuda-graph | --disable-radix-cache | --disable-prefix-caching | --max-running-requests 64
+    --context-length 4096 | --enable-hierarchical-cache
     --chunked-prefill-size 512 | --random-seed 1 | --watchdog-timeout 30 | --completion-template x.jinja
     --tool-call-parser hermes | --enable-auto-tool-choice | --reasoning-parser qwen3 | --speculative-config {}
     --speculative-algorithm EAGLE | --enable-lora | --lora-paths a=b | --block-size 32 | --page-size 64 | --nnodes 2
@@ -43,8 +44,8 @@ REFUSED = """
 """As users of vLLM 0.33 and SGLang 0.5.23 write them; nobody's table but this test's."""
 ACCEPTED = """
     --enable-expert-parallel | -ep | --enable-ep-moe | --trust-remote-code | --enable-chunked-prefill
-    --disable-radix-cache | --no-enable-prefix-caching | --enable-dp-attention | --tensor-parallel-size 1 | -tp 1 | --tp=1
-    --pipeline-parallel-size=1 | --dtype auto | --kv-cache-dtype auto | --enable-request-id-headers
+    --enable-prompt-tokens-details | --enable-cache-report | --enable-dp-attention | --tensor-parallel-size 1
+    -tp 1 | --tp=1 | --pipeline-parallel-size=1 | --dtype auto | --kv-cache-dtype auto | --enable-request-id-headers
     --disable-log-requests | --disable-log-stats | --enable-metrics | --block-size 16 | --page-size 16 | --nnodes 1
     --distributed-executor-backend mp | --scheduling-policy fcfs | --generation-config auto | --task generate
     --max-logprobs 20 | --swap-space 0 | --enable-elastic-ep | --disable-custom-all-reduce | --quantization none
@@ -132,6 +133,18 @@ def test_a_misspelt_flag_is_told_the_nearest(refused: Any, written: str, meant: 
 @pytest.mark.parametrize("arguments", [["--bogus-flag"], ["-x"], ["a", "b"], ["--zzz", "1"]])
 def test_what_is_nothing_is_told_so(refused: Any, arguments: list[str]) -> None:
     assert "see --help" in refused(arguments)
+
+
+def test_prefix_caching_is_on_and_can_be_turned_on_and_off() -> None:
+    assert [
+        parse([*map(str, given)]).enable_prefix_caching
+        for given in (
+            [],
+            ["--enable-prefix-caching"],
+            ["--no-enable-prefix-caching"],
+            ["--no_enable_prefix_caching"],
+        )
+    ] == [True, True, False, False]
 
 
 def test_flags_may_be_written_with_underscores() -> None:

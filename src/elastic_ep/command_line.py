@@ -52,7 +52,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[ServeConfig]) -> N
         flag: Flag = setting.metadata["flag"]
         kind = str(setting.type).removesuffix(" | None")
         how: dict[str, Any] = {"default": None if setting.default is MISSING else setting.default}
-        if kind == "bool":
+        if flag.two:
+            how["action"] = argparse.BooleanOptionalAction
+        elif kind == "bool":
             how["action"] = "store_false" if setting.default else "store_true"
         elif flag.repeated:
             how |= {"action": "append", "default": []}

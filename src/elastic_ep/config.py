@@ -70,6 +70,8 @@ class RankConfig:
     timing: Timing
     placement: Placement
     """As it is at this launch: the rank loads its row."""
+    prefix_caching: bool = True
+    """Requests share pages. Without, a request has its own of before alone, when it comes back."""
     peers: PeerWeights | None = None
     """Who has weights to give; None before anybody has."""
     log: LogConfig = LogConfig()
@@ -93,7 +95,8 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """How a setting is given on the command line, and which values it may have. A switch takes none."""
+    """How a setting is given on the command line, and which values it may have. A switch takes none; one of `two` has a
+    --no- form too."""
 
     help: str
     name: str = ""
@@ -102,6 +105,7 @@ class Flag:
     within: tuple[float, float] | None = None
     choices: tuple[str, ...] = ()
     repeated: bool = False
+    two: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Raises `ConfigError`. None is what was not given."""
@@ -147,6 +151,7 @@ class ServeConfig:
         within=(1, 65536))
     num_pages: int | None = _flag(None, f"KV cache pages ({PAGE_SIZE} tokens) a rank", name="--num-gpu-blocks-override",
         within=(1, 1 << 24))
+    enable_prefix_caching: bool = _flag(True, "prompts that begin alike share pages of KV cache", two=True)
     max_queued: int = _flag(1024, "requests that may wait; more get 429", within=(1, 1_000_000))
     request_timeout_s: float = _flag(600.0, "seconds after which a request that is not complete fails",
         name="--request-timeout", within=(0.1, 1_000_000))

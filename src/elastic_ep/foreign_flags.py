@@ -49,6 +49,7 @@ _EQUIVALENT = {
     "--max-num-seqs, which is of each rank": "--max-running-requests",
     "--max-num-batched-tokens": "--chunked-prefill-size --max-prefill-tokens",
     "--max-queued": "--max-queued-requests",
+    "--no-enable-prefix-caching": "--disable-radix-cache --disable-prefix-caching",
     "--num-gpu-blocks-override, which is a number of pages of 16 tokens, of each rank": (
         "--gpu-memory-utilization --mem-fraction-static --kv-cache-memory-bytes --max-total-tokens"
     ),
@@ -65,7 +66,7 @@ _SWITCHED_ON = {
     "a lost rank is always survived": "--enable-elastic-ep --enable-fault-tolerance --enable-elastic-expert-backup",
     "no code of a model folder is ever run": "--trust-remote-code --no-trust-remote-code",
     "prompts are always computed in chunks": "--enable-chunked-prefill --enable-mixed-chunk",
-    "there is no cache of prompts": "--no-enable-prefix-caching --disable-radix-cache --disable-prefix-caching",
+    "usage always tells cached_tokens": "--enable-cache-report --enable-prompt-tokens-details",
     "requests are not logged": "--disable-log-requests --no-enable-log-requests --no-log-requests",
     "statistics are served at /metrics, not logged": "--disable-log-stats --enable-metrics",
     "every answer has an X-Request-Id": "--enable-request-id-headers",
@@ -76,9 +77,6 @@ _SWITCHED_ON = {
     "it is always so": "--async-scheduling --disable-hybrid-kv-cache-manager --enable-tokenizer-batch-encode",
 }
 _SWITCHES = {
-    "cannot be honoured: there is no cache of prompts": (
-        "--enable-prefix-caching --enable-hierarchical-cache --enable-cache-report --enable-prompt-tokens-details"
-    ),
     "cannot be honoured: prompts are always computed in chunks": (
         "--no-enable-chunked-prefill --disable-chunked-prefill"
     ),
@@ -96,7 +94,8 @@ _SWITCHES = {
         "--is-embedding --enable-multimodal --enable-prompt-embeds --enable-mm-embeds --language-model-only"
     ),
     "cannot be honoured: it is not implemented": (
-        "--enable-sleep-mode --enable-two-batch-overlap --enable-dbo --enable-single-batch-overlap "
+        "--enable-hierarchical-cache --enable-sleep-mode --enable-two-batch-overlap --enable-dbo "
+        "--enable-single-batch-overlap "
         "--enable-memory-saver --disable-overlap-schedule --enable-return-routed-experts "
         "--enable-nan-detection --enable-server-load-tracking --enable-dp-lm-head --headless --disable-fastapi-docs "
         "--enable-return-hidden-states --return-tokens-as-token-ids --data-parallel-hybrid-lb "

@@ -74,6 +74,7 @@ class ServePlan:
             device=self.device,
             seed=self.config.seed,
             limits=self.limits,
+            prefix_caching=self.config.enable_prefix_caching,
             timing=self.config.timing,
             placement=self.placement,
             log=self.config.log,

@@ -354,9 +354,7 @@ class RunProcess:
         )
 
     def _app(self, parts: Parts) -> web.Application:
-        backend = GroupBackend(
-            parts.controller, parts.router, parts.rebalancer, self._metrics, self._plan.limits.num_pages
-        )
+        backend = GroupBackend(parts.controller, parts.router, parts.rebalancer, self._metrics)
         return create_app(backend, self._api_settings, self._plan.text, self._metrics, self._plan.load_text)
 
     async def _listen(self, app: web.Application) -> HttpServer:

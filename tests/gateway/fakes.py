@@ -100,13 +100,14 @@ class Submitted:
 class FakeStream:
     """Gives its batches, then waits for more until cancelled, as a real one does."""
 
-    def __init__(self, batches: Iterable[tuple[Token, ...]]) -> None:
+    def __init__(self, batches: Iterable[tuple[Token, ...]], cached_tokens: int = 0) -> None:
         self._batches = deque(batches)
         self._ended = False
         self.taken = 0
         self.idle = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.failure: Failure | None = None
+        self.cached_tokens = cached_tokens
 
     def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]:
         return self
@@ -157,6 +158,8 @@ class FakeBackend:
     reply: Reply = field(default_factory=lambda: says("The answer is 7."))
     serving: int = 8
     capacity: int | None = None
+    cached: list[int] = field(default_factory=list)
+    """Of the next choices, tokens of the prompt that are not computed."""
     stopping: bool = False
     submitted: list[Submitted] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
@@ -169,7 +172,7 @@ class FakeBackend:
         if self.capacity is not None and len(self.streams) >= self.capacity:
             raise Busy(3)
         request = Submitted(prompt, params, seed, choice)
-        stream = FakeStream(self.reply(request))
+        stream = FakeStream(self.reply(request), self.cached.pop(0) if self.cached else 0)
         self.submitted.append(request)
         self.streams.append(stream)
         self.arrived.put_nowait(stream)

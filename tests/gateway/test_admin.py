@@ -8,7 +8,7 @@ from elastic_ep.gateway.settings import SamplingDefaults
 from elastic_ep.group.metrics import ERROR_STATUSES, FINISH_REASONS, Metrics
 from elastic_ep.group.port import LossCause
 from elastic_ep.machines.membership.events import GroupState
-from elastic_ep.wire.messages import RankState
+from elastic_ep.wire.messages import Member, PageCounts, RankState
 from tests.gateway.conftest import Start
 from tests.gateway.fakes import FakeBackend, sample_text
 
@@ -70,6 +70,7 @@ async def test_status_is_as_the_issue_says(start: Start) -> None:
                     "reason": "",
                     "last_loss": None,
                     "kv_cache_usage": 0.0,
+                    "kv_pages": {"device": 0, "held": 0, "named": 0, "shelf": 0, "shelf_bytes": 0},
                 }
             ],
             "idle": False,
@@ -96,6 +97,18 @@ async def test_requests_are_counted(start: Start) -> None:
         'elastic_ep:time_to_first_token_seconds_bucket{le="+Inf"} 2.0',
     ):
         assert line in lines
+
+
+def test_a_ranks_page_counters_go_on_through_its_incarnations() -> None:
+    """Whatever is scraped, and however often: no scrape sees them fall, and each incarnation's count is in them once."""
+    metrics, name = Metrics(), 'elastic_ep:prefix_cache_hits_total{rank="1"}'
+    seen = []
+    for incarnation, hits in ((1, 5), (1, 5), (1, 9), (1, 0), (1, 9), (2, 0), (2, 4), (2, 4)):
+        metrics.pages(Member(1, incarnation), PageCounts(hits=hits, shelf_pages=hits))
+        (line,) = [line for line in metrics.render().decode().splitlines() if line.startswith(name)]
+        seen.append(float(line.split()[1]))
+    assert seen == [5, 5, 9, 9, 9, 9, 13, 13]
+    assert 'elastic_ep:shelf_pages{rank="1"} 4.0' in metrics.render().decode().splitlines()
 
 
 def test_metrics_of_the_control_plane() -> None:

@@ -129,6 +129,28 @@ async def test_streamed_chat(client: openai.AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_usage_tells_the_prompts_tokens_that_were_not_computed(
+    client: openai.AsyncOpenAI, running: Running, stream: bool
+) -> None:
+    """A prompt counts once: what its second choice finds may be of the first."""
+
+    async def cached(create: Any, **asked: Any) -> Any:
+        if stream:
+            asked |= {"stream": True, "stream_options": {"include_usage": True}}
+            usages = [chunk.usage async for chunk in await create(model=MODEL, **asked)]
+            assert set(usages[:-1]) == {None}
+        else:
+            usages = [(await create(model=MODEL, **asked)).usage]
+        return usages[-1].prompt_tokens_details.cached_tokens
+
+    running.backend.cached = [3, 5, 40, 60]
+    assert await cached(client.completions.create, prompt=["A", "B"], n=2) == 43
+    assert await cached(client.completions.create, prompt="A") == 0
+    running.backend.cached = [16]
+    assert await cached(client.chat.completions.create, messages=MESSAGES) == 16
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_many_choices(client: openai.AsyncOpenAI, running: Running, stream: bool) -> None:
     running.backend.reply = lambda request: says(f"{request.prompt[0]} {request.choice}")(request)
     prompts = ["A", "B"]

@@ -6,21 +6,24 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from elastic_ep.gateway.backend import GroupBackend
 from elastic_ep.group.group_lines import GroupLines
-from elastic_ep.group.port import LossCause, Unavailable
+from elastic_ep.group.port import KVPages, LossCause, Unavailable
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import GroupState
 from elastic_ep.wire.messages import (
     Assign,
+    Cached,
     Drain,
     FailureCode,
     Heartbeat,
     Hello,
     Member,
+    PageCounts,
     RankReport,
     RankState,
     SamplingParams,
@@ -124,7 +127,9 @@ def test_requests_go_to_ranks_and_their_tokens_to_clients_through_a_loss() -> No
         stream = group.router.submit((1, 2), SamplingParams(2), 0, 0)
         await asyncio.sleep(0.01)
         (first,) = [n for n, rank in group.ranks.items() if any(isinstance(m, Assign) for m in rank.told)]
-        group.controller.on_message(group.ranks[first].member, report(group, Token(0, 0, 5)))
+        told = replace(report(group, Token(0, 0, 5)), cached=(Cached(0, 1),))
+        group.controller.on_message(group.ranks[first].member, told)
+        assert stream.cached_tokens == 1
         facts = group.controller.facts[group.ranks[first].member]
         assert (facts.running, facts.waiting, facts.step) == (3, 2, 7)
         assert group.controller.step == 7
@@ -137,13 +142,46 @@ def test_requests_go_to_ranks_and_their_tokens_to_clients_through_a_loss() -> No
             if n != first and any(isinstance(m, Assign) and m.emitted == (5,) for m in rank.told)
         ]
         group.controller.on_message(
-            group.ranks[second].member, report(group, Token(0, 1, 6, "length"), step=8)
+            group.ranks[second].member,
+            replace(report(group, Token(0, 1, 6, "length"), step=8), cached=(Cached(0, 2),)),
         )
+        assert stream.cached_tokens == 1, "to take it over costs its client nothing"
         assert [token.token for token in await anext(stream)] == [5, 6]
         await group.until(lambda: group.all_serve, "it is back")
         last = group.controller.ledger.last(first)
         assert last is not None
         assert last.requests == 1, "who took over is asked of the router"
+
+    simulate(main)
+
+
+def test_what_ranks_say_of_their_pages_is_in_the_status_and_in_the_metrics() -> None:
+    """By a heartbeat or by a step's report, the newest counts; what an incarnation counted stays when it is gone."""
+
+    async def main(group: FakeGroup) -> None:
+        backend = GroupBackend(group.controller, group.router, cast(Any, None), group.metrics)
+        beat, counts = Heartbeat(1, 0, 0, None, False), PageCounts(total=200, held=50, named=20, hits=7)
+        group.metrics.render()
+        assert metric(group, "prefix_cache_hits_total", rank="1") == 0, "there from the start"
+        group.controller.on_message(ALL[1], replace(beat, pages=counts._replace(held=150)))
+        group.controller.on_message(ALL[1], replace(report(group), pages=counts))
+        group.controller.on_message(ALL[2], replace(report(group), pages=counts))
+        later = counts._replace(held=100, shelf_pages=3, shelf_bytes=4096, stored=5)
+        group.controller.on_message(ALL[2], replace(beat, pages=later))
+        engines = backend.status().engines
+        assert [engine.kv_cache_usage for engine in engines] == [0.0, 0.25, 0.5]
+        assert [engine.kv_pages for engine in engines] == [
+            KVPages(), KVPages(device=200, held=50, named=20), KVPages(200, 100, 20, shelf=3, shelf_bytes=4096),
+        ]  # fmt: skip
+        group.kill(1)
+        assert backend.status().engines[1].kv_pages == KVPages()
+        await group.until(lambda: group.all_serve, "it is back")
+        group.controller.on_message(AGAIN, replace(beat, pages=counts))
+        group.metrics.render()
+        assert metric(group, "prefix_cache_hits_total", rank="1") == 14
+        assert metric(group, "shelf_pages_stored_total", rank="2") == 5
+        assert metric(group, "kv_cache_held_pages", rank="2") == 100
+        assert metric(group, "kv_cache_usage_perc") == pytest.approx((0 + 0.25 + 0.5) / 3)
 
     simulate(main)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import settings
@@ -15,7 +15,7 @@ from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.requests import events as ev
 from elastic_ep.machines.requests.lifecycle import RequestState
 from elastic_ep.machines.requests.routing import RoutingMachine
-from elastic_ep.wire.messages import Assign, Cancel, FailureCode, Member, SamplingParams, Token
+from elastic_ep.wire.messages import Assign, Cached, Cancel, FailureCode, Member, SamplingParams, Token
 
 A, A2, B, C = Member(0, 1), Member(0, 2), Member(1, 1), Member(2, 1)
 
@@ -182,6 +182,18 @@ def test_max_tokens_finish_even_if_the_rank_does_not_say_so() -> None:
     assert [token.finish for token in deliver.tokens] == [None, "length"]
     assert effects[1:] == [ev.Finish(0, "length"), ev.WorkEnded()]
     assert run(machine, ev.RankDown(A, "killed")) == []
+
+
+def test_what_its_first_owner_had_of_a_prompt_is_told_before_its_first_token() -> None:
+    machine = machine_of()
+    run(machine, ev.RankUp(A), ev.RankUp(B), new(0), new(1))
+    event = replace(tokens(A, (0, 0)), cached=(Cached(0, 2), Cached(1, 2), Cached(9, 2)))
+    assert run(machine, event) == [ev.FromCache(0, 2), ev.Deliver(0, event.tokens)]
+    assert run(machine, event) == [], "heard twice"
+    assert machine.duplicate_tokens == 1
+    again = replace(tokens(B, (0, 1), (1, 0)), cached=(Cached(0, 3), Cached(1, 1)))
+    effects = run(machine, ev.RankDown(A, "killed"), again)
+    assert effects == [ev.FromCache(1, 1), ev.Deliver(0, again.tokens[:1]), ev.Deliver(1, again.tokens[1:])]
 
 
 def test_abort_from_the_rank() -> None:

@@ -61,6 +61,8 @@ def show(effect: ev.Effect) -> str:
         case ev.Deliver(request_id, tokens):
             shown = " ".join(f"{t.index}:{t.token}" + (f"={t.finish}" if t.finish else "") for t in tokens)
             return f"deliver {request_id} {shown}"
+        case ev.FromCache(request_id, count):
+            return f"from cache {request_id} {count}"
         case ev.Finish(request_id, reason):
             return f"finish {request_id} {reason}"
         case ev.Refuse(request_id, reason, retry_after_s):

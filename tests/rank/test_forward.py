@@ -26,7 +26,7 @@ from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.outbox import Posted, Ready
 from elastic_ep.run import BUNDLED_MODEL
 from elastic_ep.timing import USUAL
-from elastic_ep.wire.messages import Assign, Member, SamplingParams, Seat, StepReport, View
+from elastic_ep.wire.messages import Assign, Cached, Member, SamplingParams, Seat, StepReport, View
 from elastic_ep.wire.slot_messages import ExpertLoads, PlacementSeen
 
 MODEL = load_spec(Path(BUNDLED_MODEL))
@@ -205,6 +205,23 @@ def test_a_report_says_how_things_were_when_the_step_ended(
         assert report.operations == 2 * (report.step + 1)
     assert [report.running for report in rank.story.reports] == [1, 0]
     assert [report.tokens[0].finish for report in rank.story.reports] == [None, "length"]
+    assert [report.pages.held for report in rank.story.reports] == [1, 0]
+    assert all(report.pages.total == LIMITS.num_pages for report in rank.story.reports)
+
+
+def test_a_report_tells_what_was_cached_beside_the_first_token() -> None:
+    rank = Rank()
+    prompt = tuple(range(5, 5 + LIMITS.page_size + 4))
+    one, same = (Assign(number, prompt, (), SamplingParams(3), 0, 0) for number in (8, 9))
+    rank.run(
+        launch_0=lambda: rank.story.deliver(one),
+        launch_3=lambda: rank.story.deliver(same),
+        launch_5=rank.stop,
+    )
+    cached = [(report.step, each) for report in rank.story.reports for each in report.cached]
+    assert cached == [(4, Cached(9, LIMITS.page_size))]
+    (report,) = [report for report in rank.story.reports if report.step == 4]
+    assert (9, 0) in [(token.request_id, token.index) for token in report.tokens]
 
 
 def test_nothing_is_kept_back_while_it_is_held() -> None:

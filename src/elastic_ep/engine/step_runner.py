@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import structlog
 import torch
@@ -24,20 +23,13 @@ from elastic_ep.kv.names import NO_PAGE, PageName
 from elastic_ep.machines.rank.bisection import Bisection
 from elastic_ep.placement import Placement
 from elastic_ep.weights.bank import Weights
-from elastic_ep.wire.messages import Assign, Token
+from elastic_ep.wire.messages import Assign, Cached, PageCounts, Token
 from elastic_ep.wire.slot_messages import SlotSum
 
 log = structlog.get_logger()
 _REASON_CHARACTERS = 300
 _Appended = tuple[int, int, Sampled, str | None]
 """Request, index, what was sampled, and finish as in `Token`."""
-
-
-class Cached(NamedTuple):
-    """So many tokens of a request's prompt were there when it was admitted."""
-
-    request_id: int
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +160,17 @@ class StepRunner(ABC):
         return len(self._scheduler.waiting)
 
     @property
-    def kv_pages(self) -> int:
-        """Pages of the KV cache that somebody holds. Any thread."""
-        return self._scheduler.pages.held
+    def page_counts(self) -> PageCounts:
+        """Any thread."""
+        scheduler, pages = self._scheduler, self._scheduler.pages
+        return PageCounts(
+            total=pages.num_pages,
+            held=pages.held,
+            named=pages.named,
+            queries=scheduler.asked,
+            hits=scheduler.hits,
+            evictions=pages.evictions,
+        )
 
     @property
     def has_work(self) -> bool:

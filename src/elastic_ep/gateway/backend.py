@@ -11,6 +11,7 @@ from elastic_ep.group.port import (
     ExpertsStatus,
     FaultToleranceStatus,
     Health,
+    KVPages,
     Rebalancing,
     Relaunch,
     Stopping,
@@ -18,7 +19,7 @@ from elastic_ep.group.port import (
     Verification,
 )
 from elastic_ep.group.rebalance import Rebalancer
-from elastic_ep.wire.messages import RankState, SamplingParams
+from elastic_ep.wire.messages import NO_PAGES, Member, PageCounts, RankState, SamplingParams
 
 
 class GroupBackend:
@@ -30,14 +31,11 @@ class GroupBackend:
         router: Router,
         rebalancer: Rebalancer,
         metrics: Metrics,
-        num_pages: int,
     ) -> None:
-        """`num_pages` is the size of each rank's KV cache."""
         self._controller = controller
         self._router = router
         self._rebalancer = rebalancer
         self._metrics = metrics
-        self._num_pages = num_pages
         metrics.refresh = self._refresh
         for rank, record in controller.machine.records.items():
             metrics.rank_state(rank, record.state)
@@ -87,6 +85,7 @@ class GroupBackend:
     def _engine_status(self, rank: int) -> EngineStatus:
         record = self._controller.machine.records[rank]
         facts = self._controller.facts.get(record.member)
+        pages = self._pages(record.member)
         dead = record.state in (RankState.FAILED, RankState.STOPPED)
         healthy = record.state in (RankState.SERVING, RankState.DRAINING) and not record.fenced
         return EngineStatus(
@@ -99,12 +98,13 @@ class GroupBackend:
             waiting=facts.waiting if facts else 0,
             reason="" if healthy else self._controller.reason(rank),
             last_loss=self._controller.ledger.last(rank),
-            kv_cache_usage=self._kv_cache_usage(rank),
+            kv_cache_usage=_usage(pages),
+            kv_pages=KVPages(pages.total, pages.held, pages.named, pages.shelf_pages, pages.shelf_bytes),
         )
 
-    def _kv_cache_usage(self, rank: int) -> float:
-        facts = self._controller.facts.get(self._controller.machine.records[rank].member)
-        return facts.kv_pages / self._num_pages if facts else 0.0
+    def _pages(self, member: Member) -> PageCounts:
+        facts = self._controller.facts.get(member)
+        return facts.pages if facts else NO_PAGES
 
     def _refresh(self) -> None:
         """What is read where it is, and not told at every change."""
@@ -113,5 +113,12 @@ class GroupBackend:
         metrics.requests(self._router.running, self._router.waiting)
         metrics.messages_dropped(controller.dropped)
         metrics.group(machine.public_state, idle=machine.idle, tolerates=machine.tolerates)
-        usage = {rank: self._kv_cache_usage(rank) for rank in machine.records}
+        pages = {rank: self._pages(record.member) for rank, record in machine.records.items()}
+        for rank, record in machine.records.items():
+            metrics.pages(record.member, pages[rank])
+        usage = {rank: _usage(counts) for rank, counts in pages.items()}
         metrics.kv_cache(usage, members=[seat.rank for seat in machine.view.seats])
+
+
+def _usage(pages: PageCounts) -> float:
+    return pages.held / pages.total if pages.total else 0.0

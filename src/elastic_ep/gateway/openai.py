@@ -260,8 +260,10 @@ async def _send(request: web.Request, pieces: list[str]) -> web.StreamResponse:
 
 
 def _usage(job: Job, runs: list[_Run]) -> Usage:
-    """A prompt counts once, however many choices were made for it."""
-    return Usage(sum(len(part.prompt) for part in job.parts), sum(run.reader.generated for run in runs))
+    """A prompt counts once, however many choices were made for it: of these the first one found what was there before."""
+    cached = sum(run.stream.cached_tokens for run in runs[:: job.n])
+    prompts = sum(len(part.prompt) for part in job.parts)
+    return Usage(prompts, sum(run.reader.generated for run in runs), cached)
 
 
 async def _together(parts: list[Coroutine[Any, Any, _T]]) -> list[_T]:

@@ -136,7 +136,12 @@ def _object(**properties: Schema) -> Schema:
 
 
 def _answer(kind: str, choice: Schema) -> Schema:
-    usage = _object(prompt_tokens=_INTEGER, completion_tokens=_INTEGER, total_tokens=_INTEGER)
+    usage = _object(
+        prompt_tokens=_INTEGER,
+        completion_tokens=_INTEGER,
+        total_tokens=_INTEGER,
+        prompt_tokens_details=_object(cached_tokens=_INTEGER),
+    )
     choices = {"type": "array", "items": choice}
     return _object(
         id=_STRING, object={"const": kind}, created=_INTEGER, model=_STRING, choices=choices, usage=usage

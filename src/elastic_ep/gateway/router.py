@@ -29,7 +29,7 @@ class RoutedStream:
     `failure` then explains.
     """
 
-    __slots__ = ("_cancel", "_ended", "_ready", "_refusal", "_wake", "failure", "request_id")
+    __slots__ = ("_cancel", "_ended", "_ready", "_refusal", "_wake", "cached_tokens", "failure", "request_id")
 
     def __init__(self, request_id: int, cancel: Callable[[int], None]) -> None:
         self.request_id = request_id
@@ -39,6 +39,7 @@ class RoutedStream:
         self._ended = False
         self._refusal: ev.Refuse | None = None
         self.failure: Failure | None = None
+        self.cached_tokens = 0
 
     def __aiter__(self) -> RoutedStream:
         return self
@@ -149,6 +150,9 @@ class Router:
                         stream._deliver(tokens)
                 case ev.Send(member, message):
                     self._send(member, message)
+                case ev.FromCache(request_id, count):
+                    if stream := self._streams.get(request_id):
+                        stream.cached_tokens = count
                 case ev.Finish(request_id, _, code, detail):
                     if stream := self._streams.pop(request_id, None):
                         stream._end(Failure(code, detail) if code else None)

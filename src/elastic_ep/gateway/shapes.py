@@ -38,15 +38,21 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """`cached_tokens` are those of the prompts that did not have to be computed; None: that is not known yet."""
+
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int | None = None
 
-    def plain(self) -> dict[str, int]:
-        return {
+    def plain(self) -> dict[str, Any]:
+        usage: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+        if self.cached_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        return usage
 
 
 class Shape(Protocol):

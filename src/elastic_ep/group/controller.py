@@ -157,7 +157,7 @@ class Controller:
             case Heartbeat():
                 self.watch.heard(member, message)
                 facts = self._known(member)
-                facts.step, facts.kv_pages = message.step, message.kv_pages
+                facts.step, facts.pages = message.step, message.pages
                 record = self.machine.records[member.rank]
                 if record.member == member and record.state in STARTING:
                     self._hold_device(member)
@@ -235,7 +235,8 @@ class Controller:
     def on_gone(self, member: Member, status: str) -> None:
         self.feed(ev.ProcessGone(member, status))
         self.ledger.gone(member, status, self._relaunch_in_s(member.rank))
-        self.facts.pop(member, None)
+        if facts := self.facts.pop(member, None):
+            self._metrics.pages(member, facts.pages)
         self.repairs.gone(member)
         self._store.gone(member)
         self._noticed_ns.pop(member, None)
@@ -401,7 +402,7 @@ class Controller:
     def _on_step_report(self, member: Member, report: StepReport) -> None:
         facts = self._known(member)
         facts.running, facts.waiting, facts.step = report.running, report.waiting, report.step
-        facts.kv_pages = report.kv_pages
+        facts.pages = report.pages
         self.watch.heard(member, report)
         if report.masked:
             self._metrics.step_poisoned()
@@ -412,8 +413,9 @@ class Controller:
             self._pace.step_reported(member, report)
         self._on_step(report.step)
         if report.tokens:
-            committed = (member, report.tokens, report.step, report.started_ns, report.ended_ns)
-            self._hub.post("routing", routing.TokensCommitted(*committed))
+            step = (report.step, report.started_ns, report.ended_ns)
+            committed = routing.TokensCommitted(member, report.tokens, *step, cached=report.cached)
+            self._hub.post("routing", committed)
 
     def _suspect(self, waiter: Member, report: StepReport) -> None:
         """A rank that a step has masked in a view which has it: the wait for it was longer than a kernel waits.

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from elastic_ep.group.port import LossCause, Rebalancing
 from elastic_ep.machines.membership.events import GroupState
-from elastic_ep.wire.messages import RankState
+from elastic_ep.wire.messages import NO_PAGES, Member, PageCounts, RankState
 
 _PREFIX = "elastic_ep:"
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -124,6 +124,41 @@ class Metrics:
         self._rank_kv_usage = self._gauge(
             "rank_kv_cache_usage_perc", "Share of a rank's KV cache in use.", "rank"
         )
+        self._make_page_metrics()
+
+    def _make_page_metrics(self) -> None:
+        """By rank, through all its incarnations."""
+        self._page_gauges = {
+            field: self._gauge(name, text, "rank")
+            for field, name, text in (
+                ("total", "kv_cache_pages", "Pages of a rank's KV cache."),
+                ("held", "kv_cache_held_pages", "Of these, pages that requests hold."),
+                ("named", "kv_cache_named_pages", "Of these, pages that other requests may share."),
+                ("shelf_pages", "shelf_pages", "Pages in a rank's part of the shelf."),
+                ("shelf_bytes", "shelf_bytes", "Bytes of these."),
+            )
+        }
+        self._page_counters = {
+            field: self._counter(name, text, "rank")
+            for field, name, text in (
+                ("queries", "prefix_cache_queries", "Tokens of admitted requests."),
+                ("hits", "prefix_cache_hits", "Of these, tokens that were not computed."),
+                (
+                    "evictions",
+                    "kv_cache_evictions",
+                    "Pages evicted from the device that others might have shared.",
+                ),
+                ("stored", "shelf_pages_stored", "Pages copied to the shelf."),
+                ("fetched", "shelf_pages_fetched", "Pages copied from the shelf."),
+                ("dropped", "shelf_pages_dropped", "Pages that gave way on the shelf, or never got there."),
+                (
+                    "bad",
+                    "shelf_pages_bad",
+                    "Pages of the shelf that were not what they should be, and not taken.",
+                ),
+            )
+        }
+        self._pages_told: dict[int, tuple[Member, PageCounts]] = {}
 
     def _make_series(self) -> None:
         """Those with labels exist from the start: to what appears with its first event, increase() is blind."""
@@ -190,6 +225,18 @@ class Metrics:
             self._rank_kv_usage.labels(str(rank)).set(share)
         shares = [usage[rank] for rank in members]
         self._kv_usage.set(sum(shares) / len(shares) if shares else 0.0)
+
+    def pages(self, member: Member, counts: PageCounts) -> None:
+        """As the member said last. Its counters began with it, those of its rank go on."""
+        of, before = self._pages_told.get(member.rank, (member, NO_PAGES))
+        if of != member:
+            before = NO_PAGES
+        rank = str(member.rank)
+        for field, gauge in self._page_gauges.items():
+            gauge.labels(rank).set(getattr(counts, field))
+        for field, counter in self._page_counters.items():
+            counter.labels(rank).inc(max(0, getattr(counts, field) - getattr(before, field)))
+        self._pages_told[member.rank] = member, PageCounts(*map(max, before, counts))
 
     def epoch(self, epoch: int) -> None:
         self._epoch.set(epoch)

@@ -109,6 +109,18 @@ class Relaunch:
 
 
 @dataclass(frozen=True, slots=True)
+class KVPages:
+    """Of one rank in `GET /v1/fault_tolerance/status`: pages on its `device`, of which requests hold `held`, and others
+    may share `named`; pages and bytes of its part of the `shelf`."""
+
+    device: int = 0
+    held: int = 0
+    named: int = 0
+    shelf: int = 0
+    shelf_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """One rank in `GET /v1/fault_tolerance/status`.
 
@@ -127,6 +139,7 @@ class EngineStatus:
     reason: str
     last_loss: LastLoss | None = None
     kv_cache_usage: float = 0.0
+    kv_pages: KVPages = KVPages()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +218,11 @@ class Stream(Protocol):
 
     @property
     def failure(self) -> Failure | None: ...
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that did not have to be computed. Known when there is a token."""
+        ...
 
     def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]: ...
 

@@ -17,7 +17,7 @@ from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.progress import MemberBeat, ProgressMachine, Pulse, Suspect
 from elastic_ep.timing import Timing
-from elastic_ep.wire.messages import Heartbeat, Member, RankState, StepReport
+from elastic_ep.wire.messages import NO_PAGES, Heartbeat, Member, PageCounts, RankState, StepReport
 
 STARTING = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
 NOTED_PAUSE_MS = 500
@@ -33,8 +33,7 @@ class RankFacts:
     running: int = 0
     waiting: int = 0
     step: int = 0
-    kv_pages: int = 0
-    """Of its KV cache, in use."""
+    pages: PageCounts = NO_PAGES
 
 
 class ProgressWatch:

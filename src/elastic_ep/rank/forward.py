@@ -193,7 +193,8 @@ class ForwardThread:
                 cpu_ms=time.thread_time_ns() // 1_000_000,
                 masked=tuple(sorted(result.masked)),
                 mask_ns=self._mailbox.mask_ns if result.masked else 0,
-                kv_pages=self.runner.kv_pages,
+                pages=self.runner.page_counts,
+                cached=tuple(result.cached),
                 held=held if held != self._held else None,
             )
             self._report, self._held = (report, result), held

@@ -56,6 +56,7 @@ from elastic_ep.rank.slots import SlotWorker
 from elastic_ep.rank.store_client import ControlStore
 from elastic_ep.weights.transfer import open_plane
 from elastic_ep.wire.messages import (
+    NO_PAGES,
     Assign,
     Cancel,
     Drain,
@@ -292,5 +293,5 @@ class RankProcess:
             cpu_ms=self._forward.cpu_ms(),
             waiting_for=engine.exchange.waiting_for if engine else None,
             parked=parked,
-            kv_pages=engine.runner.kv_pages if engine else 0,
+            pages=engine.runner.page_counts if engine else NO_PAGES,
         )

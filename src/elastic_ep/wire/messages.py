@@ -162,13 +162,39 @@ class Promise:
     step: int
 
 
+class PageCounts(NamedTuple):
+    """What a rank knows of its pages. Counters begin at 0 with each of its incarnations.
+
+    Of its device: pages in `total`, `held` by requests and copies, `named` (others may share them); `queries` are tokens
+    of admitted requests, `hits` those among them that were in pages already; `evictions` of named pages. Of its part of
+    the shelf: pages and bytes that are there; pages `stored`, `fetched` (from any rank's part), `dropped` (for new ones,
+    or as they came too fast), and `bad` (not taken, as their checksum did not fit).
+    """
+
+    total: int = 0
+    held: int = 0
+    named: int = 0
+    queries: int = 0
+    hits: int = 0
+    evictions: int = 0
+    shelf_pages: int = 0
+    shelf_bytes: int = 0
+    stored: int = 0
+    fetched: int = 0
+    dropped: int = 0
+    bad: int = 0
+
+
+NO_PAGES = PageCounts()
+
+
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Sign of life.
 
     `step` is the step the forward thread is in, `operations` counts its exchange operations, `cpu_ms` the
     processor time of the forward thread, `waiting_for` the rank whose data it waits for, `parked` that it
-    waits at a boundary because it was told to, `kv_pages` how many pages of its KV cache are in use.
+    waits at a boundary because it was told to.
     """
 
     step: int
@@ -176,7 +202,7 @@ class Heartbeat:
     cpu_ms: int
     waiting_for: int | None
     parked: bool
-    kv_pages: int = 0
+    pages: PageCounts = NO_PAGES
 
 
 class Bias(NamedTuple):
@@ -264,6 +290,13 @@ class Token(NamedTuple):
     top: Annotated[tuple[TopLogprob, ...], PRIVATE] = ()
 
 
+class Cached(NamedTuple):
+    """So many tokens of the request's prompt were in pages that were there before, and were not computed."""
+
+    request_id: int
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What a step brought. Sent when tokens were committed or the step was poisoned, perhaps while the next one runs.
@@ -286,7 +319,9 @@ class StepReport:
     mask_ns: int = 0
     held: tuple[int, ...] | None = None
     """The requests that wait in this rank from now on; None: the same as before."""
-    kv_pages: int = 0
+    pages: PageCounts = NO_PAGES
+    cached: tuple[Cached, ...] = ()
+    """Of requests whose first token is among `tokens`; those without any are left out."""
 
 
 class FailureCode(StrEnum):

@@ -12,12 +12,12 @@ from typing import Annotated
 
 from elastic_ep.machines.contract import Tick
 from elastic_ep.machines.membership.events import NothingWillServe, StopRequested, WorkBegan, WorkEnded
-from elastic_ep.wire.messages import Assign, Cancel, FailureCode, Member, SamplingParams, Token
+from elastic_ep.wire.messages import Assign, Cached, Cancel, FailureCode, Member, SamplingParams, Token
 from elastic_ep.wire.privacy import PRIVATE, TokenId
 
 __all__ = [
     "Blamed", "CancelRequested", "DeadlinePassed", "Deliver", "Drained", "Effect", "Event", "Failed", "Fault",
-    "Finish", "Moved", "NewRequest", "NothingWillServe", "RankDown", "RankDraining", "RankUp",
+    "Finish", "FromCache", "Moved", "NewRequest", "NothingWillServe", "RankDown", "RankDraining", "RankUp",
     "Refuse", "Replayed", "RoutingConfig", "Send", "StopRequested", "Submitted", "Tick", "TokensCommitted",
     "WorkBegan", "WorkEnded",
 ]  # fmt: skip
@@ -127,6 +127,7 @@ class TokensCommitted:
     step: int = 0
     started_ns: int = 0
     ended_ns: int = 0
+    cached: tuple[Cached, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,14 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
+class FromCache:
+    """To the client: so many tokens of its prompt did not have to be computed. Before its first token, once."""
+
+    request_id: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """To the client: that was all. `reason` as in `Token.finish`; "abort" when it failed, for which `code` and `detail`
     say why."""
@@ -248,6 +257,8 @@ class Drained:
     """A stop was requested and no request is left. Said once."""
 
 
-Effect = Send | Deliver | Finish | Refuse | Replayed | Moved | Fault | WorkBegan | WorkEnded | Drained
+Effect = (
+    Send | Deliver | FromCache | Finish | Refuse | Replayed | Moved | Fault | WorkBegan | WorkEnded | Drained
+)
 Notice = Replayed | Moved | Fault | WorkBegan | WorkEnded | Drained
 """Effects that concern the rest of the run process."""

@@ -175,6 +175,12 @@ class RoutingMachine(Machine[Event, Effect]):
         if rank is None or rank.faulty:
             self.stale_tokens += len(event.tokens)
             return
+        for cached in event.cached:
+            request = rank.requests.get(cached.request_id)
+            if (
+                request is not None and not request.emitted
+            ):  # who owns it first: to replay it costs its client nothing
+                self._effects.append(ev.FromCache(*cached))
         batches: dict[int, list[Token]] = {}
         ended: dict[int, str] = {}
         fault = ""
