@@ -84,9 +84,7 @@ class StreamMemory(RuleBasedStateMachine):
     @rule(poisoned=st.booleans(), token=st.integers(0, 1))
     def step(self, poisoned: bool, token: int) -> None:
         chunks = self.again or self.scheduler.schedule()
-        copies = self.scheduler.take_copies()
-        self.stores += copies.store
-        self.fetches += [(fetch, 0) for fetch in copies.fetch]
+        self.take_copies()
         for chunk in chunks:
             self.compute(chunk, poisoned)
         self.again = chunks if poisoned else []
@@ -101,6 +99,12 @@ class StreamMemory(RuleBasedStateMachine):
                 self.wanted[sequence.request_id].append(token)
                 if len(sequence.tokens) >= LONGEST:
                     self.end(sequence.request_id)
+
+    @rule()
+    def take_copies(self) -> None:
+        copies = self.scheduler.take_copies()
+        self.stores += copies.store
+        self.fetches += [(fetch, 0) for fetch in copies.fetch]
 
     def compute(self, chunk: Chunk, poisoned: bool) -> None:
         sequence = chunk.sequence
@@ -189,6 +193,7 @@ def test_a_lost_rank_costs_a_stream_its_last_page() -> None:
     world.request([0, 1, 0, 1, 1])
     for _ in range(5):
         world.step(poisoned=False, token=1)
+        world.take_copies()
         while world.stores:
             world.store(dropped=False)
     world.computed = 0

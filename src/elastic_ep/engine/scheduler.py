@@ -146,6 +146,8 @@ class Scheduler:
         self._fetches: dict[int, Fetch] = {}
         """In progress, those too that nobody waits for any more."""
         self._copies = Copies([], [])
+        self._filled: list[Sequence] = []
+        """Those with full pages that have no names yet."""
 
     @property
     def taken(self) -> int:
@@ -196,18 +198,21 @@ class Scheduler:
         return chunks or self._one_suspect()
 
     def commit(self, chunks: list[Chunk]) -> None:
-        """The chunks are in the KV cache."""
+        """The chunks are in the KV cache. The device is idle meanwhile: pages get their names later."""
         page_size = self._limits.page_size
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.computed = computed = chunk.start + chunk.length
             if computed // page_size > sequence.full:
-                self._name_full_pages(sequence)
+                self._filled.append(sequence)
 
     # Copies of pages
 
     def take_copies(self) -> Copies:
-        """Those that are wanted since this was last asked."""
+        """Those that are wanted since this was last asked. To be asked while the device works: it names pages, too."""
+        for sequence in self._filled:
+            self._name_full_pages(sequence)
+        self._filled.clear()
         copies, self._copies = self._copies, Copies([], [])
         return copies
 
@@ -229,7 +234,8 @@ class Scheduler:
 
     def _name_full_pages(self, sequence: Sequence) -> None:
         full = sequence.computed // self._limits.page_size
-        self._extend_names(sequence)
+        if full > sequence.full:
+            self._extend_names(sequence)
         for place in range(sequence.full, full):
             page, name = sequence.pages[place], sequence.names[place]
             if self.pages.name(page, name) and self._on_shelf is not None:
@@ -366,6 +372,7 @@ class Scheduler:
         )
 
     def _release(self, sequence: Sequence) -> None:
+        self._name_full_pages(sequence)
         self.pages.release(sequence.pages)
         sequence.pages = []
         sequence.computed = sequence.full = 0

@@ -290,8 +290,8 @@ class StepRunner(ABC):
 
     def _ask_copies(self) -> None:
         """While the device works. The pages were committed by earlier steps, or are nobody's yet."""
+        copies = self._scheduler.take_copies()
         if self._copier is not None:
-            copies = self._scheduler.take_copies()
             for fetch in copies.fetch:
                 self._copier.fetch(*fetch)
             if copies.store:
