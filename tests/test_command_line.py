@@ -22,7 +22,7 @@ from elastic_ep.run import BUNDLED_MODEL, USAGE_ERROR, main, make_parser, parse
 REFUSED = """
     --tensor-parallel-size 2 | -tp 4 | --tp 8 | --tp-size=2 | --pipeline-parallel-size 2 | -pp 2 | --pp-size 2
     --data-parallel-size 8 | -dp 8 | --dp 8 | --dp-size 4 | --ep-size 8 | --ep 8 | --expert-parallel-size 8
-    --gpu-memory-utilization 0.9 | --mem-fraction-static 0.88 | --kv-cache-memory-bytes 1G | --max-total-tokens 1000
+    --mem-fraction-static 0.88 | --kv-cache-memory-bytes 1G | --max-total-tokens 1000
     --dtype bfloat16 | --dtype float16 | --quantization fp8 | -q awq | --kv-cache-dtype fp8 | --enforce-eager
     --disable-cuda-graph | --disable-radix-cache | --disable-prefix-caching | --max-running-requests 64
     --context-length 4096 | --enable-hierarchical-cache

@@ -16,7 +16,7 @@ ARROWS: dict[str, set[str]] = {
     "wire": {"placement"},
     "machines": {"wire", "placement", "timing"},
     "event_log": {"machines", "wire", "config"},
-    "exchange": {"wire", "config"},
+    "exchange": {"wire", "config", "machine_memory"},
     "models": {"exchange", "placement"},
     "weights": {"models", "wire", "placement", "timing"},
     "kv": set(),
@@ -34,8 +34,8 @@ ARROWS: dict[str, set[str]] = {
 }  # fmt: skip
 """A folder, and what it may import besides itself: folders, and modules of the top level."""
 TOP = {
-    "charts", "command_line", "config", "foreign_flags", "logs", "loop_watch", "placement", "placement_picture", "plan",
-    "replay", "run", "serve", "timing", "titles",
+    "charts", "command_line", "config", "foreign_flags", "logs", "loop_watch", "machine_memory", "placement",
+    "placement_picture", "plan", "replay", "run", "serve", "timing", "titles",
 }  # fmt: skip
 """The commands, what they are made of, and what all may use."""
 BASE: dict[str, set[str]] = {
@@ -43,6 +43,7 @@ BASE: dict[str, set[str]] = {
     "foreign_flags": {"config"},
     "logs": {"config"},
     "loop_watch": {"event_log"},
+    "machine_memory": set(),
     "placement": set(),
     "timing": set(),
     "titles": {"wire"},

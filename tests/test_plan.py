@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from elastic_ep import plan
 from elastic_ep.config import ConfigError, ServeConfig
 from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.models import qwen3_moe
-from elastic_ep.plan import KV_CACHE_BYTES, engine_limits, first_placement, make_plan
+from elastic_ep.plan import engine_limits, first_placement, make_plan
 from elastic_ep.run import BUNDLED_MODEL
 from elastic_ep.serve import RunProcess
 from tests.kit.shapes import QWEN3_30B
@@ -23,7 +25,7 @@ CONFIG = ServeConfig(ranks=4, model=str(BUNDLED_MODEL), device="cpu")
     ("sequences", "tokens", "device", "expected"),
     [
         (None, None, "cpu", (16, 64)),
-        (None, None, "cuda", (64, 256)),
+        (None, None, "cuda", (256, 256)),
         (100, None, "cpu", (100, 100)),
         (None, 8, "cuda", (8, 8)),
         (4, 32, "cuda", (4, 32)),
@@ -55,14 +57,64 @@ def test_a_gpu_gets_an_even_number_of_physical_experts(
     assert first_placement(config, model, redundant, device).slots_per_rank == slots
 
 
-@pytest.mark.parametrize(("device", "item"), [("cpu", 4), ("cuda", 2)])
-def test_the_kv_cache_takes_so_many_bytes_on_every_device(device: str, item: int) -> None:
-    model = qwen3_moe.spec(QWEN3_30B)
-    limits = engine_limits(
-        replace(CONFIG, max_model_len=1024, max_num_seqs=4096, max_num_batched_tokens=4096), model, device
+MODEL = qwen3_moe.spec(QWEN3_30B)
+PAGE = 2 * 48 * 4 * 128 * 16 * 4
+"""Bytes, on a processor."""
+
+
+@pytest.mark.parametrize(
+    ("available", "length", "pages"),
+    [
+        (10 * 4 * 100 * PAGE, 1024, 100),
+        (10 * 4 * 100 * PAGE - 1, 1024, 99),
+        (1 << 60, 1024, 16 * 64),
+        (4 * 64 * PAGE, 1024, 64),
+    ],
+    ids=("a tenth", "nearly", "all that sequences need", "one sequence at least"),
+)
+def test_a_cache_on_the_processor_takes_a_share_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch, available: int, length: int, pages: int
+) -> None:
+    monkeypatch.setattr(plan, "available_memory", lambda: available)
+    limits = engine_limits(replace(CONFIG, max_model_len=length), MODEL, "cpu")
+    assert limits.num_pages == pages
+    assert engine_limits(replace(CONFIG, max_model_len=length, num_pages=77), MODEL, "cpu").num_pages == 77
+
+
+def test_a_sequence_that_memory_cannot_hold_names_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "available_memory", lambda: 4 * 64 * PAGE - 1)
+    with pytest.raises(ConfigError, match="lower --max-model-len or --ranks"):
+        engine_limits(replace(CONFIG, max_model_len=1024), MODEL, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "utilization", "pages", "flag"),
+    [
+        ({}, 0.9, 64, "--gpu-memory-utilization"),
+        ({"gpu_memory_utilization": 0.5}, 0.5, 64, "--gpu-memory-utilization"),
+        ({"num_pages": 99, "gpu_memory_utilization": 0.5}, None, 99, "--num-gpu-blocks-override"),
+    ],
+)
+def test_ranks_on_gpus_size_their_cache_unless_told(
+    given: dict[str, Any], utilization: float | None, pages: int, flag: str
+) -> None:
+    """What they are told is the least that will do."""
+    config = replace(CONFIG, max_model_len=1024, **given)
+    there = replace(
+        make_plan(CONFIG), config=config, device="cuda", limits=engine_limits(config, MODEL, "cuda")
     )
-    page = 2 * 48 * 4 * 128 * limits.page_size * item
-    assert KV_CACHE_BYTES[device] - page < limits.num_pages * page <= KV_CACHE_BYTES[device]
+    told = there.rank_config(Path("x"))
+    assert (told.gpu_memory_utilization, told.limits.num_pages, there.cache_flag) == (
+        utilization,
+        pages,
+        flag,
+    )
+
+
+def test_a_share_of_a_gpu_means_nothing_on_the_processor() -> None:
+    with pytest.raises(ConfigError, match=r"--gpu-memory-utilization: .*--num-gpu-blocks-override"):
+        make_plan(replace(CONFIG, gpu_memory_utilization=0.9))
+    assert make_plan(CONFIG).rank_config(Path("x")).gpu_memory_utilization is None
 
 
 def test_only_ranks_on_the_processor_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +122,8 @@ def test_only_ranks_on_the_processor_need_shared_memory(monkeypatch: pytest.Monk
         raise WindowsError(12, "too little of it")
 
     monkeypatch.setattr(Windows, "create", refuse)
-    plan = make_plan(CONFIG)
-    with pytest.raises(ConfigError, match="too little of it"), RunProcess(plan)._windows():
+    on_cpu = make_plan(CONFIG)
+    with pytest.raises(ConfigError, match="too little of it"), RunProcess(on_cpu)._windows():
         pass
-    with RunProcess(replace(plan, device="cuda"))._windows() as fd:
+    with RunProcess(replace(on_cpu, device="cuda"))._windows() as fd:
         assert os.fstat(fd).st_size == 0, "the fork server hands it on"

@@ -19,7 +19,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Sizes of one rank's engine, all per rank. `num_pages` pages of `page_size` tokens of KV cache."""
+    """Sizes of one rank's engine, all per rank. `num_pages` pages of `page_size` tokens of KV cache.
+
+    A rank that sizes its KV cache itself replaces `num_pages`, and is told the least that will do: one sequence's.
+    """
 
     max_model_len: int
     max_num_seqs: int = 16
@@ -72,6 +75,8 @@ class RankConfig:
     """As it is at this launch: the rank loads its row."""
     prefix_caching: bool = True
     """Requests share pages. Without, a request has its own of before alone, when it comes back."""
+    gpu_memory_utilization: float | None = None
+    """Of its GPU's memory, for all ranks on it: what a rank's share has left is KV cache. None: it is not sized so."""
     peers: PeerWeights | None = None
     """Who has weights to give; None before anybody has."""
     log: LogConfig = LogConfig()
@@ -146,11 +151,15 @@ class ServeConfig:
     allow_credentials: bool = _flag(False, "and with cookies")
     max_model_len: int | None = _flag(None, "prompt plus generated tokens; the model's own if not given",
         within=(2, MOST_MODEL_LEN))
-    max_num_seqs: int | None = _flag(None, "sequences that a rank runs at once (16, on a GPU 64)", within=(1, 4096))
+    max_num_seqs: int | None = _flag(None, "sequences that a rank runs at once (16, on a GPU 256)", within=(1, 4096))
     max_num_batched_tokens: int | None = _flag(None, "tokens that a rank computes in one step (64, on a GPU 256)",
         within=(1, 65536))
-    num_pages: int | None = _flag(None, f"KV cache pages ({PAGE_SIZE} tokens) a rank", name="--num-gpu-blocks-override",
-        within=(1, 1 << 24))
+    gpu_memory_utilization: float | None = _flag(None,
+        "share of a GPU's memory for all ranks on it (0.9); what weights and steps leave of it is KV cache",
+        within=(0.01, 1))
+    num_pages: int | None = _flag(None,
+        f"KV cache pages ({PAGE_SIZE} tokens) a rank; what memory has room for if not given",
+        name="--num-gpu-blocks-override", within=(1, 1 << 24))
     enable_prefix_caching: bool = _flag(True, "prompts that begin alike share pages of KV cache", two=True)
     max_queued: int = _flag(1024, "requests that may wait; more get 429", within=(1, 1_000_000))
     request_timeout_s: float = _flag(600.0, "seconds after which a request that is not complete fails",

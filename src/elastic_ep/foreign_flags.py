@@ -51,8 +51,9 @@ _EQUIVALENT = {
     "--max-queued": "--max-queued-requests",
     "--no-enable-prefix-caching": "--disable-radix-cache --disable-prefix-caching",
     "--num-gpu-blocks-override, which is a number of pages of 16 tokens, of each rank": (
-        "--gpu-memory-utilization --mem-fraction-static --kv-cache-memory-bytes --max-total-tokens"
+        "--kv-cache-memory-bytes --max-total-tokens"
     ),
+    "--gpu-memory-utilization": "--mem-fraction-static",
     "--seed": "--random-seed",
     "--ep-num-redundant-experts": "--num-redundant-experts --eplb-config",
     "--hang-deadline, in seconds": "--watchdog-timeout --soft-watchdog-timeout --elastic-ep-rejoin-timeout",

@@ -16,17 +16,19 @@ from elastic_ep.gateway.text.fit import TextFit, fit
 from elastic_ep.gateway.text.text import Text
 from elastic_ep.host.devices import choose_device
 from elastic_ep.host.mps import find_program
+from elastic_ep.machine_memory import available_memory
 from elastic_ep.models.config_json import CheckpointError
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.weights.checkpoint import validate_checkpoint
 
-KV_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
-"""At most so much for the KV cache of a rank unless the command line says how many pages."""
-SHARED_KV_CACHE_BYTES = 1 << 30
-"""Likewise, of ranks that share a GPU."""
-_SEQUENCES = {"cpu": 16, "cuda": 64}
+MACHINE_SHARE = 0.1
+"""Of the memory that is available: for the KV caches of all ranks on a processor, unless the command line says how many
+pages. A page takes memory when it is first used."""
+MEMORY_UTILIZATION = 0.9
+"""Of a GPU, for the ranks on it, unless the command line says how much. vLLM's."""
+_SEQUENCES = {"cpu": 16, "cuda": 256}
 """That a rank runs at once, unless the command line says how many. On a GPU one costs a step what 64 cost: so survivors
 have seats for a lost rank's requests, too."""
 _TOKENS = {"cpu": 64, "cuda": 256}
@@ -63,6 +65,18 @@ class ServePlan:
     def shape(self) -> ExchangeShape:
         return self.model.exchange_shape(self.limits.max_num_batched_tokens, self.placement)
 
+    @property
+    def memory_utilization(self) -> float | None:
+        """Of a GPU, if ranks size their KV cache by it."""
+        if self.config.num_pages is not None or self.device == "cpu":
+            return None
+        return self.config.gpu_memory_utilization or MEMORY_UTILIZATION
+
+    @property
+    def cache_flag(self) -> str:
+        """Which flag the size of the KV cache is a matter of."""
+        return "--gpu-memory-utilization" if self.memory_utilization else "--num-gpu-blocks-override"
+
     def rank_config(self, directory: Path) -> RankConfig:
         """Of the first launch of the first rank. `directory` is the run's, private."""
         return RankConfig(
@@ -77,6 +91,7 @@ class ServePlan:
             prefix_caching=self.config.enable_prefix_caching,
             timing=self.config.timing,
             placement=self.placement,
+            gpu_memory_utilization=self.memory_utilization,
             log=self.config.log,
         )
 
@@ -96,6 +111,10 @@ def make_plan(config: ServeConfig) -> ServePlan:
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(_model_fault(folder, error)) from error
     device = choose_device(config.device, model.hidden_size)
+    if device == "cpu" and config.gpu_memory_utilization is not None:
+        raise ConfigError(
+            "--gpu-memory-utilization: the ranks run on the CPU: how large a KV cache is says --num-gpu-blocks-override"
+        )
     if config.mps:
         if device != "cuda":
             raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
@@ -166,15 +185,31 @@ def engine_limits(config: ServeConfig, model: ModelSpec, device: str) -> EngineL
         )
     limits = EngineLimits(max_model_len, *_step_size(config, device))
     one_sequence = limits.sequence_pages
-    most_bytes = SHARED_KV_CACHE_BYTES if config.mps else KV_CACHE_BYTES[device]
-    affordable = max(one_sequence, most_bytes // model.kv_page_bytes(device, limits.page_size))
-    num_pages = config.num_pages or min(limits.max_num_seqs * one_sequence, affordable)
+    if config.num_pages is None:
+        return replace(
+            limits, num_pages=one_sequence if device == "cuda" else _cpu_pages(config, model, limits)
+        )
+    num_pages = config.num_pages
     if num_pages < one_sequence:
         raise ConfigError(
             f"--num-gpu-blocks-override {num_pages} cannot hold one sequence of {max_model_len} tokens: give at least "
             f"{one_sequence} or lower --max-model-len"
         )
     return replace(limits, num_pages=num_pages)
+
+
+def _cpu_pages(config: ServeConfig, model: ModelSpec, limits: EngineLimits) -> int:
+    """As many as memory has room for, not more than all sequences need. Raises `ConfigError` if that is less than one."""
+    available, page = available_memory(), model.kv_page_bytes("cpu", limits.page_size)
+    one_sequence = limits.sequence_pages
+    if one_sequence * page * config.ranks > available:
+        raise ConfigError(
+            f"a KV cache for one sequence of {limits.max_model_len} tokens takes {one_sequence * page / 2**30:.2f} GiB "
+            f"on each of {config.ranks} ranks, but {available / 2**30:.2f} GiB of memory are available: lower "
+            "--max-model-len or --ranks"
+        )
+    affordable = int(available * MACHINE_SHARE) // (page * config.ranks)
+    return min(limits.max_num_seqs * one_sequence, max(one_sequence, affordable))
 
 
 def _step_size(config: ServeConfig, device: str) -> tuple[int, int]:

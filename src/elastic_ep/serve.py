@@ -187,7 +187,7 @@ class RunProcess:
             log.error(self._fork_error)
             return START_FAILED
         if controller.serving.is_set() and not self._stop.is_set():
-            self._announce(url)
+            self._announce(url, controller)
         await _first_of(self._stop, controller.over)
         status = await self._farewell(controller)
         await self._stop_gracefully(parts)
@@ -208,16 +208,24 @@ class RunProcess:
                     await self._stop.wait()
                 return NOTHING_SERVES if controller.serving.is_set() else START_FAILED
 
-    def _announce(self, url: str) -> None:
+    def _announce(self, url: str, controller: Controller) -> None:
         question = {"role": "user", "content": EXAMPLE_QUESTION}
         body = json.dumps({"model": self._plan.name, "messages": [question]})
         key = "-H 'Authorization: Bearer YOUR_KEY' " if self._config.api_key else ""
         curl = f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' {key}-d '{body}'"
         print(f"serving {self._plan.name} on {self._config.ranks} ranks at {url}   try: {curl}")
         print(f"events: {self._log.path or 'off'}", flush=True)
-        limits = self._plan.limits
-        tokens = limits.num_pages * limits.page_size
-        log.info("KV cache", tokens_a_rank=tokens, pages=limits.num_pages, flag="--num-gpu-blocks-override")
+        facts = [controller.facts[member] for member in sorted(controller.machine.view.members)]
+        pages = [fact.pages.total for fact in facts]
+        size = self._plan.limits.page_size
+        tokens = min(pages) * size
+        log.info(
+            "KV cache",
+            tokens_a_rank=tokens,
+            tokens=sum(pages) * size,
+            pages=pages,
+            flag=self._plan.cache_flag,
+        )
 
     async def _stop_gracefully(self, parts: Parts) -> None:
         """Drain, then ask, then force; every phase has a deadline."""

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda.inputs import StepShape
-from elastic_ep.engine.ops_cuda.kernels import expert_ffn
-from elastic_ep.engine.ops_cuda.memory import Budget, NotEnoughMemory, check_memory, needs_of
+from elastic_ep.engine.ops_cuda.kernels import decode_attention, expert_ffn
+from elastic_ep.engine.ops_cuda.memory import (
+    MOST_PAGES,
+    Budget,
+    NotEnoughMemory,
+    Share,
+    check_memory,
+    needs_of,
+    pages_within,
+)
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.placement import launch_placement
@@ -52,14 +63,38 @@ def test_what_is_at_work_in_a_layer_is_counted_as_it_is_allocated(monkeypatch: p
 
 
 def test_logits_of_graphs_are_counted() -> None:
-    """16 sequences are a tile of 64. Graphs: a decode and, of 256 tokens, four others; and an eager step, twice."""
+    """Graphs of decodes have logits for each row, others for as many sequences as fit; an eager step has them twice."""
     model = replace(TINY, vocab_size=TINY.vocab_size + 1)
     limits = EngineLimits(max_model_len=320, max_num_seqs=16, max_num_batched_tokens=256)
     counted = [needs_of(each, limits, PLACEMENT, SHAPE, 0).working for each in (TINY, model)]
-    assert counted[1] - counted[0] == 4 * 64 * (1 + 4 + 2)
+    assert counted[1] - counted[0] == 4 * (64 + 3 * 64 + 2 * 64)
     many = replace(limits, max_num_seqs=512, max_num_batched_tokens=512)
     counted = [needs_of(each, many, PLACEMENT, SHAPE, 0).working for each in (TINY, model)]
-    assert counted[1] - counted[0] == 4 * (64 + 128 + 192 + 256 + 4 * 512 + 2 * 512)
+    assert counted[1] - counted[0] == 4 * (2 * (64 + 128 + 256) + 2 * 512)
+
+
+def test_the_parts_of_long_contexts_are_counted_as_they_are_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once eagerly and once in the graphs."""
+    parts: list[int] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *tensors, **options: parts.append(sum(part.nbytes for part in tensors[5:8]))
+
+    monkeypatch.setattr(decode_attention, "_decode_kernel", Kernel())
+    kind = TINY.attention
+    queries = torch.empty(64, kind.heads, kind.head_dim, dtype=torch.bfloat16)
+    keys = torch.empty(2, kind.kv_heads, 16, kind.head_dim, dtype=torch.bfloat16)
+    for longest in (320, 40_000):
+        tables = torch.empty(64, longest // 16, dtype=torch.int32)
+        decode_attention.decode_attention(queries, keys, keys, tables, torch.empty(64, dtype=torch.int32))
+    needs = [
+        needs_of(TINY, replace(LIMITS, max_model_len=longest), PLACEMENT, SHAPE, 0)
+        for longest in (320, 40_000)
+    ]
+    assert needs[1].working - needs[0].working == 2 * (parts[1] - parts[0])
 
 
 def test_enough_is_enough() -> None:
@@ -83,22 +118,77 @@ def test_where_the_cache_cannot_shrink_so_far_fewer_experts_are() -> None:
         check_memory(NEEDS, NEEDS.total - NEEDS.kv, LIMITS, PLACEMENT)
 
 
+GIB = 1 << 30
+sizes = st.integers(0, 200 * GIB)
+
+
+@given(
+    utilization=st.floats(0.01, 1),
+    ranks=st.integers(1, 8),
+    early=st.booleans(),
+    page=st.integers(1, GIB),
+    total=sizes,
+    free=sizes,
+    own=sizes,
+    later=sizes,
+    less=sizes,
+)
+def test_a_cache_keeps_to_the_ranks_share_and_to_what_is_free(
+    utilization: float, ranks: int, early: bool, page: int,
+    total: int, free: int, own: int, later: int, less: int,
+) -> None:  # fmt: skip
+    """And what is free is the only thing by which a rank that returns may come to another number: a smaller one."""
+    needs = replace(NEEDS, kv_page=page)
+    share = Share(utilization, ranks, early)
+
+    def pages(free: int) -> int:
+        return pages_within(share, needs, total=total, free=free, own=own, later=later)
+
+    took = own + later + (pages(free) + 1) * page
+    if pages(free) >= 0:
+        assert took * ranks <= utilization * total + 1
+        assert took - own <= free
+        if early:
+            assert took * ranks + needs.total - needs.kv <= total + 1, "one that returns has no room"
+    assert pages(max(0, free - less)) <= pages(free)
+    one_more = took + page
+    assert early or pages(free) == MOST_PAGES or one_more > min(utilization * total / ranks, free + own) - 1
+
+
 class Device:
     """`free` bytes are left, `reserved` ones are torch's in this process; each step runs out of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free: int, reserved: int) -> None:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+        self.free = free
+        self.waited = 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, 80 * GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
 
-    def warm_up(self) -> None:
+    def warm_up(self, share: Share | None = None) -> None:
         def run_out(shape: StepShape, *, draw: bool) -> None:
             raise torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.00 GiB.\nC++ CapturedTraceback:"
             )
 
-        budget = Budget(NEEDS, LIMITS, PLACEMENT, torch.device("cuda"))
-        runner = SimpleNamespace(_budget=budget, _shapes=lambda: [StepShape(64, True)], _warm_up=run_out)
+        budget = Budget(NEEDS, LIMITS, PLACEMENT, torch.device("cuda"), share)
+        shape = StepShape(64, decode=True)
+        runner = SimpleNamespace(
+            _budget=budget,
+            _inputs=SimpleNamespace(graphed=lambda: [shape], largest=lambda: [shape]),
+            _run_once=run_out,
+            _reserved=lambda: 0,
+            _give_back=lambda: None,
+        )
         CudaRunner.warm_up(cast(Any, runner))
+
+    def freed(self, monkeypatch: pytest.MonkeyPatch, amount: int) -> None:
+        """While somebody waits."""
+
+        def pause(seconds: float) -> None:
+            self.waited += 1
+            self.free += amount
+
+        monkeypatch.setattr(time, "sleep", pause)
 
 
 def test_running_out_in_the_warm_up_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,4 +206,47 @@ def test_running_out_where_the_count_says_enough_names_the_flags_too(monkeypatch
     ) as refused:
         device.warm_up()
     assert str(refused.value).endswith("Tried to allocate 2.00 GiB.")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("share", "flag"), [(None, "--num-gpu-blocks-override"), (Share(0.9, 1), "--gpu-memory-util")]
+)
+def test_what_makes_the_cache_smaller_is_named(
+    monkeypatch: pytest.MonkeyPatch, share: Share | None, flag: str
+) -> None:
+    device = Device(monkeypatch, free=1, reserved=NEEDS.total)
+    with pytest.raises(NotEnoughMemory, match=f"lower {flag}"):
+        device.warm_up(share)
+
+
+def test_what_was_asked_for_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    Device(monkeypatch, free=80 * GIB, reserved=0)
+    assert Budget(NEEDS, LIMITS, PLACEMENT, torch.device("cuda")).pages(later=0) == LIMITS.num_pages
+
+
+ALONE = Budget(NEEDS, replace(LIMITS, num_pages=20), PLACEMENT, torch.device("cuda"), Share(0.9, 1), 5.0)
+
+
+def test_a_rank_that_returns_waits_for_its_predecessors_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, free=78 * GIB, reserved=GIB)
+    pages = ALONE.pages(later=GIB)
+    device.free = NEEDS.total // 2
+    device.freed(monkeypatch, NEEDS.total // 4)
+    ALONE.check()
+    assert device.waited == 2
+    device.freed(monkeypatch, 10 * GIB)
+    assert ALONE.pages(later=GIB) == pages
+    assert device.waited > 2
+
+
+def test_a_neighbour_that_grew_costs_pages_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, free=78 * GIB, reserved=GIB)
+    budget = replace(ALONE, patience_s=0.0)
+    before = budget.pages(later=GIB)
+    device.free = 3 * GIB
+    assert 0 < budget.pages(later=GIB) < before
+    device.free = GIB
+    with pytest.raises(NotEnoughMemory, match="raise --gpu-memory-utilization") as refused:
+        budget.pages(later=GIB)
     assert "\n" not in str(refused.value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
+from elastic_ep.engine.ops_cuda.inputs import GRAPH_ROWS, StepInputs, StepShape, ladder
 from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.wire.messages import SamplingParams
 
@@ -55,3 +57,40 @@ def test_tables_follow_sequences_that_grow_change_rows_and_come_back() -> None:
     check(second, first)
     first.sequence.pages = [40, 41, 42]
     check(second, first)
+
+
+@given(
+    seqs=st.integers(1, 600), tokens=st.integers(1, 3000), tile=st.sampled_from([1, 4, 64]), data=st.data()
+)
+def test_a_step_has_a_shape_that_fits_and_was_captured(
+    seqs: int, tokens: int, tile: int, data: st.DataObject
+) -> None:
+    limits = EngineLimits(max_model_len=64, max_num_seqs=seqs, max_num_batched_tokens=max(seqs, tokens))
+    inputs = StepInputs(limits, tile, torch.device("cpu"))
+    count = data.draw(st.integers(0, seqs))
+    extra = data.draw(st.integers(0, limits.max_num_batched_tokens - count)) if count else 0
+    lengths = [1] * count
+    if extra:
+        lengths[0] += extra
+    shape = inputs.shape_of([Chunk(chunk(0, 0).sequence, 0, length) for length in lengths])
+    assert shape.decode == (not extra)
+    assert shape.rows % tile == shape.outputs % tile == 0
+    assert sum(lengths) <= shape.rows <= (inputs.max_sequences if shape.decode else inputs.max_rows)
+    assert count <= shape.outputs <= inputs.max_sequences
+    largest = inputs.largest()[not shape.decode]
+    assert shape.rows <= largest.rows
+    assert shape.outputs <= largest.outputs
+    if shape.rows <= GRAPH_ROWS:
+        assert shape in inputs.graphed()
+        assert shape.rows < 2 * max(tile, sum(lengths)) or shape.rows == tile
+    else:
+        assert shape.rows - sum(lengths) < tile
+
+
+def test_few_graphs_are_captured() -> None:
+    """Each makes a return longer."""
+    assert ladder(4096, 64) == ladder(256, 64) == [64, 128, 256]
+    assert ladder(192, 64) == [64, 128, 192]
+    assert ladder(64, 64) == [64]
+    inputs = StepInputs(EngineLimits(4096, 256, 1024), 64, torch.device("cpu"))
+    assert len(inputs.graphed()) == 6

@@ -327,7 +327,7 @@ def test_a_rank_says_each_stage_of_its_start_and_the_opened_device_once_more() -
 def test_whoever_knows_the_group_before_it_is_warm_says_that_it_is_ready_then() -> None:
     machine = RankMachine(A)
     run(machine, Started(), EngineReady(), Numbered(0, Beat()), Snapshot(0, view(0), None))
-    assert run(machine, WarmedUp()) == [RankReport(RankState.JOINING)]
+    assert run(machine, WarmedUp(77)) == [RankReport(RankState.JOINING, num_pages=77)]
 
 
 def test_a_view_that_seats_a_rank_that_is_not_ready_is_refused() -> None:

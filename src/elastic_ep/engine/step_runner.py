@@ -173,6 +173,11 @@ class StepRunner(ABC):
         )
 
     @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache. Known for good after `warm_up`."""
+        return self._limits.num_pages
+
+    @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 

@@ -10,9 +10,9 @@ import errno
 import fcntl
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.machine_memory import available_memory
 
 LINE = 64
 """Bytes of a cache line. Every rank's words have one to themselves."""
@@ -69,7 +69,7 @@ class Windows:
         the system. Raises `WindowsError`.
         """
         total = cls.layout(shape).total
-        limit = _available_memory() if available is None else available
+        limit = available_memory() if available is None else available
         if total > limit:
             raise _too_little(total, f"{_mib(limit)} are available")
         try:
@@ -99,22 +99,3 @@ def _aligned(offset: int) -> int:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.0f} MiB"
-
-
-def _available_memory() -> int:
-    """Bytes that the system and this control group still give. A limit that cannot be read counts as none."""
-    limit = 2**63
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            limit = int(line.split()[1]) * 1024
-    ceiling, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
-    if ceiling.isdigit() and used.isdigit():
-        limit = min(limit, max(0, int(ceiling) - int(used)))
-    return limit
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

@@ -378,6 +378,9 @@ class Controller:
             self._blame(member, LossCause.EXCEPTION, self._reason(member, report))
         if report.state in STARTING:
             self._hold_device(member)
+        if report.num_pages:
+            facts = self._known(member)
+            facts.pages = facts.pages._replace(total=report.num_pages)
         if report.state is not RankState.JOINING:
             self.feed(reported)
             return

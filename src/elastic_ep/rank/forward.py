@@ -87,7 +87,7 @@ class ForwardThread:
             self.runner, self.exchange = self._build(self._config)
             self._post(Ready(self.runner, self.exchange))
             self.runner.warm_up()
-            self._post(WarmedUp())
+            self._post(WarmedUp(self.runner.num_pages))
             ready = True
             try:
                 self._run()

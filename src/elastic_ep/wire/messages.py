@@ -144,7 +144,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """The rank's lifecycle moved to `state`. `reason` explains `Failed`.
+    """The rank's lifecycle moved to `state`. `reason` explains `Failed`; `Joining` tells the pages of its KV cache.
 
     `suspects` of `Failed` are the requests that it was computing and that may be to blame; none: it is the rank's fault.
     """
@@ -152,6 +152,7 @@ class RankReport:
     state: RankState
     reason: str = ""
     suspects: tuple[int, ...] = ()
+    num_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda import runner as runner_module
 from elastic_ep.engine.ops_cuda.draws import Drawn, Draws
+from elastic_ep.engine.ops_cuda.memory import Budget
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.engine.scheduler import Sequence
 from elastic_ep.models.spec import ModelSpec
@@ -30,6 +31,7 @@ def cuda_runner(
     dtype: torch.dtype = torch.float32,
     *,
     graphs: bool = False,
+    budget: Budget | None = None,
 ) -> tuple[CudaRunner, SoloDeviceExchange]:
     placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
     weights = Weights(spec, placement, 0, dummy_source(spec, 0), device, dtype)
@@ -37,7 +39,7 @@ def cuda_runner(
     limits = limits or EngineLimits(
         max_model_len=100, max_num_seqs=4, max_num_batched_tokens=24, num_pages=40
     )
-    runner = CudaRunner(limits, weights, placement, 0, exchange, tile=4, graphs=graphs)
+    runner = CudaRunner(limits, weights, placement, 0, exchange, tile=4, graphs=graphs, budget=budget)
     return runner, exchange
 
 

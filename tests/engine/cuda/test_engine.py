@@ -6,14 +6,16 @@ On a processor there are no graphs: what a graph captures, the step's body, is w
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cpu.runner import ModelRunner
+from elastic_ep.engine.ops_cuda.memory import Share
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.models import mixtral, olmoe, registry
 from elastic_ep.models.spec import ModelSpec
@@ -154,6 +156,39 @@ def test_warm_up_leaves_no_trace(device: torch.device) -> None:
     assert not any(map(any, warm[0].load.take())), "its rows are nobody's"
     assert run_through(warm, set()) == expected
     assert sum(map(sum, warm[0].load.take())) > 0
+
+
+class Sized:
+    """A budget with room for `room` pages when the steps have been seen."""
+
+    share = Share(0.9, 1)
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.later = 0
+        self.kept = nullcontext
+
+    def pages(self, later: int) -> int:
+        self.later = later
+        return self.room
+
+
+def test_the_kv_cache_is_as_large_as_memory_lets_it(device: torch.device) -> None:
+    """Graphs come afterwards: they know where it is."""
+    expected = run_through(cuda_runner(device), set())
+    budget = Sized(LIMITS.num_pages)
+    least = replace(LIMITS, num_pages=LIMITS.sequence_pages)
+    sized = cuda_runner(device, limits=least, graphs=not INTERPRETED, budget=cast(Any, budget))
+    runner = sized[0]
+    before = runner._ops.caches.data_ptr()
+    runner.warm_up()
+    assert runner.num_pages == LIMITS.num_pages
+    assert runner._scheduler.pages.num_pages == LIMITS.num_pages
+    assert runner._ops.caches.shape[2] == LIMITS.cache_pages
+    assert runner._ops.caches.data_ptr() != before
+    outputs = [shape.outputs for shape in runner._inputs.graphed()]
+    assert budget.later >= 4 * TINY.vocab_size * sum(outputs)
+    assert run_through(sized, set()) == expected
 
 
 def test_rows_that_the_experts_had_are_counted(device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
-from elastic_ep.engine.ops_cuda.memory import Budget, needs_of
+from elastic_ep.engine.ops_cuda.memory import Budget, Share, needs_of
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake import MooncakeExchange, buffer_bytes
@@ -23,6 +23,9 @@ from elastic_ep.wire.messages import Member
 
 DTYPE = torch.bfloat16
 """What the exchange carries. A row's bits do not depend on its batch, so a stream that moves goes on as it would have."""
+
+RELEASE_S = 5.0
+"""The driver takes a dead process's memory back in tenths of a second, in seconds if much of it was pinned."""
 
 
 def build_cuda_engine(
@@ -39,12 +42,26 @@ def build_cuda_engine(
     device = torch.device("cuda", config.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))
-    budget = Budget(needs_of(spec, limits, placement, shape, size), limits, placement, device)
+    needs = needs_of(spec, limits, placement, shape, size)
+    budget = Budget(needs, limits, placement, device, _share(config), _patience_s(config))
     torch.cuda.mem_get_info(device)  # makes the device's context, if nothing has made it
     opened()
     budget.check()
     with budget.kept():
         return _build(config, store, spec, shape, budget)
+
+
+def _share(config: RankConfig) -> Share | None:
+    utilization, devices = config.gpu_memory_utilization, torch.cuda.device_count()
+    if utilization is None:
+        return None
+    neighbours = len(range(config.rank % devices, config.placement.num_ranks, devices))
+    return Share(utilization, neighbours, returns_early=config.timing.mps)
+
+
+def _patience_s(config: RankConfig) -> float:
+    """Only one that returns has a predecessor, whose memory is there until its kernels have ended, or a bit longer."""
+    return config.timing.drain_ms / 1000 + RELEASE_S if config.incarnation > 1 else 0.0
 
 
 def exchange_shape(spec: ModelSpec, limits: EngineLimits, placement: Placement) -> ExchangeShape:

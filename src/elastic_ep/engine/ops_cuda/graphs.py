@@ -9,9 +9,6 @@ import torch
 
 from elastic_ep.engine.ops_cuda.inputs import StepShape
 
-GRAPH_ROWS = 256
-"""Steps of more rows are computed eagerly: there the device is busy long enough to hide the launches."""
-
 
 class StepGraphs:
     """`body` computes a step of a shape into tensors, which a replay overwrites.

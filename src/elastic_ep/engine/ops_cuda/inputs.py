@@ -13,6 +13,8 @@ import torch
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.scheduler import Chunk
 
+GRAPH_ROWS = 256
+"""Steps of more rows are computed eagerly: there the device is busy long enough to hide the launches."""
 _ALIGN = 32
 """Elements, so that every part is as well aligned as an allocation: Triton compiles for alignment."""
 
@@ -23,7 +25,22 @@ class StepShape:
 
     rows: int
     decode: bool
-    """Every chunk is one token: row i belongs to sequence i."""
+    """Every chunk is one token: row i belongs to sequence i, and has logits."""
+    sequences: int = 0
+    """If not `decode`: the rows of logits, a multiple of the tile too."""
+
+    @property
+    def outputs(self) -> int:
+        """Rows of logits."""
+        return self.rows if self.decode else self.sequences
+
+
+def ladder(most: int, tile: int) -> list[int]:
+    """The rows that graphs are captured for, where a step has `most` at most: each capture makes a return longer, and a
+    step is padded to the next. Twice as many a rung: at worst the dense half of a step is done twice."""
+    top = min(most, GRAPH_ROWS)
+    rungs = [tile << power for power in range(top.bit_length()) if tile << power < top]
+    return [*rungs, top]
 
 
 class StepInputs:
@@ -37,10 +54,12 @@ class StepInputs:
             return -(-count // tile) * tile
 
         self._tile = tile
+        self._tiles = tiles
         self._page = limits.page_size
         self.max_rows = tiles(limits.max_num_batched_tokens)
         self.max_sequences = tiles(limits.max_num_seqs)
         rows, sequences = self.max_rows, self.max_sequences
+        self._mixed_rows, self._decode_rows = ladder(rows, tile), ladder(sequences, tile)
         sizes = [rows, rows, rows, sequences, sequences, sequences + 1, 1]
         starts = np.cumsum([0, *(-(-size // _ALIGN) * _ALIGN for size in sizes)]).tolist()
         pinned = device.type == "cuda"
@@ -76,8 +95,31 @@ class StepInputs:
     def shape_of(self, chunks: Seq[Chunk]) -> StepShape:
         """A step without chunks is a decode of nobody."""
         total = sum([length for _, _, length in chunks])
-        rows = max(1, -(-total // self._tile)) * self._tile
-        return StepShape(rows, decode=total == len(chunks))
+        if total == len(chunks):
+            return StepShape(self._padded(total, self._decode_rows), decode=True)
+        rows = self._padded(total, self._mixed_rows)
+        sequences = rows if rows <= GRAPH_ROWS else self._tiles(len(chunks))
+        return StepShape(rows, decode=False, sequences=min(sequences, self.max_sequences))
+
+    def graphed(self) -> list[StepShape]:
+        """Every shape of at most `GRAPH_ROWS` rows."""
+        decodes = [StepShape(rows, decode=True) for rows in self._decode_rows]
+        return decodes + [
+            StepShape(rows, decode=False, sequences=min(rows, self.max_sequences))
+            for rows in self._mixed_rows
+        ]
+
+    def largest(self) -> list[StepShape]:
+        """The two largest shapes: what a step has at work at most."""
+        return [
+            StepShape(self.max_sequences, decode=True),
+            StepShape(self.max_rows, decode=False, sequences=self.max_sequences),
+        ]
+
+    def _padded(self, rows: int, rungs: list[int]) -> int:
+        if rows > rungs[-1]:
+            return self._tiles(rows)
+        return next(rung for rung in rungs if rows <= rung)
 
     def fill(self, chunks: Seq[Chunk], shape: StepShape) -> None:
         """Queue the copies to the device. The step before must have ended: its copies read the same host memory."""

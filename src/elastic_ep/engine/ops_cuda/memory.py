@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ import torch
 
 from elastic_ep.config import CannotRun, EngineLimits
 from elastic_ep.engine.ops_cuda import draws
-from elastic_ep.engine.ops_cuda.graphs import GRAPH_ROWS
+from elastic_ep.engine.ops_cuda.inputs import ladder
+from elastic_ep.engine.ops_cuda.kernels.launch import power_of_2
+from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT
 from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.models.spec import ModelSpec
@@ -22,6 +25,10 @@ _WIDE_ITEM = 4
 """Bytes of a float32."""
 _WORKING_BYTES = 256 << 20
 """For libraries, graphs and everything small."""
+_CONTEXT_BYTES = 768 << 20
+"""What a process has on a device without torch knowing: context, loaded kernels, the exchange's small things."""
+MOST_PAGES = 1 << 20
+_LOOK_S = 0.01
 
 
 class NotEnoughMemory(CannotRun):
@@ -60,7 +67,7 @@ def needs_of(
 
     What is at work in a layer is as large in every step, for the exchange may deliver every peer's tokens to every
     slot: what dispatch returns, what lies between the experts' two products, and what they return, all at once. It is
-    there twice: the graphs have a memory pool of their own, and between two captures a step runs eagerly. Then the
+    there twice: the graphs have a memory pool of their own, and some steps are eager. So are attention's parts. Then the
     logits, of an eager step and of every graph, which keeps its own, and what drawing tokens from them takes. All else
     is taken to fit into `_WORKING_BYTES`.
     """
@@ -72,20 +79,27 @@ def needs_of(
         kv_pages=limits.cache_pages,
         exchange=exchange_bytes,
         working=2 * rows * (2 * spec.hidden_size + spec.moe.inner) * _ITEM
+        + 2 * _parts(spec, limits)
         + _rows_of_logits(limits) * spec.vocab_size * _WIDE_ITEM
         + draws.WORKING_BYTES
         + _WORKING_BYTES,
     )
 
 
+def _parts(spec: ModelSpec, limits: EngineLimits) -> int:
+    """Bytes of what the parts of the longest contexts come to, before they are merged (kernels/decode_attention.py)."""
+    kind, sequences = spec.attention, -(-limits.max_num_seqs // TILE_ROWS) * TILE_ROWS
+    splits = -(-limits.sequence_pages * limits.page_size // CUT[torch.bfloat16].split)
+    return sequences * kind.heads * splits * (power_of_2(kind.head_dim) + 2) * _WIDE_ITEM
+
+
 def _rows_of_logits(limits: EngineLimits) -> int:
     sequences, tokens = (
         -(-most // TILE_ROWS) * TILE_ROWS for most in (limits.max_num_seqs, limits.max_num_batched_tokens)
     )
-    decodes = range(TILE_ROWS, min(sequences, GRAPH_ROWS) + 1, TILE_ROWS)
-    others = min(tokens, GRAPH_ROWS) // TILE_ROWS
     eager = 2 * sequences  # the tiles, and all of them in one
-    return eager + sum(decodes) + others * sequences
+    others = [min(rows, sequences) for rows in ladder(tokens, TILE_ROWS)]
+    return eager + sum(ladder(sequences, TILE_ROWS)) + sum(others)
 
 
 def check_memory(needs: Needs, free: int, limits: EngineLimits, placement: Placement) -> None:
@@ -99,6 +113,35 @@ def check_memory(needs: Needs, free: int, limits: EngineLimits, placement: Place
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank may take of its device: `utilization` is for all `ranks` on it, and they share alike."""
+
+    utilization: float
+    ranks: int
+    returns_early: bool = False
+    """One that returns loads while its predecessor's memory is still held (host/device_guard.py): there is room left."""
+
+
+def pages_within(share: Share, needs: Needs, *, total: int, free: int, own: int, later: int) -> int:
+    """Pages of KV cache that a rank makes, the null page not counted; negative if what it has is too much already.
+
+    `total` and `free` are its device's bytes, `own` what it has of them, `later` what it will need besides the cache.
+    What it has is reckoned, not seen: what is seen has its neighbours in it. So a rank that returns comes to as many
+    pages as before, or to fewer, if less is free.
+    """
+    allowed = share.utilization * total
+    if share.returns_early:
+        allowed = min(allowed, total - (needs.total - needs.kv))
+    room = min(int(allowed / share.ranks) - own, free) - later
+    return min(room // needs.kv_page - 1, MOST_PAGES)
+
+
+def needed_by_graphs(step: int, vocab_size: int, rows: Collection[int]) -> int:
+    """At most: in their memory pool what a step has at work, `step`, and logits of so many `rows` each; and draws."""
+    return step + sum(rows) * vocab_size * _WIDE_ITEM + draws.WORKING_BYTES + _WORKING_BYTES
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """What a rank needs on its device, and what could be lowered."""
 
@@ -106,10 +149,45 @@ class Budget:
     limits: EngineLimits
     placement: Placement
     device: torch.device
+    share: Share | None = None
+    """None: the KV cache has `limits.num_pages`, else what the share has room for, `limits.num_pages` at least."""
+    patience_s: float = 0.0
+    """How long a predecessor's memory may take to be free."""
 
     def check(self) -> None:
         """Before anything is allocated. Raises NotEnoughMemory."""
-        check_memory(self.needs, torch.cuda.mem_get_info(self.device)[0], self.limits, self.placement)
+        check_memory(self.needs, self._free_when(self.needs.total), self.limits, self.placement)
+
+    def pages(self, later: int) -> int:
+        """How many the KV cache has, when all else is there but `later` bytes. Raises NotEnoughMemory."""
+        if self.share is None:
+            return self.limits.num_pages
+        own = torch.cuda.memory_reserved(self.device) + self.needs.exchange + _CONTEXT_BYTES
+        total = torch.cuda.mem_get_info(self.device)[1]
+        facts = {"total": total, "own": own, "later": later}
+        wanted = pages_within(self.share, self.needs, free=total, **facts)
+        free = self._free_when((wanted + 1) * self.needs.kv_page + later)
+        pages = pages_within(self.share, self.needs, free=free, **facts)
+        if pages < self.limits.num_pages:
+            raise NotEnoughMemory(self._too_few(max(0, pages), own, later, total, free))
+        return pages
+
+    def _free_when(self, wanted: int) -> int:
+        """Bytes that are free; it waits until they are `wanted`, but not for ever."""
+        deadline = time.monotonic() + self.patience_s
+        while (free := int(torch.cuda.mem_get_info(self.device)[0])) < wanted and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+        return free
+
+    def _too_few(self, pages: int, own: int, later: int, total: int, free: int) -> str:
+        assert self.share is not None
+        size, utilization, longest = self.limits.page_size, self.share.utilization, self.limits.max_model_len
+        return (
+            f"not enough GPU memory: a rank has {_gib(own)}, its steps need {_gib(later)} more, and what is left of "
+            f"{utilization:g} x {_gib(total)} for {self.share.ranks} on this GPU ({_gib(free)} are free) holds "
+            f"{pages * size} tokens of KV cache, but a sequence may have {longest}: raise --gpu-memory-utilization, or "
+            "lower --max-model-len, --max-num-batched-tokens or --ep-num-redundant-experts"
+        )
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -121,9 +199,12 @@ class Budget:
             ours = torch.cuda.memory_reserved(self.device) + self.needs.exchange
             # Another process may have taken it meanwhile.
             check_memory(self.needs, free + ours, self.limits, self.placement)
+            cache = f"--num-gpu-blocks-override (now {self.limits.num_pages})"
+            if self.share is not None:
+                cache = f"--gpu-memory-utilization (now {self.share.utilization:g})"
             raise NotEnoughMemory(
-                f"not enough GPU memory: a rank needs more than {self.needs}; lower --num-gpu-blocks-override (now "
-                f"{self.limits.num_pages}) or --max-num-batched-tokens; {str(error).splitlines()[0]}"
+                f"not enough GPU memory: a rank needs more than {self.needs}; lower {cache} or "
+                f"--max-num-batched-tokens; {str(error).splitlines()[0]}"
             ) from error
 
 

@@ -37,6 +37,7 @@ class CudaOps:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """The KV cache has `limits.cache_pages`, or what `resize` says afterwards."""
         self.routing = RoutingTable(spec.moe_layers, spec.moe.experts, device)
         self._spec = spec
         self._inputs = inputs
@@ -45,12 +46,20 @@ class CudaOps:
         kind = spec.attention
         size = (limits.cache_pages, kind.kv_heads, limits.page_size, kind.head_dim)
         self.caches = torch.zeros(len(spec.layers), 2, *size, dtype=dtype, device=device)
+        """[layers, 2 (keys, values), pages, Hk, page size, D]"""
         angles = rotary_angles(kind.head_dim, kind.rope_theta, limits.max_model_len)
         self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
         self.load = torch.zeros(spec.moe_layers, slots, dtype=torch.int32, device=device)
         self._counts: list[torch.Tensor] = []
         """Of the step's layers so far: the rows [slots] that this rank's experts had."""
         self._shape = StepShape(0, decode=True)
+
+    def resize(self, pages: int) -> None:
+        """Another KV cache, empty and of so many pages, the null page included. Before any graph is captured."""
+        layers, sides, _, *page = self.caches.shape
+        like = self.caches
+        del self.caches
+        self.caches = like.new_zeros(layers, sides, pages, *page)
 
     def begin(self, step: StepShape | None) -> None:
         """A step without tokens has a shape like any other: its rows are padding."""
@@ -126,5 +135,7 @@ class CudaOps:
     def logits(self, h: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Row i is of the last token of sequence i; rows of no sequence are undefined."""
         self.load += torch.stack(self._counts)
-        last = h if self._shape.decode else h.index_select(0, self._inputs.last_rows)
+        last = h
+        if not self._shape.decode:
+            last = h.index_select(0, self._inputs.last_rows[: self._shape.sequences])
         return wide_linear(last, head, self._tile)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.interrupted import CountedCarrier
 from elastic_ep.engine.ops_cuda.draws import Drawn, Draws
-from elastic_ep.engine.ops_cuda.graphs import GRAPH_ROWS, StepGraphs
+from elastic_ep.engine.ops_cuda.graphs import StepGraphs
 from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
 from elastic_ep.engine.ops_cuda.load import DeviceLoad
-from elastic_ep.engine.ops_cuda.memory import Budget
+from elastic_ep.engine.ops_cuda.memory import Budget, needed_by_graphs
 from elastic_ep.engine.ops_cuda.ops import CudaOps
 from elastic_ep.engine.ops_cuda.pages import CudaPages
 from elastic_ep.engine.sampler import Sampled, is_plain_greedy
@@ -42,7 +43,8 @@ class CudaRunner(StepRunner):
 
     `tile` rows are computed at least. Without `graphs` every step is eager, as on a processor through Triton's
     interpreter. A poisoned step leaves nothing that must be cleaned: what it wrote to the KV cache is overwritten
-    before it is read, and what is not read is not multiplied either. `budget` explains a lack of memory.
+    before it is read, and what is not read is not multiplied either. `budget` explains a lack of memory, and says how
+    large the KV cache is.
     """
 
     launches_ahead = True
@@ -90,7 +92,8 @@ class CudaRunner(StepRunner):
         """None: the most likely token of each."""
         load = DeviceLoad(placement, rank, self._ops.load)
         super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load, memory)
-        self._open_memory(CudaPages(self._ops.caches))
+        if budget is None or budget.share is None:
+            self._open_memory(CudaPages(self._ops.caches))
 
     def set_routing(self, active_ranks: Collection[int], placement: Placement | None = None) -> bool:
         covered = super().set_routing(active_ranks, placement)
@@ -113,13 +116,40 @@ class CudaRunner(StepRunner):
     def warm_up(self) -> None:
         """Compile and capture every shape, all peers being inactive: the first step in the group must not be slow.
 
-        Nothing of a step is allocated before, so here it shows whether there is room for it. Raises NotEnoughMemory.
+        Nothing of a step is allocated before, so here it shows how much memory steps need, and what is left for the KV
+        cache; graphs know its address, so they are captured last. Raises NotEnoughMemory.
         """
         with self._budget.kept() if self._budget is not None else nullcontext():
-            for number, shape in enumerate(self._shapes()):
-                self._warm_up(shape, draw=number == 0)
+            shapes = self._inputs.graphed()
+            self._give_back()
+            before = self._reserved()
+            for number, shape in enumerate(dict.fromkeys([*self._inputs.largest(), *shapes])):
+                self._run_once(shape, draw=number == 0)
+            if self._budget is not None and self._budget.share is not None:
+                self._size_cache(self._budget, self._reserved() - before)
+            if self._graphs is not None:
+                for shape in shapes:
+                    self._graphs.capture(shape)
 
-    def _warm_up(self, shape: StepShape, *, draw: bool) -> None:
+    def _size_cache(self, budget: Budget, step: int) -> None:
+        """`step` bytes are what eager steps have at work, and keep."""
+        outputs = [shape.outputs for shape in self._inputs.graphed()]
+        vocab_size = self.weights.spec.vocab_size
+        pages = budget.pages(needed_by_graphs(step, vocab_size, outputs))
+        self._limits = replace(self._limits, num_pages=pages)
+        self._ops.resize(self._limits.cache_pages)
+        self._open_memory(CudaPages(self._ops.caches))
+
+    def _reserved(self) -> int:
+        """Bytes that torch has of the device."""
+        return int(torch.cuda.memory_reserved(self._device)) if self._device.type == "cuda" else 0
+
+    def _give_back(self) -> None:
+        """What torch has of the device for nothing, so that all that steps take is seen."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run_once(self, shape: StepShape, *, draw: bool) -> None:
         self._exchange.begin_step(-1)
         self._inputs.fill((), shape)
         logits, tokens = self._body(shape)
@@ -128,13 +158,6 @@ class CudaRunner(StepRunner):
             Draws(_EXAMPLES[: len(logits)], self._device).run(logits).to_host()
         self._device_exchange.read_masks()
         self._exchange.end_step()
-        if self._graphs is not None and shape.rows <= GRAPH_ROWS:
-            self._graphs.capture(shape)
-
-    def _shapes(self) -> Iterator[StepShape]:
-        for decode, most in ((True, self._inputs.max_sequences), (False, self._inputs.max_rows)):
-            for rows in range(self._tile, most + 1, self._tile):
-                yield StepShape(rows, decode)
 
     def _body(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [S, V] float32 and the most likely tokens [S]."""

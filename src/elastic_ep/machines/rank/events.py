@@ -27,7 +27,9 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class WarmedUp:
-    """Nothing slow is left to do before the first step."""
+    """Nothing slow is left to do before the first step. `num_pages` is the size of the KV cache."""
+
+    num_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)

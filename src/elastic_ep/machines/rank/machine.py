@@ -71,6 +71,7 @@ class RankMachine(Machine[Event, Effect]):
         self._behind = False
         """A message was missing, and no snapshot has come since."""
         self._warm = False
+        self._num_pages = 0
         self._drain = False
         """Asked to drain. HAZARD: that may overtake the view that seats this rank: they come by two sockets."""
         self._early: dict[int, Numbered] = {}
@@ -125,8 +126,8 @@ class RankMachine(Machine[Event, Effect]):
             case EngineReady():
                 self._effects += [Mask(member) for member in sorted(self.masked)]
                 self._move("device_ready")
-            case WarmedUp():
-                self._warm = True
+            case WarmedUp(num_pages):
+                self._warm, self._num_pages = True, num_pages
             case StepsEnded():
                 self._move("stopped")
                 self._effects.append(Exit(0))
@@ -136,14 +137,16 @@ class RankMachine(Machine[Event, Effect]):
 
     # Lifecycle
 
-    def _move(self, trigger: str, reason: str = "", suspects: tuple[int, ...] = ()) -> None:
+    def _move(
+        self, trigger: str, reason: str = "", suspects: tuple[int, ...] = (), num_pages: int = 0
+    ) -> None:
         self.lifecycle.fire(trigger)
-        self._effects.append(RankReport(self.stage, reason, suspects))
+        self._effects.append(RankReport(self.stage, reason, suspects, num_pages))
 
     def _say_ready(self) -> None:
         """The controller may admit a rank that says this, so it must not miss what is published from then on."""
         if self.stage is RankState.INIT_DIST and self._warm and self._subscribed and self.number is not None:
-            self._move("buffers_ready")
+            self._move("buffers_ready", num_pages=self._num_pages)
 
     def _drain_if_asked(self) -> None:
         if self._drain and self.stage is RankState.SERVING:
