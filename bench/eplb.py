@@ -18,10 +18,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tests.kit.plain_routing import rank_loads
 from tests.kit.served import write_result
 
 from bench.kit.command_line import command_line
-from elastic_ep.machines.experts.planner import PlanInput, plan, rank_loads
+from elastic_ep.machines.experts.planner import PlanInput, plan
 from elastic_ep.placement import EMPTY, Placement, launch_placement
 
 EXPERT_BYTES = 3 * 2048 * 768 * 2

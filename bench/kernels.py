@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.kit import plain_kernels
 from torch.nn import functional
 
 from bench.kit.command_line import command_line
@@ -35,7 +36,6 @@ from bench.kit.kernel_timing import (
     measure_limits,
     times,
 )
-from elastic_ep.engine.ops_cuda.kernels import reference
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan
@@ -275,7 +275,7 @@ def _check() -> None:
     """The kernels compute here what they should: a time of a wrong result is worth nothing."""
     layer = _Layer(4, 64)
     y = expert_ffn(layer.packed, layer.counts, layer.gate_up, layer.down)
-    exact = reference.expert_ffn(
+    exact = plain_kernels.expert_ffn(
         layer.packed.double(), layer.counts, layer.gate_up.double(), layer.down.double()
     )
     mask = torch.arange(y.shape[1]) < layer.counts[:, None]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tests.kit.page_cache import drop_from_cache
 from tests.kit.served import ROOT, write_result
 
 from bench.kit.bare_transfer import DEADLINE_S, LAYERS, measure_size, model, peer
@@ -24,7 +25,7 @@ from bench.kit.command_line import command_line
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.weights.bank import Weights, blank_weights, dummy_source, load_weights
-from elastic_ep.weights.disk_cache import cached_share, drop_from_cache
+from elastic_ep.weights.disk_cache import cached_share
 from elastic_ep.weights.peers import ExpertPull, pull_dense, pull_experts
 from elastic_ep.weights.transfer import TransferPlane, apply_settings, available
 from elastic_ep.wire.slot_messages import StateAddress

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from tests.kit.bound import tied
+from tests.kit.one_pull import pull_expert
 
 from elastic_ep.models import qwen3_moe
 from elastic_ep.models.decoder import DecoderConfig
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.weights.bank import Weights, blank_weights, dummy_source
 from elastic_ep.weights.layout import slot_region
-from elastic_ep.weights.peers import ExpertPull, publish, pull_expert, pull_experts
+from elastic_ep.weights.peers import ExpertPull, publish, pull_experts
 from elastic_ep.weights.transfer import TransferPlane, apply_settings
 from elastic_ep.wire.codec import decode, encode
 from elastic_ep.wire.slot_messages import StateAddress

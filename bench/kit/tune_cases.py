@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from tests.kit import plain_kernels
 
 from bench.kit.kernel_timing import BF16, DIM, EXPERTS, HEADS, HIDDEN, INNER, KV_HEADS, TOP_K, Cache
 from bench.kit.tune_candidates import DECODE_WIDTH, Config, Decode
-from elastic_ep.engine.ops_cuda.kernels import reference
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan
@@ -84,7 +84,7 @@ class DecodeCase:
             cache, size = self._cache, self._size
             bounds = torch.arange(size + 1, dtype=torch.int32)
             q, keys, values = (x.double() for x in (self._q[:size], cache.keys, cache.values))
-            self._exact = reference.paged_attention(
+            self._exact = plain_kernels.paged_attention(
                 q, keys, values, cache.tables[:size], bounds, cache.lengths[:size]
             )
         return self._exact
@@ -137,7 +137,7 @@ class ExpertCase:
         if self._exact is None:
             some, weights = self._some, self._weights
             x, gate_up, down = (x[some].double() for x in (self._packed, weights.gate_up, weights.down))
-            exact = reference.expert_ffn(x, self._counts[some], gate_up, down)
+            exact = plain_kernels.expert_ffn(x, self._counts[some], gate_up, down)
             self._exact = exact[self._real[some]]
         return self._exact
 

@@ -14,12 +14,12 @@ from elastic_ep.config import EngineLimits
 from elastic_ep.engine.interrupted import BrokenStep
 from elastic_ep.engine.ops_cpu.runner import ModelRunner
 from elastic_ep.exchange.base import ExchangeShape
-from elastic_ep.exchange.loopback import LoopbackHub
 from elastic_ep.placement import launch_placement
 from elastic_ep.wire.messages import Assign, Member, SamplingParams
 from tests.engine.faulty import PLACES, Poisoned, faulty, interrupt
 from tests.engine.solo import TINY, SoloExchange, assign, dummy_weights, solo_runner
 from tests.engine.test_invariance import recorded_logits
+from tests.kit.loopback import LoopbackHub
 
 LIMITS = EngineLimits(max_model_len=100, max_num_seqs=8, max_num_batched_tokens=20, num_pages=60)
 NEW = 5

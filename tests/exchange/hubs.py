@@ -14,7 +14,6 @@ import torch
 from hypothesis import Phase
 
 from elastic_ep.exchange.base import Exchange, ExchangeShape
-from elastic_ep.exchange.loopback import LoopbackHub
 from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.windows import Windows
@@ -22,6 +21,7 @@ from elastic_ep.host.mps import PROGRAM, mps_daemon
 from elastic_ep.wire.messages import Member
 from tests.exchange.on_device import WIRE, open_mooncake, warm_up_mooncake
 from tests.exchange.remote import Pool, RemoteExchange
+from tests.kit.loopback import LoopbackHub
 
 
 class Hub(Protocol):

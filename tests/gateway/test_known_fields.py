@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from scripts.api_reference import PAGE, page
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer, processors
 
@@ -21,7 +22,6 @@ from elastic_ep.gateway.app import READING, create_app, serve
 from elastic_ep.gateway.bodies import Chat, Completion, chat_body, completion_body
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.fields import read
-from elastic_ep.gateway.reference import PAGE, page
 from elastic_ep.gateway.text.text import Text
 from elastic_ep.group.metrics import Metrics
 from tests.gateway.conftest import Running, settings
@@ -373,4 +373,4 @@ async def test_the_official_names_of_one_model(running: Running) -> None:
 
 
 def test_the_page_of_fields_is_up_to_date() -> None:
-    assert PAGE.read_text() == page(), "write it with python -m elastic_ep.gateway.reference"
+    assert PAGE.read_text() == page(), "write it with python scripts/api_reference.py"

@@ -303,7 +303,7 @@ def test_leaving_kills_everything_stopped_ranks_included(directory: Path) -> Non
 
     async def body(run: Run) -> None:
         pids.extend([(await run.up(A))["pid"], (await run.up(B))["pid"]])
-        pids.extend([run.launcher.server_pid or 0, run.launcher.janitor_pid])
+        pids.extend([run.launcher.server_pid or 0, run.launcher.janitor.pid])
         os.kill(pids[0], signal.SIGSTOP)
         run.launcher.launch(Member(0, 1), '{"do": "sleep"}')
 

@@ -1,9 +1,21 @@
-"""Which copy of each expert a rank addresses, found by walking through everything: an oracle for tests and benches."""
+"""Which copy of each expert a rank addresses and what load that gives, found by walking through everything: for tests
+and benches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from elastic_ep.engine.routing_table import NO_COPY
 from elastic_ep.placement import EMPTY, Placement
+
+
+def rank_loads(placement: Placement, layer: int, ranks: Sequence[int], loads: Sequence[float]) -> list[float]:
+    """The expected load of each of `ranks` in `layer`: an expert's load is shared evenly by its living copies."""
+    copies = placement.copies(layer, ranks)
+    return [
+        sum(loads[expert] / copies[expert] for expert in set(placement.on_rank(layer, rank)) - {EMPTY})
+        for rank in ranks
+    ]
 
 
 def choose_plainly(placement: Placement, active: set[int], rank: int) -> list[list[int]]:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.machines.experts.planner import PlanInput, plan, rank_loads
+from elastic_ep.machines.experts.planner import PlanInput, plan
 from elastic_ep.placement import EMPTY, Placement, launch_placement
+from tests.kit.plain_routing import rank_loads
 
 FIRST_EXAMPLE = (90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86)
 SECOND_EXAMPLE = (20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27)

@@ -151,7 +151,7 @@ def test_the_template_file_and_the_configured_one_agree() -> None:
     config = json.loads((BUNDLED_MODEL / "tokenizer_config.json").read_text())
     assert config["chat_template"] == (BUNDLED_MODEL / "chat_template.jinja").read_text()
     end = json.loads((BUNDLED_MODEL / "generation_config.json").read_text())["eos_token_id"]
-    assert TEXT.token_text(end) == config["eos_token"] == "<|end|>"
+    assert TEXT.token_name(end) == config["eos_token"] == "<|end|>"
 
 
 @settings(deadline=None)

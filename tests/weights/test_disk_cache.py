@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_ep.weights.disk_cache import cached_share, drop_from_cache
+from elastic_ep.weights.disk_cache import cached_share
+from tests.kit.page_cache import drop_from_cache
 
 SIZE = 1 << 20
 

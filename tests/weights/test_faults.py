@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from elastic_ep.weights.peers import pull_expert
 from elastic_ep.weights.transfer import PullFailed, Read, TransferPlane
+from tests.kit.one_pull import pull_expert
 from tests.weights.source import BLOCK_BYTES, LONG_S, Source, source, weights_of
 
 DEADLINE_S = 0.5

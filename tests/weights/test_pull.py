@@ -11,9 +11,10 @@ import torch
 
 from elastic_ep.placement import EMPTY
 from elastic_ep.weights.bank import Weights, blank_weights, dummy_source
-from elastic_ep.weights.peers import ExpertPull, pull_dense, pull_expert, pull_experts
+from elastic_ep.weights.peers import ExpertPull, pull_dense, pull_experts
 from elastic_ep.weights.transfer import PullFailed, TransferPlane
 from elastic_ep.wire.slot_messages import StateAddress
+from tests.kit.one_pull import pull_expert
 from tests.weights.source import LONG_S, PLACEMENT, TINY, source, weights_of
 
 WIDTH = PLACEMENT.slots_per_rank

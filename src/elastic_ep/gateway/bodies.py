@@ -1,6 +1,6 @@
 """The bodies of POST requests: a model for each endpoint, with all that clients of OpenAI, vLLM and SGLang send.
 
-`python -m elastic_ep.gateway.reference` writes docs/api.md from them.
+`python scripts/api_reference.py` writes docs/api.md from them.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Launcher:
         self._loop = asyncio.get_running_loop()
         # The fork server removes it too; this is for a run process that is killed while no fork server lives.
         directory, slots = Path(self._options.directory), self._options.mutexes
-        self._janitor = Janitor(directory)
+        self.janitor = Janitor(directory)
         self._free_slots = deque(range(slots))
         self._mutex_fd = RobustMutexes.create_file(slots)
         self._mutexes = RobustMutexes(self._mutex_fd, slots)
@@ -126,16 +126,12 @@ class Launcher:
         with anyio.move_on_after(self._timing.close_ms / 1000, shield=True):
             await self._until(lambda: not self._death_watch.busy_slots)
         self._notices.close()
-        self._janitor.finish()
+        self.janitor.finish()
         os.close(self._mutex_fd)
 
     @property
     def server_pid(self) -> int | None:
         return self._server.pid if self._server else None
-
-    @property
-    def janitor_pid(self) -> int:
-        return self._janitor.pid
 
     async def start(self, on_event: Callable[[LauncherEvent], None]) -> None:
         """Start the fork server and wait until it is ready. Raises `ForkServerFailed`.

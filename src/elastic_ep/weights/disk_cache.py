@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from pathlib import Path
 
 
@@ -16,14 +15,6 @@ def cached_share(path: Path) -> float:
     counts = [_pages(file) for file in sorted(path.glob("*.safetensors"))]
     total = sum(pages for _, pages in counts)
     return sum(resident for resident, _ in counts) / total if total else 0.0
-
-
-def drop_from_cache(path: Path) -> None:
-    """Ask the kernel to forget the clean pages of the safetensors files in `path`; those mapped somewhere stay."""
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _pages(file: Path) -> tuple[int, int]:

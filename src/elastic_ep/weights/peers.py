@@ -55,33 +55,12 @@ def publish(plane: TransferPlane, weights: Weights) -> StateAddress:
     return StateAddress(plane.session, regions)
 
 
-def pull_expert(
-    plane: TransferPlane,
-    weights: Weights,
-    source: StateAddress,
-    source_slot: int,
-    layer: int,
-    slot: int,
-    expected_checksum: int | None,
-    deadline_s: float,
-) -> int:
-    """Overwrite `slot` of `layer` with a peer's slot, and return the checksum of the bytes. No step may be using it.
-
-    Raises PullFailed, and then the slot is as it was: the bytes are checked before the first is written.
-    """
-    order = ExpertPull(source, source_slot, layer, slot, expected_checksum)
-    (outcome,) = pull_experts(plane, weights, [order], deadline_s)
-    if outcome.failure is not None:
-        raise outcome.failure
-    assert outcome.checksum is not None
-    return outcome.checksum
-
-
 def pull_experts(
     plane: TransferPlane, weights: Weights, pulls: Iterable[ExpertPull], deadline_s: float
 ) -> Iterator[Pulled]:
-    """`pull_expert` for many, in order: while one is checked and written, the next are already on their way.
+    """Overwrite slots that no step uses, in order: while one is checked and written, the next are on their way.
 
+    A pull that fails leaves its slot as it was: the bytes are checked before the first is written.
     `pulls` may have run out for now and go on later: it is asked again after each. `deadline_s` is for each of them,
     from when the one before is done with.
     """

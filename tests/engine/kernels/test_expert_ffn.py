@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_ep.engine.ops_cuda.kernels import reference
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
 from tests.engine.kernels.conftest import INTERPRETED
 from tests.engine.kernels.errors import check
+from tests.kit import plain_kernels
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -28,7 +28,7 @@ class Layer:
         return x
 
     def exact(self, packed: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        return reference.expert_ffn(packed.double(), counts, self.gate_up.double(), self.down.double())
+        return plain_kernels.expert_ffn(packed.double(), counts, self.gate_up.double(), self.down.double())
 
 
 def received(y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_ep.engine.ops_cuda.kernels import reference
 from elastic_ep.engine.ops_cuda.kernels.norm_rope import add_rms_norm, norm_rope_write
 from tests.engine.kernels.errors import check
+from tests.kit import plain_kernels
 
 DTYPES = [torch.bfloat16, torch.float32]
 EPS = 1e-6
@@ -19,7 +19,9 @@ def test_norm_of_the_sum(device: torch.device, dtype: torch.dtype, tokens: int, 
     x, residual = (torch.randn(tokens, hidden, device=device).to(dtype) for _ in range(2))
     weight = torch.rand(hidden, device=device).to(dtype)
     normed, total = add_rms_norm(x, residual, weight, EPS)
-    exact_normed, exact_total = reference.add_rms_norm(x.double(), residual.double(), weight.double(), EPS)
+    exact_normed, exact_total = plain_kernels.add_rms_norm(
+        x.double(), residual.double(), weight.double(), EPS
+    )
     assert normed.dtype == total.dtype == dtype
     check("add_rms_norm", normed, exact_normed)
     check("add_rms_norm", total, exact_total)
@@ -28,7 +30,7 @@ def test_norm_of_the_sum(device: torch.device, dtype: torch.dtype, tokens: int, 
 def test_norm_without_a_residual(device: torch.device) -> None:
     x, weight = torch.randn(3, 48, device=device), torch.rand(48, device=device)
     normed, total = add_rms_norm(x, None, weight, EPS)
-    check("add_rms_norm", normed, reference.add_rms_norm(x.double(), None, weight.double(), EPS)[0])
+    check("add_rms_norm", normed, plain_kernels.add_rms_norm(x.double(), None, weight.double(), EPS)[0])
     assert total is x
 
 
@@ -37,7 +39,9 @@ def test_a_residual_may_be_float32_beside_bfloat16(device: torch.device) -> None
     weight = torch.rand(48, device=device)
     normed, total = add_rms_norm(x, residual, weight, EPS)
     assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
-    exact_normed, exact_total = reference.add_rms_norm(x.double(), residual.double(), weight.double(), EPS)
+    exact_normed, exact_total = plain_kernels.add_rms_norm(
+        x.double(), residual.double(), weight.double(), EPS
+    )
     check("add_rms_norm", normed, exact_normed)
     check("add_rms_norm", total, exact_total)
 
@@ -91,7 +95,7 @@ def test_norm_rope_write(
         rows.qkv, norm, rows.cos, rows.sin, rows.positions, rows.slots, keys, values, EPS, clip
     )
     exact_keys, exact_values = rows.cache(torch.float64)
-    exact = reference.norm_rope_write(
+    exact = plain_kernels.norm_rope_write(
         rows.qkv.double(),
         None if norm is None else norm.double(),
         rows.cos,

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_ep.engine.ops_cuda.kernels import reference
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import COUNTERS, DecodePlan, decode_attention
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut
 from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
 from tests.engine.kernels.errors import check
+from tests.kit import plain_kernels
 
 DTYPES = [torch.bfloat16, torch.float32]
 LONG = max(cut.split for cut in CUT.values()) + 9
@@ -47,7 +47,7 @@ class Cache:
 
     def exact(self, q: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
         keys, values = self.keys.double(), self.values.double()
-        return reference.paged_attention(
+        return plain_kernels.paged_attention(
             q.double(), keys, values, self.tables, self.bounds(sizes), self.lengths
         )
 

@@ -215,7 +215,6 @@ def test_load_finds_the_template_in_either_place(tmp_path: Path) -> None:
 
 def test_load_without_a_template(tmp_path: Path) -> None:
     text = Text.load(_folder(tmp_path))
-    assert not text.has_chat_template
     with pytest.raises(ChatTemplateError, match="no chat template"):
         text.render_chat([])
     assert text.encode("Anna has 12") == sample_text().encode("Anna has 12")

@@ -129,18 +129,10 @@ class Text:
         rest = self._spelling.rest
         return rest[token] if 0 <= token < len(rest) else b""
 
-    def token_text(self, token: int) -> str:
-        """One token alone, as text; part of a character shows as U+FFFD."""
-        return self.token_bytes(token).decode("utf-8", "replace")
-
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """By name: bos_token, eos_token, ..."""
         return self._special_tokens
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
 
     @property
     def content_forms(self) -> Mapping[str, ContentForm]:

@@ -83,15 +83,6 @@ def plan(given: PlanInput) -> Plan:
     return Plan(slots, moves, max(board.imbalance for board in boards), max(before))
 
 
-def rank_loads(placement: Placement, layer: int, ranks: Sequence[int], loads: Sequence[float]) -> list[float]:
-    """The expected load of each of `ranks` in `layer`: an expert's load is shared evenly by its living copies."""
-    copies = placement.copies(layer, ranks)
-    return [
-        sum(loads[expert] / copies[expert] for expert in set(placement.on_rank(layer, rank)) - {EMPTY})
-        for rank in ranks
-    ]
-
-
 def _board(given: PlanInput, layer: int) -> Board:
     placement = given.placement
     room = placement.slots_per_rank - given.spare

@@ -1,4 +1,4 @@
-"""Triton kernels of the forward pass, for NVIDIA GPUs. One idea a file; `reference.py` has each in plain torch.
+"""Triton kernels of the forward pass, for NVIDIA GPUs. One idea a file.
 
 All take bfloat16 or float32 and accumulate in float32. All may be captured in a CUDA graph: nothing is read back, every
 allocation follows from shapes, and what changes between steps (tables, masks, counts, lengths) is read from device

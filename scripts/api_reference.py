@@ -1,4 +1,4 @@
-"""`python -m elastic_ep.gateway.reference`: writes docs/api.md, every request field and what is done with it."""
+"""`python scripts/api_reference.py`: writes docs/api.md, every request field and what is done with it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from elastic_ep.gateway.bodies import Tokenize, chat_body, completion_body, deto
 from elastic_ep.gateway.fields import Body, Schema, Schemas
 from elastic_ep.gateway.settings import ApiSettings
 
-PAGE = Path(__file__).parents[3] / "docs" / "api.md"
+PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 _HEAD = """# Request fields
 
-Written by `python -m elastic_ep.gateway.reference` from the models that requests are read by. `GET /openapi.json` has the
+Written by `python scripts/api_reference.py` from the models that requests are read by. `GET /openapi.json` has the
 same.
 
 A field that is honoured does what it does in OpenAI's API, vLLM and SGLang. One that is not is refused with status 400,
