@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"exchange", "kv", "machines", "models", "weights", "wire", "config", "placement"},
     "host": {"event_log", "exchange", "machines", "wire", "config", "logs", "timing", "titles"},
     "rank": {
-        "engine", "exchange", "host", "machines", "models", "weights", "wire", "config", "logs", "placement",
+        "engine", "event_log", "exchange", "host", "machines", "models", "weights", "wire", "config", "logs", "placement",
         "timing", "titles",
     },
     "group": {

@@ -50,6 +50,15 @@ class EventLogMode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class RankLog:
+    """Where ranks log their machines' events: each incarnation in `folder`, at most `max_bytes` (0: without a limit)."""
+
+    folder: str
+    mode: EventLogMode
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LogConfig:
     """What every process of a run writes to stderr: from which level on, and how."""
 
@@ -80,6 +89,7 @@ class RankConfig:
     peers: PeerWeights | None = None
     """Who has weights to give; None before anybody has."""
     log: LogConfig = LogConfig()
+    event_log: RankLog | None = None
 
     def to_json(self) -> str:
         return encode(self).decode()

@@ -1,6 +1,6 @@
 """What an operator reads: one line a fact on stderr, through structlog. Other modules: `log = structlog.get_logger()`.
 
-Not the event log (`log.py`), which is for replay. Nothing that happens at every step is written here.
+Not the event log (`event_log/`), which is for replay. Nothing that happens at every step is written here.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elastic_ep.event_log.files import RANKS
 from elastic_ep.event_log.reader import Differs, Line, Log, Unreadable
 from elastic_ep.machines.membership.events import GroupState, RankMoved
 from elastic_ep.machines.registry import MACHINES
@@ -96,6 +97,21 @@ def replay(path: Path) -> Timeline:
         raise Differs(f"{error}{log.of_another_version}") from error
     timeline.cut_off = log.cut_off
     return timeline
+
+
+def replay_ranks(run: Path) -> int:
+    """Of how many ranks' processes the log below `run` (a folder) replays. Raises as `replay`, naming the rank."""
+    replayed = 0
+    for folder in sorted((run / RANKS).glob("*")):
+        if any(
+            file.stat().st_size for file in folder.iterdir()
+        ):  # else it was killed before it could say anything
+            try:
+                replay(folder)
+            except (Differs, Unreadable) as error:
+                raise type(error)(f"rank {folder.name}: {error}") from error
+            replayed += 1
+    return replayed
 
 
 def _timeline(log: Log, machines: dict[str, Any]) -> Timeline:
@@ -225,6 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         timeline = replay(options.run)
+        timeline.count("logs of ranks", replay_ranks(options.run))
     except Unreadable as error:
         print(f"cannot replay: {error}", file=sys.stderr)
         return UNREADABLE

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ import structlog
 from aiohttp import web
 
 from elastic_ep import logs, titles
-from elastic_ep.config import ConfigError, EventLogMode, ServeConfig
+from elastic_ep.config import ConfigError, EventLogMode, RankLog, ServeConfig
+from elastic_ep.event_log.files import RANKS, make_private
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.gateway.app import READING, create_app
@@ -74,6 +75,8 @@ _OF_ALL = ("torch", "elastic_ep.rank.process")
 _OF_GPUS = ("elastic_ep.engine.ops_cuda.build", "elastic_ep.engine.ops_cuda.preload")
 _PRELOAD = {"cpu": _OF_ALL, "cuda": _OF_ALL + _OF_GPUS}
 """What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""
+_RANKS_PART = 8
+"""Of what the event log may take on the disk all ranks' machines together get one in so many."""
 NOTHING_SERVES, START_FAILED = 1, 2
 """Exit statuses; a graceful stop is 0. A run process that is killed ends by that signal."""
 FAREWELL_S = 5.0
@@ -153,14 +156,15 @@ class RunProcess:
             if self._config.mps:
                 guard = stack.enter_context(DeviceGuard(self._config.timing.drain_ms / 1000, self._log.note))
             launcher = await stack.enter_async_context(Launcher(options, windows_fd, environment))
-            processes = RankProcesses(
-                self._plan.rank_config(directory), launcher, guard, watched=self._config.fault_tolerance
-            )
+            told = replace(self._plan.rank_config(directory), event_log=self._rank_log())
+            processes = RankProcesses(told, launcher, guard, watched=self._config.fault_tolerance)
             parts = self._parts(wire, processes)
             controller = parts.controller
             stack.callback(controller.ledger.close)
             wire.receive(controller.on_message, controller.on_protocol_error)
             self._log.begin(self._first_line(parts.machines), parts.machines)
+            if told.event_log is not None:
+                make_private(Path(told.event_log.folder))
             app = self._app(parts)
             http = await self._listen(app)
             titles.show(f"run {self._plan.name} at {http.url}", "eep-run")
@@ -279,6 +283,7 @@ class RunProcess:
         config = self._config
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         mode, limit = config.event_log_mode, config.event_log_max_mb << 20
+        limit -= limit // _RANKS_PART
         soon = asyncio.get_running_loop().call_soon
         for again in ("", *(f"-{number}" for number in range(2, 100))):
             folder = Path(config.log_dir) / f"{run_id}{again}" if mode is not EventLogMode.OFF else None
@@ -289,6 +294,13 @@ class RunProcess:
             except OSError as error:
                 raise ConfigError(f"--log-dir {config.log_dir}: {error.strerror}") from error
         raise ConfigError(f"--log-dir {config.log_dir}: {run_id} and all that follow exist")
+
+    def _rank_log(self) -> RankLog | None:
+        """Two incarnations of each rank have a log at a time."""
+        if self._log.path is None:
+            return None
+        each = (self._config.event_log_max_mb << 20) // _RANKS_PART // (2 * self._config.ranks)
+        return RankLog(str(self._log.path.parent.resolve() / RANKS), self._config.event_log_mode, each)
 
     def _parts(self, wire: ControllerWire, processes: RankProcesses) -> Parts:
         config, plan, metrics, timing = self._config, self._plan, self._metrics, self._config.timing

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 from train.problems import held_out
 
-from elastic_ep.event_log.files import CURRENT
+from elastic_ep.event_log.files import CURRENT, RANKS
 from elastic_ep.placement_picture import NothingLost, moments
 from elastic_ep.replay import SAME, main
 from elastic_ep.run import BUNDLED_MODEL
@@ -44,7 +44,7 @@ async def complete(session: aiohttp.ClientSession, url: str, tokens: int) -> lis
 
 
 async def until_turned(running: Server, files: int, *, kill: bool) -> list[int]:
-    """Requests, a dozen at a time, until the log has so many files. The tokens of the last answer."""
+    """Requests, a dozen at a time, until the run's folder holds so many. The tokens of the last answer."""
     async with http() as session, asyncio.timeout(240):
         await until_full(session, running.url)
         while True:
@@ -70,20 +70,25 @@ def test_a_log_that_turns_over_replays_and_has_no_text(
     old = os.umask(0)
     try:
         with server(["--ranks", "3", "--event-log-max-mb", "1"], tmp_path) as running:
-            answer = asyncio.run(until_turned(running, 4, kill=True))
+            answer = asyncio.run(until_turned(running, 5, kill=True))
     finally:
         os.umask(old)
     folder = running.run_dir
-    files = sorted(folder.iterdir())
-    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    of_ranks = sorted((folder / RANKS).rglob("*.jsonl"))
+    ranks = {file.parent.name for file in of_ranks}
+    assert ranks >= {"0.1", "1.1", "2.1"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files + of_ranks} == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert sum(file.stat().st_size for file in files) <= 1 << 20
+    assert sum(file.stat().st_size for file in files + of_ranks) <= 1 << 20
     assert main([str(folder)]) == SAME
-    assert "loss of rank 1.1" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "loss of rank 1.1" in told
+    assert f"{len(ranks)} logs of ranks" in told
     for file in files:
         assert main([str(file), "--quiet"]) == SAME
     assert any(drawn(file) for file in files)
-    whole = b"".join(file.read_bytes() for file in files)
+    whole = b"".join(file.read_bytes() for file in files + of_ranks)
     prompt = Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json")).encode(PROMPT).ids
     assert not [trace for trace in traces(prompt) + traces(answer) if trace in whole]
     assert held_out(1)[0].question.encode()[:20] not in whole
@@ -98,7 +103,7 @@ def drawn(file: Path) -> bool:
 
 def test_a_full_log_has_it_all_and_off_none(tmp_path: Path) -> None:
     with server(["--ranks", "1", "--event-log", "full"], tmp_path) as running:
-        asyncio.run(until_turned(running, 1, kill=False))
+        asyncio.run(until_turned(running, 2, kill=False))
     assert main([str(running.run_dir), "--quiet"]) == SAME
     whole = (running.run_dir / CURRENT).read_bytes()
     prompt = Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json")).encode(PROMPT).ids

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 
 CURRENT = "events.jsonl"
+RANKS = "ranks"
+"""The folder, beside these files, of the logs of ranks: each incarnation's in a folder of its own."""
 SEGMENTS = 8
 """The limit is for about so many files; so much is deleted at once."""
 

@@ -1,7 +1,7 @@
 """The event log of a run: every event that a machine heard, with the effects that it caused.
 
 `elastic_ep.replay` feeds them to fresh machines and compares. Other facts (measured stalls, times of death notices) are
-notes between them. A thread of its own encodes and writes (`log_writer.py`), so no disk makes the event loop wait.
+notes between them. A thread of its own encodes and writes (`writer.py`), so no disk makes the event loop wait.
 """
 
 from __future__ import annotations

@@ -202,11 +202,11 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(waiting)
 
-    def request_replayed(self) -> None:
-        self._replayed.inc()
+    def request_replayed(self, count: int = 1) -> None:
+        self._replayed.inc(count)
 
-    def request_moved(self) -> None:
-        self._moved.inc()
+    def request_moved(self, count: int = 1) -> None:
+        self._moved.inc(count)
 
     def rank_state(self, rank: int, state: RankState) -> None:
         for other in RankState:

@@ -11,12 +11,15 @@ from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership import events as membership_events
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.progress import ProgressMachine, Pulse
+from elastic_ep.machines.rank import events as rank_events
+from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.machines.requests import events as routing_events
 from elastic_ep.machines.requests.events import RoutingConfig
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import Placement
 from elastic_ep.timing import MembershipConfig, ProgressConfig, RepairConfig
 from elastic_ep.wire.codec import from_plain, to_plain
+from elastic_ep.wire.messages import Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,4 +64,5 @@ MACHINES: dict[str, Entry] = {
         lambda plain: RoutingMachine(from_plain(plain["config"], RoutingConfig)), routing_events.Event
     ),
     "repair": Entry(_repair, repair_events.Event),
+    "rank": Entry(lambda plain: RankMachine(Member(*map(int, plain["me"]))), rank_events.Event),
 }

@@ -50,6 +50,7 @@ from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.rank.connector import Connector
 from elastic_ep.rank.engine import OpenPlane, build_engine
 from elastic_ep.rank.forward import Build, ForwardThread
+from elastic_ep.rank.machine_log import MachineLog
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.outbox import Outbox, Post, Ready
 from elastic_ep.rank.slots import SlotWorker
@@ -120,6 +121,7 @@ class RankProcess:
         self._life_fd = life_fd
         self._me = Member(config.rank, config.incarnation)
         self._machine = RankMachine(self._me)
+        self._log = MachineLog(config, self._machine)
         self._mailbox = Mailbox()
         self._outbox = Outbox(self._wake)
         self._engine: Ready | None = None
@@ -158,6 +160,7 @@ class RankProcess:
             tasks.cancel_scope.cancel()
         notices.close()
         self._wire.close()
+        self._log.close()
         return status
 
     def _orphaned(self) -> None:
@@ -169,9 +172,11 @@ class RankProcess:
             effects = self._machine.step(event)
         except Exception as error:  # whose notes tell the last events
             log.error("the rank's machine cannot go on", exc_info=True)
-            effects = self._machine.step(StepsFailed(f"{type(error).__name__}: {error}"))
+            event = StepsFailed(f"{type(error).__name__}: {error}")
+            effects = self._machine.step(event)
         for effect in effects:
             self._perform(effect)
+        self._log.heard(event, effects)
         if self._machine.stage is not before:
             titles.show_rank(self._me, self._machine.stage)
 

@@ -111,6 +111,10 @@ class AdoptPlacement:
 
     placement: Placement
 
+    def plain_fields(self) -> tuple[int]:
+        """For the log: a large model's changes often, and what it holds follows from the events."""
+        return (self.placement.version,)
+
 
 @dataclass(frozen=True, slots=True)
 class StopSteps:

@@ -1,0 +1,1 @@
+"""Programs for who changes the code; `make` calls most of them."""
