@@ -20,7 +20,7 @@ NAMED = sorted(set(DOCUMENTS) - {ROOT / "docs" / "api.md", ROOT / "CHANGELOG.md"
 
 ELSEWHERE = {
     "config.json", "tokenizer.json", "generation_config.json", "additional_chat_templates/", "build/model",
-    "events.jsonl", "torch.compile",
+    "events.jsonl", "ranks/", "torch.compile",
 }  # fmt: skip
 """Of a model's folder, a run, or a library."""
 OTHERS_TYPES = {"TransferEngine", "TaskGroup", "ResourceTracker"}

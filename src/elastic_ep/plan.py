@@ -13,7 +13,7 @@ from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
 from elastic_ep.gateway.settings import SamplingDefaults, unhonoured
 from elastic_ep.gateway.text.content_form import ContentForm
 from elastic_ep.gateway.text.fit import TextFit, fit
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.host.devices import choose_device
 from elastic_ep.host.mps import find_program
 from elastic_ep.machine_memory import available_memory
@@ -42,9 +42,9 @@ class ServePlan:
     config: ServeConfig
     folder: Path
     model: ModelSpec
-    load_text: Callable[[], Text]
+    load_text: Callable[[], ChatTokenizer]
     """Picklable: the process that reads large bodies loads its own."""
-    text: Text
+    text: ChatTokenizer
     defaults: SamplingDefaults
     """For requests that do not say."""
     text_fit: TextFit
@@ -103,7 +103,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         model = load_spec(folder)
         if config.load_format == "auto":
             validate_checkpoint(folder, model)
-        load_text = partial(Text.load, folder, _chat_template(config), _content_form(config))
+        load_text = partial(ChatTokenizer.load, folder, _chat_template(config), _content_form(config))
         text = load_text()
         defaults, left_out = SamplingDefaults.from_folder(folder), unhonoured(folder)
     except ConfigError:

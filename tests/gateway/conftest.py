@@ -11,7 +11,7 @@ import pytest
 from elastic_ep.gateway.app import READING, Server, create_app, serve
 from elastic_ep.gateway.bodies import prepare
 from elastic_ep.gateway.settings import ApiSettings
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker
 from elastic_ep.group.metrics import Metrics
 from tests.gateway.fakes import MODEL, FakeBackend, sample_text
@@ -51,7 +51,9 @@ async def start(anyio_backend: str) -> AsyncIterator[Start]:
     """Starts servers: `await start(backend, text, **settings)`. The process for large bodies has the usual text."""
     closing = []
 
-    async def begin(backend: FakeBackend | None = None, text: Text | None = None, **changes: Any) -> Running:
+    async def begin(
+        backend: FakeBackend | None = None, text: ChatTokenizer | None = None, **changes: Any
+    ) -> Running:
         backend = backend or FakeBackend()
         metrics = Metrics()
         chosen = settings(**changes)

@@ -11,7 +11,7 @@ from functools import cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from elastic_ep.gateway.text.detokenize import byte_level_alphabet
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.group.port import (
     Busy,
     CorruptSlot,
@@ -57,8 +57,8 @@ def byte_level_tokenizer() -> Tokenizer:
 
 
 @cache
-def sample_text() -> Text:
-    return Text(byte_level_tokenizer(), TEMPLATE, {"eos_token": "<|im_end|>"})
+def sample_text() -> ChatTokenizer:
+    return ChatTokenizer(byte_level_tokenizer(), TEMPLATE, {"eos_token": "<|im_end|>"})
 
 
 def byte_tokens(written: str) -> list[int]:

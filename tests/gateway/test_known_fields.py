@@ -22,7 +22,7 @@ from elastic_ep.gateway.app import READING, create_app, serve
 from elastic_ep.gateway.bodies import Chat, Completion, chat_body, completion_body
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.fields import read
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.group.metrics import Metrics
 from tests.gateway.conftest import Running, settings
 from tests.gateway.fakes import MODEL, TEMPLATE, FakeBackend, byte_level_tokenizer, says
@@ -150,14 +150,14 @@ class Seen:
         return dict(json.loads(self.body)["error"])
 
 
-def sensitive_text() -> Text:
+def sensitive_text() -> ChatTokenizer:
     """A tokenizer and a template with which every field about them shows."""
     tokenizer = Tokenizer.from_str(byte_level_tokenizer().to_str())
     start = tokenizer.token_to_id("<|endoftext|>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
     )
-    return Text(tokenizer, TEMPLATE + "{{ style }}{{ documents }}", {"eos_token": "<|im_end|>"})
+    return ChatTokenizer(tokenizer, TEMPLATE + "{{ style }}{{ documents }}", {"eos_token": "<|im_end|>"})
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 
 from elastic_ep.gateway.backend import GroupBackend
-from elastic_ep.group.group_lines import GroupLines
 from elastic_ep.group.port import KVPages, LossCause, Unavailable
+from elastic_ep.group.serving_log import ServingLog
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import GroupState
 from elastic_ep.wire.messages import (
@@ -269,7 +269,7 @@ def test_the_view_and_the_states_are_in_the_metrics() -> None:
 
 def test_when_nothing_will_serve_all_requests_fail_and_none_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[GroupState] = []
-    monkeypatch.setattr(GroupLines, "moved", lambda _lines, state: said.append(state))
+    monkeypatch.setattr(ServingLog, "moved", lambda _lines, state: said.append(state))
 
     async def main(group: FakeGroup) -> None:
         stream = group.router.submit((1,), SamplingParams(2), 0, 0)

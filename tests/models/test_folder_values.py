@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from elastic_ep.config import ConfigError, EngineLimits, ServeConfig
 from elastic_ep.gateway.errors import ApiError
-from elastic_ep.gateway.requests import JobReader
+from elastic_ep.gateway.jobs import JobReader
 from elastic_ep.gateway.settings import ApiSettings, SamplingDefaults
 from elastic_ep.plan import ServePlan, make_plan
 from elastic_ep.wire.codec import decode, encode

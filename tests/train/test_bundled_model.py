@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from train.problems import held_out
 
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.run import BUNDLED_MODEL
 
-TEXT = Text.load(BUNDLED_MODEL)
+TEXT = ChatTokenizer.load(BUNDLED_MODEL)
 PROBLEMS = held_out(10)
 LONGEST = max(len(TEXT.encode(problem.solution)) for problem in PROBLEMS) + 2
 RANKS = 8

@@ -18,7 +18,7 @@ from elastic_ep.gateway.openai import OpenAiHandlers
 from elastic_ep.gateway.reading import BodyReader, Reading
 from elastic_ep.gateway.request_id import send_request_id
 from elastic_ep.gateway.settings import ApiSettings
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend
@@ -31,7 +31,11 @@ READING = web.AppKey("reading", Reading)
 
 
 def create_app(
-    backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics, load_text: Callable[[], Text]
+    backend: Backend,
+    settings: ApiSettings,
+    text: ChatTokenizer,
+    metrics: Metrics,
+    load_text: Callable[[], ChatTokenizer],
 ) -> web.Application:
     """The application. Serve it with `serve`, or a runner with `handler_cancellation=True`: without it
     aiohttp lets handlers run on after their client has gone.

@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import Sequence
 from time import monotonic
 
-from elastic_ep.gateway.requests import Job, Output
-from elastic_ep.gateway.spelled import SpelledToken
+from elastic_ep.gateway.jobs import Job, Output
+from elastic_ep.gateway.shapes import SpelledToken
 from elastic_ep.gateway.text.stop_strings import StopStrings
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend, Stream
 from elastic_ep.wire.messages import Token
@@ -31,7 +31,7 @@ class ChoiceReader:
         "generated", "keep_tokens", "tokens",
     )  # fmt: skip
 
-    def __init__(self, text: Text, output: Output, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, text: ChatTokenizer, output: Output, prompt: Sequence[int] = ()) -> None:
         """The text goes on from that of `prompt`."""
         detokenizer = text.detokenizer(prompt, skip_special_tokens=output.skip_special_tokens)
         self._text = text

@@ -13,9 +13,9 @@ from aiohttp import web
 
 from elastic_ep.gateway.errors import failed, tell, translate, unexpected, unknown_model
 from elastic_ep.gateway.generate import ChoiceReader, Clock, submit
+from elastic_ep.gateway.jobs import Job, Output, Part, UnknownNames
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.request_id import request_id
-from elastic_ep.gateway.requests import Job, Output, Part, UnknownNames
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.shapes import (
     Answer,
@@ -32,7 +32,7 @@ from elastic_ep.gateway.shapes import (
     usage_chunk,
     whole,
 )
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.turns import Turns
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend, Failure, Stream
@@ -63,7 +63,7 @@ class _Run:
 
 class OpenAiHandlers:
     def __init__(
-        self, backend: Backend, settings: ApiSettings, text: Text, metrics: Metrics, reading: Reading
+        self, backend: Backend, settings: ApiSettings, text: ChatTokenizer, metrics: Metrics, reading: Reading
     ) -> None:
         self._backend = backend
         self._settings = settings

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from elastic_ep.gateway.bodies import Tokenize, detokenize_body
 from elastic_ep.gateway.fields import parse_object, read
-from elastic_ep.gateway.requests import Job, JobReader
+from elastic_ep.gateway.jobs import Job, JobReader
 from elastic_ep.gateway.settings import ApiSettings
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker
 from elastic_ep.gateway.turns import Turns
 
@@ -29,7 +29,7 @@ AnswerTask = Literal["tokenize", "detokenize"]
 class BodyReader:
     """All that is done with a body before anything is generated. Every method raises `ApiError`."""
 
-    def __init__(self, settings: ApiSettings, text: Text) -> None:
+    def __init__(self, settings: ApiSettings, text: ChatTokenizer) -> None:
         self._settings = settings
         self._text = text
         self._jobs = JobReader(settings, text)

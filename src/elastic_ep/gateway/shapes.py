@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from elastic_ep.gateway.requests import Output
-from elastic_ep.gateway.spelled import SpelledToken
+from elastic_ep.gateway.jobs import Output
 from elastic_ep.gateway.turns import Turns
+from elastic_ep.wire.messages import Token
 
 _LEAST_LOGPROB = -9999.0  # as OpenAI writes minus infinity, which JSON cannot
 _TOKENS_A_TURN = 64
@@ -34,6 +34,22 @@ class Answer:
     created: int
     model: str
     output: Output
+
+
+@dataclass(frozen=True, slots=True)
+class SpelledToken:
+    """A generated token with its part of the text, as logprobs show it.
+
+    `raw` is what the token adds to the text where it stands: joined, those of all tokens are the text's bytes. A
+    token without text, a special one, has its name there. `top` has the same for each of `token.top`.
+
+    `start` is where it begins, in characters of the generated text.
+    """
+
+    token: Token
+    raw: bytes
+    top: tuple[bytes, ...]
+    start: int
 
 
 @dataclass(frozen=True, slots=True)

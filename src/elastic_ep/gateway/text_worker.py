@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic_ep.gateway.errors import ApiError
-from elastic_ep.gateway.requests import Job, Part
+from elastic_ep.gateway.jobs import Job, Part
 from elastic_ep.gateway.settings import ApiSettings
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.group.port import Busy
 from elastic_ep.host import life_line
 
@@ -43,7 +43,7 @@ class WorkerSetup:
     """What the process is told at its start, picklable. `load` makes the same text as the run process has."""
 
     settings: ApiSettings
-    load: Callable[[], Text]
+    load: Callable[[], ChatTokenizer]
 
 
 @dataclass(frozen=True, slots=True)

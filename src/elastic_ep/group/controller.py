@@ -10,13 +10,13 @@ import structlog
 
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.group.clock import Clock
-from elastic_ep.group.group_lines import GroupLines
 from elastic_ep.group.hub import Hub
 from elastic_ep.group.ledger import LAUNCH_FAILED, Ledger
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.pace import Disturbance, PaceObserver
 from elastic_ep.group.port import LossCause
 from elastic_ep.group.repairs import Repairs
+from elastic_ep.group.serving_log import ServingLog
 from elastic_ep.group.store_table import StoreTable
 from elastic_ep.group.watch import STARTING, ProgressWatch, RankFacts
 from elastic_ep.host.launcher_events import (
@@ -126,7 +126,7 @@ class Controller:
         self._paced = paced
         self._store = StoreTable(wire.send, log.note)
         self._pace = PaceObserver(self._disturbed, timing)
-        self._lines = GroupLines(machine)
+        self._lines = ServingLog(machine)
         self._noticed_ns: dict[Member, int] = {}
         self._seated: frozenset[Member] = frozenset()
         hub.attach("membership", machine, self)

@@ -7,11 +7,11 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from tests.gateway.fakes import TEMPLATE, byte_level_tokenizer
 
 
-class HeldText(Text):
+class HeldText(ChatTokenizer):
     """A prompt of one word and a path: "die" ends the process, "die-once" if the path does not exist yet, "hold"
     opens the path, a FIFO, and waits until its writer closes it. Decoding token 0 alone is a defect."""
 
@@ -31,15 +31,15 @@ class HeldText(Text):
         return super().decode(tokens, skip_special_tokens=skip_special_tokens)
 
 
-def held_text() -> Text:
+def held_text() -> ChatTokenizer:
     return HeldText(byte_level_tokenizer(), TEMPLATE)
 
 
-def broken_text() -> Text:
+def broken_text() -> ChatTokenizer:
     raise ValueError("tokenizer.json is missing")
 
 
-def text_after_a_death(marker: str) -> Text:
+def text_after_a_death(marker: str) -> ChatTokenizer:
     """The process that loads it first is killed meanwhile."""
     if not Path(marker).exists():
         Path(marker).touch()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from tests.gateway.conftest import Running, Start
 from tests.gateway.fakes import TEMPLATE, FakeBackend, byte_level_tokenizer, sample_text, tokens_of
 
@@ -53,7 +53,7 @@ async def test_what_cannot_be_gone_on_with_is_refused(running: Running, body: di
 
 
 async def test_a_template_gets_all_that_a_message_has(start: Start) -> None:
-    running = await start(text=Text(byte_level_tokenizer(), "{{ messages | tojson }}"))
+    running = await start(text=ChatTokenizer(byte_level_tokenizer(), "{{ messages | tojson }}"))
     message: dict[str, Any] = {
         "role": "user",
         "content": "Anna",
@@ -80,7 +80,7 @@ async def test_documents_need_a_template_that_shows_them(start: Start) -> None:
     status, answer = await running.post(CHAT, {"messages": ASKED, "documents": documents})
     assert status == 400
     assert answer["error"]["param"] == "documents"
-    shows = Text(
+    shows = ChatTokenizer(
         byte_level_tokenizer(), "{% for d in documents or [] %}{{ d.title }}: {{ d.text }}{% endfor %}."
     )
     running = await start(text=shows)
@@ -107,7 +107,7 @@ async def test_a_template_of_the_client_s_own_only_where_the_operator_says_so(st
 
 async def test_a_template_that_raises_costs_its_request_alone(start: Start) -> None:
     picky = "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no bad roles') }}{% endif %}{% endfor %}A"
-    running = await start(text=Text(byte_level_tokenizer(), picky))
+    running = await start(text=ChatTokenizer(byte_level_tokenizer(), picky))
     status, answer = await running.post(CHAT, {"messages": [{"role": "bad", "content": ""}]})
     assert status == 400
     assert "no bad roles" in answer["error"]["message"]
@@ -116,12 +116,12 @@ async def test_a_template_that_raises_costs_its_request_alone(start: Start) -> N
 
 async def test_a_template_that_makes_much_of_little_is_stopped(start: Start) -> None:
     wordy = "{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}"
-    running = await start(text=Text(byte_level_tokenizer(), wordy))
+    running = await start(text=ChatTokenizer(byte_level_tokenizer(), wordy))
     status, answer = await running.post(CHAT, {"messages": ASKED})
     assert status == 400
     assert answer["error"]["code"] == "context_length_exceeded"
     wordy = "{% for i in range(900000) %}{% endfor %}"
-    running = await start(text=Text(byte_level_tokenizer(), wordy))
+    running = await start(text=ChatTokenizer(byte_level_tokenizer(), wordy))
     status, answer = await running.post(CHAT, {"messages": ASKED})
     assert status == 400
     assert "ange" in answer["error"]["message"]
@@ -130,10 +130,10 @@ async def test_a_template_that_makes_much_of_little_is_stopped(start: Start) -> 
 # Tokens that the tokenizer has and the model has not
 
 
-def longer_text() -> Text:
+def longer_text() -> ChatTokenizer:
     tokenizer = Tokenizer.from_str(byte_level_tokenizer().to_str())
     tokenizer.add_special_tokens([AddedToken("<|new|>", normalized=False)])
-    return Text(tokenizer, TEMPLATE)
+    return ChatTokenizer(tokenizer, TEMPLATE)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 import elastic_ep.gateway.text.chat_template
 from elastic_ep.gateway.text.chat_template import ChatTemplateError
 from elastic_ep.gateway.text.content_form import ContentForm
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from tests.gateway.fakes import byte_level_tokenizer
 from tests.gateway.text.templates import AROUND, OF_A_MESSAGE, WHOLE
 
@@ -70,8 +70,8 @@ def ours(
 
 
 @cache
-def text_with(template: str, form: ContentForm | None) -> Text:
-    return Text(byte_level_tokenizer(), template, SPECIAL, form)
+def text_with(template: str, form: ContentForm | None) -> ChatTokenizer:
+    return ChatTokenizer(byte_level_tokenizer(), template, SPECIAL, form)
 
 
 words = st.text(max_size=12) | st.sampled_from(
@@ -216,8 +216,8 @@ def test_loops_that_go_round_for_long_are_ended() -> None:
     )
     for body in bodies:
         with pytest.raises(ChatTemplateError, match="do not end"):
-            Text(byte_level_tokenizer(), body).render_chat([])
-    once = Text(byte_level_tokenizer(), "{% for i in range(99999) %}{% endfor %}done")
+            ChatTokenizer(byte_level_tokenizer(), body).render_chat([])
+    once = ChatTokenizer(byte_level_tokenizer(), "{% for i in range(99999) %}{% endfor %}done")
     for _ in range(30):
         assert once.render_chat([]) == "done", "each rendering has a budget of its own"
 
@@ -225,4 +225,4 @@ def test_loops_that_go_round_for_long_are_ended() -> None:
 def test_a_large_conversation_is_within_the_bounds() -> None:
     messages = [{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(60_000)]
     for name in ("ChatML", "Mistral", "DeepSeek", "harmony"):
-        assert Text(byte_level_tokenizer(), WHOLE[name], SPECIAL).render_chat(messages)
+        assert ChatTokenizer(byte_level_tokenizer(), WHOLE[name], SPECIAL).render_chat(messages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elastic_ep.gateway.text.content_form import ContentForm
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from tests.gateway.fakes import byte_level_tokenizer
 from tests.gateway.text.templates import WHOLE
 
@@ -63,7 +63,7 @@ IN_PARTS = [{**message, "content": [{"type": "text", "text": message["content"]}
 
 
 def form_of(template: str) -> ContentForm:
-    return Text(byte_level_tokenizer(), template).content_forms["default"]
+    return ChatTokenizer(byte_level_tokenizer(), template).content_forms["default"]
 
 
 @pytest.mark.parametrize("template", STRING)
@@ -84,7 +84,7 @@ def test_templates_that_want_parts(template: str) -> None:
 @pytest.mark.parametrize("template", STRING + EITHER + PARTS)
 @pytest.mark.parametrize("messages", [PLAIN, IN_PARTS], ids=["strings", "parts"])
 def test_nothing_that_was_said_gets_lost(template: str, messages: list[dict[str, object]]) -> None:
-    prompt = Text(byte_level_tokenizer(), template).render_chat(messages)
+    prompt = ChatTokenizer(byte_level_tokenizer(), template).render_chat(messages)
     assert "ping" in prompt
     assert "pong" in prompt
     assert "'text'" not in prompt, "a list of parts, written out"
@@ -98,12 +98,12 @@ def test_templates_of_well_known_models() -> None:
 
 def test_texts_of_several_parts_are_lines_of_one_string() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    text = Text(byte_level_tokenizer(), STRING[0])
+    text = ChatTokenizer(byte_level_tokenizer(), STRING[0])
     assert text.render_chat([{"role": "user", "content": parts}]) == "one\ntwo"
 
 
 @pytest.mark.parametrize("form", [ContentForm.STRING, ContentForm.PARTS])
 def test_what_an_operator_asks_for_is_not_guessed(form: ContentForm) -> None:
-    text = Text(byte_level_tokenizer(), "{{ messages[0].content is string }}", content_form=form)
+    text = ChatTokenizer(byte_level_tokenizer(), "{{ messages[0].content is string }}", content_form=form)
     for messages in (PLAIN, IN_PARTS):
         assert text.render_chat(messages) == str(form is ContentForm.STRING)

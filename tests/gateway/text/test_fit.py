@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from elastic_ep.config import ConfigError, ServeConfig
 from elastic_ep.gateway.text.fit import TextFit, fit
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.models.registry import load_spec
 from elastic_ep.plan import make_plan
 from elastic_ep.run import BUNDLED_MODEL, parse
@@ -27,7 +27,7 @@ ASKED = [{"role": "user", "content": "Anna"}]
 
 def fitted(tokenizer: Tokenizer = TOKENIZER, eos: str | None = "<|end|>", **model: Any) -> TextFit:
     special = {} if eos is None else {"eos_token": eos}
-    return fit(Text(tokenizer, None, special), replace(MODEL, **model))
+    return fit(ChatTokenizer(tokenizer, None, special), replace(MODEL, **model))
 
 
 def test_what_agrees_says_nothing() -> None:

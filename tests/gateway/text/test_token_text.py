@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.gateway.text.detokenize import WindowDetokenizer
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from tests.gateway.text.tokenizers_of_all_kinds import KINDS, tokenizer_of
 
 BY_NEIGHBOURS = {"words with a suffix", "pieces, replaced at last"}
@@ -31,17 +31,19 @@ thorough = settings(max_examples=60, deadline=None)
 
 
 @cache
-def text_of(kind: str) -> Text:
-    return Text(tokenizer_of(kind))
+def text_of(kind: str) -> ChatTokenizer:
+    return ChatTokenizer(tokenizer_of(kind))
 
 
-def streamed(text: Text, ids: list[int], context: list[int] | None = None, *, skip: bool = True) -> list[str]:
+def streamed(
+    text: ChatTokenizer, ids: list[int], context: list[int] | None = None, *, skip: bool = True
+) -> list[str]:
     """What each token shows, and the end."""
     detokenizer = text.detokenizer(context or [], skip_special_tokens=skip)
     return [*[detokenizer.push(token) for token in ids], detokenizer.finish()]
 
 
-def bytes_of(text: Text, ids: list[int], context: list[int] | None = None) -> list[bytes]:
+def bytes_of(text: ChatTokenizer, ids: list[int], context: list[int] | None = None) -> list[bytes]:
     detokenizer = text.detokenizer(context or [])
     spelled = []
     for token in ids:

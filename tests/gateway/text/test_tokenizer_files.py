@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from elastic_ep.gateway.text.text import ChatTemplateError, Text
+from elastic_ep.gateway.text.tokenizer import ChatTemplateError, ChatTokenizer
 from tests.gateway.fakes import byte_level_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Anna has <tool> 12"}]
@@ -91,7 +91,7 @@ def test_ids_and_special_tokens(
         tokenizer_config=config, special_tokens_map=special_map, added_tokens=added,
     )  # fmt: skip
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
-    ours = Text.load(folder)
+    ours = ChatTokenizer.load(folder)
     assert dict(ours.special_tokens) == theirs.special_tokens_map
     for special in (True, False):
         ids = theirs(TEXT, add_special_tokens=special)["input_ids"]
@@ -122,7 +122,7 @@ def test_templates_are_found_and_chosen(
         (folder / "additional_chat_templates").mkdir(exist_ok=True)
         (folder / "additional_chat_templates" / f"{name}.jinja").write_text(f"in the folder: {name}")
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
-    ours = Text.load(folder)
+    ours = ChatTokenizer.load(folder)
     for wanted in (None, "default", "tool_use", "rag", "a whole template"):
         for tools in (None, [], [{"type": "function", "function": {"name": "clock"}}]):
             try:
@@ -147,7 +147,7 @@ def test_padding_and_truncation_of_the_file_touch_no_prompt(tmp_path: Path) -> N
     tokenizer.enable_padding(length=64, pad_token="<|endoftext|>")
     tokenizer.save(str(folder / "tokenizer.json"))
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
-    ours = Text.load(folder)
+    ours = ChatTokenizer.load(folder)
     assert ours.encode(TEXT) == theirs(TEXT)["input_ids"]
     assert dict(ours.special_tokens) == theirs.special_tokens_map
 
@@ -171,5 +171,5 @@ def test_padding_and_truncation_of_the_file_touch_no_prompt(tmp_path: Path) -> N
 )
 def test_what_is_broken_is_said_in_one_line(tmp_path: Path, name: str, content: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        Text.load(folder_with(tmp_path, **{name: content}))
+        ChatTokenizer.load(folder_with(tmp_path, **{name: content}))
     assert "\n" not in str(caught.value)

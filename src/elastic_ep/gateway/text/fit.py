@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_ep.gateway.text.content_form import ContentForm
-from elastic_ep.gateway.text.text import Text
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.models.spec import ModelSpec
 
 
@@ -17,12 +17,12 @@ class TextFit:
     notices: tuple[str, ...]
 
 
-def fit(text: Text, model: ModelSpec) -> TextFit:
+def fit(text: ChatTokenizer, model: ModelSpec) -> TextFit:
     ends, said = _ends(text, model)
     return TextFit(ends, (*said, *_unknown_tokens(text, model), *_templates(text)))
 
 
-def _ends(text: Text, model: ModelSpec) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _ends(text: ChatTokenizer, model: ModelSpec) -> tuple[tuple[int, ...], tuple[str, ...]]:
     name = text.special_tokens.get("eos_token")
     if name is None:
         if model.eos_token_ids:
@@ -40,7 +40,7 @@ def _ends(text: Text, model: ModelSpec) -> tuple[tuple[int, ...], tuple[str, ...
     )
 
 
-def _unknown_tokens(text: Text, model: ModelSpec) -> tuple[str, ...]:
+def _unknown_tokens(text: ChatTokenizer, model: ModelSpec) -> tuple[str, ...]:
     unknown = text.tokens_from(model.vocab_size)
     if not unknown:
         return ()
@@ -51,7 +51,7 @@ def _unknown_tokens(text: Text, model: ModelSpec) -> tuple[str, ...]:
     )
 
 
-def _templates(text: Text) -> tuple[str, ...]:
+def _templates(text: ChatTokenizer) -> tuple[str, ...]:
     return tuple(
         f"the {name} chat template gets the content of messages as a list of parts: --chat-template-content-format "
         "string gives it strings"

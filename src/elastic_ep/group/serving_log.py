@@ -15,7 +15,7 @@ _ANSWERS = (GroupState.SERVING, GroupState.DEGRADED, GroupState.PAUSED)
 log = structlog.get_logger()
 
 
-class GroupLines:
+class ServingLog:
     def __init__(self, machine: MembershipMachine) -> None:
         self._machine = machine
         self._answers = False

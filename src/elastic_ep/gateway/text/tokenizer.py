@@ -30,12 +30,12 @@ from elastic_ep.gateway.text.detokenize import (
 from elastic_ep.gateway.text.spelling import read_spelling, token_names
 from elastic_ep.gateway.text.tokenizer_files import read_tokenizer
 
-__all__ = ["CannotContinue", "ChatTemplateError", "PromptTooLong", "Text"]
+__all__ = ["CannotContinue", "ChatTemplateError", "ChatTokenizer", "PromptTooLong"]
 _CONTEXT = 16
 """Tokens of a prompt that a decoder which looks at neighbours gets to see."""
 
 
-class Text:
+class ChatTokenizer:
     """A tokenizer, its incremental decoder and its chat template."""
 
     def __init__(
@@ -72,7 +72,7 @@ class Text:
     @classmethod
     def load(
         cls, folder: Path, chat_template: str | None = None, content_form: ContentForm | None = None
-    ) -> Text:
+    ) -> ChatTokenizer:
         """From `tokenizer.json`; `tokenizer_config.json`, `chat_template.jinja` and others beside it are optional.
 
         `chat_template` is a template to use instead of the folder's. Raises ValueError with one clear line when a file

@@ -13,7 +13,7 @@ from elastic_ep.gateway.bodies import Chat, Generating, StreamOptions, chat_body
 from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
 from elastic_ep.gateway.fields import LONE_SURROGATE, bad_value, is_encodable, read, unsupported
 from elastic_ep.gateway.settings import ApiSettings
-from elastic_ep.gateway.text.text import CannotContinue, ChatTemplateError, PromptTooLong, Text
+from elastic_ep.gateway.text.tokenizer import CannotContinue, ChatTemplateError, ChatTokenizer, PromptTooLong
 from elastic_ep.models.config_json import shown
 from elastic_ep.wire.messages import SamplingParams
 
@@ -66,7 +66,7 @@ class Job:
 class JobReader:
     """Makes jobs from bodies. Every method raises `ApiError`, and takes as long as the body is: see `reading.py`."""
 
-    def __init__(self, settings: ApiSettings, text: Text) -> None:
+    def __init__(self, settings: ApiSettings, text: ChatTokenizer) -> None:
         self._settings = settings
         self._text = text
         self._completion_body = completion_body(settings)
@@ -166,7 +166,7 @@ class JobReader:
         except ChatTemplateError as error:
             param = "chat_template" if template else "messages"
             raise ApiError(str(error), param=param, code="chat_template_error") from error
-        # What only the template knows can carry what `Text` keeps out of messages.
+        # What only the template knows can carry what `ChatTokenizer` keeps out of messages.
         if not is_encodable(prompt):
             raise bad_value(
                 "chat_template_kwargs" if values.chat_template_kwargs else "messages", LONE_SURROGATE

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elastic_ep.gateway.generate import ChoiceReader
-from elastic_ep.gateway.requests import Output
+from elastic_ep.gateway.jobs import Output
 from elastic_ep.gateway.text.detokenize import (
     ByteDetokenizer,
     Detokenizer,
@@ -21,12 +21,12 @@ from elastic_ep.gateway.text.detokenize import (
     byte_level_alphabet,
 )
 from elastic_ep.gateway.text.stop_strings import StopStrings
-from elastic_ep.gateway.text.text import ChatTemplateError, Text
+from elastic_ep.gateway.text.tokenizer import ChatTemplateError, ChatTokenizer
 from tests.gateway.fakes import TEMPLATE, byte_level_tokenizer, byte_tokens, sample_text, tokens_of
 
 
 @cache
-def sentencepiece_like() -> Text:
+def sentencepiece_like() -> ChatTokenizer:
     """Words marked by U+2581 and bytes for what the vocabulary lacks, as Llama 2's tokenizer has them."""
     pieces = [
         "<unk>",
@@ -39,7 +39,7 @@ def sentencepiece_like() -> Text:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return Text(tokenizer)
+    return ChatTokenizer(tokenizer)
 
 
 def piecewise(detokenizer: Detokenizer, ids: list[int]) -> str:
@@ -170,7 +170,7 @@ def test_chat_template_gets_what_templates_expect() -> None:
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no bad roles') }}"
     )
     template += "{% endif %}{{ m | tojson }}{% endfor %}{{ mood }}"
-    text = Text(byte_level_tokenizer(), template, {"bos_token": "<s>"})
+    text = ChatTokenizer(byte_level_tokenizer(), template, {"bos_token": "<s>"})
     messages = [{"role": "user", "content": "<b> & é"}]
     rendered = text.render_chat(messages, variables={"mood": "calm"})
     assert rendered == '<s>{"role": "user", "content": "<b> & é"}calm'
@@ -192,7 +192,7 @@ def test_chat_template_gets_what_templates_expect() -> None:
 )
 def test_the_template_is_in_a_sandbox(attack: str) -> None:
     with pytest.raises(ChatTemplateError):
-        Text(byte_level_tokenizer(), attack).render_chat([])
+        ChatTokenizer(byte_level_tokenizer(), attack).render_chat([])
 
 
 def _folder(tmp_path: Path, **files: str) -> Path:
@@ -205,16 +205,16 @@ def _folder(tmp_path: Path, **files: str) -> Path:
 def test_load_finds_the_template_in_either_place(tmp_path: Path) -> None:
     config: dict[str, Any] = {"chat_template": "config {{ eos_token }}", "eos_token": {"content": "<e>"}}
     folder = _folder(tmp_path, tokenizer_config__json=json.dumps(config))
-    assert Text.load(folder).render_chat([]) == "config <e>"
+    assert ChatTokenizer.load(folder).render_chat([]) == "config <e>"
     config["chat_template"] = [{"name": "tool", "template": "no"}, {"name": "default", "template": "named"}]
     folder = _folder(tmp_path, tokenizer_config__json=json.dumps(config))
-    assert Text.load(folder).render_chat([]) == "named"
+    assert ChatTokenizer.load(folder).render_chat([]) == "named"
     folder = _folder(tmp_path, chat_template__jinja="file {{ eos_token }}")
-    assert Text.load(folder).render_chat([]) == "file <e>"
+    assert ChatTokenizer.load(folder).render_chat([]) == "file <e>"
 
 
 def test_load_without_a_template(tmp_path: Path) -> None:
-    text = Text.load(_folder(tmp_path))
+    text = ChatTokenizer.load(_folder(tmp_path))
     with pytest.raises(ChatTemplateError, match="no chat template"):
         text.render_chat([])
     assert text.encode("Anna has 12") == sample_text().encode("Anna has 12")
@@ -231,16 +231,16 @@ def test_load_without_a_template(tmp_path: Path) -> None:
 )
 def test_load_refuses_broken_files_in_one_line(tmp_path: Path, files: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        Text.load(_folder(tmp_path, **files))
+        ChatTokenizer.load(_folder(tmp_path, **files))
     assert "\n" not in str(caught.value)
 
 
 def test_load_refuses_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
-        Text.load(tmp_path)
+        ChatTokenizer.load(tmp_path)
 
 
 def test_the_templates_default_is_the_generation_prompt() -> None:
-    text = Text(byte_level_tokenizer(), TEMPLATE)
+    text = ChatTokenizer(byte_level_tokenizer(), TEMPLATE)
     assert text.render_chat([]) == "<|im_start|>assistant\n"
     assert text.render_chat([], add_generation_prompt=False) == ""
