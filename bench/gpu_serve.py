@@ -21,8 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.kit.served import server, shaped_model, summary, write_result
-from tests.kit.shapes import layers_30b
+from tests.kit.served import server, summary, write_result
 from train.problems import held_out
 
 from bench.kit import kills
@@ -30,7 +29,7 @@ from bench.kit.command_line import command_line
 from bench.kit.failover_analysis import analyse, beyond_a_step, client_gaps_ms
 from bench.kit.failover_plot import draw
 from bench.kit.sections import gpu
-from elastic_ep.run import BUNDLED_MODEL
+from bench.kit.sides import add_model_options, server_arguments
 
 HARDER = (
     kills.Case((1, 2)),
@@ -41,24 +40,10 @@ HARDER = (
 """For four ranks: a pair, one that hangs, joiners in each state, and another rank while a joiner is being connected."""
 
 
-def server_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
-    model, load_format = options.model, options.load_format
-    if options.config_only:
-        shape = layers_30b(options.layers)
-        if options.vocabulary is not None:
-            shape["vocab_size"] = options.vocabulary
-        model, load_format = shaped_model(scratch / "model", shape), "dummy"
-    return [
-        *("--ranks", str(options.ranks), "--device", options.device),
-        *("--model", str(model), "--load-format", load_format),
-        *("--num-gpu-blocks-override", str(options.pages)),
-        *(["--mps"] if options.mps else []),
-    ]
-
-
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     questions = [problem.question for problem in held_out(options.questions)]
-    arguments = server_arguments(options, scratch)
+    pages = ["--num-gpu-blocks-override", str(options.pages)]
+    arguments = [*server_arguments(options, scratch), *pages]
     cases = [kills.Case((number % options.ranks,)) for number in range(options.kills)]
     with server(arguments, scratch / "runs") as target:
         reference = asyncio.run(kills.reference_run(target, questions))
@@ -93,16 +78,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = command_line(__doc__, "gpu_serve", ranks=4)
+    add_model_options(parser, "cuda")
     add = parser.add_argument
     add("--kills", type=int, default=24)
     add("--harder", action="store_true", help="then kill pairs, joiners, and others while a joiner connects")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the script itself")
-    add("--mps", action="store_true")
-    add("--model", type=Path, default=BUNDLED_MODEL)
-    add("--load-format", choices=("auto", "dummy"), default="auto")
-    add("--config-only", action="store_true", help="Qwen3-30B-A3B's layers, random weights")
-    add("--layers", type=int, default=24, help="with --config-only")
-    add("--vocabulary", type=int, help="with --config-only; the bundled tokenizer's if not given")
     add("--pages", type=int, default=1024, help="of KV cache, a rank")
     add("--questions", type=int, default=64)
     add("--keep", type=Path, help="a .tar.gz for the run's event log")

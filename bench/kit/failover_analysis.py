@@ -105,7 +105,7 @@ def read(events: Path) -> Curves:
     for line in _lines(events):
         note = line.get("note")
         if line.get("machine") == "routing" and line["heard"][0] == "TokensCommitted":
-            _, (rank, _), _, step, _, ended_ns = line["heard"]
+            _, (rank, _), _, step, _, ended_ns, *_ = line["heard"]
             curves.steps[rank].append(ended_ns)
             curves.step_ends[rank][step] = ended_ns
         elif note == "poisoned_step":

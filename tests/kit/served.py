@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from elastic_ep.run import BUNDLED_MODEL
 from tests.kit.bound import Bound
 
 ROOT = Path(__file__).resolve().parents[2]
+_SAMPLE = re.compile(r"^elastic_ep:(\w+?)(?:_total)?(\{.*\})? (\S+)$", re.MULTILINE)
 _URL = re.compile(r"http://[^\s/]+:\d+")
 MODEL = "default"
 START_DEADLINE_S = 60.0
@@ -121,20 +123,29 @@ def shaped_model(folder: Path, shape: Mapping[str, int]) -> Path:
     return folder
 
 
+def of_tree(tree: Path) -> list[str]:
+    """Python for modules of this source tree."""
+    return ["env", f"PYTHONPATH={tree / 'src'}{os.pathsep}{tree}", sys.executable]
+
+
 @contextmanager
 def server(
-    arguments: Sequence[str], log_dir: Path, module: str = "elastic_ep.run", stderr: IO[str] | None = None
+    arguments: Sequence[str],
+    log_dir: Path,
+    module: str = "elastic_ep.run",
+    stderr: IO[str] | None = None,
+    tree: Path | None = None,
 ) -> Iterator[Server]:
     """`python -m elastic_ep.run` (or what `module` makes of it) with these arguments on a free port, ended at exit.
 
-    Killed if this process ends otherwise.
+    Killed if this process ends otherwise. `tree`: another source tree than this one.
 
     What it logs goes to `stderr`; if that is not given nowhere, or with BENCH_VERBOSE where ours goes.
     """
     started = time.monotonic()
     process = Bound(
         [
-            sys.executable,
+            *(of_tree(tree) if tree else [sys.executable]),
             "-m",
             module,
             "--port",
@@ -143,8 +154,7 @@ def server(
             "default",
             "--log-dir",
             str(log_dir),
-            "--event-log-max-mb",
-            "0",  # benches read one file
+            *(() if tree else ("--event-log-max-mb", "0")),  # benches read one file
             *arguments,
         ],
         stdout=subprocess.PIPE,
@@ -192,6 +202,17 @@ async def status(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
     async with session.get(f"{url}/v1/fault_tolerance/status") as response:
         result: dict[str, Any] = await response.json()
         return result
+
+
+async def counters(session: aiohttp.ClientSession, url: str, rank: int | None = None) -> Counter[str]:
+    """The server's metrics by name, without prefix and "_total", summed over all labels; or those of one rank."""
+    async with session.get(f"{url}/metrics") as response:
+        samples = _SAMPLE.findall(await response.text())
+    found: Counter[str] = Counter()
+    for name, labels, value in samples:
+        if rank is None or f'rank="{rank}"' in labels:
+            found[name] += round(float(value))
+    return found
 
 
 async def chat(
