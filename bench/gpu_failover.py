@@ -40,7 +40,7 @@ from typing import Any
 from tests.kit.bound import Bound
 
 from bench.kit.failover_rank import LINE, Link, Shape, now
-from elastic_ep.host.device_hold import DeviceHold
+from elastic_ep.host.device_files import DeviceFiles
 from elastic_ep.host.robust_mutex import Locked, RobustMutexes
 
 DEADLINE_S = 60.0
@@ -184,7 +184,7 @@ class Group:
         self.server.wait()
 
 
-def release(hold: DeviceHold, after_s: float, released: threading.Event) -> None:
+def release(hold: DeviceFiles, after_s: float, released: threading.Event) -> None:
     time.sleep(after_s)
     hold.release()
     released.set()
@@ -203,7 +203,7 @@ def kill_one(
         group.send([victim], "park")
         group.wait("parked", 1)
         time.sleep(0.005)
-    hold = DeviceHold(pid) if options.hold else None
+    hold = DeviceFiles(pid) if options.hold else None
     released = threading.Event()
     killed = now()
     os.kill(pid, signal.SIGKILL)

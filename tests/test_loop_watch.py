@@ -148,18 +148,23 @@ def test_a_process_that_was_stopped_does_not_hold_its_loop() -> None:
 
 def test_it_is_said_once_in_a_while_and_noted_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[tuple[str, dict[str, Any]]] = []
-    report = HeldReport()
-    report(Held(0.1, "before there is a log"))
-    report.note = lambda kind, /, **facts: notes.append((kind, facts))
+    report = HeldReport(lambda kind, /, **facts: notes.append((kind, facts)))
     with capture_logs() as said:
+        report(Held(0.1, "first"))
         for _ in range(3):
             report(Held(0.0701, "here"))
         monkeypatch.setattr(loop_watch, "SAY_EVERY_S", 0.0)
         report(Held(0.09, "there"))
-    assert notes == [("loop_held", {"ms": 70, "where": "here"})] * 3 + [
-        ("loop_held", {"ms": 90, "where": "there"})
+    assert {kind for kind, _ in notes} == {"loop_held"}
+    assert [fact for _, fact in notes] == [
+        {"ms": 100, "where": "first"},
+        *[{"ms": 70, "where": "here"}] * 3,
+        {"ms": 90, "where": "there"},
     ]
-    assert [(line["held_by"], line["ms"], line["times_before"]) for line in said] == [("there", 90, 3)]
+    assert [(line["held_by"], line["ms"], line.get("times_before")) for line in said] == [
+        ("first", 100, None),
+        ("there", 90, 3),
+    ]
 
 
 def test_the_thread_ends_with_the_loop() -> None:

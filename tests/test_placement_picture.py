@@ -28,7 +28,7 @@ def write_log(folder: Path, *, lose: bool) -> Path:
     placement = launch_placement(RANKS, 2, EXPERTS, 4, num_spare=1)
     repair = RepairMachine(placement)
     log = EventLog(folder / "run")
-    others = (MembershipMachine(RANKS, placement), ProgressMachine(), RoutingMachine(RoutingConfig(4)))
+    others = (MembershipMachine(RANKS, placement), ProgressMachine(), RoutingMachine(RoutingConfig(4, 1024)))
     membership, progress, routing = others
     log.begin({"machines": arguments(membership, progress, routing, repair)})
 

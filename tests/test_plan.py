@@ -11,6 +11,7 @@ import pytest
 
 from elastic_ep import plan
 from elastic_ep.config import ConfigError, ServeConfig
+from elastic_ep.event_log.log import EventLog
 from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.models import qwen3_moe
 from elastic_ep.plan import engine_limits, first_placement, make_plan
@@ -123,7 +124,7 @@ def test_only_ranks_on_the_processor_need_shared_memory(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Windows, "create", refuse)
     on_cpu = make_plan(CONFIG)
-    with pytest.raises(ConfigError, match="too little of it"), RunProcess(on_cpu)._windows():
+    with pytest.raises(ConfigError, match="too little of it"), RunProcess(on_cpu, EventLog(None))._windows():
         pass
-    with RunProcess(replace(on_cpu, device="cuda"))._windows() as fd:
+    with RunProcess(replace(on_cpu, device="cuda"), EventLog(None))._windows() as fd:
         assert os.fstat(fd).st_size == 0, "the fork server hands it on"

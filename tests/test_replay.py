@@ -27,7 +27,7 @@ def log(tmp_path: Path) -> Path:
     """Two ranks form, one is lost, a request runs: as the controller's shell would log it."""
     placement = launch_placement(2, 1, 4, 4)
     membership = MembershipMachine(2, placement)
-    router = RoutingMachine(RoutingConfig(max_num_seqs=4))
+    router = RoutingMachine(RoutingConfig(max_num_seqs=4, max_queued=1024))
     events = EventLog(tmp_path / "run")
     events.begin({"machines": arguments(membership, ProgressMachine(), router, RepairMachine(placement))})
     states = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
@@ -105,7 +105,7 @@ def test_another_effect_is_refused_even_with_its_checksum_mended(
 def test_a_cause_is_an_event_before_it_that_had_effects(tmp_path: Path, cause: int, status: int) -> None:
     """The first event has none, the second has one, and there are no three before the third."""
     placement = launch_placement(1, 1, 1, 0)
-    router = RoutingMachine(RoutingConfig(max_num_seqs=4))
+    router = RoutingMachine(RoutingConfig(max_num_seqs=4, max_queued=1024))
     others = MembershipMachine(1, placement), ProgressMachine(), router, RepairMachine(placement)
     events = EventLog(tmp_path / "run")
     events.begin({"machines": arguments(*others)})

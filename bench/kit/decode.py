@@ -24,6 +24,7 @@ from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import DeviceExchange, ExchangeShape
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.placement import launch_placement
+from elastic_ep.timing import USUAL
 from elastic_ep.weights.bank import Weights
 from elastic_ep.wire.messages import Assign, Member, SamplingParams
 
@@ -50,7 +51,13 @@ def _probe(directory: Path) -> None:
         torch.cuda.set_device(0)
         torch.cuda.set_stream(torch.cuda.Stream(0))
         shape = ExchangeShape(1, 256, 2048, 2, 128, operations_per_step=2)
-        exchange = MooncakeExchange(shape, Member(0, 0), FileStore(directory))
+        exchange = MooncakeExchange(
+            shape,
+            Member(0, 0),
+            FileStore(directory),
+            timeout_ms=20_000,
+            connect_timeout_ms=USUAL.store_get_ms,
+        )
         x = torch.randn(16, 2048, dtype=BF16, device="cuda")
         chosen = torch.arange(32, device="cuda").view(16, 2)
         weights = torch.full((16, 2), 0.5, device="cuda")
@@ -75,7 +82,13 @@ class Engine:
         self.exchange: DeviceExchange = SoloDeviceExchange(spec.moe.experts, device)
         if directory is not None:
             shape = exchange_shape(spec, limits, placement)
-            self.exchange = MooncakeExchange(shape, Member(0, 0), FileStore(directory))
+            self.exchange = MooncakeExchange(
+                shape,
+                Member(0, 0),
+                FileStore(directory),
+                timeout_ms=20_000,
+                connect_timeout_ms=USUAL.store_get_ms,
+            )
         self.runner = CudaRunner(limits, weights, placement, 0, self.exchange, **runner)
         self.runner.warm_up()
         self._limits = limits

@@ -23,6 +23,7 @@ from typing import Any
 
 from elastic_ep.host.death_watch import hold_until_death
 from elastic_ep.host.robust_mutex import RobustMutexes
+from elastic_ep.timing import USUAL
 
 WORD = struct.Struct("q")
 LINE = 64
@@ -128,6 +129,7 @@ class Plane:
             Member(rank, incarnation),
             FileStore(store),
             timeout_ms=shape.timeout_ms,
+            connect_timeout_ms=USUAL.store_get_ms,
         )
         lap("buffer_ms")
         torch.manual_seed(1000 + rank)

@@ -14,6 +14,7 @@ from elastic_ep.engine.routing_table import Copies
 from elastic_ep.exchange.base import DeviceExchange, ExchangeShape, Received
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.placement import launch_placement
+from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Member
 
 BF16 = torch.bfloat16
@@ -89,7 +90,9 @@ class Plane:
             operations_per_step=2 * case.layers,
         )
         store = FileStore(directory)
-        return MooncakeExchange(shape, Member(self.rank, 0), store, timeout_ms=_TIMEOUT_MS)
+        return MooncakeExchange(
+            shape, Member(self.rank, 0), store, timeout_ms=_TIMEOUT_MS, connect_timeout_ms=USUAL.store_get_ms
+        )
 
     def connect(self) -> None:
         if self.device.type != "cuda":

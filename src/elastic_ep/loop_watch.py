@@ -187,15 +187,14 @@ class _Watcher:
 class HeldReport:
     """What to do about it: a line for the operator, at most one in `SAY_EVERY_S`; each time a note in the event log."""
 
-    def __init__(self) -> None:
-        self.note: Note | None = None
+    def __init__(self, note: Note) -> None:
+        self._note = note
         self._said = -SAY_EVERY_S
         self._unsaid = 0
 
     def __call__(self, held: Held) -> None:
         milliseconds = round(held.seconds * 1000)
-        if self.note is not None:
-            self.note("loop_held", ms=milliseconds, where=held.where)
+        self._note("loop_held", ms=milliseconds, where=held.where)
         if time.monotonic() - self._said < SAY_EVERY_S:
             self._unsaid += 1
             return

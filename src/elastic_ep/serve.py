@@ -93,13 +93,33 @@ def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
     plan = make_plan(config)
     for notice in plan.notices:
         log.warning(notice)
-    process = RunProcess(plan, rank_entry)
+    event_log = open_log(config)
+    process = RunProcess(plan, event_log, rank_entry)
     titles.show("run", "eep-run")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()
     gc.freeze()  # what is there by now stays: the collector need not look through it again and again
     gc.set_threshold(GC_THRESHOLD)
-    return anyio.run(process.run, backend_options={"loop_factory": partial(make_loop, process.held)})
+    loop_factory = partial(make_loop, HeldReport(event_log.note))
+    try:
+        return anyio.run(process.run, backend_options={"loop_factory": loop_factory})
+    finally:
+        event_log.close()
+
+
+def open_log(config: ServeConfig) -> EventLog:
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    mode, limit = config.event_log_mode, config.event_log_max_mb << 20
+    limit -= limit // _RANKS_PART
+    for again in ("", *(f"-{number}" for number in range(2, 100))):
+        folder = Path(config.log_dir) / f"{run_id}{again}" if mode is not EventLogMode.OFF else None
+        try:
+            return EventLog(folder, mode, max_bytes=limit)
+        except FileExistsError:
+            continue  # in a container every run has the same pid
+        except OSError as error:
+            raise ConfigError(f"--log-dir {config.log_dir}: {error.strerror}") from error
+    raise ConfigError(f"--log-dir {config.log_dir}: {run_id} and all that follow exist")
 
 
 class Parts(NamedTuple):
@@ -114,14 +134,14 @@ class Parts(NamedTuple):
 class RunProcess:
     """Owns all parts."""
 
-    def __init__(self, plan: ServePlan, rank_entry: str = RANK_ENTRY) -> None:
+    def __init__(self, plan: ServePlan, event_log: EventLog, rank_entry: str = RANK_ENTRY) -> None:
         self._plan = plan
+        self._log = event_log
         self._rank_entry = rank_entry
         self._config = plan.config
         self._metrics = Metrics()
         self._api_settings = self._make_api_settings()
         prepare(self._api_settings)
-        self.held = HeldReport()
         self._stop_signals = 0
         self._fork_error: str | None = None
 
@@ -132,12 +152,7 @@ class RunProcess:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         with self._directory() as directory, self._windows() as windows_fd:
-            self._log = self._open_log()
-            self.held.note = self._log.note
-            try:
-                return await self._run_group(directory, windows_fd)
-            finally:
-                self._log.close()
+            return await self._run_group(directory, windows_fd)
 
     async def _run_group(self, directory: Path, windows_fd: int) -> int:
         async with AsyncExitStack() as stack:
@@ -162,7 +177,8 @@ class RunProcess:
             controller = parts.controller
             stack.callback(controller.ledger.close)
             wire.receive(controller.on_message, controller.on_protocol_error)
-            self._log.begin(self._first_line(parts.machines), parts.machines)
+            soon = asyncio.get_running_loop().call_soon
+            self._log.begin(self._first_line(parts.machines), parts.machines, soon)
             if told.event_log is not None:
                 make_private(Path(told.event_log.folder))
             app = self._app(parts)
@@ -278,22 +294,6 @@ class RunProcess:
             yield fd
         finally:
             os.close(fd)
-
-    def _open_log(self) -> EventLog:
-        config = self._config
-        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        mode, limit = config.event_log_mode, config.event_log_max_mb << 20
-        limit -= limit // _RANKS_PART
-        soon = asyncio.get_running_loop().call_soon
-        for again in ("", *(f"-{number}" for number in range(2, 100))):
-            folder = Path(config.log_dir) / f"{run_id}{again}" if mode is not EventLogMode.OFF else None
-            try:
-                return EventLog(folder, mode, max_bytes=limit, soon=soon)
-            except FileExistsError:
-                continue  # in a container every run has the same pid
-            except OSError as error:
-                raise ConfigError(f"--log-dir {config.log_dir}: {error.strerror}") from error
-        raise ConfigError(f"--log-dir {config.log_dir}: {run_id} and all that follow exist")
 
     def _rank_log(self) -> RankLog | None:
         """Two incarnations of each rank have a log at a time."""

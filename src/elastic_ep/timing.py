@@ -11,7 +11,7 @@ from typing import ClassVar
 
 SLOW_CLOCK = 1.5
 """HAZARD: Mooncake's kernels count their timeout in cycles of the device's peak clock, so at a lower clock they wait
-longer than they were told. A hold that ends before they do lets the driver free memory under them, which faults every
+longer than they were told. Files let go before they end let the driver free memory under them, which faults every
 client of the MPS server."""
 
 

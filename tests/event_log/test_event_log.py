@@ -625,9 +625,9 @@ def test_states_are_taken_when_all_events_are_recorded(tmp_path: Path) -> None:
     """A record may come between another machine's event and its record; what is called soon comes after both."""
     called: list[Callable[[], None]] = []
     machine = RoutingMachine(CONFIG)
-    log = EventLog(tmp_path / "run", max_bytes=20_000, soon=called.append)
+    log = EventLog(tmp_path / "run", max_bytes=20_000)
     config = {"machines": {"routing": {"config": ["RoutingConfig", *dataclasses.astuple(CONFIG)]}}}
-    log.begin(config, {"routing": machine})
+    log.begin(config, {"routing": machine}, called.append)
     for then in story(2, 200):
         event = then(machine)
         effects = machine.step(event)

@@ -12,6 +12,7 @@ from elastic_ep.exchange.base import DeviceExchange, Exchange, ExchangeShape, Re
 from elastic_ep.exchange.mooncake import MooncakeExchange, load_buffer_class
 from elastic_ep.exchange.mooncake_needs import HIDDEN_MULTIPLE
 from elastic_ep.exchange.step_barrier import StepBarrier
+from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Member
 from tests.kit.file_store import FileStore
 
@@ -104,7 +105,16 @@ def open_mooncake(shape: ExchangeShape, member: Member, place: str) -> Exchange:
     directory = Path(place)
     barrier = StepBarrier(directory, shape.num_ranks, member.rank)
     return HostEnd(
-        MooncakeExchange(carried(shape), member, FileStore(directory), barrier=barrier), shape, device
+        MooncakeExchange(
+            carried(shape),
+            member,
+            FileStore(directory),
+            barrier=barrier,
+            timeout_ms=20_000,
+            connect_timeout_ms=USUAL.store_get_ms,
+        ),
+        shape,
+        device,
     )
 
 

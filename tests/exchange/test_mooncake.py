@@ -13,6 +13,7 @@ from elastic_ep.exchange.mooncake import (
     MooncakeUnavailable,
     load_buffer_class,
 )
+from elastic_ep.timing import USUAL
 from elastic_ep.wire.messages import Member
 from tests.kit.file_store import FileStore
 
@@ -25,10 +26,18 @@ def test_without_a_device_the_refusal_says_so() -> None:
 
 def test_a_group_has_an_even_number_of_experts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiple of 2"):
-        MooncakeExchange(ExchangeShape(3, 4, 128, 2, 3, 2), Member(0, 0), FileStore(tmp_path))
+        MooncakeExchange(
+            ExchangeShape(3, 4, 128, 2, 3, 2),
+            Member(0, 0),
+            FileStore(tmp_path),
+            timeout_ms=20_000,
+            connect_timeout_ms=USUAL.store_get_ms,
+        )
 
 
 def test_a_hidden_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     shape = ExchangeShape(2, 4, 100, 2, 2, 2)
     with pytest.raises(ValueError, match="multiple of 128"):
-        MooncakeExchange(shape, Member(0, 0), FileStore(tmp_path))
+        MooncakeExchange(
+            shape, Member(0, 0), FileStore(tmp_path), timeout_ms=20_000, connect_timeout_ms=USUAL.store_get_ms
+        )

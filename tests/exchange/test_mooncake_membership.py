@@ -104,7 +104,12 @@ class End:
         self._directory = directory
         self.member = member
         self.exchange = MooncakeExchange(
-            SHAPE, member, FileStore(directory), barrier=barrier, connect_timeout_ms=CONNECT_TIMEOUT_MS
+            SHAPE,
+            member,
+            FileStore(directory),
+            barrier=barrier,
+            timeout_ms=20_000,
+            connect_timeout_ms=CONNECT_TIMEOUT_MS,
         )
         self.buffer: Buffer = self.exchange._buffer
 

@@ -164,6 +164,7 @@ class FakeBackend:
     submitted: list[Submitted] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
     relaunches: list[int | None] = field(default_factory=list)
+    scrapes: int = 0
     arrived: asyncio.Queue[FakeStream] = field(default_factory=asyncio.Queue)
 
     def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> FakeStream:
@@ -177,6 +178,9 @@ class FakeBackend:
         self.streams.append(stream)
         self.arrived.put_nowait(stream)
         return stream
+
+    def refresh_metrics(self) -> None:
+        self.scrapes += 1
 
     def status(self) -> FaultToleranceStatus:
         engine = EngineStatus(0, "healthy", "Serving", 1, 4711, 2, 0, "")

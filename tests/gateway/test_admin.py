@@ -162,12 +162,19 @@ def test_series_with_labels_are_there_before_anything_has_happened() -> None:
     assert all(line.endswith(" 0.0") for line in zeros)
 
 
-def test_what_is_read_is_read_at_every_scrape() -> None:
+async def test_what_is_read_is_read_at_every_scrape(start: Start) -> None:
+    running = await start()
+    for scrapes in (1, 2):
+        async with running.http.get(f"{running.url}/metrics") as response:
+            assert response.status == 200
+        assert running.backend.scrapes == scrapes
+
+
+def test_what_is_set_is_shown() -> None:
     metrics = Metrics()
-    tolerates = iter((2, 0))
-    metrics.refresh = lambda: metrics.group(GroupState.DEGRADED, idle=True, tolerates=next(tolerates))
     metrics.kv_cache({0: 0.5, 1: 0.25, 2: 0.9}, members=[0, 1])
     for expected in (2, 0):
+        metrics.group(GroupState.DEGRADED, idle=True, tolerates=expected)
         lines = metrics.render().decode().splitlines()
         for line in (
             f"elastic_ep:tolerates {expected}.0",

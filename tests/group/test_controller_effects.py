@@ -161,7 +161,7 @@ def test_what_ranks_say_of_their_pages_is_in_the_status_and_in_the_metrics() -> 
     async def main(group: FakeGroup) -> None:
         backend = GroupBackend(group.controller, group.router, cast(Any, None), group.metrics)
         beat, counts = Heartbeat(1, 0, 0, None, False), PageCounts(total=200, held=50, named=20, hits=7)
-        group.metrics.render()
+        backend.refresh_metrics()
         assert metric(group, "prefix_cache_hits_total", rank="1") == 0, "there from the start"
         group.controller.on_message(ALL[1], replace(beat, pages=counts._replace(held=150)))
         group.controller.on_message(ALL[1], replace(report(group), pages=counts))
@@ -177,7 +177,7 @@ def test_what_ranks_say_of_their_pages_is_in_the_status_and_in_the_metrics() -> 
         assert backend.status().engines[1].kv_pages == KVPages()
         await group.until(lambda: group.all_serve, "it is back")
         group.controller.on_message(AGAIN, replace(beat, pages=counts))
-        group.metrics.render()
+        backend.refresh_metrics()
         assert metric(group, "prefix_cache_hits_total", rank="1") == 14
         assert metric(group, "shelf_pages_stored_total", rank="2") == 5
         assert metric(group, "kv_cache_held_pages", rank="2") == 100

@@ -55,7 +55,7 @@ MOVES = st.lists(
 def test_no_incarnation_is_let_in_while_any_old_one_drains(moves: list[tuple[str, int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeHold, "open_of", Counter())
-        patch.setattr(guard_module, "DeviceHold", FakeHold)
+        patch.setattr(guard_module, "DeviceFiles", FakeHold)
         run_virtually(lambda loop: lives_and_deaths(loop, patch, moves))
 
 
@@ -85,8 +85,8 @@ async def lives_and_deaths(
             match move:
                 case "dies":
                     for _ in range(2):
-                        guard.hold(member, pid)
-                    guard.hold(member, pid + 1)
+                        guard.keep(member, pid)
+                    guard.keep(member, pid + 1)
                     for _ in range(2):
                         guard.gone(member)
                     dead[rank] |= {pid, pid + 1}
@@ -109,12 +109,12 @@ async def lives_and_deaths(
 
 def test_on_exit_everything_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeHold, "open_of", Counter())
-    monkeypatch.setattr(guard_module, "DeviceHold", FakeHold)
+    monkeypatch.setattr(guard_module, "DeviceFiles", FakeHold)
 
     async def main(loop: VirtualTimeLoop) -> None:
         with DeviceGuard(DRAIN_S, lambda kind, /, **facts: None) as guard:
             for rank in range(3):
-                guard.hold(Member(rank, 1), 100 * rank)
+                guard.keep(Member(rank, 1), 100 * rank)
             guard.gone(Member(0, 1))
             assert sum(FakeHold.open_of.values()) == 3
         assert not +FakeHold.open_of

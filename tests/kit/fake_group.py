@@ -216,7 +216,7 @@ class FakeProcesses:
     def watch(self, member: Member) -> None:
         self.watched.append(member)
 
-    def hold(self, member: Member, pid: int) -> None:
+    def keep_device(self, member: Member, pid: int) -> None:
         self.held.append(member)
 
     def gone(self, member: Member) -> None:

@@ -18,7 +18,7 @@ SECRET = 4711
 
 
 def routing(tokens: int = 0) -> RoutingMachine:
-    machine = RoutingMachine(ev.RoutingConfig(2))
+    machine = RoutingMachine(ev.RoutingConfig(2, 1024))
     machine.step(ev.RankUp(RANK))
     machine.step(ev.Submitted(ev.NewRequest(0, (SECRET,) * 3, SamplingParams(100), SECRET, 0)))
     for index in range(tokens):

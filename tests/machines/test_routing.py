@@ -59,7 +59,7 @@ def run(machine: RoutingMachine, *events: ev.Event) -> list[ev.Effect]:
 
 
 def machine_of(max_num_seqs: int = 4, **config: float) -> RoutingMachine:
-    return RoutingMachine(ev.RoutingConfig(max_num_seqs, **config))  # type: ignore[arg-type]  # of any field
+    return RoutingMachine(ev.RoutingConfig(max_num_seqs, **{"max_queued": 1024, **config}))  # type: ignore[arg-type]  # of any field
 
 
 def test_a_request_from_submit_to_finish() -> None:

@@ -88,7 +88,7 @@ def play(script: str) -> str:
         if line.startswith("> config"):
             fields = {name: float(value) for name, value in _options(line.split()[2:]).items()}
             numbers = {name: int(value) if value.is_integer() else value for name, value in fields.items()}
-            machine = RoutingMachine(ev.RoutingConfig(**numbers))  # type: ignore[arg-type]  # from a text
+            machine = RoutingMachine(ev.RoutingConfig(**{"max_queued": 1024, **numbers}))  # type: ignore[arg-type]  # from a text
             lines.append(line)
         elif line.startswith("> "):
             assert machine is not None, "the first event must be config"

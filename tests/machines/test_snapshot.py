@@ -148,7 +148,7 @@ def test_a_restored_machine_goes_on_as_the_machine_did(name: str, watched: Count
 
 
 def routed() -> RoutingMachine:
-    machine = RoutingMachine(routing.RoutingConfig(2))
+    machine = RoutingMachine(routing.RoutingConfig(2, 1024))
     machine.step(routing.RankUp(Member(0, 1)))
     for number in range(4):
         request = routing.NewRequest(number, (11, 12, 13), SamplingParams(5), 7, 0)
@@ -191,7 +191,7 @@ def test_a_forged_state_is_refused_or_is_a_state() -> None:
             changed = through_json(plain)
             container, key = list(parts(changed))[place]
             container[key] = forged
-            fresh = RoutingMachine(routing.RoutingConfig(2))
+            fresh = RoutingMachine(routing.RoutingConfig(2, 1024))
             try:
                 restore(fresh, changed)
             except MalformedState:

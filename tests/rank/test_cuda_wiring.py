@@ -112,7 +112,7 @@ def test_a_joiner_is_heard_of_when_its_predecessor_has_left_the_device(
     controller = SimpleNamespace(
         machine=SimpleNamespace(records=slots),
         _processes=SimpleNamespace(when_free=lambda rank, then: waiting.append(then)),
-        _hold_device=held.append,
+        _keep_device=held.append,
         feed=events.append,
         _reason=lambda member, report: report.reason,
     )
@@ -143,7 +143,7 @@ def test_a_rank_that_starts_is_held_at_each_heartbeat(
     asked: list[Member] = []
     controller = SimpleNamespace(
         machine=SimpleNamespace(records={1: SimpleNamespace(member=member_now, state=state)}),
-        _hold_device=asked.append,
+        _keep_device=asked.append,
         watch=SimpleNamespace(heard=lambda _member, _sign: None),
         _known=lambda member: SimpleNamespace(),
     )

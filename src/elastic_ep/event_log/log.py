@@ -22,13 +22,18 @@ class Note(Protocol):
     def __call__(self, kind: str, /, **facts: Any) -> None: ...
 
 
+Soon = Callable[[Callable[[], None]], object]
+
+
+def _at_once(call: Callable[[], None]) -> None:
+    call()
+
+
 class EventLog:
     """In `folder`, which is made, for its owner alone; None: nothing is written, and nothing made.
 
     Raises OSError when the folder cannot be written. A disk that fills up later, or hangs, ends the log, with one line,
     and not the service. `max_bytes` bounds what lies on the disk, 0: nothing does.
-
-    `soon` calls a function when no machine is between an event and its record any more: states are read then.
     """
 
     def __init__(
@@ -37,14 +42,13 @@ class EventLog:
         mode: EventLogMode = EventLogMode.IDS,
         *,
         max_bytes: int = 0,
-        soon: Callable[[Callable[[], None]], object] = lambda call: call(),
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         recorded = folder is not None and mode is not EventLogMode.OFF
         self._writer = LogWriter(folder, mode, max_bytes) if folder is not None and recorded else None
         self.private = self._writer is not None and mode is EventLogMode.IDS
         """What is recorded must not tell of any text; where that is in no field marked so, whoever records sees to it."""
-        self._soon = soon
+        self._soon: Soon = _at_once
         self._clock_ns = clock_ns
         self._machines: Mapping[str, Machine[Any, Any]] = {}
         self._captures = 0
@@ -54,11 +58,18 @@ class EventLog:
         """Of the file that is being written; None: there is no log."""
         return self._writer.path if self._writer else None
 
-    def begin(self, run: Mapping[str, Any], machines: Mapping[str, Machine[Any, Any]] | None = None) -> None:
+    def begin(
+        self,
+        run: Mapping[str, Any],
+        machines: Mapping[str, Machine[Any, Any]] | None = None,
+        soon: Soon = _at_once,
+    ) -> None:
         """The first line, of `run`: what replay needs to build the same machines.
 
         `machines` are asked for their states where a new file begins; without them there is one file without a limit.
+        `soon` calls a function when no machine is between an event and its record any more: states are read then.
         """
+        self._soon = soon
         self._machines = machines or {}
         if self._writer:
             self._writer.begin(self._clock_ns(), run)

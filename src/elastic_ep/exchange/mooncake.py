@@ -19,7 +19,7 @@ meets it.
 
 HAZARD: under MPS the ranks also share their faults. A rank killed while its kernels ran took all others with it (an
 illegal memory access in each) 10 times of 13, unless its memory stayed until they had ended: then 0 of 8 times (see
-host/device_hold.py). Killed between two steps, never (20 kills); without MPS never (16 kills).
+host/device_files.py). Killed between two steps, never (20 kills); without MPS never (16 kills).
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class MooncakeExchange:
         store: Store,
         *,
         barrier: StepBarrier | None = None,
-        timeout_ms: int = 20_000,
-        connect_timeout_ms: int = 10_000,
+        timeout_ms: int,
+        connect_timeout_ms: int,
     ) -> None:
         if shape.hidden % HIDDEN_MULTIPLE:
             raise ValueError(f"hidden is {shape.hidden}, but Mooncake needs a multiple of {HIDDEN_MULTIPLE}")

@@ -57,6 +57,7 @@ class AdminHandlers:
         return web.json_response(asdict(health), status=200 if health.healthy else 503)
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
+        self._backend.refresh_metrics()
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def version(self, request: web.Request) -> web.StreamResponse:

@@ -19,6 +19,7 @@ from elastic_ep.group.port import (
     Verification,
 )
 from elastic_ep.group.rebalance import Rebalancer
+from elastic_ep.machines.rank.lifecycle import SEATED
 from elastic_ep.wire.messages import NO_PAGES, Member, PageCounts, RankState, SamplingParams
 
 
@@ -36,7 +37,6 @@ class GroupBackend:
         self._router = router
         self._rebalancer = rebalancer
         self._metrics = metrics
-        metrics.refresh = self._refresh
         for rank, record in controller.machine.records.items():
             metrics.rank_state(rank, record.state)
 
@@ -87,7 +87,7 @@ class GroupBackend:
         facts = self._controller.facts.get(record.member)
         pages = self._pages(record.member)
         dead = record.state in (RankState.FAILED, RankState.STOPPED)
-        healthy = record.state in (RankState.SERVING, RankState.DRAINING) and not record.fenced
+        healthy = record.state in SEATED and not record.fenced
         return EngineStatus(
             id=rank,
             status="dead" if dead else "healthy" if healthy else "unhealthy",
@@ -106,8 +106,7 @@ class GroupBackend:
         facts = self._controller.facts.get(member)
         return facts.pages if facts else NO_PAGES
 
-    def _refresh(self) -> None:
-        """What is read where it is, and not told at every change."""
+    def refresh_metrics(self) -> None:
         controller, metrics = self._controller, self._metrics
         machine = controller.machine
         metrics.requests(self._router.running, self._router.waiting)

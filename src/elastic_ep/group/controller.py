@@ -18,7 +18,7 @@ from elastic_ep.group.port import LossCause
 from elastic_ep.group.repairs import Repairs
 from elastic_ep.group.serving_log import ServingLog
 from elastic_ep.group.store_table import StoreTable
-from elastic_ep.group.watch import STARTING, ProgressWatch, RankFacts
+from elastic_ep.group.watch import COMING_UP, ProgressWatch, RankFacts
 from elastic_ep.host.launcher_events import (
     Died,
     Launched,
@@ -33,6 +33,7 @@ from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.outlook import Outlook
 from elastic_ep.machines.membership.progress import ProgressMachine
+from elastic_ep.machines.rank.lifecycle import SEATED
 from elastic_ep.machines.requests import events as routing
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import Placement
@@ -75,7 +76,7 @@ class Processes(Protocol):
     def watch(self, member: Member) -> None:
         """The rank holds its death mutex now."""
 
-    def hold(self, member: Member, pid: int) -> None:
+    def keep_device(self, member: Member, pid: int) -> None:
         """The rank is starting, and may use more of its device by now."""
 
     def gone(self, member: Member) -> None:
@@ -159,8 +160,8 @@ class Controller:
                 facts = self._known(member)
                 facts.step, facts.pages = message.step, message.pages
                 record = self.machine.records[member.rank]
-                if record.member == member and record.state in STARTING:
-                    self._hold_device(member)
+                if record.member == member and record.state in COMING_UP:
+                    self._keep_device(member)
             case Promise():
                 self.feed(ev.Promised(member, message.attempt, message.step))
             case RankReport():
@@ -376,8 +377,8 @@ class Controller:
             self._hub.post("routing", routing.Blamed(member, report.suspects))
         if report.state is RankState.FAILED:
             self._blame(member, LossCause.EXCEPTION, self._reason(member, report))
-        if report.state in STARTING:
-            self._hold_device(member)
+        if report.state in COMING_UP:
+            self._keep_device(member)
         if report.num_pages:
             facts = self._known(member)
             facts.pages = facts.pages._replace(total=report.num_pages)
@@ -399,7 +400,7 @@ class Controller:
     def _reason(self, member: Member, report: RankReport) -> str:
         """What a rank that has had requests says of its failure may quote them; its own line on stderr has it whole."""
         record = self.machine.records[member.rank]
-        served = record.member == member and record.state in (RankState.SERVING, RankState.DRAINING)
+        served = record.member == member and record.state in SEATED
         return masked(report.reason) if served and self._log.private else report.reason
 
     def _on_step_report(self, member: Member, report: StepReport) -> None:
@@ -457,7 +458,7 @@ class Controller:
     def _known(self, member: Member) -> RankFacts:
         return self.facts.setdefault(member, RankFacts())
 
-    def _hold_device(self, member: Member) -> None:
+    def _keep_device(self, member: Member) -> None:
         pid = self._known(member).pid
         if pid is not None:
-            self._processes.hold(member, pid)
+            self._processes.keep_device(member, pid)

@@ -20,6 +20,7 @@ from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.pace import Disturbance
 from elastic_ep.group.port import LastLoss, LossCause
 from elastic_ep.machines.membership.relaunch import CRASH_SIGNALS
+from elastic_ep.machines.rank.lifecycle import SEATED
 from elastic_ep.wire.messages import Member, RankState
 from elastic_ep.wire.privacy import masked
 
@@ -28,7 +29,6 @@ STALL_S = 2.0
 LAUNCH_FAILED = "launch failed: "
 _VERDICT = -1
 """Among the survivors that a line waits for: whether all ranks fail to start alike, which is said for all at once."""
-_SERVED = (RankState.SERVING, RankState.DRAINING)
 log = structlog.get_logger()
 
 
@@ -115,7 +115,7 @@ class Ledger:
         """The member is dead, or surely dying, and nobody asked it to end."""
         state = self._states.get(member.rank, RankState.LAUNCHING)
         loss = _Loss(member, state, datetime.now(UTC), time.monotonic())
-        if state in _SERVED:
+        if state in SEATED:
             self._away_since_s[member.rank] = loss.at_s
         for other in self._untold:
             other.awaited.discard(member.rank)
@@ -129,7 +129,7 @@ class Ledger:
     def left_view(self, epoch: int, survivors: Collection[int]) -> None:
         """View `epoch` lacks those lost last; `survivors` have work, and will feel it."""
         for loss in self._untold:
-            if loss.epoch is None and loss.state in _SERVED:
+            if loss.epoch is None and loss.state in SEATED:
                 loss.epoch, loss.awaited = epoch, set(survivors)
                 self._loop.call_later(STALL_S, self._patience_over, loss)
 
@@ -214,7 +214,7 @@ class Ledger:
         if self._start_failed:
             return
         facts: dict[str, object] = {"cause": (loss.cause or LossCause.UNKNOWN).value, "why": loss.why}
-        if loss.state in _SERVED:
+        if loss.state in SEATED:
             facts["requests"] = loss.requests
             if loss.requests:
                 facts["taken_over_by"] = loss.taken_over_by

@@ -242,6 +242,9 @@ class Backend(Protocol):
 
     def status(self) -> FaultToleranceStatus: ...
 
+    def refresh_metrics(self) -> None:
+        """Set what is read where it is, and not told at every change: before each scrape."""
+
     def health(self) -> Health: ...
 
     def relaunch(self, rank: int | None) -> Relaunch:

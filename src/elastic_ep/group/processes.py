@@ -39,9 +39,9 @@ class RankProcesses:
         if self._watched:
             self._launcher.watch(member)
 
-    def hold(self, member: Member, pid: int) -> None:
+    def keep_device(self, member: Member, pid: int) -> None:
         if self._guard is not None:
-            self._guard.hold(member, pid)
+            self._guard.keep(member, pid)
 
     def gone(self, member: Member) -> None:
         if self._guard is not None:

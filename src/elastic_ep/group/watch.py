@@ -19,7 +19,7 @@ from elastic_ep.machines.membership.progress import MemberBeat, ProgressMachine,
 from elastic_ep.timing import Timing
 from elastic_ep.wire.messages import NO_PAGES, Heartbeat, Member, PageCounts, RankState, StepReport
 
-STARTING = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
+COMING_UP = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
 NOTED_PAUSE_MS = 500
 """Whoever reads the log is told when the watch was held up for longer."""
 log = structlog.get_logger()
@@ -90,7 +90,7 @@ class ProgressWatch:
         pulse = Pulse(
             now_ms=self._clock.now_ms(),
             seated=tuple(sorted(self._group.view.members)),
-            starting=tuple(record.member for record in records if record.state in STARTING),
+            starting=tuple(record.member for record in records if record.state in COMING_UP),
             beats=tuple([_beat(member, sign) for member, sign in self._signs_of_life.items()]),
             starved=self._starvation.sample(self._pids(self._progress.doubtful())),
         )

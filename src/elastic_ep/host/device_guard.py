@@ -1,6 +1,6 @@
 """Lets the kernels of a dead rank end before its memory goes: for ranks that share a GPU through MPS.
 
-See device_hold.py for why. A dead rank's kernels end by themselves, as nobody queues others. But its peers go on without
+See device_files.py for why. A dead rank's kernels end by themselves, as nobody queues others. But its peers go on without
 it, so their signals may miss its operations: then its kernels wait until the exchange's own timeout, at worst once for
 each peer, one after the other.
 """
@@ -13,23 +13,23 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from elastic_ep.event_log.log import Note
-from elastic_ep.host.device_hold import DeviceHold
+from elastic_ep.host.device_files import DeviceFiles
 from elastic_ep.wire.messages import Member
 
 
 class DeviceGuard:
     """A context manager for the event loop's thread; on exit the driver may take everything back.
 
-    `drain_s` is how long the kernels of a dead rank may run; `note(name, **facts)` is told what is held and let go.
+    `drain_s` is how long the kernels of a dead rank may run; `note(name, **facts)` is told what is kept and let go.
     """
 
     def __init__(self, drain_s: float, note: Note) -> None:
         self._loop = asyncio.get_running_loop()
         self._drain_s = drain_s
         self._note = note
-        self._alive: defaultdict[Member, list[DeviceHold]] = defaultdict(list)
+        self._alive: defaultdict[Member, list[DeviceFiles]] = defaultdict(list)
         """The last complete one, and those after it: they need not have all."""
-        self._draining: dict[Member, list[DeviceHold]] = {}
+        self._draining: dict[Member, list[DeviceFiles]] = {}
         self._busy: Counter[int] = Counter()
         self._waiting: defaultdict[int, list[Callable[[], None]]] = defaultdict(list)
         self._closed = False
@@ -41,33 +41,33 @@ class DeviceGuard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed = True
-        for holds in (*self._alive.values(), *self._draining.values()):
-            _release(holds)
+        for kept in (*self._alive.values(), *self._draining.values()):
+            _release(kept)
 
-    def hold(self, member: Member, pid: int) -> None:
+    def keep(self, member: Member, pid: int) -> None:
         """Take note of what `member` has opened by now; call it again when that may have grown.
 
         It takes some 2 ms for 200 descriptors. What a living process has closed itself is let go.
         """
         try:
-            hold = DeviceHold(pid)
+            files = DeviceFiles(pid)
         except OSError as error:  # it is gone, or not to be looked into: then its death may harm others
-            self._note("device_not_held", rank=member.rank, incarnation=member.incarnation, reason=str(error))
+            self._note("device_not_kept", rank=member.rank, incarnation=member.incarnation, reason=str(error))
             return
         older = self._alive[member]
-        if not older or len(hold) != len(older[-1]):
-            self._note("device_held", rank=member.rank, incarnation=member.incarnation, files=len(hold))
-        if hold.complete:
-            self._alive[member] = [hold]
+        if not older or len(files) != len(older[-1]):
+            self._note("device_kept", rank=member.rank, incarnation=member.incarnation, files=len(files))
+        if files.complete:
+            self._alive[member] = [files]
             _release(older)
         else:
-            older.append(hold)
+            older.append(files)
 
     def gone(self, member: Member) -> None:
         """The process is gone. Idempotent."""
-        holds = self._alive.pop(member, [])
-        if any(map(len, holds)):
-            self._draining[member] = holds
+        kept = self._alive.pop(member, [])
+        if any(map(len, kept)):
+            self._draining[member] = kept
             self._busy[member.rank] += 1
             self._loop.call_later(self._drain_s, self._release, member)
 
@@ -80,9 +80,9 @@ class DeviceGuard:
 
     def _release(self, member: Member) -> None:
         if not self._closed:
-            holds = self._draining.pop(member)
+            kept = self._draining.pop(member)
             # On another thread: the driver keeps the caller until it has taken everything back.
-            released = self._loop.run_in_executor(None, _release, holds)
+            released = self._loop.run_in_executor(None, _release, kept)
             released.add_done_callback(lambda _: self._released(member))
 
     def _released(self, member: Member) -> None:
@@ -93,6 +93,6 @@ class DeviceGuard:
                 then()
 
 
-def _release(holds: Sequence[DeviceHold]) -> None:
-    for hold in holds:
-        hold.release()
+def _release(kept: Sequence[DeviceFiles]) -> None:
+    for files in kept:
+        files.release()

@@ -46,6 +46,7 @@ def piecewise(detokenizer: Detokenizer, ids: list[int]) -> str:
     return "".join([detokenizer.push(token) for token in ids]) + detokenizer.finish()
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_byte_level_text_comes_back(written: str) -> None:
     text = sample_text()

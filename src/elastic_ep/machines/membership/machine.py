@@ -17,9 +17,9 @@ from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import Effect, Event, GroupState
 from elastic_ep.machines.membership.group import GROUP
 from elastic_ep.machines.membership.outlook import Outlook, enough_slots, outlook, why_never
-from elastic_ep.machines.membership.records import SEATED, STARTING, Attempt, RankRecord
+from elastic_ep.machines.membership.records import STARTING, Attempt, RankRecord
 from elastic_ep.machines.membership.start_failure import alike
-from elastic_ep.machines.rank.lifecycle import RANK, REPORTED_TRIGGERS
+from elastic_ep.machines.rank.lifecycle import RANK, REPORTED_TRIGGERS, SEATED
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.placement import Coverage, Placement
 from elastic_ep.timing import MembershipConfig
@@ -268,7 +268,7 @@ class MembershipMachine(Machine[Event, Effect]):
     def _on_stop_ranks(self, _event: ev.StopRanks) -> None:
         for record in self.records.values():
             if not record.over:
-                if record.state in (RankState.SERVING, RankState.DRAINING, RankState.JOINING):
+                if record.state in (*SEATED, RankState.JOINING):
                     record.told_to_stop = True
                     self._effects.append(ev.SendTo(record.member, Shutdown()))
                 else:

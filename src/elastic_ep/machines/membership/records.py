@@ -12,12 +12,12 @@ from elastic_ep.machines.membership.relaunch import (
     killed_from_outside,
     pause_ms,
 )
+from elastic_ep.machines.rank.lifecycle import SEATED
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.timing import MembershipConfig
 from elastic_ep.wire.messages import Member, RankState
 
 STARTING = (RankState.LAUNCHING, RankState.INIT_CUDA, RankState.INIT_DIST)
-SEATED = (RankState.SERVING, RankState.DRAINING)
 
 
 @dataclass

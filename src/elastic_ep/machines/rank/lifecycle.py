@@ -13,6 +13,8 @@ _ALIVE = (
     RankState.SERVING,
     RankState.DRAINING,
 )
+SEATED = (RankState.SERVING, RankState.DRAINING)
+"""In a view."""
 
 RANK = Table(
     name="rank",

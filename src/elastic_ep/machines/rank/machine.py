@@ -29,7 +29,7 @@ from elastic_ep.machines.rank.events import (
     StopSteps,
     WarmedUp,
 )
-from elastic_ep.machines.rank.lifecycle import RANK
+from elastic_ep.machines.rank.lifecycle import RANK, SEATED
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.placement import Placement
 from elastic_ep.wire.messages import (
@@ -50,7 +50,6 @@ from elastic_ep.wire.messages import (
 )
 
 _WITHOUT_ENGINE = (RankState.LAUNCHING, RankState.INIT_CUDA)
-_SEATED = (RankState.SERVING, RankState.DRAINING)
 
 
 class RankMachine(Machine[Event, Effect]):
@@ -90,7 +89,7 @@ class RankMachine(Machine[Event, Effect]):
         assert all(number > (self.number or 0) for number in self._early), "an old message is kept"
         assert self.me not in self.masked, "it masks itself"
         if not self.lifecycle.final:
-            assert (self.stage in _SEATED) is (self.me in self.view.members), f"{self.stage} and {self.view}"
+            assert (self.stage in SEATED) is (self.me in self.view.members), f"{self.stage} and {self.view}"
 
     @property
     def stage(self) -> RankState:

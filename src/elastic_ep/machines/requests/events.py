@@ -43,7 +43,7 @@ class RoutingConfig:
     """
 
     max_num_seqs: int
-    max_queued: int = 1024
+    max_queued: int
     overcommit: float = 1.25
     replay_overcommit: float = 2.5
     max_fruitless_replays: int = 8

@@ -25,7 +25,7 @@ _PEER = struct.Struct("3i")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class DeviceHold:
+class DeviceFiles:
     """Duplicates of all descriptors through which process `pid` reaches the driver and MPS, as of now."""
 
     def __init__(self, pid: int) -> None:

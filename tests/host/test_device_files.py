@@ -17,9 +17,9 @@ from typing import Any
 import anyio
 import pytest
 
-from elastic_ep.host import device_hold
+from elastic_ep.host import device_files
+from elastic_ep.host.device_files import DeviceFiles
 from elastic_ep.host.device_guard import DeviceGuard
-from elastic_ep.host.device_hold import DeviceHold
 from elastic_ep.wire.messages import Member
 from tests.kit.bound import Bound
 
@@ -80,7 +80,7 @@ def running(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that stands for the driver's: who has it open holds its lock."""
-    monkeypatch.setattr(device_hold, "_DEVICE", str(tmp_path / "nvidia"))
+    monkeypatch.setattr(device_files, "_DEVICE", str(tmp_path / "nvidia"))
     return tmp_path / "nvidia0"
 
 
@@ -113,7 +113,7 @@ def die_unreaped(process: subprocess.Popen[str]) -> None:
 
 def test_the_driver_sees_a_death_when_the_hold_is_released(device: Path) -> None:
     with running(CLIENT, str(device)) as client:
-        hold = DeviceHold(client.pid)
+        hold = DeviceFiles(client.pid)
         assert len(hold) == 1
         end(client)
         assert is_open_elsewhere(device)
@@ -138,7 +138,7 @@ def test_connections_to_mps_are_held_and_others_are_not(device: Path, tmp_path: 
     ):
         assert mps.stdout is not None
         assert other.stdout is not None
-        hold = DeviceHold(client.pid)
+        hold = DeviceFiles(client.pid)
         assert len(hold) == 2
         end(client)
         assert other.stdout.readline() == "lost\n"
@@ -151,14 +151,14 @@ def test_a_process_that_is_gone_cannot_be_held(device: Path) -> None:
     with running(CLIENT, str(device)) as client:
         end(client)
     with pytest.raises((ProcessLookupError, FileNotFoundError)):
-        DeviceHold(client.pid)
+        DeviceFiles(client.pid)
 
 
 def test_what_the_process_closes_meanwhile_is_left_out(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    duplicate = device_hold._duplicate
+    duplicate = device_files._duplicate
     with running(CLIENT, str(device)) as client:
-        monkeypatch.setattr(device_hold, "_duplicate", lambda pidfd, number: duplicate(pidfd, number + 100))
-        hold = DeviceHold(client.pid)
+        monkeypatch.setattr(device_files, "_duplicate", lambda pidfd, number: duplicate(pidfd, number + 100))
+        hold = DeviceFiles(client.pid)
         assert len(hold) == 0
         hold.release()
 
@@ -167,7 +167,7 @@ def test_a_hold_that_fails_leaves_nothing_open(
     device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    duplicate = device_hold._duplicate
+    duplicate = device_files._duplicate
 
     def first_alone(pidfd: int, number: int) -> int:
         if made:
@@ -175,14 +175,14 @@ def test_a_hold_that_fails_leaves_nothing_open(
         made.append(duplicate(pidfd, number))
         return made[0]
 
-    monkeypatch.setattr(device_hold, "_duplicate", first_alone)
-    monkeypatch.setattr(device_hold, "_is_mps", lambda fd: True)
+    monkeypatch.setattr(device_files, "_duplicate", first_alone)
+    monkeypatch.setattr(device_files, "_is_mps", lambda fd: True)
     with (
         running(SERVER, "a-broker", str(tmp_path / "one")),
         running(CLIENT, str(device), str(tmp_path / "one")) as client,
     ):
         with pytest.raises(PermissionError):
-            DeviceHold(client.pid)
+            DeviceFiles(client.pid)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(made[0])
 
@@ -193,9 +193,9 @@ def unnoted(kind: str, /, **facts: Any) -> None:
 
 async def dies_before_it_is_looked_into_again(device: Path) -> None:
     with running(CLIENT, str(device)) as client, DeviceGuard(1000.0, unnoted) as guard:
-        guard.hold(FIRST, client.pid)
+        guard.keep(FIRST, client.pid)
         die_unreaped(client)
-        guard.hold(FIRST, client.pid)
+        guard.keep(FIRST, client.pid)
         assert is_open_elsewhere(device)
 
 
@@ -205,19 +205,19 @@ def test_a_look_at_a_dying_process_loses_nothing(device: Path) -> None:
 
 async def looked_into_while_it_starts(device: Path, notes: list[int]) -> None:
     def note(kind: str, /, **facts: Any) -> None:
-        if kind == "device_held":
+        if kind == "device_kept":
             notes.append(facts["files"])
 
     second = device.with_name("nvidia1")
     with running(OPENER) as opener, DeviceGuard(1000.0, note) as guard:
-        guard.hold(FIRST, opener.pid)
+        guard.keep(FIRST, opener.pid)
         for path in (device, second):
             tell(opener, "open", path)
-            guard.hold(FIRST, opener.pid)
-            guard.hold(FIRST, opener.pid)
+            guard.keep(FIRST, opener.pid)
+            guard.keep(FIRST, opener.pid)
         tell(opener, "close", device)
         assert is_open_elsewhere(device)
-        guard.hold(FIRST, opener.pid)
+        guard.keep(FIRST, opener.pid)
         assert not is_open_elsewhere(device), "what it closes itself is let go"
         end(opener)
         guard.gone(FIRST)
@@ -234,7 +234,7 @@ async def looked_into_often(device: Path) -> None:
     with running(CLIENT, str(device)) as client, DeviceGuard(1000.0, unnoted) as guard:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
-            guard.hold(FIRST, client.pid)
+            guard.keep(FIRST, client.pid)
         assert len(os.listdir("/proc/self/fd")) == before + 1
 
 
@@ -244,7 +244,7 @@ def test_looks_do_not_pile_up_descriptors(device: Path) -> None:
 
 async def dies_while_it_is_looked_into(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     second = device.with_name("nvidia1")
-    duplicate = device_hold._duplicate
+    duplicate = device_files._duplicate
     with running(OPENER) as opener, DeviceGuard(1000.0, unnoted) as guard:
 
         def last_words(pidfd: int, number: int) -> int:
@@ -254,9 +254,9 @@ async def dies_while_it_is_looked_into(device: Path, monkeypatch: pytest.MonkeyP
 
         tell(opener, "open", device)
         tell(opener, "open", second)
-        guard.hold(FIRST, opener.pid)
-        monkeypatch.setattr(device_hold, "_duplicate", last_words)
-        guard.hold(FIRST, opener.pid)
+        guard.keep(FIRST, opener.pid)
+        monkeypatch.setattr(device_files, "_duplicate", last_words)
+        guard.keep(FIRST, opener.pid)
         assert is_open_elsewhere(device)
         assert is_open_elsewhere(second)
 
@@ -270,9 +270,9 @@ async def refused_later(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError
 
     with running(CLIENT, str(device)) as client, DeviceGuard(1000.0, unnoted) as guard:
-        guard.hold(FIRST, client.pid)
-        monkeypatch.setattr(device_hold, "_duplicate", refuse)
-        guard.hold(FIRST, client.pid)
+        guard.keep(FIRST, client.pid)
+        monkeypatch.setattr(device_files, "_duplicate", refuse)
+        guard.keep(FIRST, client.pid)
         end(client)
         assert is_open_elsewhere(device)
 
@@ -283,7 +283,7 @@ def test_a_look_that_fails_loses_nothing(device: Path, monkeypatch: pytest.Monke
 
 async def killed_before_it_opens_anything(at_once: list[int]) -> None:
     with running(OPENER) as opener, DeviceGuard(1000.0, unnoted) as guard:
-        guard.hold(FIRST, opener.pid)
+        guard.keep(FIRST, opener.pid)
         end(opener)
         guard.gone(FIRST)
         guard.when_free(SECOND.rank, lambda: at_once.append(1))
@@ -301,13 +301,13 @@ async def guarded(device: Path, notes: list[str]) -> None:
 
     free = anyio.Event()
     with running(CLIENT, str(device)) as client, DeviceGuard(0.05, note) as guard:
-        guard.hold(FIRST, client.pid)
-        guard.hold(FIRST, client.pid)
+        guard.keep(FIRST, client.pid)
+        guard.keep(FIRST, client.pid)
         at_once: list[int] = []
         guard.when_free(FIRST.rank, lambda: at_once.append(1))
         assert at_once == [1], "an incarnation that lives keeps nobody"
         end(client)
-        guard.hold(FIRST, client.pid)
+        guard.keep(FIRST, client.pid)
         guard.gone(FIRST)
         guard.gone(FIRST)
         guard.when_free(SECOND.rank, free.set)
@@ -321,13 +321,13 @@ async def guarded(device: Path, notes: list[str]) -> None:
 def test_a_new_incarnation_waits_until_the_device_is_free(device: Path) -> None:
     notes: list[str] = []
     anyio.run(guarded, device, notes)
-    assert notes == ["device_held", "device_not_held", "device_released"]
+    assert notes == ["device_kept", "device_not_kept", "device_released"]
 
 
 async def ended_early(device: Path) -> None:
     with running(CLIENT, str(device)) as client:
         with DeviceGuard(1000.0, unnoted) as guard:
-            guard.hold(FIRST, client.pid)
+            guard.keep(FIRST, client.pid)
             end(client)
             guard.gone(FIRST)
             assert is_open_elsewhere(device)
