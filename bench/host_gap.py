@@ -39,7 +39,7 @@ from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.engine.ops_cuda.inputs import StepShape
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.engine.step_runner import StepRunner
-from elastic_ep.exchange.base import Exchange
+from elastic_ep.exchange.base import Exchange, Work
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.models import qwen3_moe
@@ -130,7 +130,8 @@ class TimedExchange(MooncakeExchange):
         self._peers = Peers(Member(0, 0), 1, MODEL.moe.experts)
         self._targets = frozenset()
         self._barrier = None
-        self._step = None
+        self._step = self._ended = None
+        self._mine = Work(0, 0)
         self._taken_in = True
         self._buffer = SimpleNamespace(query_mask_buffer=lambda masks: None)
         self._masks = self._masks_host = torch.zeros(1, dtype=torch.int32)

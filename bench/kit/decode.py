@@ -19,7 +19,6 @@ from tests.kit.solo_exchange import SoloDeviceExchange
 from bench.kit.sections import quartiles
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda.build import exchange_shape
-from elastic_ep.engine.ops_cuda.inputs import StepShape
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import DeviceExchange, ExchangeShape
 from elastic_ep.exchange.mooncake import MooncakeExchange
@@ -159,8 +158,7 @@ class Engine:
     def _busy_ms(self, batch: int) -> float:
         """The last step's graph again and again, with always another one queued: what the device needs for it alone."""
         runner = self.runner
-        tile = runner._tile
-        shape = StepShape(-(-batch // tile) * tile, decode=True)
+        shape = runner._inputs.decode_shape(batch)
         run = runner._body if runner._graphs is None else runner._graphs.run
         if runner.weights.embed.device.type != "cuda":
             began = time.perf_counter()

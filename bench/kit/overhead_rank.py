@@ -20,7 +20,7 @@ from tests.kit.file_store import FileStore
 from bench.kit.own_rank import live_and_end, no_plane
 from elastic_ep.config import RankConfig
 from elastic_ep.engine.step_runner import StepRunner
-from elastic_ep.exchange.base import Exchange
+from elastic_ep.exchange.base import Exchange, Work
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.rank.engine import build_engine
 from elastic_ep.rank.forward import Build, ForwardThread
@@ -60,8 +60,11 @@ class BareExchange:
     def route_to(self, ranks: Collection[int]) -> None:
         pass
 
-    def meet(self) -> None:
+    def meet(self, work: Work) -> None:
         pass
+
+    def work(self) -> Work:
+        return Work(0, 0)
 
     def read_masks(self) -> None:
         self._done.record()

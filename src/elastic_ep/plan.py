@@ -31,8 +31,11 @@ MEMORY_UTILIZATION = 0.9
 _SEQUENCES = {"cpu": 16, "cuda": 256}
 """That a rank runs at once, unless the command line says how many. On a GPU one costs a step what 64 cost: so survivors
 have seats for a lost rank's requests, too."""
-_TOKENS = {"cpu": 64, "cuda": 256}
-"""Of a step, likewise: those requests are computed anew in a quarter of the steps that 64 would need."""
+_TOKENS = {"cpu": 64, "cuda": 1024}
+"""Of a step, likewise. On a GPU so many are computed while nobody decodes, else what leaves decodes their pace (see
+engine/prompt_pace.py)."""
+_TOKENS_SHARED = 256
+"""Of ranks that share a GPU: the exchange's buffers and the experts' working memory grow with it, in each of them."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,7 @@ def _cpu_pages(config: ServeConfig, model: ModelSpec, limits: EngineLimits) -> i
 def _step_size(config: ServeConfig, device: str) -> tuple[int, int]:
     """Sequences and tokens: what is not given suits what is."""
     sequences, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    usual = _TOKENS_SHARED if config.mps else _TOKENS[device]
     if sequences is None:
-        sequences = min(_SEQUENCES[device], tokens or _TOKENS[device])
-    return sequences, tokens or max(_TOKENS[device], sequences)
+        sequences = min(_SEQUENCES[device], tokens or usual)
+    return sequences, tokens or max(usual, sequences)

@@ -235,10 +235,10 @@ class RunProcess:
         curl = f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' {key}-d '{body}'"
         print(f"serving {self._plan.name} on {self._config.ranks} ranks at {url}   try: {curl}")
         print(f"events: {self._log.path or 'off'}", flush=True)
-        facts = [controller.facts[member] for member in sorted(controller.machine.view.members)]
-        pages = [fact.pages.total for fact in facts]
+        members = sorted(controller.machine.view.members)
+        pages = [facts.pages.total for member in members if (facts := controller.facts.get(member))]
         size = self._plan.limits.page_size
-        tokens = min(pages) * size
+        tokens = min(pages, default=0) * size
         log.info(
             "KV cache",
             tokens_a_rank=tokens,

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
@@ -122,6 +122,9 @@ GIB = 1 << 30
 sizes = st.integers(0, 200 * GIB)
 
 
+@example(
+    utilization=1.0, ranks=4, early=True, page=1 << 20, total=80 * GIB, free=80 * GIB, own=0, later=0, less=0
+)
 @given(
     utilization=st.floats(0.01, 1),
     ranks=st.integers(1, 8),

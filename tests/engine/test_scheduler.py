@@ -106,6 +106,31 @@ def test_a_long_prompt_is_cut_and_decodes_go_first() -> None:
     assert [(c.length, c.samples) for c in scheduler.schedule()] == [(1, True), (9, True)]
 
 
+def test_prompts_get_what_is_said_beside_decodes_and_decodes_all_they_need() -> None:
+    scheduler = Scheduler(EngineLimits(200, 4, 10, 16, 100))
+    short, long, third = sequence(1, 3), sequence(2, 25), sequence(3, 9)
+    scheduler.add(short)
+    scheduler.commit(scheduler.schedule())
+    short.tokens.append(9)
+    assert [chunk.sequence for chunk in scheduler.schedule(lambda: 1 // 0)] == [short], (
+        "there are none to ask for"
+    )
+    scheduler.add(long)
+    scheduler.add(third)
+
+    def lengths(prompt_tokens: int) -> list[tuple[Sequence, int]]:
+        chunks = scheduler.schedule(lambda: prompt_tokens)
+        scheduler.commit([chunk for chunk in chunks if chunk.sequence is not short])
+        return [(chunk.sequence, chunk.length) for chunk in chunks]
+
+    assert lengths(0) == [(short, 1)]
+    assert lengths(4) == [(short, 1), (long, 4)]
+    assert lengths(99) == [(short, 1), (long, 9)], "more than fits"
+    assert lengths(0) == [(short, 1)], "one that has begun"
+    assert lengths(8) == [(short, 1), (long, 8)]
+    assert lengths(6) == [(short, 1), (long, 4), (third, 2)]
+
+
 def test_the_youngest_gives_way_when_open_ended_answers_outgrow_the_cache() -> None:
     """They are promised `HORIZON` tokens beyond those that they have, not the whole context."""
     scheduler = Scheduler(EngineLimits(2000, 3, 2000, 16, 125))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from elastic_ep.exchange.base import DeviceExchange, Exchange, ExchangeShape, Received
+from elastic_ep.exchange.base import DeviceExchange, Exchange, ExchangeShape, Received, Work
 from elastic_ep.exchange.mooncake import MooncakeExchange, load_buffer_class
 from elastic_ep.exchange.mooncake_needs import HIDDEN_MULTIPLE
 from elastic_ep.exchange.step_barrier import StepBarrier
@@ -62,7 +62,7 @@ class HostEnd:
     def begin_step(self, step: int) -> None:
         self._named.clear()
         self._inner.begin_step(step)
-        self._inner.meet()
+        self._inner.meet(Work(0, 0))
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
         chosen = physical_experts[physical_experts >= 0]

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from elastic_ep.exchange import mooncake
-from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.exchange.base import ExchangeShape, Work
 from elastic_ep.exchange.mooncake import MooncakeExchange
+from elastic_ep.exchange.step_barrier import StepBarrier
 from elastic_ep.exchange.store import IncarnationStore, PeerGone
 from elastic_ep.wire.messages import Member
 from tests.kit.file_store import FileStore
@@ -69,6 +70,9 @@ class Buffer:
         for rank in ranks:
             del self.staged[rank]
 
+    def query_mask_buffer(self, masks: torch.Tensor) -> None:
+        """Nobody is masked by a kernel."""
+
     def update_mask_buffer(self, rank: int, masked: bool) -> None:
         self.calls.append(("mask" if masked else "unmask", rank))
 
@@ -82,7 +86,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
         device=lambda device: nullcontext(),
         stream=lambda stream: nullcontext(),
         Stream=lambda *_, **__: stream,
-        Event=lambda: None,
+        Event=lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
     )
     fake = SimpleNamespace(
         cuda=cuda, device=torch.device, int32=torch.int32, zeros=lambda size, **_: torch.zeros(size)
@@ -255,16 +259,37 @@ def test_a_step_is_begun_without_waiting_and_then_met_by_all_who_take_part(tmp_p
     calls: list[tuple[Any, ...]] = []
     barrier = SimpleNamespace(
         say=lambda step: calls.append(("say", step)),
+        say_work=lambda step, work: calls.append(("say work", step, work)),
+        work_of=lambda rank, step: {PEER.rank: Work(64, 5)}[rank],
         wait_for=lambda step, ranks: calls.append(("wait for", step, set(ranks()))),
     )
     end = End(tmp_path, ME, barrier)
     end.exchange.begin_step(6)
-    end.exchange.meet()
+    end.exchange.meet(Work(0, 0))
     assert calls == [], "alone"
     end.connect(PEER)
     end.exchange.activate(PEER)
     end.exchange.begin_step(7)
     assert calls == [("say", 7)]
     end.exchange.mask(PEER)
-    end.exchange.meet()
-    assert calls[1:] == [("wait for", 7, {ME.rank})], "whoever is masked is not waited for"
+    end.exchange.meet(Work(9, 2))
+    told = [("say work", 7, Work(9, 2)), ("wait for", 7, {ME.rank})]
+    assert calls[1:] == told, "whoever is masked is not waited for"
+    end.exchange.end_step()
+    assert end.exchange.work() == Work(9, 2), "nor asked what it did"
+
+
+def test_what_all_ranks_did_in_a_step_is_known_when_it_has_ended(tmp_path: Path) -> None:
+    mine, other = (StepBarrier(tmp_path, 2, member.rank) for member in (ME, PEER))
+    end = End(tmp_path, ME, mine)
+    assert end.exchange.work() == Work(0, 0)
+    end.connect(PEER)
+    end.exchange.activate(PEER)
+    for step, own, others in ((7, Work(64, 1), Work(0, 5)), (8, Work(0, 2), Work(128, 0))):
+        end.exchange.begin_step(step)
+        other.say_work(step, others)
+        other.say(step)
+        end.exchange.meet(own)
+        end.exchange.end_step()
+        other.say_work(step + 1, Work(999, 999))  # it is quick, and has begun the next
+        assert end.exchange.work() == Work(max(own[0], others[0]), own[1] + others[1])

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Collection
 from pathlib import Path
 
+from elastic_ep.exchange.base import Work
 from elastic_ep.exchange.step_barrier import NOT_BEGUN, StepBarrier
 
 DEADLINE_S = 20.0
@@ -60,6 +61,18 @@ def test_who_is_masked_is_not_waited_for(tmp_path: Path) -> None:
     assert waiting.still_waits()
     waiting.ranks = {0}
     assert waiting.ends()
+
+
+def test_what_each_computes_is_known_until_it_begins_the_second_step_after(tmp_path: Path) -> None:
+    mine, other = barrier(tmp_path, 0), barrier(tmp_path, 1)
+    for step in range(5):
+        other.say_work(step, Work(10 * step, step))
+        assert mine.work_of(1, step) == Work(10 * step, step)
+        assert step == 0 or mine.work_of(1, step - 1) == Work(10 * step - 10, step - 1)
+    assert mine.work_of(0, 4) == mine.work_of(2, 4) == Work(0, 0)
+    assert mine.of(1) == NOT_BEGUN
+    barrier(tmp_path, 1)
+    assert mine.work_of(1, 3) == mine.work_of(1, 4) == Work(0, 0)
 
 
 def test_words_are_seen_by_all_and_a_new_incarnation_has_begun_nothing(tmp_path: Path) -> None:

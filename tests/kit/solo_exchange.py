@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import torch
 
-from elastic_ep.exchange.base import Received
+from elastic_ep.exchange.base import Received, Work
 from elastic_ep.wire.messages import Member
 
 
@@ -16,6 +16,7 @@ class SoloDeviceExchange:
     def __init__(self, slots: int, device: torch.device) -> None:
         self._slots = torch.arange(slots, device=device)
         self._device = device
+        self._work = Work(0, 0)
         self.operations = 0
         self.poison: frozenset[int] = frozenset()
         self.garbage = False
@@ -29,8 +30,11 @@ class SoloDeviceExchange:
     def route_to(self, ranks: Collection[int]) -> None:
         pass
 
-    def meet(self) -> None:
-        pass
+    def meet(self, work: Work) -> None:
+        self._work = work
+
+    def work(self) -> Work:
+        return self._work
 
     def read_masks(self) -> None:
         pass

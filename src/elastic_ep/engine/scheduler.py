@@ -176,14 +176,19 @@ class Scheduler:
         everyone = (*self.running, *self.suspects, *self.fetching.values(), *self.waiting)
         return next((seq for seq in everyone if seq.request_id == request_id), None)
 
-    def schedule(self) -> list[Chunk]:
-        """The next step's batch. Nothing is computed before `commit`: an uncommitted batch is scheduled again."""
+    def schedule(self, prompt_tokens: Callable[[], int] | None = None) -> list[Chunk]:
+        """The next step's batch. Nothing is computed before `commit`: an uncommitted batch is scheduled again.
+
+        `prompt_tokens` says how many tokens of prompts there may be beside decodes; None: as many as fit.
+        """
         if self.suspects:
             self._suspects_turn = not self._suspects_turn
             if self._suspects_turn and (chunks := self._one_suspect()):
                 return chunks
         chunks = self._decodes()
         budget = self._limits.max_num_batched_tokens - len(chunks)
+        if prompt_tokens is not None and (len(chunks) < len(self.running) or self.waiting):
+            budget = min(budget, prompt_tokens())
         for sequence in self.running if len(chunks) < len(self.running) else ():
             length = min(budget, len(sequence.tokens) - sequence.computed)
             if sequence.computed + 1 < len(sequence.tokens) and length > 0:

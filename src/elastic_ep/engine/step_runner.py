@@ -261,7 +261,7 @@ class StepRunner(ABC):
         """
         self._exchange.begin_step(step)
         self._take_done()
-        chunks = self._computing = (self._again.take() or self._scheduler.schedule()) if schedule else []
+        chunks = self._computing = self._next_batch() if schedule else []
         failure = self._compute(chunks)
         launched()
         self._ask_copies()
@@ -284,6 +284,9 @@ class StepRunner(ABC):
             return self._failed(chunks, failure)
         self._scheduler.commit(chunks)
         return self._append(sequences, sampled)
+
+    def _next_batch(self) -> list[Chunk]:
+        return self._again.take() or self._scheduler.schedule()
 
     def _take_done(self) -> None:
         """Copies of pages that are over since the last step."""

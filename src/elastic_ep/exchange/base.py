@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from elastic_ep.wire.messages import Member
 
@@ -107,6 +107,13 @@ class Exchange(Protocol):
         ...
 
 
+class Work(NamedTuple):
+    """What a rank computes in a step."""
+
+    prompt_tokens: int
+    decodes: int
+
+
 class DeviceExchange(Exchange, Protocol):
     """An exchange whose operations run on a device in the order they were queued, so that a step may be captured."""
 
@@ -114,11 +121,17 @@ class DeviceExchange(Exchange, Protocol):
         """The ranks that tokens go to from the next step on: one of them that is not active poisons each step."""
         ...
 
-    def meet(self) -> None:
+    def meet(self, work: Work) -> None:
         """Return when all who take part have begun this step. To be called once in it, before its first operation.
+
+        `work` is what this rank will compute in it, for the others to know.
 
         It is not part of `begin_step` so that the host may prepare the step meanwhile.
         """
+        ...
+
+    def work(self) -> Work:
+        """Of the step that has ended last: the most tokens of prompts that a rank has computed, all ranks' decodes."""
         ...
 
     def read_masks(self) -> None:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from elastic_ep.config import CannotRun
-from elastic_ep.exchange.base import ExchangeShape, Received
+from elastic_ep.exchange.base import ExchangeShape, Received, Work
 from elastic_ep.exchange.mooncake_needs import CPU_WHEEL, CUDA_WHEEL, EXPERTS_MULTIPLE, HIDDEN_MULTIPLE
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_barrier import StepBarrier
@@ -133,6 +133,9 @@ class MooncakeExchange:
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._barrier = barrier
         self._step: int | None = None
+        self._ended: int | None = None
+        """The step that has ended last, if there were others in it."""
+        self._mine = Work(0, 0)
         self._store = IncarnationStore(store, self._is_wanted)
         self._store.incarnations[member.rank] = member.incarnation
         self._connected: dict[int, int] = {}
@@ -232,9 +235,19 @@ class MooncakeExchange:
             self._barrier.say(step)
             self._step = step
 
-    def meet(self) -> None:
+    def meet(self, work: Work) -> None:
+        self._mine = work
         if self._barrier is not None and self._step is not None:
+            self._barrier.say_work(self._step, work)
             self._barrier.wait_for(self._step, lambda: self.live)
+
+    def work(self) -> Work:
+        """What is known without a barrier is this rank's own."""
+        barrier, step = self._barrier, self._ended
+        if barrier is None or step is None:
+            return self._mine
+        works = [barrier.work_of(rank, step) for rank in self.live - {self.member.rank}] + [self._mine]
+        return Work(max(work.prompt_tokens for work in works), sum(work.decodes for work in works))
 
     def _take_in(self) -> None:
         """Repeat a mask as it is: that of a rank that takes no part, or none if all do, as they were activated since."""
@@ -280,7 +293,7 @@ class MooncakeExchange:
             self.read_masks()
         self._masks_read.synchronize()
         self._reading = False
-        self._step = None
+        self._step, self._ended = None, self._step
         self._operations += self.shape.operations_per_step
         lost = set(self._peers.end_step())
         live = self.live

@@ -1,5 +1,8 @@
 """Which step each rank of one host is in, in a file that all of them map: for exchanges whose device does not tell.
 
+Each says too what it computes in the step, which all may read once the step has ended: words of this step and of the one
+before, as a rank may begin the next while another still reads.
+
 HAZARD: a rank that joins must not begin before all others have begun the same step. Mooncake's kernels clear the
 half of their buffer that comes next, so what an early joiner sends into the step before would be wiped, and waited for
 in vain.
@@ -17,7 +20,10 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from elastic_ep.exchange.base import Work
+
 _WORD = struct.Struct("q")
+_WORK = struct.Struct("ii")
 _LINE = 64
 _NAME = "steps"
 NOT_BEGUN = -1
@@ -38,10 +44,23 @@ class StepBarrier:
         finally:
             os.close(fd)
         self.say(NOT_BEGUN)  # whatever an earlier incarnation has said
+        for step in range(2):
+            self.say_work(step, Work(0, 0))
 
     def say(self, step: int) -> None:
         """This rank begins `step`, and has ended all steps before it."""
         _WORD.pack_into(self._words, self._rank * _LINE, step)
+
+    def say_work(self, step: int, work: Work) -> None:
+        """Before the first operation of `step`."""
+        _WORK.pack_into(self._words, self._work_at(self._rank, step), *work)
+
+    def work_of(self, rank: int, step: int) -> Work:
+        """Of one that has taken part in `step`, until it begins the second step after it."""
+        return Work(*_WORK.unpack_from(self._words, self._work_at(rank, step)))
+
+    def _work_at(self, rank: int, step: int) -> int:
+        return rank * _LINE + _WORD.size + step % 2 * _WORK.size
 
     def of(self, rank: int) -> int:
         """The step that `rank` began last. Any thread."""

@@ -240,6 +240,33 @@ def test_hosts_meet_once_a_step_and_before_its_first_operation(device: torch.dev
     assert calls.count("meet") == 1
 
 
+def test_prompts_are_cut_as_the_pace_of_the_group_says(device: torch.device) -> None:
+    """It hears what all ranks did in each step that counts, and is asked while there are prompts."""
+    runner, exchange = cuda_runner(device)
+    told: list[tuple[int, int]] = []
+    asked: list[int] = []
+
+    class Pace:
+        def observe(self, tokens: int, decodes: int, duration: int) -> None:
+            assert duration > 0
+            told.append((tokens, decodes))
+
+        def budget(self, decodes: int) -> int:
+            asked.append(decodes)
+            return 10 if decodes else 24
+
+    runner._pace = cast(Any, Pace())
+    runner.add(assign(1, SHORT, max_tokens=6))
+    runner.run_step(0, schedule=True)
+    runner.run_step(1, schedule=True)
+    runner.add(assign(2, PROMPT[:15], max_tokens=2))
+    exchange.poison = frozenset({1})
+    for step in range(2, 7):
+        runner.run_step(step, schedule=True)
+    assert told == [(3, 0), (0, 1), (10, 1), (5, 1), (0, 2), (0, 1)]
+    assert asked == [0, 1, 1]
+
+
 PLACES = ("fill", "draws", "before 0", "before 1", "before 2", "before 3", "sampled")
 
 

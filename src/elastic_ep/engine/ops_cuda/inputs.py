@@ -96,10 +96,13 @@ class StepInputs:
         """A step without chunks is a decode of nobody."""
         total = sum([length for _, _, length in chunks])
         if total == len(chunks):
-            return StepShape(self._padded(total, self._decode_rows), decode=True)
+            return self.decode_shape(total)
         rows = self._padded(total, self._mixed_rows)
         sequences = rows if rows <= GRAPH_ROWS else self._tiles(len(chunks))
         return StepShape(rows, decode=False, sequences=min(sequences, self.max_sequences))
+
+    def decode_shape(self, sequences: int) -> StepShape:
+        return StepShape(self._padded(sequences, self._decode_rows), decode=True)
 
     def graphed(self) -> list[StepShape]:
         """Every shape of at most `GRAPH_ROWS` rows."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,11 +20,12 @@ from elastic_ep.engine.ops_cuda.load import DeviceLoad
 from elastic_ep.engine.ops_cuda.memory import Budget, needed_by_graphs
 from elastic_ep.engine.ops_cuda.ops import CudaOps
 from elastic_ep.engine.ops_cuda.pages import CudaPages
+from elastic_ep.engine.prompt_pace import PromptPace
 from elastic_ep.engine.sampler import Sampled, is_plain_greedy
 from elastic_ep.engine.scheduler import Chunk, Sequence
-from elastic_ep.engine.step_runner import NO_SHELF, StepRunner, StreamMemory
+from elastic_ep.engine.step_runner import NO_SHELF, StepResult, StepRunner, StreamMemory
 from elastic_ep.engine.transformer import Transformer
-from elastic_ep.exchange.base import DeviceExchange
+from elastic_ep.exchange.base import DeviceExchange, Work
 from elastic_ep.placement import Placement
 from elastic_ep.weights.bank import Weights
 from elastic_ep.wire.messages import SamplingParams
@@ -36,6 +38,15 @@ _EXAMPLES = [
     )
 ]
 """What is drawn at warm-up, so that no step is the first to load the kernels for it."""
+
+
+LEAST_CHUNK = 64
+"""Tokens of prompts that a step computes whatever the decodes beside them are held up by."""
+
+
+def _work_of(chunks: Seq[Chunk]) -> Work:
+    lengths = [length for _, _, length in chunks if length > 1]
+    return Work(sum(lengths), len(chunks) - len(lengths))
 
 
 class CudaRunner(StepRunner):
@@ -84,6 +95,9 @@ class CudaRunner(StepRunner):
         pinned = device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if pinned else None
         self._tokens = torch.zeros(self._inputs.max_sequences, dtype=torch.int64, pin_memory=pinned)
+        self._pace = PromptPace(LEAST_CHUNK, limits.max_num_batched_tokens)
+        self._busy = Work(0, 0)
+        """What all ranks did in the last step."""
         self._rows: list[int] = []
         """Of the step's results: those that are sampled from."""
         self._met = self._launched = False
@@ -164,13 +178,29 @@ class CudaRunner(StepRunner):
         logits = self._model.forward(shape, self._carrier)
         return logits, logits.argmax(dim=-1)
 
+    def run_step(self, step: int, schedule: bool, launched: Callable[[], None] = lambda: None) -> StepResult:
+        """And learns how long steps take, all ranks' steps: then prompts leave those who decode their pace."""
+        began_ns = time.monotonic_ns()
+        result = super().run_step(step, schedule, launched)
+        if not (result.masked or result.failed):
+            self._busy = self._device_exchange.work()
+            self._pace.observe(*self._busy, time.monotonic_ns() - began_ns)
+        return result
+
+    def _next_batch(self) -> list[Chunk]:
+        return self._again.take() or self._scheduler.schedule(self._prompt_tokens)
+
+    def _prompt_tokens(self) -> int:
+        """Whoever decoded anywhere in the last step does so in this one, most of the time."""
+        return self._pace.budget(self._busy.decodes)
+
     def _launch(self, chunks: list[Chunk]) -> None:
         self._met = self._launched = False
         self._carrier.begin()
         draws = self._prepare_draws(chunks)
         shape = self._inputs.shape_of(chunks)
         self._inputs.fill(chunks, shape)
-        self._meet()
+        self._meet(_work_of(chunks))
         logits, tokens = self._run(shape)
         # Queued: the wait for the masks is the wait for what is sampled too.
         self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
@@ -181,8 +211,8 @@ class CudaRunner(StepRunner):
             self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         self._device_exchange.read_masks()
 
-    def _meet(self) -> None:
-        self._device_exchange.meet()
+    def _meet(self, work: Work) -> None:
+        self._device_exchange.meet(work)
         self._met = True
 
     def _run(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +227,7 @@ class CudaRunner(StepRunner):
             shape = self._inputs.shape_of(())
             self._inputs.fill((), shape)
             if not self._met:
-                self._meet()
+                self._meet(_work_of(()))
             if self._carrier.performed:
                 embed = self.weights.embed
                 self._model.complete(shape, embed.new_zeros(shape.rows, embed.shape[1]), self._carrier)
