@@ -11,10 +11,7 @@ from elastic_ep.event_log.log import EventLog
 from elastic_ep.machines.experts import events as ev
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.registry import arguments
-from elastic_ep.machines.requests.events import RoutingConfig
-from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import launch_placement
 from elastic_ep.placement_picture import NothingLost, draw, main, moments
 from elastic_ep.wire.messages import Member
@@ -28,9 +25,8 @@ def write_log(folder: Path, *, lose: bool) -> Path:
     placement = launch_placement(RANKS, 2, EXPERTS, 4, num_spare=1)
     repair = RepairMachine(placement)
     log = EventLog(folder / "run")
-    others = (MembershipMachine(RANKS, placement), ProgressMachine(), RoutingMachine(RoutingConfig(4, 1024)))
-    membership, progress, routing = others
-    log.begin({"machines": arguments(membership, progress, routing, repair)})
+    membership = MembershipMachine(RANKS, placement)
+    log.begin({"machines": arguments({"membership": membership, "repair": repair})})
 
     def feed(event: ev.Event) -> list[ev.Effect]:
         effects = repair.step(event)

@@ -9,10 +9,8 @@ import pytest
 
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.membership.progress import ProgressMachine
 from elastic_ep.machines.registry import arguments
 from elastic_ep.machines.requests import events as routing
 from elastic_ep.machines.requests.events import RoutingConfig
@@ -29,7 +27,7 @@ def log(tmp_path: Path) -> Path:
     membership = MembershipMachine(2, placement)
     router = RoutingMachine(RoutingConfig(max_num_seqs=4, max_queued=1024))
     events = EventLog(tmp_path / "run")
-    events.begin({"machines": arguments(membership, ProgressMachine(), router, RepairMachine(placement))})
+    events.begin({"machines": arguments({"membership": membership, "routing": router})})
     states = (RankState.INIT_CUDA, RankState.INIT_DIST, RankState.JOINING)
     story: list[ev.Event] = [ev.Start(), Tick(1)]
     story += [ev.Reported(Member(rank, 1), state) for rank in range(2) for state in states]
@@ -104,11 +102,9 @@ def test_another_effect_is_refused_even_with_its_checksum_mended(
 )
 def test_a_cause_is_an_event_before_it_that_had_effects(tmp_path: Path, cause: int, status: int) -> None:
     """The first event has none, the second has one, and there are no three before the third."""
-    placement = launch_placement(1, 1, 1, 0)
     router = RoutingMachine(RoutingConfig(max_num_seqs=4, max_queued=1024))
-    others = MembershipMachine(1, placement), ProgressMachine(), router, RepairMachine(placement)
     events = EventLog(tmp_path / "run")
-    events.begin({"machines": arguments(*others)})
+    events.begin({"machines": arguments({"routing": router})})
     request = routing.NewRequest(0, (1, 2), SamplingParams(max_tokens=3), 7, 0)
     for told in (routing.RankUp(Member(0, 1)), routing.Submitted(request)):
         events.record("routing", told, router.step(told))

@@ -353,7 +353,7 @@ class RunProcess:
     def _first_line(self, machines: Mapping[str, Any]) -> dict[str, object]:
         shown = {**asdict(self._config), "api_key": len(self._config.api_key), "device": self._plan.device}
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        return {"version": version(), "started": started, "config": shown, "machines": arguments(**machines)}
+        return {"version": version(), "started": started, "config": shown, "machines": arguments(machines)}
 
     def _make_api_settings(self) -> ApiSettings:
         return ApiSettings(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from elastic_ep.machines.experts import events as repair_events
@@ -14,7 +13,6 @@ from elastic_ep.machines.membership.progress import ProgressMachine, Pulse
 from elastic_ep.machines.rank import events as rank_events
 from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.machines.requests import events as routing_events
-from elastic_ep.machines.requests.events import RoutingConfig
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import Placement
 from elastic_ep.timing import MembershipConfig, ProgressConfig, RepairConfig
@@ -22,47 +20,37 @@ from elastic_ep.wire.codec import from_plain, to_plain
 from elastic_ep.wire.messages import Member
 
 
-@dataclass(frozen=True, slots=True)
 class Entry:
-    """`build` takes what `arguments` gave for this machine; `event` is the type (or union) that it hears."""
+    """`event` is the type (or union) that the machine hears, `takes` what it is made of: fields and their types."""
 
-    build: Callable[[dict[str, Any]], Any]
-    event: Any
+    def __init__(self, machine: Any, event: Any, **takes: Any) -> None:
+        self.event = event
+        self.takes = takes
+        self._machine = machine
 
-
-def arguments(
-    membership: MembershipMachine, progress: ProgressMachine, routing: RoutingMachine, repair: RepairMachine
-) -> dict[str, dict[str, Any]]:
-    """What the log's first line says about each machine."""
-    return {
-        "membership": {
-            "num_ranks": membership.num_ranks,
-            "placement": to_plain(membership.placement),
-            "config": to_plain(membership.config),
-        },
-        "progress": {"config": to_plain(progress.config)},
-        "routing": {"config": to_plain(routing.config)},
-        "repair": {"placement": to_plain(repair.placement), "config": to_plain(repair.config)},
-    }
+    def build(self, plain: Mapping[str, Any]) -> Any:
+        """From what `arguments` gave for it. Raises KeyError, TypeError and ValueError."""
+        return self._machine(**{name: from_plain(plain[name], kind) for name, kind in self.takes.items()})
 
 
-def _membership(plain: dict[str, Any]) -> MembershipMachine:
-    placement: Placement = from_plain(plain["placement"], Placement)
-    config: MembershipConfig = from_plain(plain["config"], MembershipConfig)
-    return MembershipMachine(int(plain["num_ranks"]), placement, config)
-
-
-def _repair(plain: dict[str, Any]) -> RepairMachine:
-    placement: Placement = from_plain(plain["placement"], Placement)
-    return RepairMachine(placement, from_plain(plain["config"], RepairConfig))
-
-
-MACHINES: dict[str, Entry] = {
-    "membership": Entry(_membership, membership_events.Event),
-    "progress": Entry(lambda plain: ProgressMachine(from_plain(plain["config"], ProgressConfig)), Pulse),
-    "routing": Entry(
-        lambda plain: RoutingMachine(from_plain(plain["config"], RoutingConfig)), routing_events.Event
+MACHINES = {
+    "membership": Entry(
+        MembershipMachine,
+        membership_events.Event,
+        num_ranks=int,
+        placement=Placement,
+        config=MembershipConfig,
     ),
-    "repair": Entry(_repair, repair_events.Event),
-    "rank": Entry(lambda plain: RankMachine(Member(*map(int, plain["me"]))), rank_events.Event),
+    "progress": Entry(ProgressMachine, Pulse, config=ProgressConfig),
+    "routing": Entry(RoutingMachine, routing_events.Event, config=routing_events.RoutingConfig),
+    "repair": Entry(RepairMachine, repair_events.Event, placement=Placement, config=RepairConfig),
+    "rank": Entry(RankMachine, rank_events.Event, me=Member),
 }
+
+
+def arguments(machines: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the log's first line says about each machine, by name."""
+    return {
+        name: {field: to_plain(getattr(machine, field)) for field in MACHINES[name].takes}
+        for name, machine in machines.items()
+    }

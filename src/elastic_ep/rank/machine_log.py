@@ -14,6 +14,7 @@ from elastic_ep.config import RankConfig
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.machines.rank.events import Effect, Event, StepsFailed
 from elastic_ep.machines.rank.machine import RankMachine
+from elastic_ep.machines.registry import arguments
 from elastic_ep.wire.messages import Beat, Member, Numbered, RankReport
 from elastic_ep.wire.privacy import masked
 
@@ -27,10 +28,11 @@ class MachineLog:
         self._log = _opened(config)
         self._told_of_beats = False
         """The first one changes the state: the subscription is proven."""
-        machines = {"rank": {"me": machine.me}}
+        machines = {"rank": machine}
         try:
             self._log.begin(
-                {"version": importlib.metadata.version("elastic-ep"), "machines": machines}, {"rank": machine}
+                {"version": importlib.metadata.version("elastic-ep"), "machines": arguments(machines)},
+                machines,
             )
         except OSError as error:
             _warn(error)

@@ -24,28 +24,7 @@ from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.host.peer_notices import NoticeReader
 from elastic_ep.host.scheduling import make_prompt
-from elastic_ep.machines.rank.events import (
-    Adopt,
-    AdoptPlacement,
-    AskSnapshot,
-    Connect,
-    DeviceOpened,
-    Effect,
-    EngineReady,
-    Event,
-    Exit,
-    Expelled,
-    MakePromise,
-    Mask,
-    PeerDied,
-    ReleaseHold,
-    RouteAround,
-    Started,
-    StepsEnded,
-    StepsFailed,
-    StopSteps,
-    WarmedUp,
-)
+from elastic_ep.machines.rank import events as ev
 from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.rank.connector import Connector
 from elastic_ep.rank.engine import OpenPlane, build_engine
@@ -130,7 +109,7 @@ class RankProcess:
         self._store = ControlStore(self._outbox.post, self._config.timing)
 
         def build_here(told: RankConfig) -> tuple[StepRunner, Exchange]:
-            opened = functools.partial(self._outbox.post, DeviceOpened())
+            opened = functools.partial(self._outbox.post, ev.DeviceOpened())
             return build_engine(told, windows_fd, open_plane_once, self._store, opened)
 
         self._forward = forward(config, self._mailbox, self._outbox.post, build or build_here)
@@ -147,10 +126,10 @@ class RankProcess:
             Path(self._config.directory), self._me, self._hear, self._on_direct, self._refuse
         )
         notices = NoticeReader(
-            Path(self._config.directory), self._me, lambda member: self._hear(PeerDied(member))
+            Path(self._config.directory), self._me, lambda member: self._hear(ev.PeerDied(member))
         )
         self._wire.send(Hello(os.getpid()))
-        self._hear(Started())
+        self._hear(ev.Started())
         self._forward.start()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._synchronise)
@@ -166,13 +145,13 @@ class RankProcess:
     def _orphaned(self) -> None:
         os._exit(ORPHANED_STATUS)
 
-    def _hear(self, event: Event) -> None:
+    def _hear(self, event: ev.Event) -> None:
         before = self._machine.stage
         try:
             effects = self._machine.step(event)
         except Exception as error:  # whose notes tell the last events
             log.error("the rank's machine cannot go on", exc_info=True)
-            event = StepsFailed(f"{type(error).__name__}: {error}")
+            event = ev.StepsFailed(f"{type(error).__name__}: {error}")
             effects = self._machine.step(event)
         for effect in effects:
             self._perform(effect)
@@ -180,37 +159,37 @@ class RankProcess:
         if self._machine.stage is not before:
             titles.show_rank(self._me, self._machine.stage)
 
-    def _perform(self, effect: Effect) -> None:
+    def _perform(self, effect: ev.Effect) -> None:
         match effect:
-            case AskSnapshot():
+            case ev.AskSnapshot():
                 self._fell_behind.set()
-            case Connect(members):
+            case ev.Connect(members):
                 self._connector.connect(members)
-            case MakePromise():
+            case ev.MakePromise():
                 self._connector.when_connected(functools.partial(self._promise, effect))
-            case ReleaseHold():
+            case ev.ReleaseHold():
                 self._connector.forget()
                 self._mailbox.release()
-            case Mask(member):
+            case ev.Mask(member):
                 self._exchange().mask(member)
                 self._mailbox.mask_ns = time.monotonic_ns()
-            case RouteAround(member):
+            case ev.RouteAround(member):
                 self._mailbox.peer_died(member)
-            case Adopt(view):
+            case ev.Adopt(view):
                 self._mailbox.adopt(view)
-            case AdoptPlacement(placement):
+            case ev.AdoptPlacement(placement):
                 self._mailbox.adopt_placement(placement)
             case RankReport():
                 self._wire.send(effect)
-            case StopSteps():
+            case ev.StopSteps():
                 self._mailbox.request_stop()
-            case Exit(status):
+            case ev.Exit(status):
                 self._exit.set_result(status)
-            case Expelled():
+            case ev.Expelled():
                 log.error("expelled from the group")
                 os._exit(EXPELLED_STATUS)
 
-    def _promise(self, promise: MakePromise) -> None:
+    def _promise(self, promise: ev.MakePromise) -> None:
         step = self._mailbox.promise() if promise.seated else 0
         self._wire.send(Promise(promise.attempt, step))
 
@@ -260,8 +239,8 @@ class RankProcess:
                 case Ready():
                     self._engine = item
                     self._slots.start(item.runner)
-                    self._hear(EngineReady())
-                case DeviceOpened() | WarmedUp() | StepsEnded() | StepsFailed():
+                    self._hear(ev.EngineReady())
+                case ev.DeviceOpened() | ev.WarmedUp() | ev.StepsEnded() | ev.StepsFailed():
                     self._hear(item)
                 case StepReport():
                     self._wire.send(item)

@@ -7,28 +7,7 @@ each: whom to connect to, when to promise, which view to adopt, whom to mask, wh
 from __future__ import annotations
 
 from elastic_ep.machines.machine import Machine
-from elastic_ep.machines.rank.events import (
-    Adopt,
-    AdoptPlacement,
-    AskSnapshot,
-    Connect,
-    DeviceOpened,
-    Effect,
-    EngineReady,
-    Event,
-    Exit,
-    Expelled,
-    MakePromise,
-    Mask,
-    PeerDied,
-    ReleaseHold,
-    RouteAround,
-    Started,
-    StepsEnded,
-    StepsFailed,
-    StopSteps,
-    WarmedUp,
-)
+from elastic_ep.machines.rank import events as ev
 from elastic_ep.machines.rank.lifecycle import RANK, SEATED
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.placement import Placement
@@ -52,7 +31,7 @@ from elastic_ep.wire.messages import (
 _WITHOUT_ENGINE = (RankState.LAUNCHING, RankState.INIT_CUDA)
 
 
-class RankMachine(Machine[Event, Effect]):
+class RankMachine(Machine[ev.Event, ev.Effect]):
     """Feed it with `step`; `stage`, `view` and `synchronised` may be read."""
 
     def __init__(self, me: Member) -> None:
@@ -74,9 +53,9 @@ class RankMachine(Machine[Event, Effect]):
         self._drain = False
         """Asked to drain. HAZARD: that may overtake the view that seats this rank: they come by two sockets."""
         self._early: dict[int, Numbered] = {}
-        self._effects: list[Effect] = []
+        self._effects: list[ev.Effect] = []
 
-    def _step(self, event: Event) -> list[Effect]:
+    def _step(self, event: ev.Event) -> list[ev.Effect]:
         """Nothing follows from what comes after the end."""
         self._effects = []
         if not self.lifecycle.final:
@@ -102,37 +81,37 @@ class RankMachine(Machine[Event, Effect]):
         """There is nothing to ask the controller for."""
         return self._subscribed and self.number is not None and not self._behind
 
-    def _hear(self, event: Event) -> None:
+    def _hear(self, event: ev.Event) -> None:
         match event:
             case Numbered():
                 self._on_numbered(event)
             case Snapshot():
                 self._on_snapshot(event)
-            case PeerDied(member):
+            case ev.PeerDied(member):
                 if member != self.me:
                     self._mask(member)
-                    self._effects.append(RouteAround(member))
+                    self._effects.append(ev.RouteAround(member))
             case Drain():
                 self._drain = True
                 self._drain_if_asked()
             case Shutdown():
                 self._on_shutdown()
-            case Started():
+            case ev.Started():
                 self._move("process_started")
-            case DeviceOpened():
+            case ev.DeviceOpened():
                 # Said again, so that the run process holds what is open before kernels run.
                 self._effects.append(RankReport(self.stage))
-            case EngineReady():
-                self._effects += [Mask(member) for member in sorted(self.masked)]
+            case ev.EngineReady():
+                self._effects += [ev.Mask(member) for member in sorted(self.masked)]
                 self._move("device_ready")
-            case WarmedUp(num_pages):
+            case ev.WarmedUp(num_pages):
                 self._warm, self._num_pages = True, num_pages
-            case StepsEnded():
+            case ev.StepsEnded():
                 self._move("stopped")
-                self._effects.append(Exit(0))
-            case StepsFailed(reason, suspects):
+                self._effects.append(ev.Exit(0))
+            case ev.StepsFailed(reason, suspects):
                 self._move("lost", reason, suspects)
-                self._effects.append(Exit(1))
+                self._effects.append(ev.Exit(1))
 
     # Lifecycle
 
@@ -153,10 +132,10 @@ class RankMachine(Machine[Event, Effect]):
 
     def _on_shutdown(self) -> None:
         """Stop at the next boundary. Peers stop too, each at its own boundary: wait for none of them."""
-        self._effects.append(StopSteps())
+        self._effects.append(ev.StopSteps())
         if self.stage in _WITHOUT_ENGINE:
             self.lifecycle.fire("stopped")
-            self._effects.append(Exit(0))
+            self._effects.append(ev.Exit(0))
             return
         for member in sorted(self.view.members - {self.me}):
             self._mask(member)
@@ -179,7 +158,7 @@ class RankMachine(Machine[Event, Effect]):
 
     def _ask_snapshot(self) -> None:
         self._behind = True
-        self._effects.append(AskSnapshot())
+        self._effects.append(ev.AskSnapshot())
 
     def _on_snapshot(self, event: Snapshot) -> None:
         self._behind = False
@@ -189,7 +168,7 @@ class RankMachine(Machine[Event, Effect]):
         self._early = {number: kept for number, kept in self._early.items() if number > event.number}
         if event.placement is not None and event.placement != self.placement:
             self.placement = event.placement
-            self._effects.append(AdoptPlacement(event.placement))
+            self._effects.append(ev.AdoptPlacement(event.placement))
         self._adopt(event.view)
         if event.attempt is None:
             self._end_attempt()
@@ -217,7 +196,7 @@ class RankMachine(Machine[Event, Effect]):
             case PlacementChanged():
                 assert self.placement is not None, "a change of a placement that no snapshot brought"
                 self.placement = self.placement.changed(body.version, body.changes)
-                self._effects.append(AdoptPlacement(self.placement))
+                self._effects.append(ev.AdoptPlacement(self.placement))
             case Beat():
                 raise AssertionError("a beat is never kept")
 
@@ -233,13 +212,13 @@ class RankMachine(Machine[Event, Effect]):
         else:
             return
         if others:
-            self._effects.append(Connect(others))
-        self._effects.append(MakePromise(prepare.attempt, seated))
+            self._effects.append(ev.Connect(others))
+        self._effects.append(ev.MakePromise(prepare.attempt, seated))
 
     def _end_attempt(self) -> None:
         if self.attempt is not None:
             self.attempt = None
-            self._effects.append(ReleaseHold())
+            self._effects.append(ev.ReleaseHold())
 
     def _adopt(self, view: View) -> None:
         if view.epoch <= self.view.epoch:
@@ -251,9 +230,9 @@ class RankMachine(Machine[Event, Effect]):
             self._mask(member)
         if was_seated and self.me not in view.members:
             self.lifecycle.fire("lost")
-            self._effects.append(Expelled())
+            self._effects.append(ev.Expelled())
             return
-        self._effects.append(Adopt(view))
+        self._effects.append(ev.Adopt(view))
         if not was_seated and self.me in view.members:
             self.lifecycle.fire("admitted")
             self._drain_if_asked()
@@ -262,4 +241,4 @@ class RankMachine(Machine[Event, Effect]):
         if member not in self.masked:
             self.masked |= {member}
             if self.stage not in _WITHOUT_ENGINE:
-                self._effects.append(Mask(member))
+                self._effects.append(ev.Mask(member))
