@@ -50,7 +50,7 @@ async def test_a_rank_whose_machine_cannot_go_on_says_why_and_ends(capfd: pytest
     assert wire.sent[-1] == RankReport(RankState.FAILED, "UnexpectedEvent: rank: no admitted in InitCUDA")
     assert rank._exit.result() == 1
     told = "".join(capfd.readouterr())
-    assert "RankMachine heard ['WarmedUp']" in told
+    assert "RankMachine heard ['WarmedUp', 0]" in told
     assert "RankMachine cannot take ['Snapshot', 1" in told
     rank._hear(Numbered(2, ALONE))
     assert len(wire.sent) == 3, "nothing follows"
