@@ -314,6 +314,9 @@ class RunProcess:
                 max_num_seqs=plan.limits.max_num_seqs,
                 max_queued=config.max_queued,
                 request_timeout_ms=round(config.request_timeout_s * 1000),
+                num_pages=plan.limits.num_pages,
+                page_size=plan.limits.page_size,
+                max_model_len=plan.limits.max_model_len,
             )
         )
         repairs = Repairs(hub, repair, wire, self._log, metrics)
@@ -370,6 +373,7 @@ class RunProcess:
                 self._config.allow_credentials,
             ),
             eos_token_ids=self._plan.text_fit.eos_token_ids,
+            shared_page_size=self._plan.limits.page_size if self._config.enable_prefix_caching else 0,
             trust_request_chat_template=self._config.trust_request_chat_template,
         )
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.engine.scheduler import HORIZON, Chunk, Scheduler, Sequence
+from elastic_ep.engine.scheduler import Chunk, Scheduler, Sequence
 from elastic_ep.kv.page_table import NULL_PAGE
+from elastic_ep.machines.requests.records import HORIZON
 from elastic_ep.wire.messages import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=1)

@@ -31,13 +31,14 @@ from elastic_ep.event_log.files import CURRENT, segment_name
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.machines.registry import MACHINES
 from elastic_ep.machines.requests import events as ev
+from elastic_ep.machines.requests.prefixes import marks_of
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.replay import DIFFERS, SAME, UNREADABLE, main
 from elastic_ep.run import parse
-from elastic_ep.wire.messages import Bias, FailureCode, Member, SamplingParams, Token, TopLogprob
+from elastic_ep.wire.messages import Bias, Cached, FailureCode, Member, SamplingParams, Token, TopLogprob
 from elastic_ep.wire.privacy import MAX_BLANK, blanks, expanded, masked
 
-CONFIG = ev.RoutingConfig(2, max_queued=4, request_timeout_ms=900)
+CONFIG = ev.RoutingConfig(2, max_queued=4, request_timeout_ms=900, num_pages=30)
 SECRET = 987_654_321
 """A token that nobody may find in a log without text."""
 
@@ -78,7 +79,8 @@ def _next(
             allowed_token_ids=few,
             logit_bias=(Bias(SECRET, 1.5),),
         )
-        request = ev.NewRequest(next(numbers), (SECRET,) * length, params, SECRET, 0)
+        marks = tuple(choose.choice((1, 2)) * 100 + depth for depth in range(marks_of(length, 16)))
+        request = ev.NewRequest(next(numbers), (SECRET,) * length, params, SECRET, 0, marks)
         return ev.Submitted(request, machine.now_ms)
     if draw < 0.75 and running:
         member, request_ = choose.choice(running)
@@ -90,7 +92,8 @@ def _next(
             -0.987654321,
             (TopLogprob(SECRET, -0.5),),
         )
-        return ev.TokensCommitted(member, (token,))
+        cached, held = (Cached(request_.asked.request_id, 16),), choose.choice((None, (), (0, 3)))
+        return ev.TokensCommitted(member, (token,), cached=cached, held=held)
     if draw < 0.8 and running:
         member, request_ = choose.choice(running)
         return ev.Failed(member, request_.asked.request_id, FailureCode.FAILED, f"token {SECRET} is too much")

@@ -95,6 +95,7 @@ class Submitted:
     params: SamplingParams
     seed: int
     choice: int
+    beginnings: tuple[bytes, ...] = ()
 
 
 class FakeStream:
@@ -167,12 +168,19 @@ class FakeBackend:
     scrapes: int = 0
     arrived: asyncio.Queue[FakeStream] = field(default_factory=asyncio.Queue)
 
-    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> FakeStream:
+    def submit(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        seed: int,
+        choice: int,
+        beginnings: tuple[bytes, ...] = (),
+    ) -> FakeStream:
         if self.stopping:
             raise Stopping
         if self.capacity is not None and len(self.streams) >= self.capacity:
             raise Busy(3)
-        request = Submitted(prompt, params, seed, choice)
+        request = Submitted(prompt, params, seed, choice, beginnings)
         stream = FakeStream(self.reply(request), self.cached.pop(0) if self.cached else 0)
         self.submitted.append(request)
         self.streams.append(stream)

@@ -21,6 +21,7 @@ from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.reading import INLINE_BYTES, BodyReader
 from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
 from elastic_ep.group.port import Busy
+from elastic_ep.machines.requests.prefixes import beginnings
 from tests.gateway.conftest import Start, settings
 from tests.gateway.fakes import sample_text
 from tests.gateway.text.held_text import broken_text, held_text, text_after_a_death
@@ -101,6 +102,24 @@ async def outcome(work: Awaitable[Any]) -> Any:
         return await work
     except ApiError as error:
         return error.status, error.body(), error.headers
+
+
+@pytest.mark.parametrize("page_size", [0, 4])
+async def test_a_prompts_beginnings_are_found_where_it_is_read(start: Start, page_size: int) -> None:
+    """A short one here, a long one in the process for large bodies; none where prompts share no pages."""
+    running = await start(shared_page_size=page_size, max_model_len=9000)
+    for text in ("Anna has 12 apples and gives 5", "Anna " * (INLINE_BYTES // 4)):
+        ids = sample_text().encode(text)
+        for body in ({"prompt": text, "n": 2}, {"prompt": ids}):
+            assert (await running.post("/v1/completions", body))[0] == 200
+            asked = running.backend.submitted[-1]
+            assert asked.prompt == tuple(ids)
+            assert asked.beginnings == (beginnings(ids, page_size) if page_size else ())
+    chat = {"messages": [{"role": "user", "content": "Anna has 12 apples"}]}
+    assert (await running.post("/v1/chat/completions", chat))[0] == 200
+    asked = running.backend.submitted[-1]
+    assert asked.beginnings == (beginnings(asked.prompt, page_size) if page_size else ())
+    assert bool(asked.beginnings) == bool(page_size)
 
 
 async def test_both_readers_say_the_same(worker: TextWorker) -> None:

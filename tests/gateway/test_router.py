@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,9 @@ from elastic_ep.group.hub import Hub
 from elastic_ep.group.port import Busy, Stopping, Stream
 from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.requests import events as ev
+from elastic_ep.machines.requests.prefixes import beginnings
 from elastic_ep.machines.requests.routing import RoutingMachine
+from elastic_ep.wire.codec import to_plain
 from elastic_ep.wire.messages import Assign, Cancel, Member, SamplingParams, Token
 
 pytestmark = pytest.mark.anyio
@@ -71,6 +74,17 @@ class Rig:
 
 async def collect(stream: Stream) -> list[tuple[int, ...]]:
     return [tuple(token.token for token in batch) async for batch in stream]
+
+
+async def test_prompts_that_begin_alike_have_marks_in_common_and_no_event_has_what_they_begin_with() -> None:
+    rig = Rig()
+    rig.router.handle(ev.RankUp(A))
+    for number, prompt in enumerate([(1, 2, 3, 4) * 16, (1, 2, 3, 4) * 12 + (5,) * 16]):
+        rig.router.submit(prompt, SamplingParams(8), 3, number, beginnings(prompt, 16))
+    asked = [event.request for event, _ in rig.recorded if isinstance(event, ev.Submitted)]
+    assert [request.marks for request in asked] == [(0, 1, 2, 3), (0, 1, 2, 4)]
+    logged = str([to_plain(event) for event, _ in rig.recorded])
+    assert not any(base64.b64encode(each).decode() in logged for each in beginnings((1, 2, 3, 4) * 16, 16))
 
 
 async def test_a_stream_gives_what_is_ready_and_ends() -> None:

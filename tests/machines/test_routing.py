@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.requests import events as ev
 from elastic_ep.machines.requests.lifecycle import RequestState
+from elastic_ep.machines.requests.prefixes import MarkNumbers, beginnings
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.wire.messages import Assign, Cached, Cancel, FailureCode, Member, SamplingParams, Token
 
@@ -116,13 +117,13 @@ def test_replays_wait_at_the_front_when_nobody_serves() -> None:
     machine = machine_of(max_num_seqs=2, overcommit=1.0)
     run(machine, ev.RankUp(A), *(new(i) for i in range(4)))
     run(machine, tokens(A, (1, 0)), ev.RankDown(A, "killed"))
-    assert list(machine.waiting) == [0, 1, 2, 3]
+    assert list(machine.waiting) == [1, 0, 2, 3], "in mid-answer, without a token, new"
     assert [machine.request_state(i) for i in (0, 1, 2)] == [
         RequestState.REPLAYING,
         RequestState.REPLAYING,
         RequestState.QUEUED,
     ]
-    assert assigned(run(machine, ev.RankUp(A2))) == {0: A2, 1: A2}
+    assert list(assigned(run(machine, ev.RankUp(A2))).items()) == [(1, A2), (0, A2)]
 
 
 def test_a_survivor_takes_replays_only_to_their_limit() -> None:
@@ -350,7 +351,7 @@ def test_streams_in_mid_answer_move_first_then_the_longest_waiting() -> None:
     machine = machine_of(max_num_seqs=3, overcommit=1.0, replay_overcommit=2.0)
     run(machine, ev.RankUp(A), ev.RankUp(B), *(new(i) for i in range(6)))
     run(machine, tokens(A, (2, 0), (4, 0)), ev.RankDown(A, "killed"))
-    assert list(machine.ranks[B].requests) == [1, 3, 5, 0, 2, 4]
+    assert list(machine.ranks[B].requests) == [1, 3, 5, 2, 4, 0]
     assert list(assigned(run(machine, ev.RankUp(A2)))) == [2, 4, 0]
 
 
@@ -516,6 +517,8 @@ class FakeRank:
 
 
 RANKS = st.integers(0, 2)
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
+PAGE = 2
 
 
 class RoutingUnderFaults(RuleBasedStateMachine):
@@ -527,16 +530,27 @@ class RoutingUnderFaults(RuleBasedStateMachine):
         self.incarnations = [0, 0, 0]
         self.submitted = 0
         self.wanted: dict[int, int] = {}
+        self.wants: dict[int, int] = {}
         self.heard: dict[int, list[int]] = defaultdict(list)
         self.finished: set[int] = set()
         self.owners: dict[int, Member] = {}
         self.moving: int | None = None
         self.working = False
+        self.marks = MarkNumbers()
+        self.prompts: dict[int, list[int]] = {}
+        self.had_a_rank: set[int] = set()
+        self.given: dict[Member, set[tuple[int, ...]]] = defaultdict(set)
+        """Beginnings, of full pages."""
+        self.held: dict[Member, tuple[int, ...]] = {}
+        self.moves = 0
 
-    @initialize(seats=st.integers(1, 2))
-    def start(self, seats: int) -> None:
-        self.seats = seats
-        self.machine = RoutingMachine(ev.RoutingConfig(seats, max_queued=6, max_fruitless_replays=10**6))
+    @initialize(seats=st.integers(1, 6), pages=st.sampled_from([0, 9, 15, 30]))
+    def start(self, seats: int, pages: int) -> None:
+        self.seats, self.pages = seats, pages
+        self.config = ev.RoutingConfig(
+            seats, max_queued=6, max_fruitless_replays=10**6, num_pages=pages, page_size=PAGE, least_shared=2
+        )
+        self.machine = RoutingMachine(self.config)
         self.launch(0)
 
     def feed(self, event: ev.Event) -> None:
@@ -550,15 +564,21 @@ class RoutingUnderFaults(RuleBasedStateMachine):
                         assert message.request_id not in self.owners
                         if message.request_id == self.moving:
                             assert self.load(member) < self.seats
+                            assert self.has_room(member, message.request_id)
                             self.moving = None
+                        if message.request_id not in self.had_a_rank:
+                            self.check_beginning(message.request_id, member)
+                        self.had_a_rank.add(message.request_id)
+                        self.given[member] |= self.beginnings(message.request_id)
                         self.owners[message.request_id] = member
                     else:
                         assert self.owners.pop(message.request_id) == member
                     self.fakes[member].inbox.append(message)
                 case ev.Moved(request_id, member):
                     assert self.owners[request_id] == member
-                    assert self.load(member) > self.seats
+                    assert self.load(member) > self.seats or request_id in self.held.get(member, ())
                     self.moving = request_id
+                    self.moves += 1
                 case ev.Deliver(request_id, batch):
                     assert request_id not in self.finished
                     for token in batch:
@@ -585,12 +605,80 @@ class RoutingUnderFaults(RuleBasedStateMachine):
     def load(self, member: Member) -> int:
         return sum(owner == member for owner in self.owners.values())
 
-    @rule(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
-    def submit(self, lengths: list[int]) -> None:
-        for max_tokens in lengths:
-            self.wanted[self.submitted] = max_tokens
+    # What is promised, page by page
+
+    def beginnings(self, request_id: int) -> set[tuple[int, ...]]:
+        prompt = self.prompts[request_id]
+        return {tuple(prompt[:end]) for end in range(PAGE, len(prompt) + 1, PAGE)}
+
+    def promised(self, member: Member, *others: int) -> int:
+        pages: set[object] = set()
+        for request_id in [*(r for r, owner in self.owners.items() if owner == member), *others]:
+            shared, tokens = (
+                self.beginnings(request_id),
+                len(self.prompts[request_id]) + self.wants[request_id],
+            )
+            pages |= shared | {(-1, request_id, place) for place in range(-(-tokens // PAGE) - len(shared))}
+        return len(pages)
+
+    def has_room(self, member: Member, request_id: int) -> bool:
+        return not self.load(member) or not self.pages or self.promised(member, request_id) <= self.pages
+
+    def share(self, member: Member) -> float:
+        pages = self.promised(member) / self.pages if self.pages else 0
+        return max(self.load(member) / self.seats, pages)
+
+    def check_beginning(self, request_id: int, chosen: Member) -> None:
+        """A new request is with a rank that has the longest beginning, of those that have room and not too much to do."""
+        roomy = [
+            member
+            for member in self.up.values()
+            if member not in self.draining
+            and self.load(member) < self.seats
+            and self.has_room(member, request_id)
+        ]
+        if roomy:
+            assert chosen in roomy
+            most = min(map(self.share, roomy)) + self.config.tolerance
+            having = {
+                member: len(self.given[member] & self.beginnings(request_id))
+                for member in roomy
+                if self.share(member) <= most
+            }
+            assert having[chosen] == max(having.values()) or max(having.values()) < self.config.least_shared
+
+    @rule(asked=st.lists(st.tuples(PROMPTS, st.integers(1, 6)), min_size=1, max_size=4))
+    def submit(self, asked: list[tuple[list[int], int]]) -> None:
+        for prompt, max_tokens in asked:
+            request_id = self.submitted
+            self.wanted[request_id] = self.wants[request_id] = max_tokens
+            self.prompts[request_id] = prompt
             self.submitted += 1
-            self.feed(new(self.submitted - 1, max_tokens))
+            marks = self.marks.of(beginnings(prompt, PAGE))
+            request = ev.NewRequest(request_id, tuple(prompt), SamplingParams(max_tokens), 5, 0, marks)
+            self.feed(ev.Submitted(request))
+
+    @rule(rank=RANKS, data=st.data())
+    def hold(self, rank: int, data: st.DataObject) -> None:
+        """The rank says who waits in it: any of those that it has, for all that the machine knows."""
+        if rank in self.up:
+            member = self.up[rank]
+            has = sorted(r for r, owner in self.owners.items() if owner == member)
+            self.held[member] = tuple(data.draw(st.lists(st.sampled_from(has), unique=True)) if has else ())
+            self.feed(ev.TokensCommitted(member, (), held=self.held[member]))
+
+    @rule()
+    def nothing_moves_to_and_fro(self) -> None:
+        """Ranks repeat themselves, and hold all that they get: moves come to an end."""
+        for _ in range(20):
+            before = self.moves
+            for member in self.up.values():
+                owned = tuple(r for r, owner in self.owners.items() if owner == member)
+                self.held[member] = tuple({*self.held.get(member, ())} & {*owned})
+                self.feed(ev.TokensCommitted(member, (), held=self.held[member]))
+            if self.moves == before:
+                return
+        raise AssertionError("to and fro")
 
     @rule(rank=RANKS)
     def launch(self, rank: int) -> None:
@@ -665,9 +753,22 @@ class RoutingUnderFaults(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_beside_a_free_seat(self) -> None:
+        """But for want of pages, where they are counted, or where others wait already."""
         loads = {member: self.load(member) for member in self.up.values()}
-        free = [member for member in loads if loads[member] < self.seats and member not in self.draining]
+        free = [
+            member
+            for member in loads
+            if loads[member] < self.seats
+            and member not in self.draining
+            and not (self.pages and loads[member])
+            and not any(self.owners.get(held) == member for held in self.held.get(member, ()))
+        ]
         assert not free or max(loads.values()) <= self.seats
+
+    @invariant()
+    def pages_are_counted_once(self) -> None:
+        for member, rank in self.machine.ranks.items():
+            assert rank.pages == self.promised(member)
 
     def teardown(self) -> None:
         """With one healthy rank everything ends, and whoever did not cancel has the full sequence."""

@@ -9,7 +9,9 @@ The words of the events (a member is rank/incarnation):
 
     config max_num_seqs=2 max_queued=8      any field of RoutingConfig; first line only
     submit 0 max_tokens=4                   request 0; its prompt is one token, 100 + its id
+    submit 0 pages=4 marks=1,2,3,4          of four pages of 16 tokens, and one token
     up 0/1, drain 0/1, down 0/1 killed      a rank serves, drains, is lost
+    held 0/1 2 3                            requests 2 and 3 wait in the rank
     tokens 0/1 0:0 0:1=stop                 request:index, optionally =finish; the token is index + 1000 * id
     cancel 0, stop, deadline
 """
@@ -32,9 +34,13 @@ def parse_event(text: str) -> ev.Event:
     word, *rest = text.split()
     match word:
         case "submit":
-            request_id = int(rest[0])
-            params = SamplingParams(int(_options(rest[1:]).get("max_tokens", "16")))
-            return ev.Submitted(ev.NewRequest(request_id, (100 + request_id,), params, 0, 0))
+            request_id, options = int(rest[0]), _options(rest[1:])
+            params = SamplingParams(int(options.get("max_tokens", "16")))
+            prompt = (100 + request_id,) * (16 * int(options.get("pages", "0")) + 1)
+            marks = tuple(map(int, filter(None, options.get("marks", "").split(","))))
+            return ev.Submitted(ev.NewRequest(request_id, prompt, params, 0, 0, marks))
+        case "held":
+            return ev.TokensCommitted(_member(rest[0]), (), held=tuple(map(int, rest[1:])))
         case "cancel":
             return ev.CancelRequested(int(rest[0]))
         case "up":

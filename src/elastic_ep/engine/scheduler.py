@@ -24,10 +24,8 @@ from typing import NamedTuple
 from elastic_ep.config import EngineLimits
 from elastic_ep.kv.names import NO_PAGE, PageName, extend
 from elastic_ep.kv.page_table import PageTable
+from elastic_ep.machines.requests.records import HORIZON
 from elastic_ep.wire.messages import Assign, SamplingParams
-
-HORIZON = 512
-"""Tokens that an open-ended sequence is promised beyond those that it has."""
 
 
 @dataclass(eq=False, slots=True)

@@ -40,8 +40,15 @@ class GroupBackend:
         for rank, record in controller.machine.records.items():
             metrics.rank_state(rank, record.state)
 
-    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
-        return self._router.submit(prompt, params, seed, choice)
+    def submit(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        seed: int,
+        choice: int,
+        beginnings: tuple[bytes, ...] = (),
+    ) -> RoutedStream:
+        return self._router.submit(prompt, params, seed, choice, beginnings)
 
     def health(self) -> Health:
         outlook = self._controller.outlook()

@@ -121,7 +121,7 @@ async def submit(backend: Backend, job: Job) -> list[Stream]:
             for choice in range(job.n):
                 if streams:
                     await asyncio.sleep(0)
-                streams.append(backend.submit(part.prompt, part.params, part.seed, choice))
+                streams.append(backend.submit(part.prompt, part.params, part.seed, choice, part.beginnings))
     except BaseException:
         for stream in streams:
             stream.cancel()

@@ -14,6 +14,7 @@ from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
 from elastic_ep.gateway.fields import LONE_SURROGATE, bad_value, is_encodable, read, unsupported
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import CannotContinue, ChatTemplateError, ChatTokenizer, PromptTooLong
+from elastic_ep.machines.requests.prefixes import beginnings
 from elastic_ep.models.config_json import shown
 from elastic_ep.wire.messages import SamplingParams
 
@@ -26,12 +27,13 @@ _MOST_UNKNOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One prompt of a job. `echo` is the text to show before the generated one."""
+    """One prompt of a job. `echo` is the text to show before the generated one; `beginnings` are hashes of its own."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
     seed: int
     echo: str = ""
+    beginnings: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class JobReader:
             echo = ""
             if values.echo:
                 echo = prompt if isinstance(prompt, str) and ids == encoded else self._text.decode(ids)
-            parts.append(Part(ids, self._sampling(values, limit, logprobs), _seed(values.seed), echo))
+            parts.append(self._part(ids, self._sampling(values, limit, logprobs), values, echo))
         return _job(values, tuple(parts), logprobs)
 
     def chat(self, body: dict[str, Any]) -> Job:
@@ -118,8 +120,16 @@ class JobReader:
         default = self._settings.defaults.max_tokens or self._settings.max_model_len
         limit = self._max_tokens(ids, asked, "messages", default=default)
         self._check_known(ids, "messages")
-        part = Part(ids, self._sampling(values, limit, logprobs), _seed(values.seed))
+        part = self._part(ids, self._sampling(values, limit, logprobs), values)
         return _job(values, (part,), logprobs)
+
+    def _part(
+        self, prompt: tuple[int, ...], params: SamplingParams, values: Generating, echo: str = ""
+    ) -> Part:
+        page_size = self._settings.shared_page_size
+        return Part(
+            prompt, params, _seed(values.seed), echo, beginnings(prompt, page_size) if page_size else ()
+        )
 
     def _cut(self, prompt: tuple[int, ...], values: Generating, asked: int | None) -> tuple[int, ...]:
         """What 'truncate_prompt_tokens' leaves of a prompt to which `asked` tokens are to be generated."""

@@ -15,6 +15,7 @@ from elastic_ep.group.hub import Hub
 from elastic_ep.group.port import Busy, Failure, Refused, Stopping, Unavailable
 from elastic_ep.machines.requests import events as ev
 from elastic_ep.machines.requests.events import Effect, Event
+from elastic_ep.machines.requests.prefixes import MarkNumbers
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.wire.codec import MalformedMessage, check
 from elastic_ep.wire.messages import Assign, Cancel, Member, SamplingParams, Token
@@ -98,13 +99,21 @@ class Router:
         self._taken_over = taken_over
         self._streams: dict[int, RoutedStream] = {}
         self._next_id = 0
+        self._marks = MarkNumbers()
         hub.attach("routing", machine, self, clocked=False)
 
     # For clients
 
-    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> RoutedStream:
+    def submit(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        seed: int,
+        choice: int,
+        beginnings: tuple[bytes, ...] = (),
+    ) -> RoutedStream:
         """Queue one request. Raises `Busy`, `Refused`, `Unavailable` and `Stopping`. Not to be called by a shell."""
-        request = ev.NewRequest(self._next_id, prompt, params, seed, choice)
+        request = ev.NewRequest(self._next_id, prompt, params, seed, choice, self._marks.of(beginnings))
         try:
             check(request, ev.NewRequest)  # a rank would refuse it too, but much later
         except MalformedMessage as error:

@@ -88,7 +88,8 @@ class ApiSettings:
     """`vocab_size` bounds token ids that clients send; `max_model_len` is prompt plus generated tokens.
 
     `api_keys` empty: no key is needed. `max_choices` bounds prompts times `n` of one HTTP request. `eos_token_ids`
-    end a sequence beside those that the ranks know of: the tokenizer's own.
+    end a sequence beside those that the ranks know of: the tokenizer's own. Prompts that begin alike share pages of
+    `shared_page_size` tokens; 0: they share none.
     """
 
     model_name: str
@@ -103,3 +104,4 @@ class ApiSettings:
     max_body_bytes: int = 4 * 1024 * 1024
     max_choices: int = 256
     max_logprobs: int = 20
+    shared_page_size: int = 0

@@ -304,7 +304,7 @@ class Controller:
             case ev.Publish(Commit(_, view)):
                 self._view_changed(view, "gain")
             case ev.MemberUp(member):
-                self._hub.post("routing", routing.RankUp(member))
+                self._hub.post("routing", routing.RankUp(member, self._known(member).pages.total))
                 self.repairs.audit.ask([member])
             case ev.MemberDown(member, reason):
                 self._hub.post("routing", routing.RankDown(member, reason))
@@ -416,9 +416,9 @@ class Controller:
         if self._paced:
             self._pace.step_reported(member, report)
         self._on_step(report.step)
-        if report.tokens:
+        if report.tokens or report.held is not None:
             step = (report.step, report.started_ns, report.ended_ns)
-            committed = routing.TokensCommitted(member, report.tokens, *step, cached=report.cached)
+            committed = routing.TokensCommitted(member, report.tokens, *step, report.cached, report.held)
             self._hub.post("routing", committed)
 
     def _suspect(self, waiter: Member, report: StepReport) -> None:

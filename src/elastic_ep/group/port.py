@@ -233,8 +233,16 @@ class Stream(Protocol):
 
 
 class Backend(Protocol):
-    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, choice: int) -> Stream:
-        """Queue one request. Noise is a function of (`seed`, `choice`, position); 0 <= seed < 2**63.
+    def submit(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        seed: int,
+        choice: int,
+        beginnings: tuple[bytes, ...] = (),
+    ) -> Stream:
+        """Queue one request. Noise is a function of (`seed`, `choice`, position); 0 <= seed < 2**63. `beginnings` of the
+        prompt, if it may share pages with others: see machines/requests/prefixes.py.
 
         Raises `Busy`, `Refused`, `Unavailable` and `Stopping`.
         """

@@ -25,6 +25,8 @@ __all__ = [
 ALONE_AT_FIRST = 1
 ALONE_GROWTH = 16
 """A request that may have cost a rank computes so many tokens by itself, and each time so many times more."""
+TOLERANCE, TOLERATED = 0.25, 4
+"""See `RoutingConfig.tolerance`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,10 @@ class RoutingConfig:
     it may well be what kills them. After half as many it does not move any more. It also fails when a rank has died of
     it for certain, after another that may have: see `Blamed`.
 
+    `num_pages` pages of `page_size` tokens are a rank's KV cache if it does not say otherwise; 0: pages are not counted.
+    No sequence is longer than `max_model_len` tokens. A beginning of fewer than `least_shared` pages makes no rank better
+    than another: it is computed within a step or two.
+
     A request that is not done `request_timeout_ms` after it was submitted fails. 0: it may take for ever.
     """
 
@@ -50,6 +56,20 @@ class RoutingConfig:
     retry_after_s: int = 1
     unavailable_retry_after_s: int = 30
     request_timeout_ms: int = 0
+    num_pages: int = 0
+    page_size: int = 16
+    max_model_len: int = 1 << 30
+    least_shared: int = 8
+
+    @property
+    def tolerance(self) -> float:
+        """How much more than the least loaded rank one may have, as a share of what it can have, for a good reason.
+
+        A rank that has the beginning of a prompt saves as many steps as the beginning is long. But all ranks' steps take
+        as long as the fullest one's: a quarter more sequences make them a few percent longer. Of few seats a quarter is
+        less than what comes and goes anyway: four requests.
+        """
+        return max(TOLERANCE, TOLERATED / self.max_num_seqs)
 
     @property
     def assign_limit(self) -> int:
@@ -73,6 +93,8 @@ class NewRequest:
     params: SamplingParams
     seed: Annotated[int, PRIVATE]
     choice: int
+    marks: tuple[int, ...] = ()
+    """Which other prompts begin as this one does: see `prefixes.py`. None, or all that it can have."""
 
 
 # Events
@@ -95,9 +117,10 @@ class CancelRequested:
 
 @dataclass(frozen=True, slots=True)
 class RankUp:
-    """The member serves from now on."""
+    """The member serves from now on. `num_pages` of KV cache are its; 0: it has not said."""
 
     member: Member
+    num_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +151,8 @@ class TokensCommitted:
     started_ns: int = 0
     ended_ns: int = 0
     cached: tuple[Cached, ...] = ()
+    held: tuple[int, ...] | None = None
+    """As in the report: who waits in the member from now on. None: the same as before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import takewhile
 from typing import Any
 
 from elastic_ep.machines.contract import UnexpectedEvent
@@ -21,7 +21,9 @@ from elastic_ep.machines.machine import Machine
 from elastic_ep.machines.requests import events as ev
 from elastic_ep.machines.requests.events import Effect, Event, RoutingConfig
 from elastic_ep.machines.requests.lifecycle import REQUEST, RequestState
+from elastic_ep.machines.requests.prefixes import Prefixes, marks_of
 from elastic_ep.machines.requests.records import Rank, Request
+from elastic_ep.machines.requests.seating import movable, moves, rank_for, receiver_of
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.wire.messages import Cancel, FailureCode, Member, Token
 
@@ -31,7 +33,7 @@ class RoutingMachine(Machine[Event, Effect]):
     """Feed it with `step`; everything without an underscore may be read.
 
     `requests` holds the live ones by id, `waiting` the ids among them that no rank has, in the order in which
-    they will be assigned: those that lost their rank first, then first come, first served.
+    they will be assigned: those that lost their rank first (in mid-answer before others), then first come, first served.
     """
 
     config: RoutingConfig
@@ -44,6 +46,7 @@ class RoutingMachine(Machine[Event, Effect]):
         self.unavailable: str | None = None
         """Why nothing will serve."""
         self.now_ms = 0
+        self.prefixes = Prefixes()
         self.replays = 0
         self.moves = 0
         self.stale_tokens = 0
@@ -105,6 +108,8 @@ class RoutingMachine(Machine[Event, Effect]):
         asked = event.request
         if asked.request_id <= self._highest_id or asked.params.max_tokens < 1:
             raise UnexpectedEvent(f"request {asked.request_id}: a used id, or no tokens wanted")
+        if asked.marks and len(asked.marks) != marks_of(len(asked.prompt), self.config.page_size):
+            raise UnexpectedEvent(f"request {asked.request_id}: {len(asked.marks)} marks of such a prompt")
         self._highest_id = asked.request_id
         self._pass_time(event.now_ms)
         refusal = self._refusal(asked.request_id)
@@ -155,7 +160,8 @@ class RoutingMachine(Machine[Event, Effect]):
         older = Member(rank, self._newest.get(rank, 0))
         self._newest[rank] = incarnation
         self._remove(older)
-        self.ranks[event.member] = Rank(event.member)
+        self.prefixes.forget(rank)  # what it was given before
+        self.ranks[event.member] = Rank(event.member, event.num_pages or self.config.num_pages)
         self._distribute()
 
     def _on_rank_draining(self, event: ev.RankDraining) -> None:
@@ -177,9 +183,7 @@ class RoutingMachine(Machine[Event, Effect]):
             return
         for cached in event.cached:
             request = rank.requests.get(cached.request_id)
-            if (
-                request is not None and not request.emitted
-            ):  # who owns it first: to replay it costs its client nothing
+            if request is not None and not request.emitted:  # later owners' are nothing to its client
                 self._effects.append(ev.FromCache(*cached))
         batches: dict[int, list[Token]] = {}
         ended: dict[int, str] = {}
@@ -216,10 +220,14 @@ class RoutingMachine(Machine[Event, Effect]):
             self._effects.append(ev.Deliver(request_id, tuple(tokens)))
             if request_id in ended:
                 self._effects.append(ev.Finish(request_id, ended[request_id]))
+            elif len((request := rank.requests[request_id]).emitted) > request.reach:
+                self._promise_more(request, rank)
         if fault:
             rank.accepting, rank.faulty = False, True
             self._effects.append(ev.Fault(event.member, fault))
-        if ended:
+        if event.held is not None:
+            rank.held = frozenset(event.held)
+        if ended or event.held is not None:
             self._distribute()
 
     def _on_failed(self, event: ev.Failed) -> None:
@@ -258,7 +266,7 @@ class RoutingMachine(Machine[Event, Effect]):
         if request.owner is None:
             del self.waiting[request_id]
         else:
-            del self.ranks[request.owner].requests[request_id]
+            self.ranks[request.owner].let_go(request)
 
     def _withdraw(self, request: Request, trigger: str) -> None:
         """End it before its time, so its owner has to hear of it."""
@@ -271,17 +279,20 @@ class RoutingMachine(Machine[Event, Effect]):
         self._effects.append(ev.Finish(request.asked.request_id, "abort", code, detail))
 
     def _remove(self, member: Member) -> None:
-        """The member is no more; what it had goes to the front of the queue, in the order it came in."""
+        """The member is no more; what it had goes to the front of the queue: those in mid-answer first, then as they came
+        in."""
         rank = self.ranks.pop(member, None)
         if rank is None:
             return
-        for request_id, request in sorted(rank.requests.items(), reverse=True):
+        replaying = [*takewhile(_was_cut_off, self.waiting.values()), *rank.requests.values()]
+        for request_id, request in rank.requests.items():
             fruitless = len(request.emitted) == request.emitted_before
             request.fruitless = request.fruitless + 1 if fruitless else 0
             request.owner = None
             self.waiting[request_id] = request
-            self.waiting.move_to_end(request_id, last=False)
             request.life.fire("rank_lost")
+        for request in sorted(replaying, key=_in_mid_answer_first, reverse=True):
+            self.waiting.move_to_end(request.asked.request_id, last=False)
         for request_id in rank.blamed:
             if request_id in rank.requests:
                 rank.requests[request_id].blames += 1
@@ -311,48 +322,24 @@ class RoutingMachine(Machine[Event, Effect]):
         """Those at the front of the queue, as long as they are in `state` and a rank takes them."""
         while self.waiting:
             request_id, request = next(iter(self.waiting.items()))
-            rank = self._least_loaded(limit) if request.life.state is state else None
+            rank = (
+                rank_for(request, limit, self.ranks.values(), self.prefixes, self.config)
+                if request.life.state is state
+                else None
+            )
             if rank is None:
                 return
             del self.waiting[request_id]
             request.life.fire("assign")
             self._give(request, rank)
 
+    def _rank_for(self, request: Request, limit: int) -> Rank | None:
+        return rank_for(request, limit, self.ranks.values(), self.prefixes, self.config)
+
     def _move_waiting(self) -> None:
-        """What waits in a rank goes to ranks with free seats: streams in mid-answer first, from the most loaded first.
-
-        Who gives has more requests than seats, who gets has fewer; so nothing moves to and fro. A draining rank gives
-        like any other, and is done the sooner.
-        """
-        seats = self.config.max_num_seqs
-        overfull = [rank for rank in self.ranks.values() if len(rank.requests) > seats]
-        if not overfull or self._least_loaded(seats) is None:
-            return
-        queues = {rank.member: self._movable(rank) for rank in overfull}
-        while (receiver := self._least_loaded(seats)) is not None:
-            giver = max(
-                (rank for rank in overfull if queues[rank.member]),
-                key=lambda rank: (bool(queues[rank.member][-1].emitted), len(rank.requests)),
-                default=None,
-            )
-            if giver is None:
-                return
-            self._move(queues[giver.member].pop(), giver, receiver)
-
-    def _movable(self, rank: Rank) -> list[Request]:
-        """The requests that wait in the rank; those to be moved first are last.
-
-        Ranks admit first come, first served, so those that came last wait, as many as there are more than seats. That
-        may be off by what is on its way; who runs already may be moved all the same, and is computed once more.
-
-        One that lost several ranks in a row stays: a rank that dies whenever it is back would take it again and again,
-        until it has lost so many that it fails.
-        """
-        excess = max(0, len(rank.requests) - self.config.max_num_seqs)
-        waiting = islice(reversed(rank.requests.values()), excess)
-        movable = [request for request in waiting if request.fruitless <= self.config.max_fruitless_moves]
-        movable.sort(key=lambda request: bool(request.emitted))
-        return movable
+        """What waits in a rank goes to ranks that have a seat for it, and pages."""
+        for request, giver, receiver in moves(self.ranks.values(), self.config):
+            self._move(request, giver, receiver)
 
     def _move(self, request: Request, giver: Rank, receiver: Rank) -> None:
         """The giver is not lost: it does not count as fruitless, but its tokens end a row of fruitless owners."""
@@ -360,7 +347,7 @@ class RoutingMachine(Machine[Event, Effect]):
         if len(request.emitted) > request.emitted_before:
             request.fruitless = 0
         request.moved_from |= {giver.member}
-        del giver.requests[request_id]
+        giver.let_go(request)
         self.moves += 1
         self._effects.append(ev.Moved(request_id, giver.member))
         self._effects.append(ev.Send(giver.member, Cancel(request_id)))
@@ -369,15 +356,17 @@ class RoutingMachine(Machine[Event, Effect]):
     def _give(self, request: Request, rank: Rank) -> None:
         request.owner = rank.member
         request.emitted_before = len(request.emitted)
-        rank.requests[request.asked.request_id] = request
+        request.promise(self.config)
+        rank.take(request)
+        self.prefixes.give(request.asked.marks, rank.member.rank)
         self._assignments += 1
         rank.last_assigned = self._assignments
         self._effects.append(ev.Send(rank.member, request.assignment()))
 
-    def _least_loaded(self, limit: int) -> Rank | None:
-        """Fewest requests, then longest not chosen, then lowest number."""
-        free = [rank for rank in self.ranks.values() if rank.accepting and len(rank.requests) < limit]
-        return min(free, key=lambda rank: (len(rank.requests), rank.last_assigned, rank.member), default=None)
+    def _promise_more(self, request: Request, rank: Rank) -> None:
+        rank.pages -= request.own
+        request.promise(self.config)
+        rank.pages += request.own
 
     # Invariants
 
@@ -387,6 +376,10 @@ class RoutingMachine(Machine[Event, Effect]):
             assert rank.member == member
             assert self._newest[member.rank] == member.incarnation, f"{member} is up, but not the newest"
             assert len(rank.requests) <= self.config.replay_limit, f"{member} has too many requests"
+            fresh = Rank(member)
+            for request in list(rank.requests.values()):
+                fresh.take(request)
+            assert (fresh.pages, fresh.marks) == (rank.pages, rank.marks), f"{member}: pages counted wrong"
             for request_id, request in rank.requests.items():
                 assert request_id not in seen, f"request {request_id} is in two places"
                 seen[request_id] = 1
@@ -410,6 +403,10 @@ class RoutingMachine(Machine[Event, Effect]):
         states = [request.life.state for request in self.waiting.values()]
         replaying = states.count(RequestState.REPLAYING)
         assert set(states[:replaying]) <= {RequestState.REPLAYING}, "a replay waits behind a new request"
+        replays = list(self.waiting.values())[:replaying]
+        assert replays == sorted(replays, key=_in_mid_answer_first), (
+            "a stream that was cut off waits behind others"
+        )
         queued = list(self.waiting.items())[replaying:]
         assert queued == sorted(queued, key=lambda item: item[0]), "not first come, first served"
         for request_id, request in queued:
@@ -417,10 +414,22 @@ class RoutingMachine(Machine[Event, Effect]):
             assert not request.emitted, f"request {request_id} has tokens, but never had a rank"
         if self.waiting:
             limit = self.config.replay_limit if replaying else self.config.assign_limit
-            assert self._least_loaded(limit) is None, "a request waits beside a free rank"
+            first = next(iter(self.waiting.values()))
+            assert self._rank_for(first, limit) is None, "a request waits beside a free rank"
 
     def _check_seats(self) -> None:
-        """While an accepting rank has fewer requests than seats, nothing waits in another, but what must stay there."""
-        free = self._least_loaded(self.config.max_num_seqs)
+        """Nothing waits for a seat beside a rank that has one for it, and pages, but what must stay where it is."""
         for member, rank in self.ranks.items():
-            assert free is None or not self._movable(rank), f"requests wait in {member} beside {free.member}"
+            for request in movable(rank, self.config):
+                free = receiver_of(request, rank, self.ranks.values(), self.config)
+                assert free is None or len(rank.requests) <= self.config.max_num_seqs, (
+                    f"request {request.asked.request_id} waits in {member} beside {free.member}"
+                )
+
+
+def _was_cut_off(request: Request) -> bool:
+    return request.life.state is RequestState.REPLAYING
+
+
+def _in_mid_answer_first(request: Request) -> tuple[bool, int]:
+    return not request.emitted, request.asked.request_id
