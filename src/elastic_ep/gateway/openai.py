@@ -139,7 +139,7 @@ class OpenAiHandlers:
             pieces = whole(shape, answer, choices, _usage(job, runs), beside)
             return await _send(request, list(pieces))
         except (ConnectionError, asyncio.CancelledError):
-            self._metrics.disconnect()
+            self._metrics.disconnects.inc()
             raise
         finally:
             # Those that wait first: else each that runs would make room for one of them.

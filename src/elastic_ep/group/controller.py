@@ -341,12 +341,12 @@ class Controller:
             case routing.Fault(member, reason):
                 self.suspect(member, LossCause.PROTOCOL, f"protocol error: {reason}")
             case routing.Replayed():
-                self._metrics.request_replayed()
+                self._metrics.replayed.inc()
             case routing.Moved():
-                self._metrics.request_moved()
+                self._metrics.moved.inc()
 
     def _view_changed(self, view: View, kind: str) -> None:
-        self._metrics.epoch(view.epoch)
+        self._metrics.epoch.set(view.epoch)
         if self._seated != view.members:
             self._seated = view.members
             self._pace.view_changed(view, kind)
@@ -357,9 +357,9 @@ class Controller:
 
     def _disturbed(self, seen: Disturbance) -> None:
         if seen.kind == "loss":
-            self._metrics.failover_stall(seen.beyond_s)
+            self._metrics.failover_stall.observe(seen.beyond_s)
         else:
-            self._metrics.rejoin_pause(seen.beyond_s)
+            self._metrics.rejoin_pause.observe(seen.beyond_s)
         self.ledger.disturbed(seen)
         self._log.note(
             "disturbance",
@@ -409,7 +409,7 @@ class Controller:
         facts.pages = report.pages
         self.watch.heard(member, report)
         if report.masked:
-            self._metrics.step_poisoned()
+            self._metrics.poisoned_steps.inc()
             times = {"ended_ns": report.ended_ns, "mask_ns": report.mask_ns}
             self._log.note("poisoned_step", rank=member.rank, step=report.step, masked=report.masked, **times)
             self._suspect(member, report)

@@ -86,29 +86,29 @@ class Metrics:
         )
         self._finished = self._counter("request_success", "Finished choices.", "finished_reason")
         self._http_errors = self._counter("http_errors", "Error answers over HTTP.", "status")
-        self._disconnects = self._counter("client_disconnects", "Requests that their client left.")
+        self.disconnects = self._counter("client_disconnects", "Requests that their client left.")
         self._running = self._gauge("num_requests_running", "Requests that a rank works on.")
         self._waiting = self._gauge("num_requests_waiting", "Requests that wait for a rank.")
-        self._replayed = self._counter("requests_replayed", "Requests taken over from a lost rank.")
-        self._moved = self._counter("requests_moved", "Requests moved from a rank's queue to a free seat.")
+        self.replayed = self._counter("requests_replayed", "Requests taken over from a lost rank.")
+        self.moved = self._counter("requests_moved", "Requests moved from a rank's queue to a free seat.")
 
     def _make_group_metrics(self) -> None:
         self._rank_state = self._gauge("rank_state", "1 for the state that a rank is in.", "rank", "state")
-        self._epoch = self._gauge("epoch", "Epoch of the newest view.")
+        self.epoch = self._gauge("epoch", "Epoch of the newest view.")
         self._rank_losses = self._counter("rank_losses", "Ranks lost.", "cause")
-        self._failover_stall = self._histogram(
+        self.failover_stall = self._histogram(
             "failover_stall_seconds", "Longest gap between a survivor's steps around a loss."
         )
-        self._rejoin_pause = self._histogram(
+        self.rejoin_pause = self._histogram(
             "rejoin_pause_seconds", "Longest gap between a member's steps around a join."
         )
-        self._poisoned_steps = self._counter("poisoned_steps", "Steps run again because a peer was masked.")
+        self.poisoned_steps = self._counter("poisoned_steps", "Steps run again because a peer was masked.")
         self._rebalances = self._counter("eplb_rebalances", "Rebalancings of experts by load.")
         self._imbalance = self._gauge(
             "expert_load_imbalance", "Max/mean expected load of a rank, as last planned."
         )
         self._copies = self._counter("expert_copies", "Expert copies made.", "source")
-        self._failed_copies = self._counter(
+        self.failed_copies = self._counter(
             "expert_copy_failures", "Copies of experts that a rank could not make; they are tried again."
         )
         self._dropped_messages = self._fast_counter("dropped_messages", "Malformed or foreign messages.")
@@ -191,20 +191,11 @@ class Metrics:
     def http_error(self, status: int) -> None:
         self._http_errors.labels(str(status)).inc()
 
-    def disconnect(self) -> None:
-        self._disconnects.inc()
-
     # What the control plane records.
 
     def requests(self, running: int, waiting: int) -> None:
         self._running.set(running)
         self._waiting.set(waiting)
-
-    def request_replayed(self, count: int = 1) -> None:
-        self._replayed.inc(count)
-
-    def request_moved(self, count: int = 1) -> None:
-        self._moved.inc(count)
 
     def rank_state(self, rank: int, state: RankState) -> None:
         for other in RankState:
@@ -236,20 +227,8 @@ class Metrics:
             counter.labels(rank).inc(max(0, getattr(counts, field) - getattr(before, field)))
         self._pages_told[member.rank] = member, PageCounts(*map(max, before, counts))
 
-    def epoch(self, epoch: int) -> None:
-        self._epoch.set(epoch)
-
     def rank_lost(self, cause: LossCause) -> None:
         self._rank_losses.labels(cause.value).inc()
-
-    def failover_stall(self, seconds: float) -> None:
-        self._failover_stall.observe(seconds)
-
-    def rejoin_pause(self, seconds: float) -> None:
-        self._rejoin_pause.observe(seconds)
-
-    def step_poisoned(self) -> None:
-        self._poisoned_steps.inc()
 
     def rebalanced(self, outcome: Rebalancing) -> None:
         self._rebalances.inc()
@@ -258,9 +237,6 @@ class Metrics:
     def expert_copied(self, source: str, count: int = 1) -> None:
         """`source`: "peer" or "checkpoint"."""
         self._copies.labels(source).inc(count)
-
-    def expert_copy_failed(self) -> None:
-        self._failed_copies.inc()
 
     def messages_dropped(self, total: int) -> None:
         """So many since the start."""

@@ -85,7 +85,7 @@ class Repairs:
                 pulled = message.ticket in self._pulls
                 self._pulls.discard(message.ticket)
                 if message.error:
-                    self._metrics.expert_copy_failed()
+                    self._metrics.failed_copies.inc()
                     log.debug("an expert's copy was not made", rank=str(member), why=message.error)
                 else:
                     self._metrics.expert_copied("peer" if pulled else "checkpoint")

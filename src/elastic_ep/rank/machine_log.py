@@ -25,17 +25,15 @@ class MachineLog:
     """Control loop only. Begins at once; a disk that refuses is a warning, and no reason not to serve."""
 
     def __init__(self, config: RankConfig, machine: RankMachine) -> None:
-        self._log = _opened(config)
         self._told_of_beats = False
         """The first one changes the state: the subscription is proven."""
         machines = {"rank": machine}
+        run = {"version": importlib.metadata.version("elastic-ep"), "machines": arguments(machines)}
         try:
-            self._log.begin(
-                {"version": importlib.metadata.version("elastic-ep"), "machines": arguments(machines)},
-                machines,
-            )
+            self._log = _opened(config)
+            self._log.begin(run, machines)
         except OSError as error:
-            _warn(error)
+            log.warning("this rank's events are not logged", why=error.strerror or str(error))
             self._log = EventLog(None)
 
     def heard(self, event: Event, effects: Sequence[Effect]) -> None:
@@ -44,8 +42,8 @@ class MachineLog:
         if beat and not effects and self._told_of_beats:
             return
         self._told_of_beats = self._told_of_beats or beat
-        hide = _without_quotes if self._log.private else _whole
-        self._log.record("rank", hide(event), [hide(effect) for effect in effects])
+        private = self._log.private
+        self._log.record("rank", _shown(event, private), [_shown(effect, private) for effect in effects])
 
     def close(self) -> None:
         self._log.close()
@@ -56,14 +54,9 @@ def _opened(config: RankConfig) -> EventLog:
     if told is None:
         return EventLog(None)
     folder = Path(told.folder)
-    try:
-        _forget(folder, config.rank)
-        return EventLog(
-            folder / str(Member(config.rank, config.incarnation)), told.mode, max_bytes=told.max_bytes
-        )
-    except OSError as error:
-        _warn(error)
-        return EventLog(None)
+    _forget(folder, config.rank)
+    name = str(Member(config.rank, config.incarnation))
+    return EventLog(folder / name, told.mode, max_bytes=told.max_bytes)
 
 
 def _forget(folder: Path, rank: int) -> None:
@@ -73,14 +66,8 @@ def _forget(folder: Path, rank: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _warn(error: OSError) -> None:
-    log.warning("this rank's events are not logged", why=error.strerror or str(error))
-
-
-def _whole(said: Event | Effect) -> Event | Effect:
+def _shown(said: Event | Effect, private: bool) -> Event | Effect:
+    """What fails may quote a client's text: the line on stderr has it whole."""
+    if private and isinstance(said, StepsFailed | RankReport):
+        return replace(said, reason=masked(said.reason))
     return said
-
-
-def _without_quotes(said: Event | Effect) -> Event | Effect:
-    """An exception may quote a client's text: `log.error` on stderr has it whole."""
-    return replace(said, reason=masked(said.reason)) if isinstance(said, StepsFailed | RankReport) else said
