@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import mmap
 import os
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,18 +45,15 @@ _CHECKED = 4
 """The words that say which page it is."""
 _WORD = 8
 _WORDS = HEADER_BYTES // _WORD
+_ENTRY = 4
 _HALF = 32
 _LOWER = (1 << _HALF) - 1
+_FEW = 8
+"""So many names are looked up faster one by one than with arrays."""
+_NO_PLACE = -1
 _HEADERS_AT_ONCE = 64
 """That memory is asked for: those of a page of the machine's memory."""
 _SLOTS, _PAGES, _STORED, _EVICTED, _FETCHED, _BAD_PAGES, _DROPPED = range(len(RegionCounts._fields))
-
-
-class _Key(NamedTuple):
-    """Where in the index a name may be, and its bits that are there."""
-
-    buckets: tuple[int, int]
-    tag: int
 
 
 class Shelf:
@@ -89,6 +86,9 @@ class Shelf:
         view = memoryview(mapped)
         self._words = view.cast("Q")
         self._entries = view.cast("I")
+        self._mask = layout.buckets - 1
+        self._first_place, self._first_tag = layout.places // _ENTRY, layout.tags // _ENTRY
+        self._first_header, self._region_words = layout.headers // _WORD, layout.region_headers // _WORD
         self._counts = view[region * LINE : (region + 1) * LINE].cast("q")
         self._order: OrderedDict[PageName, int] = OrderedDict()
         """Slots of this region's pages, the least recently used first."""
@@ -100,6 +100,7 @@ class Shelf:
 
     @property
     def counts(self) -> RegionCounts:
+        """Of this rank's region. Any thread."""
         return RegionCounts(*self._counts[: len(RegionCounts._fields)])
 
     def close(self) -> None:
@@ -111,24 +112,19 @@ class Shelf:
 
     def find(self, names: Sequence[PageName]) -> int:
         """How many of the leading `names` are there."""
-        if len(names) == 1:
-            return int(self._is_there(names[0]))
-        missing = np.flatnonzero(self._locate(names) < 0)
-        return int(missing[0]) if len(missing) else len(names)
+        return sum(1 for _ in takewhile(_is_place, self._locate(names)))
 
     def missing(self, names: Sequence[PageName]) -> list[int]:
         """Which of `names` are not there, as places in it. The others count as used."""
         places = self._locate(names)
-        self._use(places[places >= 0])
-        lacking: list[int] = np.flatnonzero(places < 0).tolist()
-        return lacking
+        self._use(filter(_is_place, places))
+        return [number for number, place in enumerate(places) if not _is_place(place)]
 
     def get(self, names: Sequence[PageName], out: Bytes) -> int:
         """Copy the leading pages to `out` [n, page_bytes]; how many of them were there, and whole."""
         self._check(names, out)
-        places = self._locate(names)
-        there = takewhile(lambda place: place >= 0, places.tolist())
-        pages = list(zip(names, there, out, strict=False))
+        places = list(takewhile(_is_place, self._locate(names)))
+        pages = list(zip(names, places, out, strict=False))
         good = self._copy_shared(pages) if self._pool and len(pages) > 1 else self._copy_leading(pages)
         self._use(places[:good])
         self._counts[_FETCHED] += good
@@ -166,41 +162,45 @@ class Shelf:
             return False
         return True
 
-    def _use(self, places: _Numbers) -> None:
+    def _use(self, places: Iterable[int]) -> None:
         """Of other regions a hint: it may be another page by now."""
-        region, slot = np.divmod(places, self.layout.slots)
-        self._headers[region, slot, _USED] = region != self._region
-        for name in self._names_at(slot[region == self._region]):
-            self._touch(name)
+        for place in places:
+            region, slot = divmod(place, self.layout.slots)
+            at = self._header_at(region, slot)
+            self._words[at + _USED] = region != self._region
+            if region == self._region:
+                self._touch(self._words[at + _NAME : at + _SUM].tobytes())
 
-    def _names_at(self, slots: _Numbers) -> list[PageName]:
-        """Of pages of this region."""
-        names = self._headers[self._region, slots, _NAME:_SUM]
-        joined = np.ascontiguousarray(names).tobytes()
-        return [joined[start : start + NAME_BYTES] for start in range(0, len(joined), NAME_BYTES)]
-
-    def _is_there(self, name: PageName) -> bool:
-        """As `_locate`, for one."""
-        key, width = self._key(name), self.layout.regions * BUCKET_ENTRIES
-        for bucket in key.buckets:
-            start = self.layout.tags // 4 + bucket * width
-            tags = self._entries[start : start + width].tolist()
-            if key.tag not in tags:
-                continue
-            places = self.layout.places // 4 + bucket * width
-            for entry, tag in enumerate(tags):
-                slot = self._entries[places + entry] - 1
-                if tag == key.tag and 0 <= slot < self.layout.slots:
-                    header = self._words[self._header_at(entry // BUCKET_ENTRIES, slot) :][:_WORDS]
-                    if header[_NAME:_SUM].tobytes() == name and _is_whole(header):
-                        return True
-        return False
-
-    def _locate(self, names: Sequence[PageName]) -> _Numbers:
+    def _locate(self, names: Sequence[PageName]) -> list[int]:
         """region * slots + slot of each name, -1 if it is not there; in this rank's own region if it is there, too."""
-        found = np.full(len(names), -1)
-        if not names:
-            return found
+        if len(names) <= _FEW:
+            return [self._place(name) for name in names]
+        return self._places_of(names).tolist()  # type: ignore[no-any-return]
+
+    def _place(self, name: PageName) -> int:
+        buckets, wanted = self._key(name)
+        width, found = self.layout.regions * BUCKET_ENTRIES, _NO_PLACE
+        for bucket in buckets:
+            start = self._first_tag + bucket * width
+            tags = self._entries[start : start + width].tolist()
+            if wanted not in tags:
+                continue
+            for entry, tag in enumerate(tags):
+                slot = self._entries[self._first_place + bucket * width + entry] - 1
+                if tag != wanted or not 0 <= slot < self.layout.slots:
+                    continue
+                region = entry // BUCKET_ENTRIES
+                at = self._header_at(region, slot)
+                header = self._words[at : at + _WORDS]
+                if header[_NAME:_SUM].tobytes() == name and _is_whole(header):
+                    found = region * self.layout.slots + slot
+                    if region == self._region:
+                        return found
+        return found
+
+    def _places_of(self, names: Sequence[PageName]) -> _Numbers:
+        """As `_place`, of many."""
+        found = np.full(len(names), _NO_PLACE)
         words: _Words = np.frombuffer(b"".join(names), np.uint64).reshape(-1, 2)
         buckets = self._buckets_of(words).reshape(-1)
         hits = np.flatnonzero(self._tags.take(buckets, 0) == np.tile(_tags_of(words), 2)[:, None])
@@ -219,7 +219,7 @@ class Shelf:
 
     def _buckets_of(self, words: _Words) -> _Numbers:
         """The two of each name: [2, n]."""
-        mask = np.uint64(self.layout.buckets - 1)
+        mask = np.uint64(self._mask)
         return np.stack((words[:, 0] & mask, (words[:, 0] >> np.uint64(_HALF)) & mask)).astype(np.int64)
 
     # The writer
@@ -260,7 +260,7 @@ class Shelf:
             self._most = self._counts[_SLOTS]
             return False
         header = self._header(slot)
-        header[_NAME], header[_NAME + 1] = _two_words(name)
+        header[_NAME:_SUM] = memoryview(name).cast("Q")
         header[_SUM] = self.layout.page_bytes | _checksum(name, page) << _HALF
         header[_USED] = 0
         header[_TICK] = self._tick = self._tick + 1
@@ -314,33 +314,32 @@ class Shelf:
         """The page is gone, and its slot free."""
         slot = self._order.pop(name)
         self._header(slot)[_SEQUENCE] |= 1
-        for tag, place in self._entries_of(name):
-            if self._entries[place] == slot + 1:
-                self._entries[place] = self._entries[tag] = 0
+        for at in self._own_lines(name):
+            line = self._line(at)
+            if slot + 1 in line:
+                self._set_entry(at + line.index(slot + 1), 0, 0)
         self._free.append(slot)
         self._counts[_PAGES] = len(self._order)
 
     def _enter(self, name: PageName, slot: int) -> bool:
         """Into the index, the emptier bucket. False if there is no room in either: that is next to never."""
-        entries = self._entries_of(name)
-        room = [[one for one in half if not self._entries[one[1]]] for half in (entries[:8], entries[8:])]
-        best = max(room, key=len)
-        if not best:
-            return False
-        tag, place = best[0]
-        self._entries[tag], self._entries[place] = self._key(name).tag, slot + 1
-        return True
+        room, at = max((self._line(at).count(0), at) for at in self._own_lines(name))
+        if room:
+            self._set_entry(at + self._line(at).index(0), self._key(name)[1], slot + 1)
+        return room > 0
 
-    def _entries_of(self, name: PageName) -> list[tuple[int, int]]:
-        """Of this region: where the tags and the places are, of both buckets."""
-        first = [
-            (bucket * self.layout.regions + self._region) * BUCKET_ENTRIES
-            for bucket in self._key(name).buckets
-        ]
-        tags, places = self.layout.tags // 4, self.layout.places // 4
-        return [
-            (tags + one + entry, places + one + entry) for one in first for entry in range(BUCKET_ENTRIES)
-        ]
+    def _own_lines(self, name: PageName) -> list[int]:
+        """Where this region's entries of the two buckets of a name begin, counted from the first bucket."""
+        buckets, _ = self._key(name)
+        return [(bucket * self.layout.regions + self._region) * BUCKET_ENTRIES for bucket in buckets]
+
+    def _line(self, at: int) -> list[int]:
+        start = self._first_place + at
+        return self._entries[start : start + BUCKET_ENTRIES].tolist()
+
+    def _set_entry(self, at: int, tag: int, place: int) -> None:
+        self._entries[self._first_tag + at] = tag
+        self._entries[self._first_place + at] = place
 
     def _write(self, slot: int, page: Bytes) -> None:
         offset, left = self.layout.page_at(self._region, slot), memoryview(page)  # type: ignore[arg-type]
@@ -359,12 +358,12 @@ class Shelf:
         return self._words[at : at + _WORDS]
 
     def _header_at(self, region: int, slot: int) -> int:
-        return self.layout.header_at(region, slot) // _WORD
+        return self._first_header + region * self._region_words + slot * _WORDS
 
-    def _key(self, name: PageName) -> _Key:
-        first, second = _two_words(name)
-        mask = self.layout.buckets - 1
-        return _Key((first & mask, first >> _HALF & mask), second & _LOWER)
+    def _key(self, name: PageName) -> tuple[tuple[int, int], int]:
+        """The two buckets of the index where a name may be, and its bits that are there."""
+        first, second = memoryview(name).cast("Q")
+        return (first & self._mask, first >> _HALF & self._mask), second & _LOWER
 
     # What is there already
 
@@ -376,13 +375,15 @@ class Shelf:
         self._free = np.flatnonzero(~whole).tolist()
         slots = np.flatnonzero(whole)
         slots = slots[np.argsort(own[slots, _TICK], kind="stable")]
-        self._order = OrderedDict(zip(self._names_at(slots), slots.tolist(), strict=True))
+        names = np.ascontiguousarray(own[slots, _NAME:_SUM]).tobytes()
+        for number, slot in enumerate(slots.tolist()):
+            self._order[names[number * NAME_BYTES : (number + 1) * NAME_BYTES]] = slot
         self._tick = int(own[slots, _TICK].max(initial=0))
         entered = self._mend_index(own, whole)
         for name, slot in list(self._order.items()):
             if not entered[slot] and not self._enter(name, slot):
                 self._remove(name)
-        self._counts[_PAGES] = len(self._order)
+        self._counts[_PAGES:] = memoryview(array("q", [len(self._order), *[0] * (LINE // _WORD - _STORED)]))
 
     def _mend_index(self, own: _Words, whole: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Take out entries of pages that are gone; whose slots are entered."""
@@ -401,9 +402,8 @@ class Shelf:
         return entered
 
 
-def _two_words(name: PageName) -> tuple[int, int]:
-    first, second = memoryview(name).cast("Q")
-    return first, second
+def _is_place(place: int) -> bool:
+    return place != _NO_PLACE
 
 
 def _tags_of(words: _Words) -> npt.NDArray[np.uint32]:

@@ -29,7 +29,7 @@ _ALIGNMENTS = 5
 
 
 class RegionCounts(NamedTuple):
-    """Of one rank's region: what is there, and what its incarnations have done since the start. In the file's order."""
+    """Of one rank's region: what is there, and what the rank's present incarnation has done. In the file's order."""
 
     slots: int = 0
     """That have been used."""
