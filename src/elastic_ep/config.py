@@ -162,7 +162,7 @@ class ServeConfig:
     max_model_len: int | None = _flag(None, "prompt plus generated tokens; the model's own if not given",
         within=(2, MOST_MODEL_LEN))
     max_num_seqs: int | None = _flag(None, "sequences that a rank runs at once (16, on a GPU 256)", within=(1, 4096))
-    max_num_batched_tokens: int | None = _flag(None, "tokens that a rank computes in one step (64, on a GPU 1024)",
+    max_num_batched_tokens: int | None = _flag(None, "tokens that a rank computes in one step (64, on a GPU 512)",
         within=(1, 65536))
     gpu_memory_utilization: float | None = _flag(None,
         "share of a GPU's memory for all ranks on it (0.9); what weights and steps leave of it is KV cache",

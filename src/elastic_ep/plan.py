@@ -31,7 +31,7 @@ MEMORY_UTILIZATION = 0.9
 _SEQUENCES = {"cpu": 16, "cuda": 256}
 """That a rank runs at once, unless the command line says how many. On a GPU one costs a step what 64 cost: so survivors
 have seats for a lost rank's requests, too."""
-_TOKENS = {"cpu": 64, "cuda": 1024}
+_TOKENS = {"cpu": 64, "cuda": 512}
 """Of a step, likewise. On a GPU so many are computed while nobody decodes, else what leaves decodes their pace (see
 engine/prompt_pace.py)."""
 _TOKENS_SHARED = 256
