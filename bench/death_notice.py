@@ -27,7 +27,7 @@ from tests.kit.bound import Bound
 from tests.kit.served import write_result
 
 from bench.kit.command_line import command_line
-from elastic_ep.host.fork_messages import LaunchOptions
+from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.launcher import Launcher
 from elastic_ep.host.launcher_events import Died, Launched, LauncherEvent, Reaped
 from elastic_ep.host.scheduling import make_prompt
@@ -42,11 +42,11 @@ _PAGE = 4096
 _RANK_ENTRY = "bench.death_notice:victim"
 
 
-def victim(config_json: str, windows_fd: int, life_fd: int) -> int:
-    """The rank: touch memory, say hello into the pipe `windows_fd`, sleep."""
+def victim(config_json: str, files: SharedFiles, life_fd: int) -> int:
+    """The rank: touch memory, say hello into the pipe `files.windows`, sleep."""
     block = bytearray(int(json.loads(config_json)["resident_mib"]) << 20)
     block[::_PAGE] = b"x" * len(block[::_PAGE])
-    os.write(windows_fd, b"%d\n" % time.monotonic_ns())
+    os.write(files.windows, b"%d\n" % time.monotonic_ns())
     threading.Thread(target=compute, daemon=True).start()
     while True:
         signal.pause()
@@ -150,7 +150,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     bench = Bench()
     incarnation = 0
-    async with Launcher(settings, hello_writer) as launcher:
+    async with Launcher(settings, SharedFiles(hello_writer, hello_writer)) as launcher:
         await launcher.start(bench.on_event)
         for name, processes, niceness in (
             ("idle", 0, 0),

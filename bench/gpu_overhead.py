@@ -42,6 +42,7 @@ from bench.kit.overhead_rank import MODES, Blocks, run_rank
 from bench.kit.sections import Sections, quartiles
 from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.exchange.windows import Windows
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.host.mps import mps_daemon
 from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import launch_placement
@@ -77,7 +78,11 @@ def run_group(model: Path, rounds: int, options: argparse.Namespace) -> dict[str
                 placement=placement,
             )
             blocks = Blocks(rounds, options.steps, options.batch)
-            ranks.append(context.Process(target=tied, args=(run_rank, told, windows_fd, life_fd, blocks)))
+            ranks.append(
+                context.Process(
+                    target=tied, args=(run_rank, told, SharedFiles(windows_fd, -1), life_fd, blocks)
+                )
+            )
             ranks[-1].start()
         try:
             heard = anyio.run(_conduct, directory, ranks, options.seconds)

@@ -42,6 +42,7 @@ from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange, Work
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.exchange.peers import Peers
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.models import qwen3_moe
 from elastic_ep.placement import launch_placement
 from elastic_ep.rank.forward import LOAD_REPORT_STEPS, Build, ForwardThread
@@ -217,7 +218,9 @@ class BlockForward(ForwardThread):
 
 def run_rank(config: RankConfig, life_fd: int, plan: Plan) -> None:
     forward = partial(BlockForward, plan=plan)
-    live_and_end(lambda: RankProcess(config, -1, life_fd, forward=forward, open_plane=no_plane))
+    live_and_end(
+        lambda: RankProcess(config, SharedFiles(-1, -1), life_fd, forward=forward, open_plane=no_plane)
+    )
 
 
 def measure(plan: Plan) -> Blocks:

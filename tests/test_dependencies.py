@@ -23,8 +23,8 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"exchange", "kv", "machines", "models", "weights", "wire", "config", "placement"},
     "host": {"event_log", "exchange", "machines", "wire", "config", "logs", "timing", "titles"},
     "rank": {
-        "engine", "event_log", "exchange", "host", "machines", "models", "weights", "wire", "config", "logs", "placement",
-        "timing", "titles",
+        "engine", "event_log", "exchange", "host", "kv", "machines", "models", "weights", "wire", "config", "logs",
+        "placement", "timing", "titles",
     },
     "group": {
         "event_log", "exchange", "host", "machines", "weights", "wire", "config", "placement",
@@ -39,7 +39,7 @@ TOP = {
 }  # fmt: skip
 """The commands, what they are made of, and what all may use."""
 BASE: dict[str, set[str]] = {
-    "config": {"placement", "timing", "wire"},
+    "config": {"kv", "placement", "timing", "wire"},
     "foreign_flags": {"config"},
     "logs": {"config"},
     "loop_watch": {"event_log"},

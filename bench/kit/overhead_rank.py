@@ -22,6 +22,7 @@ from elastic_ep.config import RankConfig
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange, Work
 from elastic_ep.exchange.mooncake import MooncakeExchange
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.rank.engine import build_engine
 from elastic_ep.rank.forward import Build, ForwardThread
 from elastic_ep.rank.mailbox import Mailbox
@@ -152,16 +153,16 @@ class BlockForward(ForwardThread):
 
 
 class BlockRank(RankProcess):
-    def __init__(self, config: RankConfig, windows_fd: int, life_fd: int, blocks: Blocks) -> None:
+    def __init__(self, config: RankConfig, files: SharedFiles, life_fd: int, blocks: Blocks) -> None:
         def forward(told: RankConfig, mailbox: Mailbox, post: Post, build: Build) -> ForwardThread:
             self._blocks = BlockForward(told, mailbox, post, build, blocks)
             return self._blocks
 
         def build(told: RankConfig) -> tuple[StepRunner, Exchange]:
             store = FileStore(Path(told.directory))
-            return build_engine(told, windows_fd, no_plane, store, lambda: None)
+            return build_engine(told, files, no_plane, store, lambda: None)
 
-        super().__init__(config, windows_fd, life_fd, build=build, forward=forward, open_plane=no_plane)
+        super().__init__(config, files, life_fd, build=build, forward=forward, open_plane=no_plane)
 
     async def _send_heartbeats(self) -> None:
         """Only while the machinery is on."""
@@ -172,5 +173,5 @@ class BlockRank(RankProcess):
             await anyio.sleep(USUAL.heartbeat_ms / 1000)
 
 
-def run_rank(config: RankConfig, windows_fd: int, life_fd: int, blocks: Blocks) -> None:
-    live_and_end(lambda: BlockRank(config, windows_fd, life_fd, blocks))
+def run_rank(config: RankConfig, files: SharedFiles, life_fd: int, blocks: Blocks) -> None:
+    live_and_end(lambda: BlockRank(config, files, life_fd, blocks))

@@ -26,6 +26,7 @@ from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Received
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_barrier import StepBarrier
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import EMPTY
 from elastic_ep.rank.process import RankProcess, live
@@ -165,6 +166,6 @@ def build(config: RankConfig) -> tuple[StepRunner, PacedExchange]:
     return runner, runner.exchange
 
 
-def main(config_json: str, windows_fd: int, life_fd: int) -> int:
+def main(config_json: str, files: SharedFiles, life_fd: int) -> int:
     """As `elastic_ep.rank.process.main`."""
-    return live(RankProcess(RankConfig.from_json(config_json), windows_fd, life_fd, build=build))
+    return live(RankProcess(RankConfig.from_json(config_json), files, life_fd, build=build))

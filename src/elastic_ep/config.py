@@ -6,6 +6,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from elastic_ep.kv.shelf_file import ShelfLayout
 from elastic_ep.placement import Placement
 from elastic_ep.timing import USUAL, Timing
 from elastic_ep.wire.codec import decode, encode
@@ -84,6 +85,8 @@ class RankConfig:
     """As it is at this launch: the rank loads its row."""
     prefix_caching: bool = True
     """Requests share pages. Without, a request has its own of before alone, when it comes back."""
+    shelf: ShelfLayout | None = None
+    """Of pages in host memory; None: there are none."""
     gpu_memory_utilization: float | None = None
     """Of its GPU's memory, for all ranks on it: what a rank's share has left is KV cache. None: it is not sized so."""
     peers: PeerWeights | None = None
@@ -171,6 +174,9 @@ class ServeConfig:
         f"KV cache pages ({PAGE_SIZE} tokens) a rank; what memory has room for if not given",
         name="--num-gpu-blocks-override", within=(1, 1 << 24))
     enable_prefix_caching: bool = _flag(True, "prompts that begin alike share pages of KV cache", two=True)
+    kv_shelf_gib: float | None = _flag(None,
+        "GiB of the machine's memory for copies of KV cache, which outlive their rank (a tenth of it); 0: none",
+        within=(0, 1 << 20))
     max_queued: int = _flag(1024, "requests that may wait; more get 429", within=(1, 1_000_000))
     request_timeout_s: float = _flag(600.0, "seconds after which a request that is not complete fails",
         name="--request-timeout", within=(0.1, 1_000_000))

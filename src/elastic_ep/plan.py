@@ -16,7 +16,8 @@ from elastic_ep.gateway.text.fit import TextFit, fit
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.host.devices import choose_device
 from elastic_ep.host.mps import find_program
-from elastic_ep.machine_memory import available_memory
+from elastic_ep.kv.shelf_file import ShelfLayout
+from elastic_ep.machine_memory import available_memory, total_memory
 from elastic_ep.models.config_json import CheckpointError
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
@@ -26,6 +27,8 @@ from elastic_ep.weights.checkpoint import validate_checkpoint
 MACHINE_SHARE = 0.1
 """Of the memory that is available: for the KV caches of all ranks on a processor, unless the command line says how many
 pages. A page takes memory when it is first used."""
+SHELF_SHARE = 0.1
+"""Of the machine's memory, for the shelf, unless the command line says how much."""
 MEMORY_UTILIZATION = 0.9
 """Of a GPU, for the ranks on it, unless the command line says how much. vLLM's."""
 _SEQUENCES = {"cpu": 16, "cuda": 256}
@@ -58,6 +61,7 @@ class ServePlan:
     redundant: int
     device: str
     name: str
+    shelf: ShelfLayout | None
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -91,6 +95,7 @@ class ServePlan:
             device=self.device,
             seed=self.config.seed,
             limits=self.limits,
+            shelf=self.shelf,
             prefix_caching=self.config.enable_prefix_caching,
             timing=self.config.timing,
             placement=self.placement,
@@ -124,6 +129,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         find_program()
     redundant = config.ep_num_redundant_experts
     redundant = model.moe.experts if redundant is None else redundant
+    limits = engine_limits(config, model, device)
     return ServePlan(
         config=config,
         folder=folder,
@@ -133,7 +139,8 @@ def make_plan(config: ServeConfig) -> ServePlan:
         defaults=defaults,
         text_fit=fit(text, model),
         left_out=left_out,
-        limits=engine_limits(config, model, device),
+        limits=limits,
+        shelf=shelf_layout(config, model.kv_page_bytes(device, limits.page_size)),
         placement=first_placement(config, model, redundant, device),
         redundant=redundant,
         device=device,
@@ -213,6 +220,25 @@ def _cpu_pages(config: ServeConfig, model: ModelSpec, limits: EngineLimits) -> i
         )
     affordable = int(available * MACHINE_SHARE) // (page * config.ranks)
     return min(limits.max_num_seqs * one_sequence, max(one_sequence, affordable))
+
+
+def shelf_layout(config: ServeConfig, page_bytes: int) -> ShelfLayout | None:
+    """None: there is no shelf, as it was turned off, or as there is too little memory for one. Raises `ConfigError`."""
+    asked, available = config.kv_shelf_gib, available_memory()
+    if asked is None:
+        size = min(int(total_memory() * SHELF_SHARE), available // 2) if config.fault_tolerance else 0
+        return ShelfLayout.fit(config.ranks, page_bytes, size)
+    if asked * 2**30 > available:
+        raise ConfigError(
+            f"--kv-shelf-gib {asked:g}: only {available / 2**30:.1f} GiB of memory are available: give less, or 0"
+        )
+    layout = ShelfLayout.fit(config.ranks, page_bytes, int(asked * 2**30))
+    if asked and layout is None:
+        least = ShelfLayout(config.ranks, 1, page_bytes).total / 2**30
+        raise ConfigError(
+            f"--kv-shelf-gib {asked:g} has no room for a page of each rank: give at least {2 * least:.2g}, or 0"
+        )
+    return layout
 
 
 def _step_size(config: ServeConfig, device: str) -> tuple[int, int]:

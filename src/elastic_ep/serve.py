@@ -46,10 +46,11 @@ from elastic_ep.group.processes import RankProcesses
 from elastic_ep.group.rebalance import Rebalancer
 from elastic_ep.group.repairs import Repairs
 from elastic_ep.host.device_guard import DeviceGuard
-from elastic_ep.host.fork_messages import LaunchOptions
+from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.launcher import ForkServerFailed, Launcher
 from elastic_ep.host.mps import mps_daemon
 from elastic_ep.host.scheduling import make_prompt
+from elastic_ep.kv.shelf_file import ShelfError
 from elastic_ep.loop_watch import HeldReport, make_loop
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership import events as ev
@@ -151,10 +152,10 @@ class RunProcess:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        with self._directory() as directory, self._windows() as windows_fd:
-            return await self._run_group(directory, windows_fd)
+        with self._directory() as directory, self._windows() as windows_fd, self._shelf() as shelf_fd:
+            return await self._run_group(directory, SharedFiles(windows_fd, shelf_fd))
 
-    async def _run_group(self, directory: Path, windows_fd: int) -> int:
+    async def _run_group(self, directory: Path, files: SharedFiles) -> int:
         async with AsyncExitStack() as stack:
             wire = ControllerWire(directory)
             stack.callback(wire.close)
@@ -170,7 +171,7 @@ class RunProcess:
             guard = None
             if self._config.mps:
                 guard = stack.enter_context(DeviceGuard(self._config.timing.drain_ms / 1000, self._log.note))
-            launcher = await stack.enter_async_context(Launcher(options, windows_fd, environment))
+            launcher = await stack.enter_async_context(Launcher(options, files, environment))
             told = replace(self._plan.rank_config(directory), event_log=self._rank_log())
             processes = RankProcesses(told, launcher, guard, watched=self._config.fault_tolerance)
             parts = self._parts(wire, processes)
@@ -246,6 +247,12 @@ class RunProcess:
             pages=pages,
             flag=self._plan.cache_flag,
         )
+        if (shelf := self._plan.shelf) is not None:
+            slots = shelf.regions * shelf.slots
+            gib = round(slots * shelf.page_bytes / 2**30, 2)
+            log.info("shelf of KV cache", tokens=slots * size, gib=gib, flag="--kv-shelf-gib")
+        else:
+            log.info("no shelf of KV cache: what a lost rank had is computed again", flag="--kv-shelf-gib")
 
     async def _stop_gracefully(self, parts: Parts) -> None:
         """Drain, then ask, then force; every phase has a deadline."""
@@ -290,6 +297,19 @@ class RunProcess:
             raise ConfigError(
                 f"{error.strerror}: fewer --ranks or a smaller --max-num-batched-tokens need less"
             ) from error
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def _shelf(self) -> Iterator[int]:
+        """This process owns it, so it outlives all ranks. It is sparse: memory is taken as pages come."""
+        layout = self._plan.shelf
+        try:
+            fd = layout.create() if layout is not None else os.open(os.devnull, os.O_RDONLY)
+        except ShelfError as error:
+            raise ConfigError(f"the shelf: {error.strerror}: lower --kv-shelf-gib") from error
         try:
             yield fd
         finally:

@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import Any
 
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.rank import process as rank
 from elastic_ep.rank.forward import ForwardThread
 from elastic_ep.run import parse
@@ -15,11 +16,11 @@ from elastic_ep.serve import serve
 LEAVES = 7
 
 
-def main(config_json: str, windows_fd: int, life_fd: int) -> int:
+def main(config_json: str, files: SharedFiles, life_fd: int) -> int:
     """SIGUSR1: the forward thread's next step raises. SIGUSR2: the process leaves with a status."""
     signal.signal(signal.SIGUSR1, _break_the_next_step)
     signal.signal(signal.SIGUSR2, lambda *_: os._exit(LEAVES))
-    return rank.main(config_json, windows_fd, life_fd)
+    return rank.main(config_json, files, life_fd)
 
 
 def _break_the_next_step(*_: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from elastic_ep.config import RankConfig
 from elastic_ep.engine.step_runner import StepRunner
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.rank import process as rank
 from elastic_ep.rank.slots import SlotWorker
 
@@ -27,7 +28,7 @@ def spoil(runner: StepRunner) -> None:
     runner.weights.layers[layer]["down"][slot].view(torch.int32)[0, 0] ^= 1
 
 
-def main(config_json: str, windows_fd: int, life_fd: int) -> int:
+def main(config_json: str, files: SharedFiles, life_fd: int) -> int:
     config = RankConfig.from_json(config_json)
     start = SlotWorker.start
 
@@ -42,7 +43,7 @@ def main(config_json: str, windows_fd: int, life_fd: int) -> int:
         start(worker, runner)
 
     SlotWorker.start = start_spoilt  # type: ignore[method-assign,assignment]  # to spoil bytes
-    return rank.main(config_json, windows_fd, life_fd)
+    return rank.main(config_json, files, life_fd)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import sys
 from typing import NoReturn
 
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.rank import process as rank_process
 
 
@@ -16,12 +17,12 @@ def build(*_arguments: object) -> NoReturn:
     raise RuntimeError(f"cannot compile: process {os.getpid()}, at {id(object()):#x}")
 
 
-def raises(config_json: str, windows_fd: int, life_fd: int) -> int:
+def raises(config_json: str, files: SharedFiles, life_fd: int) -> int:
     setattr(rank_process, "build_engine", build)  # noqa: B010  # the type checker knows that it is another
-    return rank_process.main(config_json, windows_fd, life_fd)
+    return rank_process.main(config_json, files, life_fd)
 
 
-def exits(config_json: str, windows_fd: int, life_fd: int) -> int:
+def exits(config_json: str, files: SharedFiles, life_fd: int) -> int:
     return 7
 
 

@@ -16,6 +16,7 @@ from elastic_ep.engine.ops_cpu.runner import ModelRunner
 from elastic_ep.engine.step_runner import StreamMemory
 from elastic_ep.kv.copier import Bytes
 from elastic_ep.kv.names import PageName
+from elastic_ep.kv.shelf_file import RegionCounts
 from elastic_ep.placement import launch_placement
 from elastic_ep.wire.messages import Assign, Token
 from tests.engine.solo import TINY, SoloExchange, assign, drain, dummy_weights
@@ -35,10 +36,21 @@ class Memory:
     def find(self, names: Sequence[PageName]) -> int:
         return next((place for place, name in enumerate(names) if name not in self.pages), len(names))
 
-    def put(self, names: Sequence[PageName], pages: Bytes) -> None:
+    def missing(self, names: Sequence[PageName]) -> list[int]:
+        return [place for place, name in enumerate(names) if name not in self.pages]
+
+    def note_dropped(self, pages: int) -> None:
+        raise AssertionError("too slow")
+
+    @property
+    def counts(self) -> RegionCounts:
+        return RegionCounts(pages=len(self.pages))
+
+    def put(self, names: Sequence[PageName], pages: Bytes) -> int:
         with self._changed:
             self.pages.update((name, page.tobytes()) for name, page in zip(names, pages, strict=True))
             self._changed.notify()
+            return len(names)
 
     def wait_for(self, pages: int) -> None:
         with self._changed:

@@ -59,7 +59,7 @@ from elastic_ep.host.fork_messages import LaunchOptions
 from elastic_ep.host.launcher import Launcher
 async def main():
     options = LaunchOptions("rank_entries:main", ("rank_entries", "never_done"), sys.argv[1])
-    async with Launcher(options, 0) as launcher:
+    async with Launcher(options, SharedFiles(0, 0)) as launcher:
         await launcher.start(lambda event: None)
 asyncio.run(main())
 """

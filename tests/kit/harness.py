@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from elastic_ep.host.fork_messages import LaunchOptions
+from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.launcher import Launcher
 from elastic_ep.host.launcher_events import Launched, LauncherEvent
 from elastic_ep.wire.messages import Member
@@ -91,7 +91,7 @@ async def running(directory: Path, **options: Any) -> AsyncIterator[Run]:
     settings = {"entry": "rank_entries:main", "preload": (), **options}
     try:
         options_ = LaunchOptions(directory=str(directory), **settings)
-        async with Launcher(options_, hellos.write_end) as run.launcher:
+        async with Launcher(options_, SharedFiles(hellos.write_end, hellos.write_end)) as run.launcher:
             with anyio.fail_after(60):
                 await run.launcher.start(run.on_event)
             yield run

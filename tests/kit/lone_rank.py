@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from elastic_ep.config import EngineLimits, RankConfig
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.placement import launch_placement
 from elastic_ep.rank.process import RankProcess
 from elastic_ep.timing import USUAL
@@ -31,7 +32,7 @@ class Wire:
 
 
 def lone_rank(wire: Wire) -> RankProcess:
-    rank = RankProcess(CONFIG, windows_fd=-1, life_fd=-1)
+    rank = RankProcess(CONFIG, files=SharedFiles(-1, -1), life_fd=-1)
     rank._loop = SimpleNamespace(call_soon_threadsafe=lambda call: call())  # type: ignore[assignment]  # as above
     rank._wire = wire  # type: ignore[assignment]  # the only part of it that is used
     return rank

@@ -9,29 +9,31 @@ import signal
 import sys
 import time
 
+from elastic_ep.host.fork_messages import SharedFiles
+
 PR_GET_NAME = 16
 
 
-def main(config_json: str, windows_fd: int, life_fd: int) -> int:
+def main(config_json: str, files: SharedFiles, life_fd: int) -> int:
     config = json.loads(config_json)
     if config["do"] == "raise":
         raise RuntimeError("this rank is broken on purpose")
     if config["do"] == "leave":
         sys.exit(7)
-    _say_hello(windows_fd, life_fd, len(config.get("padding", "")))
+    _say_hello(files, life_fd, len(config.get("padding", "")))
     if config["do"] == "return":
         return int(config["status"])
     while True:
         signal.pause()
 
 
-def slow_start(config_json: str, windows_fd: int, life_fd: int) -> int:
+def slow_start(config_json: str, files: SharedFiles, life_fd: int) -> int:
     """Never says hello."""
     while True:
         signal.pause()
 
 
-def _say_hello(windows_fd: int, life_fd: int, padding: int) -> None:
+def _say_hello(files: SharedFiles, life_fd: int, padding: int) -> None:
     name = ctypes.create_string_buffer(16)
     ctypes.CDLL(None).prctl(PR_GET_NAME, name, 0, 0, 0)
     facts = {
@@ -49,7 +51,7 @@ def _say_hello(windows_fd: int, life_fd: int, padding: int) -> None:
         "life": os.fstat(life_fd).st_size == 0,
         "at_ns": time.monotonic_ns(),
     }
-    os.write(windows_fd, json.dumps(facts).encode() + b"\n")
+    os.write(files.windows, json.dumps(facts).encode() + b"\n")
 
 
 def _target(fd: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 from elastic_ep.config import CannotRun, EngineLimits, RankConfig
 from elastic_ep.group.controller import Controller
 from elastic_ep.host import devices
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.rank.events import DeviceOpened, Started, StepsFailed
 from elastic_ep.placement import launch_placement
@@ -49,8 +50,9 @@ def test_a_cuda_rank_builds_the_cuda_engine(monkeypatch: pytest.MonkeyPatch) -> 
     cast(Any, module).build_cuda_engine = lambda *arguments: built.extend(arguments)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     store = ControlStore(lambda message: None, USUAL)
-    build_engine(CONFIG, -1, lambda: "no plane", store, print)
-    assert built == [CONFIG, store, print]
+    build_engine(CONFIG, SharedFiles(-1, -1), lambda: "no plane", store, print)
+    assert built[:3] == [CONFIG, store, print]
+    assert built[3].shelf is None
 
 
 def test_what_a_machine_lacks_is_the_reason_and_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:

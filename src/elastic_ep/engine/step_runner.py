@@ -170,7 +170,21 @@ class StepRunner(ABC):
             queries=scheduler.asked,
             hits=scheduler.hits,
             evictions=pages.evictions,
+            **self._shelf_counts(),
         )
+
+    def _shelf_counts(self) -> dict[str, int]:
+        if self._copier is None:
+            return {}
+        shelf = self._copier.counts
+        return {
+            "shelf_pages": shelf.pages,
+            "shelf_bytes": shelf.pages * self._copier.page_bytes,
+            "stored": shelf.stored,
+            "fetched": shelf.fetched,
+            "dropped": shelf.evicted + shelf.dropped,
+            "bad": shelf.bad,
+        }
 
     @property
     def num_pages(self) -> int:

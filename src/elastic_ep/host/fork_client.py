@@ -29,14 +29,14 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THR
 class ForkClient:
     """One running fork server, which is killed if it is not ready or does not answer in time.
 
-    Callbacks come from the event loop; after `on_exit` there are none. `files` are the mutexes' and the windows'.
+    Callbacks come from the event loop; after `on_exit` there are none. `files` are the mutexes' and the `SharedFiles`.
     Raises OSError when it cannot be started.
     """
 
     def __init__(
         self,
         options: LaunchOptions,
-        files: tuple[int, int],
+        files: tuple[int, ...],
         environment: Mapping[str, str],
         on_message: Callable[[FromServer, list[int]], None],
         on_exit: Callable[[str], None],

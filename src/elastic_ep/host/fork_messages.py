@@ -1,13 +1,14 @@
 """What the launcher and the fork server say to each other: a message a packet, over a SEQPACKET socket.
 
-To the fork server its `LaunchOptions` first, with the files of the mutexes and of the windows, and then `Fork`s. It says
-`ServerReady` once; `Launched`, with a pidfd taken before the child could be reaped, or `LaunchFailed` to each `Fork`; and
-`Exited` of each child.
+To the fork server its `LaunchOptions` first, with the file of the mutexes and the `SharedFiles`, and then `Fork`s. It
+says `ServerReady` once; `Launched`, with a pidfd taken before the child could be reaped, or `LaunchFailed` to each
+`Fork`; and `Exited` of each child.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from elastic_ep.config import LogConfig
 from elastic_ep.host.launcher_events import Launched, LaunchFailed, ServerReady
@@ -17,11 +18,18 @@ from elastic_ep.wire.messages import Member
 PACKET_BYTES = 64 << 10
 
 
+class SharedFiles(NamedTuple):
+    """Descriptors of memory that all ranks have: exchange/windows.py, kv/shelf_file.py. Of /dev/null if there is none."""
+
+    windows: int
+    shelf: int
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchOptions:
     """Of a run: what the launcher and all its fork servers need to know.
 
-    `entry` is "module:function", called in each rank as function(config_json, windows_fd, life_fd) -> exit status; a
+    `entry` is "module:function", called in each rank as function(config_json, files, life_fd) -> exit status; a
     fork server imports `preload` for it. `nice` is added to the ranks' niceness, so that the run process preempts them.
     """
 

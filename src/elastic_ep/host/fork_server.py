@@ -31,6 +31,7 @@ from elastic_ep.host.fork_messages import (
     Fork,
     FromServer,
     LaunchOptions,
+    SharedFiles,
     status_text,
 )
 from elastic_ep.host.launcher_events import Launched, LaunchFailed, ServerReady
@@ -51,12 +52,12 @@ class _Child:
 
 class ForkServer:
     def __init__(
-        self, options: LaunchOptions, control: socket.socket, mutexes: RobustMutexes, windows_fd: int
+        self, options: LaunchOptions, control: socket.socket, mutexes: RobustMutexes, files: SharedFiles
     ) -> None:
         self._options = options
         self._control = control
         self._mutexes = mutexes
-        self._windows_fd = windows_fd
+        self._files = files
         self._children: dict[int, _Child] = {}
         """By pidfd."""
         self._poll = select.poll()
@@ -167,9 +168,7 @@ class ForkServer:
         hold_until_death(self._mutexes, message.slot)
         os.nice(self._options.nice)  # of this thread and those that it starts
         module, _, function = self._options.entry.partition(":")
-        status: int = getattr(importlib.import_module(module), function)(
-            config_json, self._windows_fd, life_fd
-        )
+        status: int = getattr(importlib.import_module(module), function)(config_json, self._files, life_fd)
         return status
 
 
@@ -186,11 +185,11 @@ def preload(modules: tuple[str, ...]) -> None:
 def main(control_fd: int) -> int:
     control = socket.socket(fileno=control_fd)
     control.set_inheritable(False)
-    told, files, _, _ = socket.recv_fds(control, PACKET_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+    told, files, _, _ = socket.recv_fds(control, PACKET_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
     if not told:
         return 0  # the launcher is gone
     options: LaunchOptions = decode(told, LaunchOptions)
-    mutex_fd, windows_fd = files
+    mutex_fd, *shared = files
     mutexes = RobustMutexes(mutex_fd, options.mutexes)
     os.close(mutex_fd)
     logs.configure(options.log, "fork server")
@@ -205,7 +204,7 @@ def main(control_fd: int) -> int:
     life_line.bind(control_fd)
     preload(options.preload)
     life_line.release(control_fd)
-    server = ForkServer(options, control, mutexes, windows_fd)
+    server = ForkServer(options, control, mutexes, SharedFiles(*shared))
     try:
         server.serve()
     finally:

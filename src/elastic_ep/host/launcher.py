@@ -28,6 +28,7 @@ from elastic_ep.host.fork_messages import (
     Fork,
     FromServer,
     LaunchOptions,
+    SharedFiles,
 )
 from elastic_ep.host.launcher_events import (
     Died,
@@ -67,18 +68,18 @@ class _Process:
 
 
 class Launcher:
-    """``async with Launcher(options, windows_fd) as launcher: await launcher.start(on_event)``.
+    """``async with Launcher(options, files) as launcher: await launcher.start(on_event)``.
 
-    Ranks inherit `windows_fd`, and all children have `environment` besides this process's. On exit all ranks are killed,
+    Ranks inherit `files`, and all children have `environment` besides this process's. On exit all ranks are killed,
     and everything that was started is gone. Raises `NotPrivate` for a bad directory.
     """
 
     def __init__(
-        self, options: LaunchOptions, windows_fd: int, environment: Mapping[str, str] | None = None
+        self, options: LaunchOptions, files: SharedFiles, environment: Mapping[str, str] | None = None
     ) -> None:
         self._options = options
         self._timing = options.timing
-        self._windows_fd = windows_fd
+        self._files = files
         self._environment = environment or {}
         self._on_event: Callable[[LauncherEvent], None] = _nobody_listens
         self._processes: dict[Member, _Process] = {}
@@ -194,7 +195,7 @@ class Launcher:
     # Fork server
 
     def _start_server(self) -> None:
-        files = (self._mutex_fd, self._windows_fd)
+        files = (self._mutex_fd, *self._files)
         try:
             self._server = ForkClient(
                 self._options, files, self._environment, self._on_message, self._on_server_exit

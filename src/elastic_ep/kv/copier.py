@@ -16,6 +16,7 @@ import numpy.typing as npt
 import structlog
 
 from elastic_ep.kv.names import PageName
+from elastic_ep.kv.shelf_file import RegionCounts
 
 Bytes = npt.NDArray[np.uint8]
 MOST_WAITING_BYTES = 256 << 20
@@ -50,12 +51,25 @@ class Shelf(Protocol):
         """How many of the leading `names` are there."""
         ...
 
-    def put(self, names: Sequence[PageName], pages: Bytes) -> None:
-        """Each of `pages` [n, page_bytes], unless it is there already."""
+    def missing(self, names: Sequence[PageName]) -> list[int]:
+        """Which of `names` are not there, as places in it."""
+        ...
+
+    def put(self, names: Sequence[PageName], pages: Bytes) -> int:
+        """Each of `pages` [n, page_bytes], if there is room; how many are there now."""
         ...
 
     def get(self, names: Sequence[PageName], out: Bytes) -> int:
         """Copy the leading pages to `out` [n, page_bytes]; how many of them were there, and whole."""
+        ...
+
+    def note_dropped(self, pages: int) -> None:
+        """So many were not put, for lack of time."""
+        ...
+
+    @property
+    def counts(self) -> RegionCounts:
+        """What is there of this rank, and what this incarnation has done."""
         ...
 
 
@@ -76,8 +90,7 @@ class PageCopier:
     """Everything but `close` is the forward thread's, and never waits for a copy."""
 
     def __init__(self, shelf: Shelf, mover: PageMover) -> None:
-        self.stored = self.fetched = self.dropped = 0
-        """Pages."""
+        self.page_bytes = mover.page_bytes
         self._shelf = shelf
         self._mover = mover
         self._most_waiting = max(mover.most, MOST_WAITING_BYTES // mover.page_bytes)
@@ -90,6 +103,11 @@ class PageCopier:
         self._thread = threading.Thread(target=self._main, name="page-copier", daemon=True)
         self._thread.start()
 
+    @property
+    def counts(self) -> RegionCounts:
+        """Any thread."""
+        return self._shelf.counts
+
     def on_shelf(self, name: PageName) -> bool:
         return self._shelf.find([name]) == 1
 
@@ -99,7 +117,7 @@ class PageCopier:
             self._stores.extend(pages)
             while len(self._stores) > self._most_waiting:
                 self._stored.append(self._stores.popleft()[1])
-                self.dropped += 1
+                self._shelf.note_dropped(1)
             self._wake.notify()
 
     def fetch(self, ticket: int, names: Sequence[PageName], pages: Sequence[int]) -> None:
@@ -141,11 +159,10 @@ class PageCopier:
 
     def _store(self, stores: Sequence[tuple[PageName, int]]) -> None:
         try:
-            new = [(name, page) for name, page in stores if not self._shelf.find([name])]
+            new = [stores[place] for place in self._shelf.missing([name for name, _ in stores])]
             if new:
-                names, pages = zip(*new, strict=True)
-                self._shelf.put(names, self._mover.read(pages))
-                self.stored += len(new)
+                data = self._mover.read([page for _, page in new])
+                self._shelf.put([name for name, _ in new], data)
         except Exception:
             log.exception("pages cannot be put on the shelf", pages=len(stores))
 
@@ -164,5 +181,4 @@ class PageCopier:
                     break
         except Exception:
             log.exception("pages cannot be fetched from the shelf", pages=len(fetch.names))
-        self.fetched += good
         return good

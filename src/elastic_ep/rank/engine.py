@@ -9,10 +9,13 @@ import torch
 
 from elastic_ep.config import RankConfig
 from elastic_ep.engine.ops_cpu.runner import ModelRunner
-from elastic_ep.engine.step_runner import StepRunner
+from elastic_ep.engine.step_runner import StepRunner, StreamMemory
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.store import Store
+from elastic_ep.host.fork_messages import SharedFiles
+from elastic_ep.kv.names import root
+from elastic_ep.kv.shelf import Shelf
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.weights.bank import Weights, blank_weights, load_weights, weight_source
@@ -21,6 +24,8 @@ from elastic_ep.weights.joining import fill_from_peers
 from elastic_ep.weights.transfer import PullFailed, TransferPlane
 from elastic_ep.wire.messages import Member
 
+SHELF_THREADS = {"cpu": 1, "cuda": 4}
+"""That copy pages for a stream which has lost its rank: one does not keep up with a GPU's link."""
 MOSTLY = 0.5
 """With so much of a checkpoint in the page cache, reading it is faster than asking peers."""
 
@@ -28,7 +33,7 @@ OpenPlane = Callable[[], TransferPlane | str]
 
 
 def build_engine(
-    config: RankConfig, windows_fd: int, open_plane: OpenPlane, store: Store, opened: Callable[[], None]
+    config: RankConfig, files: SharedFiles, open_plane: OpenPlane, store: Store, opened: Callable[[], None]
 ) -> tuple[StepRunner, Exchange]:
     """What it raises is the reason why this rank fails. `store` is for exchanges that meet their peers.
 
@@ -38,26 +43,36 @@ def build_engine(
     machine many more, in part with the interpreter lock held.
     """
     torch.set_num_threads(1)
+    memory = stream_memory(config, files.shelf)
     if config.device == "cuda":
         from elastic_ep.engine.ops_cuda.build import (
             build_cuda_engine,  # needs Triton, ranks on the CPU do not
         )
 
-        return build_cuda_engine(config, store, opened)
+        return build_cuda_engine(config, store, opened, memory)
     open_plane()
-    return _build_cpu_engine(config, windows_fd, open_plane)
+    return _build_cpu_engine(config, files.windows, open_plane, memory)
 
 
 def _build_cpu_engine(
-    config: RankConfig, windows_fd: int, open_plane: OpenPlane
+    config: RankConfig, windows_fd: int, open_plane: OpenPlane, memory: StreamMemory
 ) -> tuple[ModelRunner, Exchange]:
     spec = load_spec(Path(config.model))
     placement = config.placement
     shape = spec.exchange_shape(config.limits.max_num_batched_tokens, placement)
     exchange = ShmExchange(windows_fd, shape, Member(config.rank, config.incarnation))
     weights = weights_from_peers(config, spec, open_plane) or weights_from_checkpoint(config, spec)
-    runner = ModelRunner(config.limits, weights, placement, config.rank, exchange)
+    runner = ModelRunner(config.limits, weights, placement, config.rank, exchange, memory=memory)
     return runner, exchange
+
+
+def stream_memory(config: RankConfig, shelf_fd: int) -> StreamMemory:
+    """What this rank may have without computing it: its own pages, and those on the shelf."""
+    shelf = None
+    if config.shelf is not None:
+        shelf = Shelf(shelf_fd, config.shelf, config.rank, threads=SHELF_THREADS[config.device])
+    what = (config.model, config.load_format, str(config.seed), config.device)
+    return StreamMemory(root("\n".join(what)), config.prefix_caching, shelf)
 
 
 def weights_from_checkpoint(config: RankConfig, spec: ModelSpec) -> Weights:

@@ -22,6 +22,7 @@ from elastic_ep import logs, titles
 from elastic_ep.config import RankConfig
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
+from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.host.peer_notices import NoticeReader
 from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.machines.rank import events as ev
@@ -64,11 +65,11 @@ ORPHANED_STATUS = 4
 log = structlog.get_logger()
 
 
-def main(config_json: str, windows_fd: int, life_fd: int) -> int:
+def main(config_json: str, files: SharedFiles, life_fd: int) -> int:
     """Run this rank until it is told to stop; the exit status. `life_fd` ends when the run process does."""
     config = RankConfig.from_json(config_json)
     logs.configure(config.log, f"rank {config.rank}.{config.incarnation}")
-    return live(RankProcess(config, windows_fd, life_fd))
+    return live(RankProcess(config, files, life_fd))
 
 
 def live(rank: RankProcess) -> int:
@@ -89,7 +90,7 @@ class RankProcess:
     def __init__(
         self,
         config: RankConfig,
-        windows_fd: int,
+        files: SharedFiles,
         life_fd: int,
         *,
         build: Build | None = None,
@@ -110,7 +111,7 @@ class RankProcess:
 
         def build_here(told: RankConfig) -> tuple[StepRunner, Exchange]:
             opened = functools.partial(self._outbox.post, ev.DeviceOpened())
-            return build_engine(told, windows_fd, open_plane_once, self._store, opened)
+            return build_engine(told, files, open_plane_once, self._store, opened)
 
         self._forward = forward(config, self._mailbox, self._outbox.post, build or build_here)
         self._reported = anyio.Event()

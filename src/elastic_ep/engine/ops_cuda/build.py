@@ -11,6 +11,7 @@ from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
 from elastic_ep.engine.ops_cuda.memory import Budget, Share, needs_of
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
+from elastic_ep.engine.step_runner import StreamMemory
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake import MooncakeExchange, buffer_bytes
 from elastic_ep.exchange.step_barrier import StepBarrier
@@ -29,7 +30,7 @@ RELEASE_S = 5.0
 
 
 def build_cuda_engine(
-    config: RankConfig, store: Store, opened: Callable[[], None]
+    config: RankConfig, store: Store, opened: Callable[[], None], memory: StreamMemory
 ) -> tuple[CudaRunner, MooncakeExchange]:
     """The ranks leave each other their buffers' addresses in `store`; `opened` is called before the first kernel.
 
@@ -48,7 +49,7 @@ def build_cuda_engine(
     opened()
     budget.check()
     with budget.kept():
-        return _build(config, store, spec, shape, budget)
+        return _build(config, store, spec, shape, budget, memory)
 
 
 def _share(config: RankConfig) -> Share | None:
@@ -69,7 +70,12 @@ def exchange_shape(spec: ModelSpec, limits: EngineLimits, placement: Placement) 
 
 
 def _build(
-    config: RankConfig, store: Store, spec: ModelSpec, shape: ExchangeShape, budget: Budget
+    config: RankConfig,
+    store: Store,
+    spec: ModelSpec,
+    shape: ExchangeShape,
+    budget: Budget,
+    memory: StreamMemory,
 ) -> tuple[CudaRunner, MooncakeExchange]:
     # The step barrier is a file that all ranks map, so all of them are on one host.
     directory = Path(config.directory) / "mooncake"
@@ -95,5 +101,7 @@ def _build(
         device=budget.device,
         dtype=DTYPE,
     )
-    runner = CudaRunner(config.limits, weights, config.placement, config.rank, exchange, budget=budget)
+    runner = CudaRunner(
+        config.limits, weights, config.placement, config.rank, exchange, budget=budget, memory=memory
+    )
     return runner, exchange
