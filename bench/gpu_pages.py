@@ -3,7 +3,7 @@
 * "mover": `CudaPages.read` and `write` of full batches for several sizes of the pinned memory, beside a bare copy of as
   many bytes; and how long it takes to make one, which a joining rank waits for.
 * "fetch": after a kill, `--pages` pages for each of so many streams come from host memory through `PageCopier`, a batch
-  at a time. The shelf is a plain array here, without checksums: what the copies themselves take.
+  at a time.
 * "steps": decode steps of `--batch` sequences in turns with and without a copier that stores a page for one of 16
   sequences in each step, as many as decodes fill; the model has `--layers` layers and is on one rank alone.
 
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -31,10 +33,13 @@ from bench.kit.decode import Engine
 from bench.kit.sections import quartiles
 from elastic_ep.config import PAGE_SIZE, EngineLimits
 from elastic_ep.engine.ops_cuda.pages import CudaPages
-from elastic_ep.kv.copier import Bytes, PageCopier
+from elastic_ep.kv.copier import PageCopier
 from elastic_ep.kv.names import PageName
+from elastic_ep.kv.shelf import Shelf
+from elastic_ep.kv.shelf_file import ShelfLayout
 from elastic_ep.models import qwen3_moe
 from elastic_ep.placement import launch_placement
+from elastic_ep.rank.engine import SHELF_THREADS
 from elastic_ep.weights.bank import Weights, dummy_source
 
 STAGING_MIB = (4, 8, 16, 32, 64)
@@ -43,28 +48,17 @@ HEADS, DIM = 4, 128
 _PATIENCE_S = 60.0
 
 
-class ArrayShelf:
-    """Has a page for every name that was put, `pages` at most: what is put later overwrites it."""
-
-    def __init__(self, page_bytes: int, pages: int) -> None:
-        self._memory = np.ones((pages, page_bytes), np.uint8)
-        self._places: dict[PageName, int] = {}
-        self._next = count()
-
-    def find(self, names: Sequence[PageName]) -> int:
-        return next((place for place, name in enumerate(names) if name not in self._places), len(names))
-
-    def put(self, names: Sequence[PageName], pages: Bytes) -> None:
-        for name, page in zip(names, pages, strict=True):
-            place = next(self._next) % len(self._memory)
-            self._memory[place] = page
-            self._places[name] = place
-
-    def get(self, names: Sequence[PageName], out: Bytes) -> int:
-        found = self.find(names)
-        for row, name in zip(out, names[:found], strict=False):
-            row[:] = self._memory[self._places[name]]
-        return found
+@contextmanager
+def a_shelf(page_bytes: int, pages: int) -> Iterator[Shelf]:
+    """With room for `pages`."""
+    layout = ShelfLayout(1, pages, page_bytes)
+    fd = layout.create()
+    shelf = Shelf(fd, layout, 0, threads=SHELF_THREADS["cuda"])
+    try:
+        yield shelf
+    finally:
+        shelf.close()
+        os.close(fd)
 
 
 def name_of(number: int) -> PageName:
@@ -132,19 +126,16 @@ def fetches(cache: torch.Tensor, pages: int, rounds: int) -> Iterator[dict[str, 
     for streams in STREAMS:
         if streams * pages >= cache.shape[2]:
             return
-        shelf = ArrayShelf(mover.page_bytes, streams * pages)
-        page = np.zeros((1, mover.page_bytes), np.uint8)
-        for number in range(streams * pages):
-            shelf.put([name_of(number)], page)
-        copier = PageCopier(shelf, mover)
-        try:
-            first, last = [], []
-            for _ in range(rounds):
-                times = fetch_all(copier, streams, pages)
-                first.append(times[0])
-                last.append(times[-1])
-        finally:
-            copier.close()
+        first, last = [], []
+        with a_shelf(mover.page_bytes, streams * pages) as shelf:
+            page = np.ones((1, mover.page_bytes), np.uint8)
+            for number in range(streams * pages):
+                shelf.put([name_of(number)], page)
+            with closing(PageCopier(shelf, mover)) as copier:
+                for _ in range(rounds):
+                    times = fetch_all(copier, streams, pages)
+                    first.append(times[0])
+                    last.append(times[-1])
         size = streams * pages * mover.page_bytes
         yield {
             "streams": streams,
@@ -182,7 +173,6 @@ def steps(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     limits = EngineLimits(longest, batch, max(256, batch), PAGE_SIZE, pages)
     engine = Engine(weights, limits, None, graphs=device.type == "cuda")
     mover = CudaPages(engine.runner._ops.caches)
-    shelf = ArrayShelf(mover.page_bytes, options.pages)
     engine._add([[1 + request] * 16 for request in range(batch)], longest)
     while len(engine._run()) < batch:
         pass
@@ -190,8 +180,7 @@ def steps(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     spread: dict[str, list[float]] = {"off": [], "on": []}
     numbers = count()
     stored = 0
-    copier = PageCopier(shelf, mover)
-    try:
+    with a_shelf(mover.page_bytes, options.pages) as shelf, closing(PageCopier(shelf, mover)) as copier:
         for number in range(options.rounds + 1):
             for mode in ("off", "on") if number % 2 else ("on", "off"):
                 times = []
@@ -206,15 +195,14 @@ def steps(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 if number:  # the first round is none
                     blocks[mode].append(percentile(times, 0.5))
                     spread[mode] += times
-    finally:
-        copier.close()
+        dropped = copier.counts.dropped
     added = [(on / off - 1) * 100 for on, off in zip(blocks["on"], blocks["off"], strict=True)]
     return {
         "layers": options.layers,
         "batch": batch,
         "page_kib": mover.page_bytes >> 10,
         "pages_stored": stored,
-        "pages_dropped": copier.dropped,
+        "pages_dropped": dropped,
         "step_ms": {mode: quartiles(times, 4) for mode, times in spread.items()},
         "p99_ms": {mode: round(percentile(times, 0.99), 4) for mode, times in spread.items()},
         "on_over_off_percent": quartiles(added),
