@@ -21,6 +21,8 @@ from elastic_ep.kv.shelf_file import RegionCounts
 Bytes = npt.NDArray[np.uint8]
 MOST_WAITING_BYTES = 256 << 20
 """Of pages that wait to be stored: they are held meanwhile."""
+CLOSE_S = 2.0
+"""How long the end of a copy may take: one of a batch takes milliseconds."""
 log = structlog.get_logger()
 
 
@@ -52,7 +54,7 @@ class Shelf(Protocol):
         ...
 
     def missing(self, names: Sequence[PageName]) -> list[int]:
-        """Which of `names` are not there, as places in it."""
+        """Which of `names` are not there, as places in it. The others count as used."""
         ...
 
     def put(self, names: Sequence[PageName], pages: Bytes) -> int:
@@ -87,7 +89,7 @@ class _Fetch(NamedTuple):
 
 
 class PageCopier:
-    """Everything but `close` is the forward thread's, and never waits for a copy."""
+    """Everything but `close` and `counts` is the forward thread's, and never waits for a copy."""
 
     def __init__(self, shelf: Shelf, mover: PageMover) -> None:
         self.page_bytes = mover.page_bytes
@@ -108,6 +110,10 @@ class PageCopier:
         """Any thread."""
         return self._shelf.counts
 
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
     def on_shelf(self, name: PageName) -> bool:
         return self._shelf.find([name]) == 1
 
@@ -115,15 +121,20 @@ class PageCopier:
         """Those that are on the shelf already count as stored."""
         with self._wake:
             self._stores.extend(pages)
-            while len(self._stores) > self._most_waiting:
-                self._stored.append(self._stores.popleft()[1])
-                self._shelf.note_dropped(1)
+            most = 0 if self._closing else self._most_waiting
+            dropped = [self._stores.popleft()[1] for _ in range(len(self._stores) - most)]
             self._wake.notify()
+        if dropped:
+            self._stored.extend(dropped)
+            self._shelf.note_dropped(len(dropped))
 
     def fetch(self, ticket: int, names: Sequence[PageName], pages: Sequence[int]) -> None:
         """From the first on, as far as they are there. One that fails is one of fewer pages."""
         with self._wake:
-            self._fetches.append(_Fetch(ticket, names, pages))
+            if self._closing:
+                self._fetched.append((ticket, 0))
+            else:
+                self._fetches.append(_Fetch(ticket, names, pages))
             self._wake.notify()
 
     def take_done(self) -> Done:
@@ -133,11 +144,17 @@ class PageCopier:
         )
 
     def close(self) -> None:
-        """Begin nothing more. Copies in progress end, at most one batch."""
+        """Begin nothing more: what waits is over. Waits for the copy in progress, but not for a device that hangs."""
         with self._wake:
             self._closing = True
+            self._stored.extend(page for _, page in self._stores)
+            self._fetched.extend((fetch.ticket, 0) for fetch in self._fetches)
+            self._stores.clear()
+            self._fetches.clear()
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("a copy of pages does not end", seconds=CLOSE_S)
 
     # The copier's thread
 
