@@ -186,6 +186,22 @@ def test_what_ranks_say_of_their_pages_is_in_the_status_and_in_the_metrics() -> 
     simulate(main)
 
 
+def test_the_router_knows_the_pages_of_a_rank_and_who_waits_in_it() -> None:
+    async def main(group: FakeGroup) -> None:
+        group.processes.occupied[1] = []
+        group.kill(1)
+        await group.until(lambda: bool(group.processes.occupied[1]), "it starts again")
+        group.controller.on_message(AGAIN, Heartbeat(0, 0, 0, None, False, PageCounts(total=77)))
+        group.processes.free(1)
+        await group.until(lambda: group.all_serve, "it is back")
+        assert group.router.machine.ranks[AGAIN].num_pages == 77
+        for held, known in (((4, 5), {4, 5}), (None, {4, 5}), ((), set())):
+            group.controller.on_message(AGAIN, replace(report(group), held=held))
+            assert group.router.machine.ranks[AGAIN].held == known
+
+    simulate(main)
+
+
 CAUSES = {
     "a suspicion": (
         lambda group: group.controller.suspect(ALL[1], LossCause.HANG, "hang: it sits there"),

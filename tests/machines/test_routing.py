@@ -517,7 +517,13 @@ class FakeRank:
 
 
 RANKS = st.integers(0, 2)
-PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
+PROMPTS = st.builds(
+    lambda first, alike, last: [first] * alike + last,
+    st.integers(0, 1),
+    st.integers(1, 9),
+    st.lists(st.integers(0, 1), max_size=4),
+)
+"""Most begin alike, so far."""
 PAGE = 2
 
 

@@ -221,3 +221,25 @@ def test_every_mark_counts_the_pages_since_the_one_before() -> None:
     assert machine.ranks[A].pages == 2 * 101 - DEPTHS[15]
     run(machine, ev.CancelRequested(0))
     assert machine.ranks[A].pages == 101
+
+
+def test_who_gave_what_waited_in_it_may_have_room_for_what_was_to_be_moved_before() -> None:
+    """R has no room for a stream that waits for a seat in A; B has, as it begins alike, but requests wait there."""
+    machine = machine_of()
+    alike = tuple(range(1, 1 + marks_of(40 * PAGE, PAGE)))
+    run(
+        machine,
+        ev.RankUp(B),
+        asked(0, 74, *alike, new=3),
+        asked(1, 29, new=3),
+        ev.RankUp(C),
+        asked(2, 44, new=3),
+    )
+    assert [machine.ranks[member].pages for member in (B, C)] == [75 + 30, 45]
+    for member in (B, C):
+        machine.ranks[member].accepting = False
+    run(machine, ev.RankUp(A), *(asked(number, 0, new=3) for number in range(3, 19)))
+    run(machine, asked(19, 59, *alike, new=3), tokens(A, (19, 0)))
+    for member in (B, C):
+        machine.ranks[member].accepting = True
+    assert assigned(run(machine, held(B, 1))) == {1: C, 19: B}
