@@ -243,3 +243,12 @@ def test_who_gave_what_waited_in_it_may_have_room_for_what_was_to_be_moved_befor
     for member in (B, C):
         machine.ranks[member].accepting = True
     assert assigned(run(machine, held(B, 1))) == {1: C, 19: B}
+
+
+def test_who_waited_for_a_seat_stays_when_another_that_waits_has_gone() -> None:
+    """Five seats: the sixth waits for one, another for pages. When that has moved, the sixth has a seat."""
+    machine = machine_of(seats=5)
+    run(machine, ev.RankUp(A), *(asked(number, 30, new=3) for number in range(6)))
+    run(machine, tokens(A, (1, 0)), held(A, 1))
+    assert assigned(run(machine, ev.RankUp(B))) == {1: B}
+    assert list(machine.ranks[A].requests) == [0, 2, 3, 4, 5]

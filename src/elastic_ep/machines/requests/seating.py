@@ -81,6 +81,8 @@ def _one_round(ranks: Collection[Rank], config: RoutingConfig, moved: set[int]) 
 def receiver_of(request: Request, giver: Rank, ranks: Collection[Rank], config: RoutingConfig) -> Rank | None:
     """Which rank takes over a request that waits in `giver`: one where none waits."""
     seats = config.max_num_seqs
+    if len(giver.requests) <= seats and request.asked.request_id not in giver.held:
+        return None  # the seat that it waited for is free: another has moved
     roomy = [
         rank
         for rank in ranks
