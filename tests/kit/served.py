@@ -162,7 +162,7 @@ def server(
         start_new_session=True,
     )
     try:
-        url, run_dir = _await_ready(process)
+        url, run_dir = await_ready(process)
         yield Server(process, url, run_dir, time.monotonic() - started)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -175,7 +175,7 @@ def server(
             process.stdout.close()
 
 
-def _await_ready(process: subprocess.Popen[str]) -> tuple[str, Path]:
+def await_ready(process: subprocess.Popen[str]) -> tuple[str, Path]:
     assert process.stdout is not None
     url: str | None = None
     seen: list[str] = []
