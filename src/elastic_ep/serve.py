@@ -178,8 +178,8 @@ class RunProcess:
             controller = parts.controller
             stack.callback(controller.ledger.close)
             wire.receive(controller.on_message, controller.on_protocol_error)
-            soon = asyncio.get_running_loop().call_soon
-            self._log.begin(self._first_line(parts.machines), parts.machines, soon)
+            later = asyncio.get_running_loop().call_later
+            self._log.begin(self._first_line(parts.machines), parts.machines, later)
             if told.event_log is not None:
                 make_private(Path(told.event_log.folder))
             app = self._app(parts)

@@ -630,21 +630,55 @@ def test_a_reason_that_is_no_whole_text_is_logged_all_the_same(tmp_path: Path) -
     assert main([str(folder), "--quiet"]) == SAME
 
 
+@pytest.mark.parametrize("effects_in_a_turn", [0, 1 << 20])
+def test_what_is_encoded_bit_by_bit_or_by_the_thread_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, effects_in_a_turn: int
+) -> None:
+    at_once = write(tmp_path / "at_once", 5, 120)
+    monkeypatch.setattr(log_writer, "_EFFECTS_IN_A_TURN", effects_in_a_turn)
+    monkeypatch.setattr(log_writer, "SLICE_S", 0.0)
+    monkeypatch.setattr(log_writer, "SHARE", 0.0)
+    monkeypatch.setattr(log_writer, "_LINES_AT_ONCE", 7)
+    due: list[Callable[[], None]] = []
+    turns = 0
+    begin = EventLog.begin
+
+    def begin_with_a_loop(self: EventLog, *arguments: Any) -> None:
+        begin(self, *arguments, later=lambda _seconds, call: due.append(call))
+
+    monkeypatch.setattr(EventLog, "begin", begin_with_a_loop)
+
+    def turn(seed: int, events: int) -> Iterator[Callable[[RoutingMachine], ev.Event]]:
+        nonlocal turns
+        for then in stories(seed, events):
+            yield then
+            assert len(due) == 1, "once, however much waits"
+            if turns % 3:
+                due.pop()()
+            turns += 1
+
+    stories = story
+    monkeypatch.setattr(f"{__name__}.story", turn)
+    bit_by_bit = write(tmp_path / "bit_by_bit", 5, 120)
+    assert turns > 100
+    assert contents(at_once) == contents(bit_by_bit)
+
+
 def test_states_are_taken_when_all_events_are_recorded(tmp_path: Path) -> None:
     """A record may come between another machine's event and its record; what is called soon comes after both."""
-    called: list[Callable[[], None]] = []
+    due: list[Callable[[], None]] = []
     machine = RoutingMachine(CONFIG)
     log = EventLog(tmp_path / "run", max_bytes=20_000)
     config = {"machines": {"routing": {"config": ["RoutingConfig", *dataclasses.astuple(CONFIG)]}}}
-    log.begin(config, {"routing": machine}, called.append)
+    log.begin(config, {"routing": machine}, lambda _seconds, call: due.append(call))
     for then in story(2, 200):
         event = then(machine)
         effects = machine.step(event)
         log.note("of another")
         log.record("routing", event, effects)
-        for call in called:
+        for call in list(due):
+            due.remove(call)
             call()
-        called.clear()
         log.flush()
     log.close()
     assert len(contents(tmp_path / "run")) > 2

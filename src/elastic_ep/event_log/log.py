@@ -1,7 +1,8 @@
 """The event log of a run: every event that a machine heard, with the effects that it caused.
 
 `elastic_ep.replay` feeds them to fresh machines and compares. Other facts (measured stalls, times of death notices) are
-notes between them. A thread of its own encodes and writes (`writer.py`), so no disk makes the event loop wait.
+notes between them. What is recorded is encoded later, a bit at a time, and a thread of its own writes it (`writer.py`),
+so no disk makes the event loop wait.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from elastic_ep.config import EventLogMode
-from elastic_ep.event_log.writer import Item, LogWriter
+from elastic_ep.event_log.writer import Item, Later, LogWriter
 from elastic_ep.machines.machine import Machine
 
 
@@ -22,10 +23,8 @@ class Note(Protocol):
     def __call__(self, kind: str, /, **facts: Any) -> None: ...
 
 
-Soon = Callable[[Callable[[], None]], object]
-
-
-def _at_once(call: Callable[[], None]) -> None:
+def at_once(_seconds: float, call: Callable[[], None]) -> None:
+    """A `Later` for where there is no event loop."""
     call()
 
 
@@ -48,7 +47,7 @@ class EventLog:
         self._writer = LogWriter(folder, mode, max_bytes) if folder is not None and recorded else None
         self.private = self._writer is not None and mode is EventLogMode.IDS
         """What is recorded must not tell of any text; where that is in no field marked so, whoever records sees to it."""
-        self._soon: Soon = _at_once
+        self._later: Later = at_once
         self._clock_ns = clock_ns
         self._machines: Mapping[str, Machine[Any, Any]] = {}
         self._captures = 0
@@ -62,17 +61,18 @@ class EventLog:
         self,
         run: Mapping[str, Any],
         machines: Mapping[str, Machine[Any, Any]] | None = None,
-        soon: Soon = _at_once,
+        later: Later = at_once,
     ) -> None:
         """The first line, of `run`: what replay needs to build the same machines.
 
         `machines` are asked for their states where a new file begins; without them there is one file without a limit.
-        `soon` calls a function when no machine is between an event and its record any more: states are read then.
+        `later` is the event loop's `call_later`: lines are encoded then, and states are read when no machine is between an
+        event and its record.
         """
-        self._soon = soon
+        self._later = later
         self._machines = machines or {}
         if self._writer:
-            self._writer.begin(self._clock_ns(), run)
+            self._writer.begin(self._clock_ns(), run, later)
 
     def record(self, machine: str, event: object, effects: Sequence[object], cause: int = 0) -> None:
         """Neither `event` nor `effects` may change afterwards: they are encoded later.
@@ -100,7 +100,7 @@ class EventLog:
         writer.put(item)
         if writer.wanted > self._captures and self._machines:
             self._captures += 1
-            self._soon(self._capture)
+            self._later(0, self._capture)
 
     def _capture(self) -> None:
         assert self._writer is not None

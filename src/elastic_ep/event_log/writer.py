@@ -1,4 +1,7 @@
-"""What the event log's thread does: encodes lines, numbers and chains them, begins new files and deletes old ones.
+"""Encodes the event log's lines some at a time; a thread numbers and chains them, begins new files and deletes old ones.
+
+HAZARD: encoding is not the thread's. It takes the interpreter lock for most of its time, and the event loop, which gives
+that away at each system call, would wait for it again and again: together they take twice as long.
 
 A line is a JSON object. It carries its number and a checksum over all lines of the run up to it, so an edited, deleted
 or inserted line is found. A file begins with what the run was and, from the second on, with the state of every machine:
@@ -8,6 +11,7 @@ replay can begin at any of them, when older ones have been deleted. That is said
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 import zlib
@@ -28,8 +32,9 @@ FORMAT = 3
 """Of the lines, and of the machines' events in them."""
 BATCH_S = 0.05
 """A kill of the run process loses about so much of the log's end."""
-SLICE_S, PAUSE_S = 1e-4, 2e-5
-"""The thread encodes for so long, then lets others run."""
+SLICE_S = 2e-4
+"""So much is encoded in a turn of the event loop, or `SHARE` of the time since the last turn, if that is more."""
+SHARE = 0.2
 MAX_PENDING = 50_000
 """Lines that wait for a disk that hangs, before the log ends: some tens of MB."""
 PATIENCE_S = 5.0
@@ -38,7 +43,13 @@ _NOTE_BYTES = 256
 """More than it takes to say that a file is deleted, or what is the same in each first line."""
 _ROW = 4096
 _EFFECTS_AT_ONCE = 16
+_EFFECTS_IN_A_TURN = 512
+"""What has more is encoded by the thread."""
+_LINES_AT_ONCE = 256
+"""The thread is given so many, at least, while there are more to encode."""
 
+Later: TypeAlias = Callable[[float, Callable[[], None]], object]
+"""Calls a function after so many seconds; 0: in the next turn of the event loop."""
 Item: TypeAlias = tuple[int, str, Any, Any, int]
 """(time, machine, event, effects, cause); a note has no machine: (time, "", kind, facts, 0)."""
 
@@ -46,6 +57,13 @@ Item: TypeAlias = tuple[int, str, Any, Any, int]
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _encode_quickly = msgspec.json.Encoder().encode
 _operators = structlog.get_logger()
+
+
+class _Line(NamedTuple):
+    """Encoded, but for its number and its checksum."""
+
+    t_ns: int
+    text: bytes
 
 
 class _States(NamedTuple):
@@ -78,10 +96,17 @@ class LogWriter:
         self._checksum = 0
         self._lines: list[bytes] = []
         self._bytes = 0
-        self._pending: deque[Item | _States | threading.Event] = deque()
+        self._later: Later
+        self._items: deque[Item | _States] = deque()
+        """To be encoded."""
+        self._due = False
+        """`_encode_some` will be called."""
+        self._left_off = math.inf
+        """When the last turn ended that did not encode them all."""
+        self._pending: deque[_Line | Item | _States | threading.Event] = deque()
+        """For the thread."""
         self._ended = False
         self._wake = threading.Event()
-        self._hurry = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._main, name="event log", daemon=True)
 
@@ -90,8 +115,9 @@ class LogWriter:
         """Of the file that is written to."""
         return self._files.path
 
-    def begin(self, t_ns: int, run: Mapping[str, Any]) -> None:
-        """Write the first line; the thread begins."""
+    def begin(self, t_ns: int, run: Mapping[str, Any], later: Later) -> None:
+        """Write the first line; the thread begins. `later` calls what encodes, on the thread that calls all the rest."""
+        self._later = later
         self._run = "".join(_pieces({"format": FORMAT, "mode": self._mode, "began_ns": t_ns, **run}))
         self._begin_file(t_ns, "{}")
         self._thread.start()
@@ -100,31 +126,28 @@ class LogWriter:
         """Does not block."""
         if self._ended:
             return
-        if len(self._pending) >= MAX_PENDING:
+        if len(self._items) + len(self._pending) >= MAX_PENDING:
             self._end("the disk does not keep up")
             return
-        self._pending.append(item)
-        if not self._wake.is_set():
-            self._wake.set()
+        self._put(item)
 
     def put_states(self, t_ns: int, states: Mapping[str, snapshot.State]) -> None:
-        self._pending.append(_States(t_ns, states))
-        self._wake.set()
+        self._put(_States(t_ns, states))
 
     def flush(self) -> None:
         """Return when what was put is written, or the log has ended."""
+        self._encode_until(math.inf)
         if self._thread.is_alive():
             written = threading.Event()
             self._pending.append(written)
-            self._hurry.set()
             self._wake.set()
             written.wait(PATIENCE_S)
 
     def close(self) -> None:
         if self._closing:
             return
+        self._encode_until(math.inf)
         self._closing = True
-        self._hurry.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(PATIENCE_S)
@@ -136,14 +159,43 @@ class LogWriter:
         if self._files.empty:
             self._files.remove()
 
+    def _put(self, item: Item | _States) -> None:
+        self._items.append(item)
+        if not self._due:
+            self._due = True
+            self._later(BATCH_S, self._encode_some)
+
+    def _encode_some(self) -> None:
+        """Lines are encoded some at a time: one by one, between other work, each costs twice as much."""
+        began = time.monotonic()
+        self._encode_until(began + max(SLICE_S, SHARE * (began - self._left_off)))
+        self._due = bool(self._items)
+        self._left_off = time.monotonic() if self._due else math.inf
+        if not self._due or len(self._pending) >= _LINES_AT_ONCE:
+            self._wake.set()
+        if self._due:
+            self._later(0, self._encode_some)
+
+    def _encode_until(self, end: float) -> None:
+        if self._ended:
+            self._items.clear()
+        try:
+            while self._items:
+                item = self._items.popleft()
+                as_it_is = isinstance(item, _States) or len(item[3]) > _EFFECTS_IN_A_TURN
+                self._pending.append(item if as_it_is else self._line(*item))
+                if time.monotonic() >= end:
+                    break
+        except Exception as error:
+            self._items.clear()
+            _operators.exception("an event cannot be encoded")
+            self._end(repr(error))
+
     # The thread
 
     def _main(self) -> None:
-        """Lines are encoded some at a time: one by one, between other work, each costs twice as much."""
         while not self._ended:
             self._wake.wait()
-            self._hurry.wait(BATCH_S)
-            self._hurry.clear()
             self._wake.clear()
             closing = self._closing
             try:
@@ -161,14 +213,7 @@ class LogWriter:
                 item.set()
 
     def _take(self) -> None:
-        """HAZARD: the event loop gives the interpreter lock away at each system call, and has to wait for it as long as
-        this thread keeps it. So it is given back often, and for long enough to be taken.
-        """
-        pause_at = time.monotonic() + SLICE_S
         for _ in range(len(self._pending)):
-            if time.monotonic() >= pause_at and not self._closing:
-                time.sleep(PAUSE_S)
-                pause_at = time.monotonic() + SLICE_S
             item = self._pending.popleft()
             if isinstance(item, threading.Event):
                 try:
@@ -178,7 +223,7 @@ class LogWriter:
             elif isinstance(item, _States):
                 self._turn(item)
             else:
-                self._add(self._line(*item))
+                self._add(item if isinstance(item, _Line) else self._line(*item))
         self._write()
         self.wanted = self._turns + self._files.long
 
@@ -189,12 +234,14 @@ class LogWriter:
 
     # Lines
 
-    def _line(self, t_ns: int, machine: str, what: Any, more: Any, cause: int) -> dict[str, Any]:
+    def _line(self, t_ns: int, machine: str, what: Any, more: Any, cause: int) -> _Line:
         if not machine:
-            return {"t_ns": t_ns, "note": what, **more}
+            # What is in a note nobody has made plain, and JSON's own encoder takes nothing else.
+            return _Line(t_ns, _encoded({"t_ns": t_ns, "note": what, **more}))
         effects = [self._plain(effect) for effect in more]
         heard = {"t_ns": t_ns, "machine": machine, "heard": self._plain(what)}
-        return {**heard, **({"cause": cause} if cause else {}), "effects": effects}
+        fields = {**heard, **({"cause": cause} if cause else {}), "effects": effects}
+        return _Line(t_ns, _text(fields, self._encoded))
 
     def _turn(self, put: _States) -> None:
         """Begin a new file, with the machines' states."""
@@ -213,11 +260,9 @@ class LogWriter:
         self._write()
         files.head_written()
 
-    def _add(self, fields: Mapping[str, Any]) -> None:
-        # What is in a note nobody has made plain, and JSON's own encoder takes nothing else.
-        text = _text(fields, self._encoded if "machine" in fields else _encoded)
-        self._make_room(len(text), int(fields["t_ns"]))
-        self._chain(text)
+    def _add(self, line: _Line) -> None:
+        self._make_room(len(line.text), line.t_ns)
+        self._chain(line.text)
 
     def _make_room(self, size: int, t_ns: int) -> None:
         """For a line, and for one more that says what is deleted."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import structlog
 
 from elastic_ep.config import RankConfig
-from elastic_ep.event_log.log import EventLog
+from elastic_ep.event_log.log import EventLog, at_once
+from elastic_ep.event_log.writer import Later
 from elastic_ep.machines.rank.events import Effect, Event, StepsFailed
 from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.machines.registry import arguments
@@ -24,14 +25,15 @@ log = structlog.get_logger()
 class MachineLog:
     """Control loop only. Begins at once; a disk that refuses is a warning, and no reason not to serve."""
 
-    def __init__(self, config: RankConfig, machine: RankMachine) -> None:
+    def __init__(self, config: RankConfig, machine: RankMachine, later: Later = at_once) -> None:
+        """`later`: the control loop's `call_later`."""
         self._told_of_beats = False
         """The first one changes the state: the subscription is proven."""
         machines = {"rank": machine}
         run = {"version": importlib.metadata.version("elastic-ep"), "machines": arguments(machines)}
         try:
             self._log = _opened(config)
-            self._log.begin(run, machines)
+            self._log.begin(run, machines, later)
         except OSError as error:
             log.warning("this rank's events are not logged", why=error.strerror or str(error))
             self._log = EventLog(None)

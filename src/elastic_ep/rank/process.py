@@ -101,7 +101,7 @@ class RankProcess:
         self._life_fd = life_fd
         self._me = Member(config.rank, config.incarnation)
         self._machine = RankMachine(self._me)
-        self._log = MachineLog(config, self._machine)
+        self._log = MachineLog(config, self._machine, lambda s, call: self._loop.call_later(s, call))
         self._mailbox = Mailbox()
         self._outbox = Outbox(self._wake)
         self._engine: Ready | None = None

@@ -38,8 +38,8 @@ def to_plain(value: Any) -> Any:
 
     Bytes become base64 text, and so do many integers, `PACKED_FROM` or more in a tuple: a long prompt would take tens of
     milliseconds as a list, on the event loop at one end and in a rank's control loop at the other. A named tuple holds
-    scalars (no bytes) and other named tuples only. A class that has `plain_fields` says itself which fields; it is for
-    the log only, and cannot be read back.
+    scalars (no bytes) and other named tuples only. A class that has `plain_fields` says itself which fields, as JSON
+    takes them and without text; it is for the log only, and cannot be read back.
     """
     cls = type(value)
     if cls in _PLAIN:

@@ -124,7 +124,7 @@ def _encoder(cls: type) -> Blank:
         return _row_encoder(cls) or _fields_encoder(cls, tuple, [])
     if is_dataclass(cls):
         if hasattr(cls, "plain_fields"):
-            return lambda value: [cls.__name__, *map(without_text, value.plain_fields())]
+            return lambda value: [cls.__name__, *value.plain_fields()]  # plain, as they say
         return _fields_encoder(cls, _getter([field.name for field in fields(cls)]), [cls.__name__])
     if cls is bytes:
         return lambda value: base64.b64encode(value).decode()
