@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from elastic_ep.machines.experts import events as repair
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import GroupState
+from elastic_ep.machines.requests import events as routing
 from elastic_ep.wire.messages import (
     Member,
     Numbered,
@@ -59,6 +60,21 @@ def assert_no_deadline_is_slept_through(group: FakeGroup, until_s: float | None)
             name = type(machine).__name__
             assert until_s is not None, f"{name} waits for {due_ms} ms, and nobody will wake it"
             assert until_s <= due_ms / 1000 + BOUND_S, f"{name} has a deadline that is slept through"
+
+
+# A loss
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_what_a_lost_rank_had_is_given_out_before_anything_else_is_decided(lost: int) -> None:
+    async def main(group: FakeGroup) -> None:
+        group.log.recorded.clear()
+        group.kill(lost)
+
+    heard = [(machine, type(event)) for machine, event, _ in simulate(main).log.recorded]
+    given_out = heard.index(("routing", routing.RankDown))
+    assert ("repair", repair.MembersChanged) in heard
+    assert {machine for machine, _ in heard[:given_out]} == {"membership"}
 
 
 # Deadlines

@@ -294,7 +294,8 @@ class Controller:
                     self._processes.launch(member, self.repairs.placement, self.repairs.peer_weights())
 
     def perform(self, event: ev.Event, effects: Sequence[ev.Effect]) -> None:
-        for effect in effects:
+        # Streams wait for a lost rank's requests to be given out: what else comes of a loss is posted after that.
+        for effect in sorted(effects, key=lambda effect: not isinstance(effect, ev.MemberDown)):
             self._perform(effect)
 
     def _perform(self, effect: ev.Effect) -> None:

@@ -56,6 +56,8 @@ class _Drain:
         self._loop = asyncio.get_running_loop()
         self._paused = False
         """What has come besides is taken in the next turn."""
+        self._sent = False
+        """What has come will be taken, after the sends of this turn."""
         self._fd = int(socket.getsockopt(zmq.FD))
 
     def start(self) -> None:
@@ -63,6 +65,7 @@ class _Drain:
         self._loop.call_soon(self.run)
 
     def run(self) -> None:
+        self._sent = False
         if not self._paused:
             self._take()
 
@@ -89,7 +92,9 @@ class _Drain:
         self._loop.call_soon(call, *arguments)
 
     def after_send(self) -> None:
-        self._loop.call_soon(self.run)
+        if not self._sent:
+            self._sent = True
+            self._loop.call_soon(self.run)
 
     def close(self) -> None:
         self._loop.remove_reader(self._fd)
