@@ -23,6 +23,7 @@ log = structlog.get_logger()
 _GREEDY_BELOW = 1e-5
 _COMPLETION_MAX_TOKENS = 16
 _MOST_UNKNOWN = 20
+_NO_OPTIONS = StreamOptions.model_construct()
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +254,7 @@ def _seed(given: int | None) -> int:
 
 
 def _job(values: Generating, parts: tuple[Part, ...], logprobs: int | None) -> Job:
-    options = values.stream_options or StreamOptions.model_construct()
+    options = values.stream_options or _NO_OPTIONS
     if (options.include_usage or options.continuous_usage_stats) and not values.stream:
         raise bad_value("stream_options", "is only allowed when 'stream' is true.")
     token_ids = values.return_token_ids

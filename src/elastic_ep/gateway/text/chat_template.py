@@ -64,6 +64,8 @@ class ChatTemplate:
         try:
             self.content_form = content_form or wanted_form(_environment().parse(source))
             self._template = _environment().from_string(bound_loops(_environment().parse(source)))
+            # What Jinja has there is a `ChainMap`, and it copies that for every prompt.
+            self._template.globals = dict(self._template.globals)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"does not parse: {error.message} (line {error.lineno})") from error
         # Jinja compiles to Python: what only Python's compiler refuses, or is nested too deeply, ends here.
