@@ -643,8 +643,8 @@ def test_what_is_encoded_bit_by_bit_or_by_the_thread_is_the_same(
     turns = 0
     begin = EventLog.begin
 
-    def begin_with_a_loop(self: EventLog, *arguments: Any) -> None:
-        begin(self, *arguments, later=lambda _seconds, call: due.append(call))
+    def begin_with_a_loop(self: EventLog, run: Any, machines: Any) -> None:
+        begin(self, run, machines, lambda _seconds, call: due.append(call))
 
     monkeypatch.setattr(EventLog, "begin", begin_with_a_loop)
 

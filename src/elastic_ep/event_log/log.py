@@ -66,8 +66,8 @@ class EventLog:
         """The first line, of `run`: what replay needs to build the same machines.
 
         `machines` are asked for their states where a new file begins; without them there is one file without a limit.
-        `later` is the event loop's `call_later`: lines are encoded then, and states are read when no machine is between an
-        event and its record.
+        `later` is the event loop's `call_later`: lines are encoded then, and states are read when no machine is between
+        an event and its record.
         """
         self._later = later
         self._machines = machines or {}
