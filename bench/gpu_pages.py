@@ -5,7 +5,7 @@
 * "fetch": after a kill, `--pages` pages for each of so many streams come from host memory through `PageCopier`, a batch
   at a time.
 * "steps": decode steps of `--batch` sequences in turns with and without a copier that stores a page for one of 16
-  sequences in each step, as many as decodes fill; the model has `--layers` layers and is on one rank alone.
+  sequences in each step, as many as decodes fill; the model has `--step-layers` layers and is on one rank alone.
 
     python -m bench.gpu_pages --out bench/results/gpu_pages.json
     python -m bench.gpu_pages --device cpu --layers 2 --pages 8 --rounds 2 --steps 2 --out /tmp/pages.json    # the script
@@ -164,7 +164,7 @@ def fetch_all(copier: PageCopier, streams: int, pages: int) -> list[float]:
 
 def steps(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Blocks with and without stores, in turns; a ratio is that of two blocks of one round."""
-    spec = qwen3_moe.spec(replace(QWEN3_30B, num_hidden_layers=options.layers))
+    spec = qwen3_moe.spec(replace(QWEN3_30B, num_hidden_layers=options.step_layers))
     placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
     weights = Weights(spec, placement, 0, dummy_source(spec, 0), device, torch.bfloat16)
     longest = 64 + 2 * (options.rounds + 1) * options.steps
@@ -198,7 +198,7 @@ def steps(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         dropped = copier.counts.dropped
     added = [(on / off - 1) * 100 for on, off in zip(blocks["on"], blocks["off"], strict=True)]
     return {
-        "layers": options.layers,
+        "layers": options.step_layers,
         "batch": batch,
         "page_kib": mover.page_bytes >> 10,
         "pages_stored": stored,
@@ -213,6 +213,7 @@ def _options() -> argparse.Namespace:
     parser = command_line(__doc__, "gpu_pages")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--step-layers", type=int, default=4, help="random weights take their time")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pages", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=20)
