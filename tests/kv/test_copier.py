@@ -34,6 +34,7 @@ class Mover:
         self.calls: list[tuple[str, list[int]]] = []
         self.fails: Callable[[str, Sequence[int]], bool] = lambda what, pages: False
         self.held = threading.Event()
+        self.inside = False
         self.arrived: SimpleQueue[str] = SimpleQueue()
         self.let_go: SimpleQueue[None] = SimpleQueue()
         self._staging: Bytes = np.zeros((self.most, self.page_bytes), np.uint8)
@@ -41,8 +42,10 @@ class Mover:
     def _call(self, what: str, pages: Sequence[int]) -> None:
         self.calls.append((what, list(pages)))
         if self.held.is_set():
+            self.inside = True
             self.arrived.put(what)
             self.let_go.get(timeout=DEADLINE_S)
+            self.inside = False
         if self.fails(what, pages):
             raise RuntimeError("the device has failed")
 
@@ -258,6 +261,7 @@ def test_a_device_that_does_not_answer_keeps_nobody_from_closing(
     end.copier.store(end.mover.fill([1]))
     end.mover.wait_for_call()
     end.copier.close()
+    assert end.mover.inside
     end.mover.release()
 
 

@@ -23,6 +23,8 @@ from elastic_ep.kv.shelf_file import HEADER_BYTES, ShelfLayout
 from tests.kit.shelf import content, got, name_of, page, put, shelf_file
 
 SMALL = ShelfLayout(regions=2, slots=4, page_bytes=48)
+ALIKE = [name_of(0)[:12] + last.to_bytes(4, "little") for last in range(3)]
+"""Names with the same bits in the index."""
 
 
 @pytest.fixture
@@ -130,6 +132,12 @@ TestShelfAsADict = ShelfAsADict.TestCase
 TestShelfAsADict.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+def entries(fd: int) -> int:
+    """Of the index of `SMALL`."""
+    places = os.pread(fd, SMALL.headers - SMALL.places, SMALL.places)
+    return int(np.count_nonzero(np.frombuffer(places, np.uint32)))
+
+
 class Killed(BaseException):
     """Between two lines."""
 
@@ -176,6 +184,9 @@ def test_wherever_a_rank_dies_its_pages_are_there_and_its_region_goes_on(full: b
                 assert there[-1:] == before[-1:]
                 assert len(there) >= len(before) - full
                 got(shelf, name_of(100))
+            assert entries(fd) == second.counts.pages, "the index has what is there, and nothing else"
+            assert put(second, name_of(100))
+            assert got(second, name_of(100))
             after = [name_of(200 + number) for number in range(SMALL.slots)]
             assert all(put(second, name) for name in after)
             assert reader.find(after) == len(after)
@@ -215,6 +226,19 @@ def test_a_flipped_bit_of_a_page_is_found_counted_and_put_right(fd: int) -> None
     assert reader.get(names, out) == 3
     assert out.tobytes() == b"".join(content(name, SMALL.page_bytes) for name in names)
     assert reader.counts.bad == 1
+
+
+def test_a_page_that_was_bad_is_not_there_for_the_next_incarnation_either(fd: int) -> None:
+    writer, reader = Shelf(fd, SMALL, 0), Shelf(fd, SMALL, 1)
+    put(writer, name_of(0))
+    os.pwrite(fd, b"?", SMALL.page_at(0, 0) + 7)
+    assert not got(reader, name_of(0))
+    heir = Shelf(fd, SMALL, 0)
+    assert (heir.counts.pages, entries(fd)) == (0, 0)
+    assert put(heir, name_of(1))
+    assert put(heir, name_of(0))
+    assert got(reader, name_of(0))
+    assert got(reader, name_of(1))
 
 
 @pytest.mark.parametrize("bit", [0, 6])
@@ -338,14 +362,26 @@ def test_what_does_not_fit_the_shelf_is_refused(fd: int) -> None:
 
 
 def test_names_that_the_index_cannot_tell_apart_are_different_pages(fd: int) -> None:
-    alike = [name_of(0)[:12] + last.to_bytes(4, "little") for last in range(3)]
+    alike = ALIKE
     writer, reader = Shelf(fd, SMALL, 0), Shelf(fd, SMALL, 1)
     assert put(writer, alike[0])
     assert put(writer, alike[1])
     assert [reader.find([name]) for name in alike] == [1, 1, 0]
     assert reader.find(alike) == reader.find(alike[:2]) == 2
     assert reader.missing(alike) == [2]
+    assert reader.find([*alike[:2] * 5, alike[2]]) == 10
     assert [got(reader, name) for name in alike] == [True, True, False]
+
+
+def test_a_header_with_another_name_is_not_that_page(fd: int) -> None:
+    """The index cannot tell the two apart."""
+    stored, wanted, _ = ALIKE
+    writer, reader = Shelf(fd, SMALL, 0), Shelf(fd, SMALL, 1)
+    put(writer, stored)
+    os.pwrite(fd, wanted, SMALL.header_at(0, 0) + 8)
+    assert reader.find([wanted]) == 1, "nobody has looked yet"
+    assert not got(reader, wanted)
+    assert reader.counts.bad == 1
 
 
 def test_many_pages_find_room_in_the_index() -> None:
