@@ -8,7 +8,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -29,6 +29,7 @@ from elastic_ep.wire.messages import (
     SamplingParams,
     ToRank,
 )
+from elastic_ep.wire.privacy import TokenId
 from elastic_ep.wire.store_messages import StoreSet
 
 
@@ -228,6 +229,23 @@ def test_bytes_that_are_not_base64_are_malformed(value: Any) -> None:
     plain[-1] = value
     with pytest.raises(MalformedMessage):
         decode(json.dumps(plain).encode(), FromRank)
+
+
+@dataclass(frozen=True)
+class Nested:
+    rows: tuple[tuple[int, ...], ...]
+    layers: tuple[tuple[tuple[int, ...], ...], ...]
+    maybe: tuple[tuple[TokenId, ...] | None, ...]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(PACKED_FROM - 2, PACKED_FROM + 2), max_size=3))
+def test_rows_of_many_integers_come_back(lengths: list[int]) -> None:
+    """As the slots of a placement, with more experts in a layer than a row's list is written out for."""
+    rows = tuple(tuple(range(length)) for length in lengths)
+    for record in (Nested(rows, (rows, rows), (*rows, None)), Nested(((1, 2),) * PACKED_FROM, (), ())):
+        assert decode(encode(record), Nested) == record
+        assert unpack(pack(record), Nested) == record
 
 
 LONG = st.lists(st.integers(-(2**70), 2**70) | st.integers(0, 9), min_size=1, max_size=4)

@@ -256,7 +256,7 @@ def _union_shape(arms: tuple[Any, ...]) -> tuple[Any, _Build | None]:
 
 def _sequence_shape(item: Any) -> tuple[Any, _Build | None]:
     shape, build = _shape(item)
-    if item is int or int in typing.get_args(item):
+    if getattr(item, "__origin__", item) is int:  # Annotated[int, ...] too, but no tuple of them
         return _tuple[shape, ...] | str, lambda plain: tuple(_unpack(plain)) if type(plain) is str else plain
     if build is None:
         return _tuple[shape, ...], None
