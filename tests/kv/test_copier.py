@@ -44,8 +44,10 @@ class Mover:
         if self.held.is_set():
             self.inside = True
             self.arrived.put(what)
-            self.let_go.get(timeout=DEADLINE_S)
-            self.inside = False
+            try:
+                self.let_go.get(timeout=DEADLINE_S)
+            finally:
+                self.inside = False
         if self.fails(what, pages):
             raise RuntimeError("the device has failed")
 

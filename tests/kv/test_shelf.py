@@ -195,6 +195,21 @@ def test_wherever_a_rank_dies_its_pages_are_there_and_its_region_goes_on(full: b
     assert lines > 20, "it never died within"
 
 
+def test_the_next_incarnation_evicts_in_the_order_of_use(fd: int) -> None:
+    writer, reader = Shelf(fd, SMALL, 0), Shelf(fd, SMALL, 1)
+    for number in (0, 1, 2, 3):
+        put(writer, name_of(number))
+    for number in (1, 0):
+        assert got(writer, name_of(number))
+    assert got(reader, name_of(3))
+    # 3 is passed over once, as another rank has used it
+    for new, gone in ((10, 2), (11, 1), (12, 0), (13, 10), (14, 3)):
+        heir = Shelf(fd, SMALL, 0)
+        assert heir.find([name_of(gone)])
+        assert put(heir, name_of(new))
+        assert not heir.find([name_of(gone)])
+
+
 def test_a_page_that_two_regions_have_is_there_until_both_have_lost_it(fd: int) -> None:
     one, other = (Shelf(fd, SMALL, region) for region in range(2))
     name = name_of(0)
