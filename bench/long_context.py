@@ -71,6 +71,8 @@ def kills_of(
     step = median([gap for own in stamps for gap in gaps_ms(own)])
     ends = [*(one["at_ns"] for one in struck), float("inf")]
     by_kill = [longest_gaps_ms(stamps, kill, until) for kill, until in pairwise(ends)]
+    for one_kill, of_kill in zip(struck, by_kill, strict=True):
+        one_kill["longest_gaps_ms"] = [round(gap, 1) for gap in sorted(of_kill)]
     every = [gap for of_kill in by_kill for gap in of_kill]
     told = {
         **one.described(),

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 _COLOURS = {"old": "#d7263d", "new": "#4d9de0"}
 
@@ -30,6 +31,7 @@ def draw_gaps(gaps: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None
             label = f"{name}, {'longest' if share == 1 else 'median'}"
             kills.plot(range(1, len(longest) + 1), longest, style, color=_COLOURS.get(name), label=label)
     shares.set_xscale("log")
+    shares.xaxis.set_minor_formatter(NullFormatter())
     shares.set_yscale("log")
     shares.set_xlabel("longest gap in a client's stream after a kill, ms")
     shares.set_ylabel("share of streams with one as long")
