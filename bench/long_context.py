@@ -27,11 +27,13 @@ from statistics import median
 from typing import Any
 
 import aiohttp
+import psutil
 from tests.kit.served import Server, http, percentile, summary, write_result
 
 from bench.kit.command_line import command_line
 from bench.kit.deliveries import deliveries, gaps_ms, longest_gaps_ms
 from bench.kit.gap_plot import draw_gaps
+from bench.kit.load import cpu_seconds
 from bench.kit.long_prompts import long_prompt
 from bench.kit.long_streams import Load, answered, asks, complete, with_kills
 from bench.kit.sections import gpu, quartiles
@@ -137,34 +139,43 @@ def cost(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if options.old:
         kept.append(side("old", arguments, options.old.resolve()))
     rates: dict[str, list[float]] = {one.name: [] for one in kept}
+    busy: dict[str, list[float]] = {one.name: [] for one in kept}
     for number in range(options.rounds):
         for one in kept if number % 2 else reversed(kept):
             with one.server(scratch / "runs") as target:
-                rates[one.name].append(asyncio.run(tokens_a_second(target, options, number)))
-        print({name: round(values[-1], 1) for name, values in rates.items()})
+                rate, cpu = asyncio.run(tokens_a_second(target, options, number))
+                rates[one.name].append(rate)
+                busy[one.name].append(cpu)
+        print({name: (round(rates[name][-1], 1), round(busy[name][-1], 3)) for name in rates}, flush=True)
     return {
         **{
             one.name: {**one.described(), "tokens_per_s": [round(x, 1) for x in rates[one.name]]}
             for one in kept
         },
         "on_of_off": quartiles([on / off for on, off in zip(rates["on"], rates["off"], strict=True)], 4),
+        "cpu_ms_a_token": {name: quartiles(values, 4) for name, values in busy.items()},
+        "cpu_on_of_off": quartiles([on / off for on, off in zip(busy["on"], busy["off"], strict=True)], 4),
     }
 
 
-async def tokens_a_second(target: Server, options: argparse.Namespace, number: int) -> float:
-    """Of streams that begin together, each with a prompt that is new; prompts' tokens count as well."""
+async def tokens_a_second(target: Server, options: argparse.Namespace, number: int) -> tuple[float, float]:
+    """Of streams that begin together, each with a prompt that is new; prompts' tokens count as well. And milliseconds of
+    processor time a token, of all processes: other work on the machine disturbs that less.
+    """
+    root = psutil.Process(target.process.pid)
     first = (number + 1) * 1_000_000
     async with http() as session:
         warm = Load(target, iter(list(asks_of(first, options.streams))), DECODE_PROMPT, 16, options.streams)
         await warm.run(session)
-        began = time.monotonic()
+        began, used = time.monotonic(), cpu_seconds(root)[0]
         wanted = asks_of(first + options.streams, options.streams * options.turns)
         load = Load(target, iter(wanted), options.prompt_tokens, options.max_tokens, options.streams)
         await load.run(session)
-        took = time.monotonic() - began
+        took, used = time.monotonic() - began, cpu_seconds(root)[0] - used
     if load.errors or warm.errors:
         raise RuntimeError(f"requests failed: {(load.errors + warm.errors)[:3]}")
-    return sum(one.prompt_tokens + one.generated for one in load.answers.values()) / took
+    tokens = sum(one.prompt_tokens + one.generated for one in load.answers.values())
+    return tokens / took, 1000 * used / tokens
 
 
 def asks_of(first: int, count: int) -> list[Any]:
