@@ -23,7 +23,7 @@ ALL_STORED = signal.SIGUSR1
 IN_READ = signal.SIGUSR2
 """With pages read from the cache, of which the shelf has nothing yet."""
 IN_PUT = signal.SIGRTMIN
-"""With a page's bytes on the shelf, and its header unfinished."""
+"""With half of a page's bytes on the shelf."""
 IN_WRITE = signal.SIGRTMAX
 """With one page fetched from the shelf that is in the cache, and more to come."""
 _WAYS = (ALL_STORED, IN_READ, IN_PUT, IN_WRITE)
@@ -72,6 +72,16 @@ def _watch_what_waits() -> None:
     StepRunner.run_step = mortal_step  # type: ignore[method-assign]
 
 
+def _in_halves(write: Callable[[Shelf, int, Any], None]) -> Callable[..., None]:
+    def halfway(self: Shelf, slot: int, page: Any) -> None:
+        if IN_PUT in _told:
+            write(self, slot, page[: len(page) // 2])
+            _die_if_told(IN_PUT)
+        write(self, slot, page)
+
+    return halfway
+
+
 def _page_by_page(write: Callable[[CpuPages, Sequence[int], Any], None]) -> Callable[..., None]:
     def slowly(self: CpuPages, pages: Sequence[int], data: Any) -> None:
         for place, page in enumerate(pages):
@@ -87,7 +97,7 @@ def main(config_json: str, files: SharedFiles, life_fd: int) -> int:
     _watch_what_waits()
     CpuPages.read = _after(CpuPages.read, IN_READ)  # type: ignore[method-assign]  # to die there
     CpuPages.write = _page_by_page(CpuPages.write)  # type: ignore[method-assign]
-    Shelf._write = _after(Shelf._write, IN_PUT)  # type: ignore[method-assign]
+    Shelf._write = _in_halves(Shelf._write)  # type: ignore[method-assign]
     return rank.main(config_json, files, life_fd)
 
 
