@@ -186,6 +186,34 @@ def test_who_says_how_much_it_wants_never_pauses_once_it_has_begun(data: st.Data
     raise AssertionError("never done")
 
 
+def test_a_stream_that_has_its_pages_back_does_not_wait_behind_a_new_prompt() -> None:
+    """The prompt began while they were on their way."""
+    scheduler = Scheduler(EngineLimits(400, 4, 16, 16, 100), on_shelf=lambda name: name in moved.names)
+    moved = Sequence(1, [1] * 100, 90, PARAMS, 0, 0)
+    scheduler.add(moved)
+    assert scheduler.schedule() == []
+    (fetch,) = scheduler.take_copies().fetch
+    scheduler.add(sequence(2, 200))
+    scheduler.commit(scheduler.schedule())
+    scheduler.fetched(fetch.ticket, len(fetch.names))
+    first, second = scheduler.schedule()
+    assert (first.sequence, first.start, first.length, first.samples) == (moved, 96, 4, True)
+    assert second.length == 12
+
+
+def test_a_moved_stream_has_its_pages_copied_while_a_prompt_takes_whole_steps() -> None:
+    scheduler = Scheduler(EngineLimits(400, 4, 16, 16, 100), on_shelf=lambda name: name in moved.names)
+    moved, late = Sequence(1, [1] * 100, 90, PARAMS, 0, 0), sequence(3, 20)
+    scheduler.add(sequence(2, 200))
+    scheduler.commit(scheduler.schedule())
+    scheduler.add(late)
+    scheduler.add(moved)
+    scheduler.commit(scheduler.schedule())
+    (fetch,) = scheduler.take_copies().fetch
+    assert scheduler.fetching == {fetch.ticket: moved}
+    assert list(scheduler.waiting) == [late]
+
+
 def test_a_suspect_is_computed_by_itself_until_it_has_proved_itself() -> None:
     """In every other step, so that the others go on; if the device breaks then, there is one to blame."""
     scheduler = Scheduler(EngineLimits(40, 4, 20, 4, 40))

@@ -187,18 +187,23 @@ class Scheduler:
         budget = self._limits.max_num_batched_tokens - len(chunks)
         if prompt_tokens is not None and (len(chunks) < len(self.running) or self.waiting):
             budget = min(budget, prompt_tokens())
-        for sequence in self.running if len(chunks) < len(self.running) else ():
+        for sequence in self._prompts() if len(chunks) < len(self.running) else ():
             length = min(budget, len(sequence.tokens) - sequence.computed)
-            if sequence.computed + 1 < len(sequence.tokens) and length > 0:
+            if length > 0:
                 chunks.append(Chunk(sequence, sequence.computed, length))
                 budget -= length
-        while budget > 0 and (admitted := self._admit()):
-            if admitted not in self.running:
-                continue
+        # Who is in mid-answer has its pages copied, whatever is left for others to compute.
+        while (budget > 0 or self._in_mid_answer()) and (admitted := self._admit()):
             length = min(budget, len(admitted.tokens) - admitted.computed)
-            chunks.append(Chunk(admitted, admitted.computed, length))
-            budget -= length
+            if admitted in self.running and length > 0:
+                chunks.append(Chunk(admitted, admitted.computed, length))
+                budget -= length
         return chunks or self._one_suspect()
+
+    def _prompts(self) -> list[Sequence]:
+        """Those with more than one token to compute. Who is in mid-answer has but a few, which its client waits for."""
+        prompts = [one for one in self.running if one.computed + 1 < len(one.tokens)]
+        return sorted(prompts, key=lambda one: not one.output_len)
 
     def commit(self, chunks: list[Chunk]) -> None:
         """The chunks are in the KV cache. The device is idle meanwhile: pages get their names later."""
