@@ -9,16 +9,12 @@ steps do with pages that they do not hold (padding) touches the null page alone.
 HAZARD: the thread that calls has device 0 as its current one, and what `torch.cuda.stream` puts back at its end is that
 device's stream, which makes a context there, on another rank's GPU: so the device is entered first.
 
-HAZARD: an event that blocks is one that the driver tells of. Under MPS it says nothing for as long as a dead client's
-kernels run (a second, seen on an H200): just when a stream waits for its pages. So the event is looked at.
-
 HAZARD: the first launch of a kernel may wait for all that runs on the device, and in a step that may be kernels which
 wait for a peer. So all kernels of this are loaded once at the start, when nothing runs.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -31,7 +27,6 @@ from elastic_ep.kv.page_table import NULL_PAGE
 STAGING_BYTES = 32 << 20
 """Of pinned memory. A batch of so many bytes takes most of a millisecond over PCIe, some twenty times what it costs to
 begin and to end one; to pin it takes milliseconds, and a dead rank's is given back as fast as if there were none."""
-_LOOK_S = 0.0001
 _WORD = torch.int64
 """What is copied, whatever the cache holds."""
 
@@ -61,7 +56,7 @@ class CudaPages:
         self._numbers = torch.empty(rows, dtype=torch.int64, device=cache.device)
         self._host_numbers = torch.empty(rows, dtype=torch.int64, pin_memory=on_device)
         self._stream = torch.cuda.Stream(cache.device) if on_device else None
-        self._ended = torch.cuda.Event() if on_device else None
+        self._ended = torch.cuda.Event(blocking=True) if on_device else None
         if self._stream is not None:  # the cache may just have been made
             self._stream.wait_stream(torch.cuda.current_stream(cache.device))
         self.write([NULL_PAGE], self.read([NULL_PAGE]))
@@ -130,5 +125,4 @@ class CudaPages:
                     yield
                 finally:
                     self._ended.record()
-                    while not self._ended.query():
-                        time.sleep(_LOOK_S)
+                    self._ended.synchronize()
