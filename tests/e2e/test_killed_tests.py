@@ -106,7 +106,10 @@ def starts(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, called
 
 
-SHORT = {("tests/kit/served.py", "subprocess.run"), ("bench/kit/sections.py", "subprocess.run")}
+SHORT = {
+    (name, "subprocess.run")
+    for name in ("tests/kit/served.py", "bench/kit/sections.py", "bench/kit/sides.py")
+}
 """Programs that ask for a fact and end by themselves."""
 OWN = {("bench/gpu_failover.py", "subprocess.run"), ("bench/kit/failover_rank.py", "os.fork")}
 """The MPS daemon of a bench, and ranks of a fork server that is bound itself and kills them at its end."""
