@@ -55,7 +55,7 @@ def test_nothing_outlives_the_run_process(directory: Path, stopped: bool, killed
 
 STARTING = """
 import asyncio, os, sys
-from elastic_ep.host.fork_messages import LaunchOptions
+from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.launcher import Launcher
 async def main():
     options = LaunchOptions("rank_entries:main", ("rank_entries", "never_done"), sys.argv[1])
