@@ -25,7 +25,7 @@ REFUSED = """
     --mem-fraction-static 0.88 | --kv-cache-memory-bytes 1G | --max-total-tokens 1000
     --dtype bfloat16 | --dtype float16 | --quantization fp8 | -q awq | --kv-cache-dtype fp8 | --enforce-eager
     --disable-cuda-graph | --disable-radix-cache | --disable-prefix-caching | --max-running-requests 64
-    --context-length 4096 | --enable-hierarchical-cache
+    --context-length 4096 | --enable-sleep-mode
     --chunked-prefill-size 512 | --random-seed 1 | --watchdog-timeout 30 | --completion-template x.jinja
     --tool-call-parser hermes | --enable-auto-tool-choice | --reasoning-parser qwen3 | --speculative-config {}
     --speculative-algorithm EAGLE | --enable-lora | --lora-paths a=b | --block-size 32 | --page-size 64 | --nnodes 2

@@ -67,6 +67,7 @@ _SWITCHED_ON = {
     "a lost rank is always survived": "--enable-elastic-ep --enable-fault-tolerance --enable-elastic-expert-backup",
     "no code of a model folder is ever run": "--trust-remote-code --no-trust-remote-code",
     "prompts are always computed in chunks": "--enable-chunked-prefill --enable-mixed-chunk",
+    "pages are kept in host memory unless --kv-shelf-gib is 0": "--enable-hierarchical-cache",
     "usage always tells cached_tokens": "--enable-cache-report --enable-prompt-tokens-details",
     "requests are not logged": "--disable-log-requests --no-enable-log-requests --no-log-requests",
     "statistics are served at /metrics, not logged": "--disable-log-stats --enable-metrics",
@@ -95,7 +96,7 @@ _SWITCHES = {
         "--is-embedding --enable-multimodal --enable-prompt-embeds --enable-mm-embeds --language-model-only"
     ),
     "cannot be honoured: it is not implemented": (
-        "--enable-hierarchical-cache --enable-sleep-mode --enable-two-batch-overlap --enable-dbo "
+        "--enable-sleep-mode --enable-two-batch-overlap --enable-dbo "
         "--enable-single-batch-overlap "
         "--enable-memory-saver --disable-overlap-schedule --enable-return-routed-experts "
         "--enable-nan-detection --enable-server-load-tracking --enable-dp-lm-head --headless --disable-fastapi-docs "
@@ -152,7 +153,7 @@ _VALUES = {
         "--lora-modules --lora-paths --max-loras --max-lora-rank --max-loras-per-batch --lora-backend"
     ),
     "cannot be honoured: pages of the KV cache have 16 tokens": "--block-size=16 --page-size=16",
-    "cannot be honoured: nothing is kept beside the device's memory": (
+    "cannot be honoured: host memory for KV cache is what --kv-shelf-gib says": (
         "--swap-space=0 --cpu-offload-gb=0 --kv-offloading-size=0 --hicache-ratio --hicache-size"
     ),
     "cannot be honoured: requests are served in the order in which they came": (

@@ -153,7 +153,7 @@ class Shelf:
         here = checked[_NAME * _WORD : _SUM * _WORD] == name and summed & _LOWER == len(out)
         if sequence % 2 or not here:
             return False
-        copied = os.preadv(self._fd, [memoryview(out)], self.layout.page_at(region, slot))  # type: ignore[arg-type]
+        copied = os.preadv(self._fd, [out.data], self.layout.page_at(region, slot))
         if header.tobytes() != checked:
             return False  # overtaken by its writer
         if copied != len(out) or _checksum(name, out) != summed >> _HALF:
@@ -175,7 +175,8 @@ class Shelf:
         """region * slots + slot of each name, -1 if it is not there; in this rank's own region if it is there, too."""
         if len(names) <= _FEW:
             return [self._place(name) for name in names]
-        return self._places_of(names).tolist()  # type: ignore[no-any-return]
+        places: list[int] = self._places_of(names).tolist()
+        return places
 
     def _place(self, name: PageName) -> int:
         buckets, wanted = self._key(name)
@@ -342,7 +343,7 @@ class Shelf:
         self._entries[self._first_place + at] = place
 
     def _write(self, slot: int, page: Bytes) -> None:
-        offset, left = self.layout.page_at(self._region, slot), memoryview(page)  # type: ignore[arg-type]
+        offset, left = self.layout.page_at(self._region, slot), page.data
         while left:
             written = os.pwrite(self._fd, left, offset)
             left, offset = left[written:], offset + written
