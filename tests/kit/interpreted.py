@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.kit.bound import run
 
-DEADLINE_S = 600.0
+DEADLINE_S = 400.0
 _ROOT = Path(__file__).parents[2]
 
 

@@ -5,6 +5,7 @@ On a processor there are no graphs: what a graph captures, the step's body, is w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -131,10 +132,14 @@ def run_through(
     raise AssertionError("not done")
 
 
+@functools.cache
+def undisturbed(device: torch.device) -> dict[int, list[int]]:
+    return run_through(cuda_runner(device), set())
+
+
 def test_poisoned_steps_run_again(device: torch.device) -> None:
     """NaN from a poisoned step reaches no later one."""
-    expected = run_through(cuda_runner(device), set())
-    assert run_through(cuda_runner(device), {0, 2, 3, 5}) == expected
+    assert run_through(cuda_runner(device), {0, 2, 3, 5}) == undisturbed(device)
 
 
 def test_every_step_performs_the_same_operations(device: torch.device) -> None:
@@ -150,7 +155,7 @@ def test_every_step_performs_the_same_operations(device: torch.device) -> None:
 
 
 def test_warm_up_leaves_no_trace(device: torch.device) -> None:
-    expected = run_through(cuda_runner(device), set())
+    expected = undisturbed(device)
     warm = cuda_runner(device)
     warm[0].warm_up()
     assert not any(map(any, warm[0].load.take())), "its rows are nobody's"
@@ -322,7 +327,7 @@ def break_requests(runner: CudaRunner, bad: frozenset[int], place: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_a_request_that_makes_a_step_raise_fails_alone(device: torch.device, place: str) -> None:
     """Whatever the step has done by then, its operations are completed, and the other texts are the same."""
-    expected = run_through(cuda_runner(device), set())
+    expected = undisturbed(device)
     runner, exchange = cuda_runner(device)
     break_requests(runner, frozenset({7}), place)
     runner.add(assign(1, PROMPT, max_tokens=4))
@@ -331,6 +336,8 @@ def test_a_request_that_makes_a_step_raise_fails_alone(device: torch.device, pla
     tokens: dict[int, list[int]] = {}
     failed: dict[int, str] = {}
     for step in range(40):
+        if not runner.has_work:
+            break
         before = exchange.operations
         result = runner.run_step(step, schedule=True)
         assert exchange.operations - before == 2 * len(TINY.layers)
