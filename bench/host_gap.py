@@ -39,7 +39,7 @@ from elastic_ep.config import EngineLimits, RankConfig
 from elastic_ep.engine.ops_cuda.inputs import StepShape
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.engine.step_runner import StepRunner
-from elastic_ep.exchange.base import Exchange, Work
+from elastic_ep.exchange.base import Exchange, Format, Work
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.host.fork_messages import SharedFiles
@@ -127,6 +127,9 @@ class TimedExchange(MooncakeExchange):
 
     def __init__(self, operations: int, timer: Timer) -> None:
         self.shape: Any = SimpleNamespace(operations_per_step=operations)
+        self.format = Format(
+            torch.device("cpu"), torch.bfloat16, torch.int32, tile=None, ordered=False, zero_tail=False
+        )
         self.suspects = frozenset()
         self._peers = Peers(Member(0, 0), 1, MODEL.moe.experts)
         self._targets = frozenset()

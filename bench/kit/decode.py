@@ -78,7 +78,7 @@ class Engine:
     def __init__(self, weights: Weights, limits: EngineLimits, directory: Path | None, **runner: Any) -> None:
         spec, device = weights.spec, weights.embed.device
         placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
-        self.exchange: DeviceExchange = SoloDeviceExchange(spec.moe.experts, device)
+        self.exchange: DeviceExchange = SoloDeviceExchange(spec.moe.experts, device, weights.embed.dtype)
         if directory is not None:
             shape = exchange_shape(spec, limits, placement)
             self.exchange = MooncakeExchange(

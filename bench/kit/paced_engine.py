@@ -25,6 +25,7 @@ from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Received
 from elastic_ep.exchange.peers import Peers
+from elastic_ep.exchange.pull import HOST_FORMAT
 from elastic_ep.exchange.step_barrier import StepBarrier
 from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.models.registry import load_spec
@@ -41,6 +42,8 @@ _FIRST_TOKEN, _TOKENS = 100, 100
 
 class PacedExchange:
     """`Exchange` without data: who takes part, who is masked, and when a step is over."""
+
+    format = HOST_FORMAT
 
     def __init__(self, config: RankConfig, step_s: float, operations: int) -> None:
         self._peers = Peers(

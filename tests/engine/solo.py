@@ -7,7 +7,8 @@ import torch
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cpu.runner import ModelRunner
 from elastic_ep.engine.step_runner import StepRunner
-from elastic_ep.exchange.base import TILE, Received
+from elastic_ep.exchange.base import Received
+from elastic_ep.exchange.pull import HOST_FORMAT, TILE
 from elastic_ep.models import qwen3_moe
 from elastic_ep.models.decoder import DecoderConfig
 from elastic_ep.models.spec import ModelSpec
@@ -37,6 +38,8 @@ TINY = qwen3_moe.spec(TINY_CONFIG)
 
 class SoloExchange:
     """One rank. `poison` names ranks that the next `end_step` reports as masked."""
+
+    format = HOST_FORMAT
 
     def __init__(self, slots: int) -> None:
         self._slots = slots

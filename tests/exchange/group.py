@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
-from elastic_ep.exchange.base import NO_EXPERT, Exchange, ExchangeShape, Received
+from elastic_ep.exchange.base import (
+    NO_EXPERT,
+    DeviceExchange,
+    Exchange,
+    ExchangeShape,
+    Format,
+    Received,
+    Work,
+)
 from elastic_ep.wire.messages import Member
 from tests.exchange.hubs import Hub
 
 DEADLINE_S = 30.0
+_HOST = torch.device("cpu")
 T = TypeVar("T")
 
 
@@ -30,10 +39,11 @@ class Batch:
 
 
 def random_batch(shape: ExchangeShape, tokens: int, seed: int, nowhere: float = 0.1) -> Batch:
-    """As many logical experts as there are slots; `nowhere` is the share of entries without one."""
+    """As many logical experts as there are slots, each once a token; `nowhere` is the share of entries without one."""
     random = torch.Generator().manual_seed(seed)
     size = (tokens, shape.top_k)
-    experts = torch.randint(shape.num_ranks * shape.slots_per_rank, size, generator=random)
+    order = torch.rand(tokens, shape.num_ranks * shape.slots_per_rank, generator=random).argsort(dim=1)
+    experts = order[:, : shape.top_k].clone()
     experts[torch.rand(size, generator=random) < nowhere] = NO_EXPERT
     return Batch(
         torch.randn(tokens, shape.hidden, generator=random), experts, torch.randn(size, generator=random)
@@ -50,45 +60,69 @@ def apply_expert(logical: int, x: torch.Tensor) -> torch.Tensor:
 
 
 def reference(
-    batch: Batch, missing: frozenset[int] = frozenset(), wire: torch.dtype = torch.float32
+    batch: Batch, missing: frozenset[int] = frozenset(), rows: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Token by token, without any exchange. The logical experts in `missing` contribute nothing.
 
-    Inputs and results of experts are rounded to `wire`, but not the sum.
+    Inputs and results of experts are rounded to `rows`, but not the sum.
     """
-    x = batch.x.to(wire).float()
+    x = batch.x.to(rows).float()
     total = torch.zeros_like(x)
     for token in range(len(batch.x)):
         for k, logical in enumerate(batch.experts[token].tolist()):
             if logical != NO_EXPERT and logical not in missing:
-                y = apply_expert(logical, x[token]).to(wire).float()
+                y = apply_expert(logical, x[token]).to(rows).float()
                 total[token] += batch.weights[token, k] * y
     return total
 
 
 @dataclass(frozen=True)
 class Routing:
-    """`physical[logical]` is where an expert lives."""
+    """`physical[logical]` is where an expert lives, one of `slots` of a rank."""
 
     physical: tuple[int, ...]
+    slots: int
 
     @classmethod
     def plain(cls, shape: ExchangeShape) -> Routing:
-        return cls(tuple(range(shape.num_ranks * shape.slots_per_rank)))
+        return cls(tuple(range(shape.num_ranks * shape.slots_per_rank)), shape.slots_per_rank)
 
     def route(self, experts: torch.Tensor) -> torch.Tensor:
         table = torch.tensor([*self.physical, NO_EXPERT])  # index -1 is the last entry
         return table[experts]
 
+    def ranks(self, experts: Iterable[torch.Tensor]) -> set[int]:
+        """Where tokens with these logical experts go."""
+        return {
+            physical // self.slots
+            for some in experts
+            for physical in self.route(some).unique().tolist()
+            if physical != NO_EXPERT
+        }
+
     def compute(self, received: Received, rank: int) -> torch.Tensor:
-        """What this rank's experts make of their packed inputs; NaN in the rows that hold nothing."""
-        slots = len(received.counts)
+        """What this rank's experts make of their packed inputs, rounded once; NaN in the rows that hold nothing."""
         logical = {physical: expert for expert, physical in enumerate(self.physical)}
         y = torch.full_like(received.packed, float("nan"))
         for slot, count in enumerate(received.counts.tolist()):
             if count:
-                y[slot, :count] = apply_expert(logical[rank * slots + slot], received.packed[slot, :count])
+                x = received.packed[slot, :count].float()
+                y[slot, :count] = apply_expert(logical[rank * self.slots + slot], x).to(y.dtype)
         return y
+
+
+def _is_on_device(exchange: Exchange) -> TypeGuard[DeviceExchange]:
+    return hasattr(type(exchange), "meet")
+
+
+def begin_step(exchange: Exchange, step: int, targets: Collection[int]) -> None:
+    """Tokens of the step go to `targets` alone, which are ranks."""
+    if not _is_on_device(exchange):
+        exchange.begin_step(step)
+        return
+    exchange.route_to(targets)
+    exchange.begin_step(step)
+    exchange.meet(Work(0, 0))
 
 
 @dataclass(frozen=True)
@@ -101,11 +135,11 @@ def run_step(
     exchange: Exchange, rank: int, step: int, layers: list[Batch], routing: Routing, pause: Callable[[], None]
 ) -> StepResult:
     """All operations of one step; `pause` is called before each and before the end."""
-    exchange.begin_step(step)
+    begin_step(exchange, step, routing.ranks(batch.experts for batch in layers))
     outputs = []
     for batch in layers:
         pause()
-        received = exchange.dispatch(batch.x, routing.route(batch.experts))
+        received = exchange.dispatch(batch.x.to(exchange.format.rows), routing.route(batch.experts))
         pause()
         outputs.append(exchange.combine(routing.compute(received, rank), batch.weights))
     pause()
@@ -165,6 +199,13 @@ class Group:
         except BaseException:
             hub.close()
             raise
+
+    @property
+    def format(self) -> Format:
+        """But for its device it is that of all ends."""
+        first, *others = (replace(rank.exchange.format, device=_HOST) for rank in self._all)
+        assert all(other == first for other in others)
+        return first
 
     def __enter__(self) -> Group:
         return self

@@ -7,20 +7,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from hypothesis import Phase
 
 from elastic_ep.exchange.base import Exchange, ExchangeShape
-from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
+from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE, HIDDEN_MULTIPLE
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.host.mps import PROGRAM, mps_daemon
 from elastic_ep.wire.messages import Member
-from tests.exchange.on_device import WIRE, open_mooncake, warm_up_mooncake
-from tests.exchange.remote import Pool, RemoteExchange
+from tests.exchange.on_device import open_mooncake, warm_up_mooncake
+from tests.exchange.remote import Pool, RemoteDeviceExchange, RemoteExchange
 from tests.kit.loopback import LoopbackHub
 
 
@@ -52,6 +51,8 @@ class Shm:
 class Processes:
     """An end for each process of `pool`, all over what lies at `place`."""
 
+    remote = RemoteExchange
+
     def __init__(self, pool: Pool, shape: ExchangeShape, place: str) -> None:
         self._pool = pool
         self._shape = shape
@@ -59,7 +60,7 @@ class Processes:
         self._ends: dict[Member, RemoteExchange] = {}
 
     def end(self, member: Member) -> RemoteExchange:
-        return RemoteExchange(self._pool, self._shape, member, self._place, self._ends)
+        return self.remote(self._pool, self._shape, member, self._place, self._ends)
 
     def close(self) -> None:
         for end in self._ends.values():
@@ -102,6 +103,7 @@ class Mooncake(Processes):
     """In processes of their own, as CUDA shares memory between processes alone."""
 
     pool = Pool(open_mooncake, warm_up_mooncake, mps_if_installed)
+    remote = RemoteDeviceExchange
 
     def __init__(self, shape: ExchangeShape) -> None:
         self._directory = tempfile.mkdtemp(prefix="elastic_ep-contract-")
@@ -122,15 +124,19 @@ class Kind:
     """A hub, and what may be expected of its exchange beyond the contract, or not."""
 
     hub: Callable[[ExchangeShape], Hub]
-    wire: torch.dtype = torch.float32
-    """What rows are rounded to on their way to the experts and back, and results on their way out."""
     on_device: bool = False
-    """Inputs are not checked, a slot's rows have no order, and nobody knows what an operation in progress waits for."""
+    """Inputs are not checked, and nobody knows what an operation in progress waits for."""
     experts_multiple: int = 1
     """Of physical experts of a group."""
+    hidden_multiple: int = 1
+    """Of a row's elements."""
     most_examples: int = 1000
     """Of hypothesis, for each property."""
     phases: Collection[Phase] = tuple(Phase)
+
+    def fit(self, shape: ExchangeShape) -> ExchangeShape:
+        """`shape` with as many more elements a row as it takes."""
+        return replace(shape, hidden=-(-shape.hidden // self.hidden_multiple) * self.hidden_multiple)
 
 
 LOOPBACK = Kind(Loopback)
@@ -138,9 +144,9 @@ SHM = Kind(Shm)
 SHM_PROCESSES = Kind(ShmProcesses)
 MOONCAKE = Kind(
     Mooncake,
-    wire=WIRE,
     on_device=True,
     experts_multiple=EXPERTS_MULTIPLE,
+    hidden_multiple=HIDDEN_MULTIPLE,
     most_examples=8,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink takes hundreds of examples
 )

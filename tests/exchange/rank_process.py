@@ -15,15 +15,36 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from elastic_ep.exchange.base import Exchange, ExchangeShape, Received
+from elastic_ep.exchange.base import Exchange, ExchangeShape, Format, Received
 from elastic_ep.wire.messages import Member
 
 FORWARD, CONNECT, CONTROL = LANES = ("forward", "connect", "control")
 
 Opener = Callable[[ExchangeShape, Member, str], Exchange]
 """Builds an end over what lies at a place in the file system. On the forward thread; given by name, so of a module."""
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their bytes."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A tensor on its way through a pipe, its bits as they are: torch would send its memory's descriptor, and numpy
+    does not know bfloat16."""
+
+    bits: npt.NDArray[np.integer[Any]]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Sent:
+        return cls(tensor.view(_INTEGERS[tensor.itemsize]).numpy(force=True), tensor.dtype)
+
+    def tensor(self) -> torch.Tensor:
+        return torch.from_numpy(self.bits).view(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -40,16 +61,20 @@ class Host:
         self._exchange: Exchange | None = None
 
     def do(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """Open an end, or a method or a property of the one that is open. Tensors travel as arrays: torch would
-        send their memory's descriptor."""
+        """Open an end and say its format, or a method or a property of the one that is open.
+
+        Tensors go to the device of that format, and what comes from there must be of it.
+        """
         if name == "open":
             self._exchange = self._opener(*arguments)
-            return None
+            return self._exchange.format
+        assert self._exchange is not None
+        form = self._exchange.format
         member = getattr(self._exchange, name)
-        value = member(*map(_tensor, arguments)) if callable(member) else member
+        value = member(*(_there(one, form) for one in arguments)) if callable(member) else member
         if isinstance(value, Received):
-            return value.packed.numpy(), value.counts.numpy()
-        return value.numpy() if isinstance(value, torch.Tensor) else value
+            return _back(value.packed, form.rows, form), _back(value.counts, form.counts, form)
+        return _back(value, form.rows, form) if isinstance(value, torch.Tensor) else value
 
     def serve(self, pipe: Connection) -> None:
         """Until the other side closes it."""
@@ -65,8 +90,14 @@ class Host:
             pipe.send(answer)
 
 
-def _tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+def _there(value: Any, form: Format) -> Any:
+    return value.tensor().to(form.device) if isinstance(value, Sent) else value
+
+
+def _back(tensor: torch.Tensor, dtype: torch.dtype, form: Format) -> Sent:
+    if (tensor.dtype, tensor.device) != (dtype, form.device):
+        raise TypeError(f"{tensor.dtype} on {tensor.device} from an exchange that declares {form}")
+    return Sent.of(tensor)
 
 
 def _portable(error: Exception) -> Exception:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from elastic_ep.exchange.base import ExchangeShape, Received
+from elastic_ep.exchange.base import ExchangeShape, Format, Received, Work
 from elastic_ep.wire.messages import Member
-from tests.exchange.rank_process import CONNECT, CONTROL, FORWARD, LANES, Failure, Opener, rank_main
+from tests.exchange.rank_process import CONNECT, CONTROL, FORWARD, LANES, Failure, Opener, Sent, rank_main
 from tests.kit.bound import tied
 
 START_S = 180.0
@@ -159,7 +159,7 @@ class Pool:
 
 
 class RemoteExchange:
-    """`Exchange` by calls to a process of `pool`."""
+    """`Exchange` by calls to a process of `pool`. At this end tensors are on the host, of `format`'s types."""
 
     def __init__(
         self, pool: Pool, shape: ExchangeShape, member: Member, place: str, ends: dict[Member, RemoteExchange]
@@ -171,7 +171,7 @@ class RemoteExchange:
         self._closed = False
         self.process = pool.take()
         try:
-            self.process.call(FORWARD, "open", shape, member, place)
+            self.format: Format = self.process.call(FORWARD, "open", shape, member, place)
         except BaseException:
             pool.discard(self.process)
             raise
@@ -205,11 +205,12 @@ class RemoteExchange:
         self.process.call(FORWARD, "begin_step", step)
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
-        packed, counts = self.process.call(FORWARD, "dispatch", x.numpy(), physical_experts.numpy())
-        return Received(torch.from_numpy(packed), torch.from_numpy(counts))
+        packed, counts = self.process.call(FORWARD, "dispatch", Sent.of(x), Sent.of(physical_experts))
+        return Received(packed.tensor(), counts.tensor())
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.process.call(FORWARD, "combine", y.numpy(), weights.numpy()))
+        sent: Sent = self.process.call(FORWARD, "combine", Sent.of(y), Sent.of(weights))
+        return sent.tensor()
 
     def end_step(self) -> frozenset[int]:
         lost: frozenset[int] = self.process.call(FORWARD, "end_step")
@@ -234,3 +235,20 @@ class RemoteExchange:
         if not self._closed:
             self._closed = True
             self._pool.discard(self.process)
+
+
+class RemoteDeviceExchange(RemoteExchange):
+    """`DeviceExchange`, as far as the contract needs it."""
+
+    def route_to(self, ranks: Collection[int]) -> None:
+        self.process.call(FORWARD, "route_to", ranks)
+
+    def meet(self, work: Work) -> None:
+        self.process.call(FORWARD, "meet", work)
+
+    def work(self) -> Work:
+        work: Work = self.process.call(FORWARD, "work")
+        return work
+
+    def read_masks(self) -> None:
+        self.process.call(FORWARD, "read_masks")

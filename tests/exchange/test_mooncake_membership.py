@@ -89,7 +89,11 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
         Event=lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
     )
     fake = SimpleNamespace(
-        cuda=cuda, device=torch.device, int32=torch.int32, zeros=lambda size, **_: torch.zeros(size)
+        cuda=cuda,
+        device=torch.device,
+        int32=torch.int32,
+        bfloat16=torch.bfloat16,
+        zeros=lambda size, **_: torch.zeros(size),
     )
     monkeypatch.setattr(mooncake, "torch", fake)
     monkeypatch.setattr(mooncake, "load_buffer_class", lambda: Buffer)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 import torch
 
-from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.exchange.base import DeviceExchange, ExchangeShape
 from elastic_ep.wire.messages import Member
 from tests.exchange import test_contract as contract
-from tests.exchange.group import Routing, random_batch, reference, run_step
-from tests.exchange.hubs import MOONCAKE, SHM_PROCESSES, Kind, ShmProcesses, end_processes
-from tests.exchange.on_device import HostEnd
-from tests.exchange.remote import ProcessGone
+from tests.exchange.group import Group, Routing, random_batch, reference, results
+from tests.exchange.hubs import SHM_PROCESSES, Kind, ShmProcesses, end_processes
+from tests.exchange.remote import Pool, ProcessGone, RemoteDeviceExchange
 from tests.kit.solo_exchange import SoloDeviceExchange
 
 SHAPE = ExchangeShape(num_ranks=2, max_tokens=4, hidden=3, top_k=2, slots_per_rank=1, operations_per_step=2)
@@ -85,30 +84,48 @@ def test_an_end_that_was_not_closed_takes_its_process_with_it(hub: ShmProcesses)
         end.begin_step(0)
 
 
-class Recording(SoloDeviceExchange):
-    """What `HostEnd` gives to a device."""
-
-    def __init__(self) -> None:
-        super().__init__(2, torch.device("cpu"))
-        self.sent: list[torch.Tensor] = []
-        self.routes: list[frozenset[int]] = []
-
-    def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor):  # type: ignore[no-untyped-def]
-        self.sent.append(x)
-        return super().dispatch(x, physical_experts)
-
-    def route_to(self, ranks: Collection[int]) -> None:
-        self.routes.append(frozenset(ranks))
+def open_solo(shape: ExchangeShape, member: Member, place: str) -> DeviceExchange:
+    return LiveSolo(shape.slots_per_rank, torch.device("cpu"))
 
 
-def test_tensors_are_padded_and_rounded_for_the_device() -> None:
-    shape = ExchangeShape(1, 6, 3, 1, 2, 4)
+class LiveSolo(SoloDeviceExchange):
+    """Its only rank may be told of itself."""
+
+    def activate(self, member: Member) -> None:
+        pass
+
+    connect = activate
+
+
+class Solo:
+    """A group of one rank whose end, in a process of its own, has a device's format."""
+
+    pool = Pool(open_solo)
+
+    def __init__(self, shape: ExchangeShape) -> None:
+        self._shape = shape
+
+    def end(self, member: Member) -> RemoteDeviceExchange:
+        return RemoteDeviceExchange(self.pool, self._shape, member, "", {})
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def test_tensors_travel_in_the_format_of_the_other_end_to_the_bit() -> None:
+    shape = ExchangeShape(1, 6, 3, 2, 4, 4)
     layers = [random_batch(shape, 6, seed, nowhere=0.3) for seed in range(2)]
-    device = Recording()
-    result = run_step(
-        HostEnd(device, shape, torch.device("cpu")), 0, 0, layers, Routing.plain(shape), lambda: None
-    )
-    assert [(x.shape, x.dtype) for x in device.sent] == [((6, 128), torch.bfloat16)] * 2
-    assert device.routes == [{0}]
-    contract.assert_exact(MOONCAKE, result.outputs, layers, frozenset())
-    assert not torch.equal(result.outputs[0], reference(layers[0]))
+    with Group(Solo(shape), [Member(0, 1)]) as ranks:
+        done = results(ranks.step(0, {0: layers}, Routing.plain(shape)))[0]
+        assert ranks.format.rows is torch.bfloat16
+        contract.assert_exact(ranks.format, done.outputs, layers, frozenset())
+        assert not torch.equal(done.outputs[0].float(), reference(layers[0]))
+
+
+def test_what_is_not_of_the_format_declared_is_found() -> None:
+    hub = Solo(ExchangeShape(1, 6, 3, 2, 4, 2))
+    end = hub.end(Member(0, 1))
+    with pytest.raises(TypeError, match="float64 on cpu from an exchange that declares"):
+        end.dispatch(torch.ones(1, 3, dtype=torch.float64), torch.tensor([[0, 1]]))
+    end.close()
+    hub.close()

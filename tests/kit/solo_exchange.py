@@ -6,14 +6,15 @@ from collections.abc import Collection
 
 import torch
 
-from elastic_ep.exchange.base import Received, Work
+from elastic_ep.exchange.base import Format, Received, Work
 from elastic_ep.wire.messages import Member
 
 
 class SoloDeviceExchange:
     """`poison` names ranks that the next `end_step` reports as masked; that step's mixtures are NaN if `garbage`."""
 
-    def __init__(self, slots: int, device: torch.device) -> None:
+    def __init__(self, slots: int, device: torch.device, rows: torch.dtype = torch.bfloat16) -> None:
+        self.format = Format(device, rows, torch.int32, tile=None, ordered=True, zero_tail=False)
         self._slots = torch.arange(slots, device=device)
         self._device = device
         self._work = Work(0, 0)

@@ -15,9 +15,6 @@ from elastic_ep.wire.messages import Member
 if TYPE_CHECKING:  # the run process lays out the windows and never imports torch
     import torch
 
-TILE = 16
-"""Rows per expert tile: the row capacity of `Received.packed` is a multiple of it."""
-
 NO_EXPERT = -1
 """In `physical_experts`: this (token, k) goes nowhere and contributes exactly zero."""
 
@@ -40,11 +37,29 @@ class ExchangeShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Format:
+    """The tensors that an exchange takes and gives, as it declares. Indices are int64, weights float32 everywhere."""
+
+    device: torch.device
+    """Where all of them are. An exchange that is not on the host is a `DeviceExchange`, and does not look into them."""
+    rows: torch.dtype
+    """Of x, `Received.packed`, y and what `combine` returns."""
+    counts: torch.dtype
+    tile: int | None
+    """The capacity C is the least multiple of it that holds every slot's rows, at least one; None: it is always
+    num_ranks * max_tokens."""
+    ordered: bool
+    """Whether a slot's rows come in the order of (source rank, token, k), or in any, which may differ from run to run."""
+    zero_tail: bool
+    """Whether the rows of `Received.packed` from a slot's count on are zero, or undefined."""
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """Inputs of this rank's local slots.
 
-    `packed` [slots_per_rank, C, hidden], C a multiple of `TILE` (at least one tile); rows from `counts[slot]`
-    on are zero. `counts` [slots_per_rank], int64. `packed` may be a view that the next `dispatch` overwrites.
+    `packed` [slots_per_rank, C, hidden] and `counts` [slots_per_rank], how many rows each slot has: all as `Format`
+    says. `packed` may be a view that the next `dispatch` overwrites.
     """
 
     packed: torch.Tensor
@@ -53,6 +68,11 @@ class Received:
 
 class Exchange(Protocol):
     """One rank's end of the exchange. Forward thread only, except where said."""
+
+    @property
+    def format(self) -> Format:
+        """Never changes. Any thread."""
+        ...
 
     @property
     def waiting_for(self) -> int | None:
@@ -81,14 +101,17 @@ class Exchange(Protocol):
         ...
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
-        """Send x [T, hidden] float32 to physical_experts [T, top_k] int64; 0 <= T <= max_tokens."""
+        """Send x [T, hidden] to physical_experts [T, top_k]; 0 <= T <= max_tokens.
+
+        A token names no expert twice, as a gate never does.
+        """
         ...
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Send back y (shaped like `Received.packed`); returns sum over k of weights[:, k] * y_k, [T, hidden].
 
-        weights [T, top_k] float32. Summed in top-k order, in float32, at the source, so that the result does
-        not depend on placement. A (token, k) whose owner is masked contributes zero.
+        Rows of y from a slot's count on do not matter. weights [T, top_k]. Summed in top-k order, in float32, at the
+        source, so that the result does not depend on placement. A (token, k) whose owner is masked contributes zero.
         """
         ...
 
@@ -137,3 +160,11 @@ class DeviceExchange(Exchange, Protocol):
     def read_masks(self) -> None:
         """Queue what `end_step` needs to know, so that one wait serves it and all that was queued before."""
         ...
+
+
+def check_rows(exchange: Exchange, computed: torch.dtype) -> None:
+    """Raise ValueError unless `exchange` carries rows as they are `computed`."""
+    if exchange.format.rows is not computed:
+        raise ValueError(
+            f"the exchange carries rows of {exchange.format.rows}, but the weights are {computed}"
+        )

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from elastic_ep.config import CannotRun
-from elastic_ep.exchange.base import ExchangeShape, Received, Work
+from elastic_ep.exchange.base import ExchangeShape, Format, Received, Work
 from elastic_ep.exchange.mooncake_needs import CPU_WHEEL, CUDA_WHEEL, EXPERTS_MULTIPLE, HIDDEN_MULTIPLE
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.step_barrier import StepBarrier
@@ -89,10 +89,7 @@ def _explain(error: ImportError) -> str:
 
 
 class MooncakeExchange:
-    """`Exchange` on the current CUDA device; x, y and what combine returns are bfloat16.
-
-    `Received.packed` is [slots, num_ranks * max_tokens, hidden]; rows from `counts` on are undefined and the order of
-    a slot's rows differs from run to run. `counts` is int32 and, like everything here, on the device.
+    """`DeviceExchange` on the current CUDA device.
 
     Nothing between `meet` and `end_step` waits for anything, so a step may be captured in a CUDA graph (`dispatch` and
     `combine` only). `read_masks` may be called before `end_step`, on the forward stream: then one wait serves the masks
@@ -131,6 +128,9 @@ class MooncakeExchange:
         self._peers = Peers(member, shape.num_ranks, shape.slots_per_rank)
         self._targets: frozenset[int] = frozenset()
         self._device = torch.device("cuda", torch.cuda.current_device())
+        self.format = Format(
+            self._device, torch.bfloat16, torch.int32, tile=None, ordered=False, zero_tail=False
+        )
         self._barrier = barrier
         self._step: int | None = None
         self._ended: int | None = None
@@ -259,7 +259,6 @@ class MooncakeExchange:
                     self._buffer.update_mask_buffer(idle, True)
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
-        """x [T, hidden] bfloat16, physical_experts [T, top_k] int64, both on the device."""
         packed, counts, self._handle, _, _ = self._buffer.dispatch(
             self._pad(x), physical_experts, self.shape.max_tokens, self._experts, use_fp8=False
         )
@@ -267,7 +266,6 @@ class MooncakeExchange:
         return Received(self._cut(packed), counts)
 
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """y like `Received.packed`, weights [T, top_k] float32; summed in float32, returned as bfloat16."""
         if self._handle is None or self._chosen is None:
             raise RuntimeError("dispatch and combine must alternate")
         combined, _, _ = self._buffer.combine(self._pad(y), self._chosen, weights, self._handle)

@@ -27,10 +27,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from elastic_ep.exchange.base import TILE, ExchangeShape, Received
+from elastic_ep.exchange.base import ExchangeShape, Format, Received
 from elastic_ep.exchange.peers import Peers
 from elastic_ep.exchange.windows import LINE, Windows
 from elastic_ep.wire.messages import Member
+
+TILE = 16
+"""Rows per expert tile."""
+
+HOST_FORMAT = Format(torch.device("cpu"), torch.float32, torch.int64, tile=TILE, ordered=True, zero_tail=True)
 
 STRIDE = LINE // 8
 """Words (int64) from one rank's first to the next rank's."""
@@ -67,6 +72,8 @@ class Bell(Protocol):
 
 class PullExchange:
     """`Exchange` over a buffer laid out as `Windows`, with `bell` to wake and wait."""
+
+    format = HOST_FORMAT
 
     def __init__(self, buffer: memoryview, shape: ExchangeShape, member: Member, bell: Bell) -> None:
         self.shape = shape
@@ -230,7 +237,7 @@ class PullExchange:
         return None
 
     def _gather(self) -> Received:
-        """Fetch this rank's tokens, ordered by (slot, source rank, token, k)."""
+        """Fetch this rank's tokens."""
         shape = self.shape
         live, words, slots = self._peers.live, self._words, shape.slots_per_rank
         most = max(

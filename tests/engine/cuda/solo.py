@@ -35,7 +35,7 @@ def cuda_runner(
 ) -> tuple[CudaRunner, SoloDeviceExchange]:
     placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
     weights = Weights(spec, placement, 0, dummy_source(spec, 0), device, dtype)
-    exchange = SoloDeviceExchange(spec.moe.experts, device)
+    exchange = SoloDeviceExchange(spec.moe.experts, device, dtype)
     limits = limits or EngineLimits(
         max_model_len=100, max_num_seqs=4, max_num_batched_tokens=24, num_pages=40
     )

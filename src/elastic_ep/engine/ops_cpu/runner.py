@@ -16,7 +16,8 @@ from elastic_ep.engine.sampler import Sampled, sample
 from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.engine.step_runner import NO_SHELF, StepResult, StepRunner, StreamMemory
 from elastic_ep.engine.transformer import Transformer
-from elastic_ep.exchange.base import TILE, Exchange, Received
+from elastic_ep.exchange.base import Exchange, Received, check_rows
+from elastic_ep.exchange.pull import TILE
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement
 from elastic_ep.weights.bank import Weights
@@ -40,6 +41,7 @@ class ModelRunner(StepRunner):
     ) -> None:
         if KEY_BLOCK % limits.page_size:
             raise ValueError(f"page size {limits.page_size} does not divide {KEY_BLOCK}")
+        check_rows(exchange, weights.embed.dtype)
         self._device = torch.device(device)
         spec = weights.spec
         layout = CacheLayout(

@@ -25,7 +25,7 @@ from elastic_ep.engine.sampler import Sampled, is_plain_greedy
 from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.engine.step_runner import NO_SHELF, StepResult, StepRunner, StreamMemory
 from elastic_ep.engine.transformer import Transformer
-from elastic_ep.exchange.base import DeviceExchange, Work
+from elastic_ep.exchange.base import DeviceExchange, Work, check_rows
 from elastic_ep.placement import Placement
 from elastic_ep.weights.bank import Weights
 from elastic_ep.wire.messages import SamplingParams
@@ -73,6 +73,7 @@ class CudaRunner(StepRunner):
         budget: Budget | None = None,
         memory: StreamMemory = NO_SHELF,
     ) -> None:
+        check_rows(exchange, weights.embed.dtype)
         device = weights.embed.device
         self._inputs = StepInputs(limits, tile, device)
         self._ops = CudaOps(
