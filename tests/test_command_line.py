@@ -27,7 +27,7 @@ REFUSED = """
     --disable-cuda-graph | --disable-radix-cache | --disable-prefix-caching | --max-running-requests 64
     --context-length 4096 | --enable-sleep-mode
     --chunked-prefill-size 512 | --random-seed 1 | --watchdog-timeout 30 | --completion-template x.jinja
-    --tool-call-parser hermes | --enable-auto-tool-choice | --reasoning-parser qwen3 | --speculative-config {}
+    --tool-call-parser no_such | --enable-auto-tool-choice | --reasoning-parser no_such | --speculative-config {}
     --speculative-algorithm EAGLE | --enable-lora | --lora-paths a=b | --block-size 32 | --page-size 64 | --nnodes 2
     --node-rank 1 | --dist-init-addr h:1 | --distributed-executor-backend ray | --api-server-count 4
     --scheduling-policy priority | --schedule-policy lpm | --attention-backend flashinfer | --moe-a2a-backend deepep

@@ -15,6 +15,14 @@ from elastic_ep.wire.slot_messages import PeerWeights
 PAGE_SIZE = 16
 """Tokens in a page of KV cache."""
 MOST_MODEL_LEN = 1 << 20
+CALL_PARSERS = (
+    "hermes", "qwen3", "qwen", "qwen25", "qwen3_coder", "qwen3_xml", "mistral", "deepseek_v3", "deepseekv3",
+    "deepseek_v31", "deepseekv31", "glm45", "glm47", "glm", "openai", "harmony", "gpt-oss",
+)  # fmt: skip
+"""By the names that vLLM and SGLang have for them."""
+REASONING_PARSERS = (
+    "qwen3", "glm45", "deepseek_v3", "deepseek-v3", "deepseek_r1", "deepseek-r1", "openai_gptoss", "gpt-oss",
+)  # fmt: skip
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -192,6 +200,10 @@ class ServeConfig:
         "messages' content for the template: strings, lists of parts (openai), or as it wants them (auto)",
         choices=("auto", "string", "openai"))
     trust_request_chat_template: bool = _flag(False, "let requests bring a chat template of their own")
+    tool_call_parser: str | None = _flag(None, "how calls of tools are read from what the model writes",
+        choices=CALL_PARSERS)
+    enable_auto_tool_choice: bool = _flag(False, "as --tool-call-parser says; it is enough to give that")
+    reasoning_parser: str | None = _flag(None, "how reasoning is told from the answer", choices=REASONING_PARSERS)
     relaunch_limit: int = _flag(USUAL.relaunch_limit,
         "early deaths in a row after which a rank waits 10 s and more for its next launch; 0: none returns",
         within=(0, 1_000_000))
@@ -223,6 +235,8 @@ class ServeConfig:
             raise ConfigError(
                 f"--event-log {self.event_log}: there is no event log with --disable-fault-tolerance: leave one out"
             )
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser: how calls are read")
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if seqs is not None and tokens is not None and tokens < seqs:
             raise ConfigError(

@@ -89,7 +89,6 @@ _SWITCHES = {
     "cannot be honoured: requests are not logged, their event log is in --log-dir": (
         "--enable-log-requests --log-requests"
     ),
-    "cannot be honoured: tools are not called": "--enable-auto-tool-choice",
     "cannot be honoured: this server has the model's own weights alone": "--enable-lora",
     "cannot be honoured: a model needs its tokenizer": "--skip-tokenizer-init",
     "cannot be honoured: only text is generated": (
@@ -140,8 +139,8 @@ _VALUES = {
         "--revision --code-revision --download-dir --hf-token --use-tqdm-on-load --safetensors-load-strategy "
         "--model-loader-extra-config={} --ignore-patterns"
     ),
-    "cannot be honoured: tools are not called": "--tool-call-parser --tool-parser-plugin --tool-server",
-    "cannot be honoured: reasoning is not told from the rest of the text": "--reasoning-parser --reasoning-config",
+    "cannot be honoured: no code of others is run: give --tool-call-parser": "--tool-parser-plugin --tool-server",
+    "cannot be honoured: how long a model reasons is its own affair": "--reasoning-config",
     "cannot be honoured: nothing makes the output follow a grammar": (
         "--guided-decoding-backend --structured-outputs-config --grammar-backend=none"
     ),

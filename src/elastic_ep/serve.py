@@ -395,6 +395,8 @@ class RunProcess:
             eos_token_ids=self._plan.text_fit.eos_token_ids,
             shared_page_size=self._plan.limits.page_size if self._config.enable_prefix_caching else 0,
             trust_request_chat_template=self._config.trust_request_chat_template,
+            tool_call_parser=self._config.tool_call_parser,
+            reasoning_parser=self._config.reasoning_parser,
         )
 
     def _app(self, parts: Parts) -> web.Application:

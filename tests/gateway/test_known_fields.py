@@ -65,6 +65,7 @@ OF_CHAT = """
     min_dynamic_patch use_audio_in_video input_ids reasoning
     prompt suffix best_of
 """
+PARSING = settings(tool_call_parser="hermes", reasoning_parser="qwen3")
 KNOWN = {
     COMPLETIONS: OPENAI[COMPLETIONS] | {*OF_BOTH.split(), *OF_COMPLETIONS.split()},
     CHAT: OPENAI[CHAT] | {*OF_BOTH.split(), *OF_CHAT.split()},
@@ -77,13 +78,13 @@ LABELS = {
 """Who asks, or how to be fast. They change no answer of OpenAI, vLLM or SGLang either."""
 ALREADY_SO: dict[str, list[Any]] = {
     "parallel_tool_calls": [False],
-    "separate_reasoning": [False],
     "spaces_between_special_tokens": [False],
     "service_tier": ["default"],
     "tool_choice": ["auto"],
+    "reasoning_effort": ["medium"],
     "function_call": ["auto"],
 }
-"""What is not the default and yet what happens anyway, as there are no tools, no reasoning and one tier."""
+"""What is not the default and yet what happens anyway, as no tools are given beside it and there is one tier."""
 ASKS: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Anna has 12 apples", "seed": 1},
     CHAT: {"messages": [{"role": "user", "content": "Anna has 12 apples"}], "seed": 1},
@@ -122,6 +123,12 @@ OTHERS: dict[str, Any] = {
     "add_generation_prompt": False,
     "chat_template_kwargs": {"style": "short"},
     "documents": [{"title": "One", "text": "Anna"}],
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "none",
+    "parallel_tool_calls": False,
+    "include_reasoning": False,
+    "separate_reasoning": False,
+    "reasoning_effort": "high",
 }
 """A valid value that is not the default. For other fields: anything will do, as none must pass unseen."""
 BESIDE: dict[str, dict[str, Any]] = {
@@ -130,6 +137,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "include_stop_str_in_output": {"stop": ["is"]},
     "no_stop_trim": {"stop": ["is"]},
     "truncation_side": {"truncate_prompt_tokens": 2},
+    "tool_choice": {"tools": [{"type": "function", "function": {"name": "f"}}]},
 }
 """What a field needs beside it to mean something."""
 ANYTHING = [True, False, 0, 7, 2.5, "x", ["x"], [7], {"x": "x"}]
@@ -157,14 +165,19 @@ def sensitive_text() -> ChatTokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
     )
-    return ChatTokenizer(tokenizer, TEMPLATE + "{{ style }}{{ documents }}", {"eos_token": "<|im_end|>"})
+    return ChatTokenizer(
+        tokenizer,
+        TEMPLATE + "{{ style }}{{ documents }}{{ tools }}{{ reasoning_effort }}",
+        {"eos_token": "<|im_end|>"},
+    )
 
 
 @pytest.fixture
 async def running(anyio_backend: str) -> Any:
-    backend = FakeBackend(says("The <|im_start|>answer is 7."))
+    answer = '<think>is</think>The <|im_start|>answer is 7.<tool_call>{"name": "f"}</tool_call>'
+    backend = FakeBackend(says(answer))
     metrics = Metrics()
-    app = create_app(backend, settings(), sensitive_text(), metrics, sensitive_text)
+    app = create_app(backend, PARSING, sensitive_text(), metrics, sensitive_text)
     server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
     async with aiohttp.ClientSession(headers={"X-Request-Id": "fixed"}) as http:
         yield Running(server.url, backend, metrics, http, server, app[READING].worker)
@@ -174,7 +187,7 @@ async def running(anyio_backend: str) -> Any:
 async def ask(running: Running, path: str, **body: Any) -> Seen:
     running.backend.submitted.clear()
     async with running.http.post(running.url + path, json=ASKS[path] | body) as response:
-        text = re.sub(r'"created":\d+', '"created":0', await response.text())
+        text = re.sub(r'"created":\d+|call_[0-9a-f]{24}', "", await response.text())
         return Seen(response.status, text, repr(running.backend.submitted))
 
 
@@ -186,12 +199,13 @@ def others(path: str, name: str) -> list[Any]:
 
 
 def needs(path: str, name: str) -> dict[str, Any]:
-    return {} if (path, name) == (COMPLETIONS, "top_logprobs") else BESIDE.get(name, {})
+    refused = path == COMPLETIONS and name in ("top_logprobs", "tool_choice")
+    return {} if refused else BESIDE.get(name, {})
 
 
 BODIES: dict[str, type[Completion] | type[Chat]] = {
-    COMPLETIONS: completion_body(settings()),
-    CHAT: chat_body(settings()),
+    COMPLETIONS: completion_body(PARSING),
+    CHAT: chat_body(PARSING),
 }
 
 
@@ -306,8 +320,6 @@ GUIDED = [
     {"response_format": {"type": "json_object"}},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
     {"response_format": {"type": "text", "json_schema": {}}},
-    {"tools": [{"type": "function", "function": {"name": "f"}}]},
-    {"tool_choice": "required"},
     {"stream": True, "stream_options": {"include_obfuscation": True}},
 ]
 

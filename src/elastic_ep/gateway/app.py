@@ -17,6 +17,7 @@ from elastic_ep.gateway.errors import ApiError, Handler, error_middleware
 from elastic_ep.gateway.openai import OpenAiHandlers
 from elastic_ep.gateway.reading import BodyReader, Reading
 from elastic_ep.gateway.request_id import send_request_id
+from elastic_ep.gateway.serving import Serving
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
@@ -51,7 +52,8 @@ def create_app(
     app.on_response_prepare.append(settings.cors.send_headers)
     reading = app[READING] = Reading(BodyReader(settings, text), TextWorker(WorkerSetup(settings, load_text)))
     app.on_cleanup.append(_close_worker)
-    app.add_routes(OpenAiHandlers(backend, settings, text, metrics, reading).routes())
+    serving = Serving(backend, text, metrics)
+    app.add_routes(OpenAiHandlers(serving, settings, reading).routes())
     app.add_routes(AdminHandlers(backend, settings, metrics, reading).routes())
     return app
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, create_model
 
 from elastic_ep.gateway import unsupported
-from elastic_ep.gateway.conversation import ChatPrompt, Message
+from elastic_ep.gateway.conversation import ChatPrompt, Message, ToolChoice
 from elastic_ep.gateway.fields import Array, Body, Integer, Text, fault
 from elastic_ep.gateway.settings import ApiSettings, Sampling
 from elastic_ep.wire.messages import Bias
@@ -90,6 +90,10 @@ class Chat(ChatPrompt, Generating):
     max_completion_tokens: Annotated[int | None, Integer(1)] = None
     logprobs: bool = False
     top_logprobs: int = 0
+    tool_choice: ToolChoice | None = Field(None, description="Default auto if there are tools.")
+    parallel_tool_calls: bool = Field(True, description="False: of several calls the first.")
+    include_reasoning: bool = Field(True, description="False: reasoning is left out.")
+    separate_reasoning: bool = Field(True, description="SGLang's. False: reasoning is part of the content.")
     return_prompt_token_ids: bool = Field(False, description="SGLang's: prompt_token_ids are in the answer.")
 
 
@@ -127,7 +131,9 @@ def chat_body(settings: ApiSettings) -> type[Chat]:
         **_bounded(settings),
     )
     if not settings.trust_request_chat_template:
-        made.refused = Chat.refused | unsupported.CHAT_TEMPLATE
+        made.refused = {**made.refused, **unsupported.CHAT_TEMPLATE}
+    if settings.reasoning_parser is None:
+        made.refused = {**made.refused, **unsupported.REASONING_PARSER}
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from typing_extensions import TypedDict
@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from elastic_ep.gateway.fields import Array, Body, Refused, Text, fault
 from elastic_ep.gateway.text.chat_template import RESERVED
 
-_NO_TOOLS = "the model is not told of tools"
+_OLD = "the format before 'tools': say it as 'tool_calls'"
 _OF_THE_REQUEST = sorted(RESERVED | {"chat_template", "continue_final_message"})
 
 
@@ -30,6 +30,62 @@ Content = Annotated[
 """A string, or OpenAI's list of text parts; the template gets it in the form it wants."""
 
 
+Name = Annotated[Text, Field(min_length=1, max_length=256)]
+"""Of a tool."""
+
+
+class FunctionCall(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
+
+    name: Name
+    arguments: NotRequired[Text | None]
+
+
+class ToolCall(TypedDict):
+    """What the model called before. The template gets its arguments as an object, which is what templates want."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
+
+    id: NotRequired[Text | None]
+    type: NotRequired[Annotated[Any, Refused(("function",), "tools are functions here")]]
+    function: FunctionCall
+
+
+class Function(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
+
+    name: Name
+    description: NotRequired[Text | None]
+    parameters: NotRequired[dict[str, Any] | None]
+    strict: NotRequired[bool | None]
+
+
+class FunctionTool(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
+
+    type: Annotated[Any, Refused(("function",), "tools are functions here")]
+    function: Function
+
+
+class NamedFunction(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
+
+    name: Name
+
+
+class NamedTool(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
+
+    type: Annotated[Any, Refused(("function",), "a choice is a word or names a function")]
+    function: NamedFunction
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("|word")] | Annotated[NamedTool, Tag("|named")],
+    Discriminator(lambda value: "|named" if isinstance(value, dict) else "|word"),
+]
+
+
 class Message(TypedDict):
     __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
 
@@ -37,8 +93,9 @@ class Message(TypedDict):
     content: NotRequired[Content | None]
     name: NotRequired[Text | None]
     reasoning_content: NotRequired[Text | None]
-    tool_calls: NotRequired[Annotated[Any, Refused(([],), _NO_TOOLS)]]
-    function_call: NotRequired[Annotated[Any, Refused((), _NO_TOOLS)]]
+    tool_calls: NotRequired[Annotated[list[ToolCall], Array()] | None]
+    tool_call_id: NotRequired[Text | None]
+    function_call: NotRequired[Annotated[Any, Refused((), _OLD)]]
     audio: NotRequired[Annotated[Any, Refused((), "it takes and gives text alone")]]
 
 
@@ -58,6 +115,10 @@ TemplateVariables = Annotated[
 ]
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+MOST_TOOLS = 1024
+
+
 class ChatPrompt(Body):
     messages: Annotated[list[Message], Array(1)]
     add_generation_prompt: bool | None = Field(
@@ -70,6 +131,12 @@ class ChatPrompt(Body):
     )
     chat_template: Text | None = Field(
         None, description="A template, or the name of one of the model's, to use instead."
+    )
+    reasoning_effort: Effort | None = Field(
+        None, description="For chat templates that look at it; medium for all others."
+    )
+    tools: Annotated[list[FunctionTool], Array(most=MOST_TOOLS)] = Field(
+        [], description="For chat templates that show them; and what may be called."
     )
     documents: Annotated[list[dict[str, Any]], Array()] | None = Field(
         None, description="For chat templates that show documents."

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from elastic_ep.gateway.bodies import Chat, Generating, StreamOptions, chat_body, completion_body
+from elastic_ep.gateway.conversation import FunctionCall, Message
 from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
 from elastic_ep.gateway.fields import LONE_SURROGATE, bad_value, is_encodable, read, unsupported
+from elastic_ep.gateway.parsers.base import Tool
+from elastic_ep.gateway.parsers.registry import NAMED, REQUIRED, MessageForm, begins_within
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import CannotContinue, ChatTemplateError, ChatTokenizer, PromptTooLong
 from elastic_ep.machines.requests.prefixes import beginnings
@@ -50,6 +54,8 @@ class Output:
     prompt_token_ids: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    form: MessageForm | None = None
+    """How the text is told into reasoning, content and calls; None: it is content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +128,46 @@ class JobReader:
         limit = self._max_tokens(ids, asked, "messages", default=default)
         self._check_known(ids, "messages")
         part = self._part(ids, self._sampling(values, limit, logprobs), values)
-        return _job(values, (part,), logprobs)
+        return _job(values, (part,), logprobs, self._form(values, prompt))
+
+    def _form(self, values: Chat, prompt: str) -> MessageForm | None:
+        """How the answer to `prompt` is read."""
+        reasoning = self._settings.reasoning_parser if values.separate_reasoning else None
+        thinking = False
+        if reasoning is not None and not values.continue_final_message:
+            thinking = begins_within(prompt, reasoning)
+        calls, tools = self._calls(values)
+        if reasoning is None and calls is None:
+            return None
+        return MessageForm(
+            reasoning, thinking, values.include_reasoning, calls, tools, several=values.parallel_tool_calls
+        )
+
+    def _calls(self, values: Chat) -> tuple[str | None, tuple[Tool, ...]]:
+        """By which format calls are read from the answer, and of which tools."""
+        choice = values.tool_choice or "auto"
+        tools = tuple(Tool.of(tool["function"]) for tool in values.tools)
+        if isinstance(choice, dict):
+            name = choice["function"]["name"]
+            named = tuple(tool for tool in tools if tool.name == name)
+            if not named:
+                raise bad_value("tool_choice", f"names {shown(name)}, which is none of the tools.")
+            _check_certain()
+            return NAMED, named[:1]
+        if choice == "required":
+            if not tools:
+                raise bad_value("tool_choice", "needs 'tools' to be required.")
+            _check_certain()
+            return REQUIRED, tools
+        if choice == "none" or not tools:
+            return None, ()
+        if self._settings.tool_call_parser is None:
+            raise unsupported(
+                "tool_choice" if values.tool_choice else "tools",
+                "cannot be honoured here where the model has the choice: the server has to be started with "
+                "--enable-auto-tool-choice and --tool-call-parser.",
+            )
+        return self._settings.tool_call_parser, tools
 
     def _part(
         self, prompt: tuple[int, ...], params: SamplingParams, values: Generating, echo: str = ""
@@ -161,13 +206,15 @@ class JobReader:
                 raise unsupported(
                     "documents", "cannot be honoured here: the chat template does not show documents."
                 )
+            self._check_shown(values, template)
             prompt = self._text.render_chat(
-                values.messages,
+                [_for_template(message) for message in values.messages],
                 add_generation_prompt=values.begins_a_message,
                 continue_final_message=values.continue_final_message,
+                tools=values.tools or None,
                 documents=documents,
                 chat_template=template,
-                variables=values.chat_template_kwargs,
+                variables=_variables(values),
                 max_characters=self._max_prompt_bytes,
             )
         except PromptTooLong as error:
@@ -179,10 +226,23 @@ class JobReader:
             raise ApiError(str(error), param=param, code="chat_template_error") from error
         # What only the template knows can carry what `ChatTokenizer` keeps out of messages.
         if not is_encodable(prompt):
-            raise bad_value(
-                "chat_template_kwargs" if values.chat_template_kwargs else "messages", LONE_SURROGATE
-            )
+            told = {"chat_template_kwargs": values.chat_template_kwargs, "tools": values.tools}
+            raise bad_value(next((name for name in told if told[name]), "messages"), LONE_SURROGATE)
         return prompt
+
+    def _check_shown(self, values: Chat, template: str | None) -> None:
+        """Raises `ApiError` and `ChatTemplateError` for what the chat template would leave out."""
+        asked = values.tool_choice in (None, "auto", "none")
+        if values.tools and asked and not self._text.template_uses("tools", template, with_tools=True):
+            raise unsupported("tools", "cannot be honoured here: the chat template does not show tools.")
+        effort = values.reasoning_effort
+        if effort not in (None, "medium") and not self._text.template_uses("reasoning_effort", template):
+            message = 'cannot be honoured here with a value other than "medium": the chat template does not look at it.'
+            raise unsupported("reasoning_effort", message)
+        for place, said in enumerate(values.messages):
+            if said.get("tool_calls") and not self._text.template_mentions("tool_calls", template):
+                name = f"messages[{place}].tool_calls"
+                raise unsupported(name, "cannot be honoured here: the chat template does not show calls.")
 
     def _too_long(self, characters: int, param: str) -> ApiError:
         at_least = characters // self._text.max_token_bytes
@@ -253,7 +313,40 @@ def _seed(given: int | None) -> int:
     return random.getrandbits(63) if given is None else given & (2**63 - 1)
 
 
-def _job(values: Generating, parts: tuple[Part, ...], logprobs: int | None) -> Job:
+def _check_certain() -> None:
+    raise unsupported("tool_choice", "cannot be honoured here with a value that makes a call certain.")
+
+
+def _for_template(message: Message) -> Mapping[str, Any]:
+    """The arguments of calls as objects, which is what templates expect, as far as they are."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return {
+        **message,
+        "tool_calls": [
+            {"type": "function", **call, "function": _with_object(call["function"])} for call in calls
+        ],
+    }
+
+
+def _with_object(call: FunctionCall) -> dict[str, Any]:
+    arguments = call.get("arguments") or "{}"
+    try:
+        parsed = json.loads(arguments)
+    except (ValueError, RecursionError):
+        parsed = None
+    return {**call, "arguments": parsed if isinstance(parsed, dict) else arguments}
+
+
+def _variables(values: Chat) -> dict[str, Any] | None:
+    given, effort = values.chat_template_kwargs, values.reasoning_effort
+    return given if effort is None else {"reasoning_effort": effort, **(given or {})}
+
+
+def _job(
+    values: Generating, parts: tuple[Part, ...], logprobs: int | None, form: MessageForm | None = None
+) -> Job:
     options = values.stream_options or _NO_OPTIONS
     if (options.include_usage or options.continuous_usage_stats) and not values.stream:
         raise bad_value("stream_options", "is only allowed when 'stream' is true.")
@@ -266,12 +359,13 @@ def _job(values: Generating, parts: tuple[Part, ...], logprobs: int | None) -> J
             stop=tuple(values.stop),
             min_tokens=values.min_tokens,
             include_stop=values.include_stop_str_in_output or values.no_stop_trim,
-            skip_special_tokens=values.skip_special_tokens,
+            skip_special_tokens=values.skip_special_tokens and not (form and form.shows_special),
             logprobs=logprobs,
             token_ids=token_ids,
             prompt_token_ids=token_ids or (isinstance(values, Chat) and values.return_prompt_token_ids),
             include_usage=options.include_usage,
             continuous_usage=options.continuous_usage_stats,
+            form=form,
         ),
         request_id=values.request_id or values.rid,
         unknown=_unknown(values),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
-from elastic_ep.gateway.errors import failed, tell, translate, unexpected, unknown_model
-from elastic_ep.gateway.generate import ChoiceReader, Clock, submit
-from elastic_ep.gateway.jobs import Job, Output, Part, UnknownNames
+from elastic_ep.gateway.errors import unknown_model
+from elastic_ep.gateway.jobs import Job
+from elastic_ep.gateway.message import Message
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.request_id import request_id
+from elastic_ep.gateway.serving import EVENT_STREAM, Run, Serving, send, together, usage_of
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.shapes import (
     Answer,
@@ -24,54 +22,24 @@ from elastic_ep.gateway.shapes import (
     CompletionShape,
     Json,
     Shape,
-    Usage,
     as_object,
+    delta_json,
     ids_json,
     logprobs_json,
     sse,
     usage_chunk,
     whole,
 )
-from elastic_ep.gateway.text.tokenizer import ChatTokenizer
-from elastic_ep.gateway.turns import Turns
-from elastic_ep.group.metrics import Metrics
-from elastic_ep.group.port import Backend, Failure, Stream
-from elastic_ep.wire.messages import FailureCode
 
-_T = TypeVar("_T")
 Write = Callable[[bytes], Awaitable[None]]
-_AT_ONCE_BYTES = 1 << 18
-_EVENT_STREAM = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """One choice on its way."""
-
-    index: int
-    stream: Stream
-    reader: ChoiceReader
-    clock: Clock
-    part: Part
-    prompt_ids: Json | None
-    """If they are to be shown."""
 
 
 class OpenAiHandlers:
-    def __init__(
-        self, backend: Backend, settings: ApiSettings, text: ChatTokenizer, metrics: Metrics, reading: Reading
-    ) -> None:
-        self._backend = backend
+    def __init__(self, serving: Serving, settings: ApiSettings, reading: Reading) -> None:
+        self._serving = serving
         self._settings = settings
-        self._text = text
-        self._metrics = metrics
         self._reading = reading
-        self._turns = Turns()
-        self._unknown = UnknownNames()
+        self._turns = serving.turns
         self._completion = CompletionShape()
         self._chat = ChatShape()
         self._created = int(time.time())
@@ -115,17 +83,8 @@ class OpenAiHandlers:
     async def _serve(
         self, request: web.Request, job: Job, shape: Shape, started: float
     ) -> web.StreamResponse:
-        self._unknown.note(request.path, job.unknown)
-        streams = await submit(self._backend, job)
-        # Whatever ends this handler, the cancellation at a client's disconnect included, nobody generates
-        # for it any longer.
-        try:
-            self._metrics.prompt_tokens(sum(len(part.prompt) for part in job.parts))
-            ids = [await self._prompt_ids(job, part) for part in job.parts]
-            runs = []
-            for index, stream in enumerate(streams):
-                make = partial(self._run, job, index, stream, started, ids[index // job.n])
-                runs.append(await self._turns.run(make))
+        async with self._serving.runs(job, request.path, started) as runs:
+            ids = [await self._prompt_ids(job, run) for run in runs[:: job.n]]
             answer = Answer(
                 shape.prefix + (job.request_id or request_id(request)),
                 int(time.time()),
@@ -133,147 +92,118 @@ class OpenAiHandlers:
                 job.output,
             )
             if job.stream:
-                return await self._stream(request, job, shape, answer, runs)
-            choices = await _together([self._whole_choice(shape, job.output, run) for run in runs])
+                return await self._stream(request, job, shape, answer, runs, ids)
+            choices = await together(
+                [self._whole_choice(shape, run, ids[run.index // job.n]) for run in runs]
+            )
             beside = None if shape.prompt_ids_of_choice else ids[0]
-            pieces = whole(shape, answer, choices, _usage(job, runs), beside)
-            return await _send(request, list(pieces))
-        except (ConnectionError, asyncio.CancelledError):
-            self._metrics.disconnects.inc()
-            raise
-        finally:
-            # Those that wait first: else each that runs would make room for one of them.
-            for stream in reversed(streams):
-                stream.cancel()
+            pieces = whole(shape, answer, choices, usage_of(job, runs), beside)
+            return await send(request, list(pieces))
 
-    async def _prompt_ids(self, job: Job, part: Part) -> Json | None:
-        return await self._turns.run(lambda: ids_json(part.prompt)) if job.output.prompt_token_ids else None
+    async def _prompt_ids(self, job: Job, run: Run) -> Json | None:
+        """If they are to be shown."""
+        return (
+            await self._turns.run(lambda: ids_json(run.part.prompt)) if job.output.prompt_token_ids else None
+        )
 
-    def _run(self, job: Job, index: int, stream: Stream, started: float, prompt_ids: Json | None) -> _Run:
-        part = job.parts[index // job.n]
-        reader = ChoiceReader(self._text, job.output, part.prompt)
-        return _Run(index, stream, reader, Clock(self._metrics, started), part, prompt_ids)
-
-    async def _whole_choice(self, shape: Shape, output: Output, run: _Run) -> Json:
-        reader, echo = run.reader, run.part.echo
-        pieces = [echo]
-        async for batch in run.stream:
-            run.clock.batch(len(batch))
-            pieces.append(reader.feed(batch))
-            if reader.finish is not None:
-                break
-        finish = self._finished(run)
+    async def _whole_choice(self, shape: Shape, run: Run, prompt_ids: Json | None) -> Json:
+        reader, echo, output = run.reader, run.part.echo, run.output
+        pieces = [echo, *[text async for text in run.texts()]]
+        finish = run.finished()
         logprobs = None
         if output.logprobs is not None:
             logprobs = await logprobs_json(shape, reader.tokens, len(echo), self._turns)
 
         def made() -> Json:
-            choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
+            if output.form is None:
+                choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
+            else:
+                message = Message(output.form)
+                for piece in pieces:
+                    message.push(piece)
+                message.finish()
+                choice = shape.message(run.index, message, logprobs, message.reason(finish))
             if output.token_ids:
                 choice["token_ids"] = [one.token.token for one in reader.tokens]
-            if shape.prompt_ids_of_choice and run.prompt_ids is not None:
-                choice["prompt_token_ids"] = run.prompt_ids
+            if shape.prompt_ids_of_choice and prompt_ids is not None:
+                choice["prompt_token_ids"] = prompt_ids
             return as_object(choice)
 
         return await self._turns.run(made)
 
     async def _stream(
-        self, request: web.Request, job: Job, shape: Shape, answer: Answer, runs: list[_Run]
+        self,
+        request: web.Request,
+        job: Job,
+        shape: Shape,
+        answer: Answer,
+        runs: list[Run],
+        ids: list[Json | None],
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers=_EVENT_STREAM)
+        response = web.StreamResponse(headers=EVENT_STREAM)
         await response.prepare(request)
+        choice = self._stream_choice if job.output.form is None else self._stream_message
         try:
-            await _together([self._stream_choice(shape, answer, run, response.write) for run in runs])
+            await together(
+                [choice(shape, answer, run, ids[run.index // job.n], response.write) for run in runs]
+            )
             if job.output.include_usage:
-                await response.write(usage_chunk(shape, answer, _usage(job, runs)))
+                await response.write(usage_chunk(shape, answer, usage_of(job, runs)))
         except ConnectionError:
             raise
         except Exception as error:
-            # The status line is long gone; clients look for an error object among the events.
-            failure = translate(error)
-            if failure is None:
-                failure = unexpected(request, error)
-            else:
-                tell(request, failure)
-            self._metrics.http_error(failure.status)
-            await response.write(sse(failure.body()))
+            # Clients look for an error object among the events.
+            await response.write(sse(self._serving.stream_failed(request, error).body()))
         await response.write_eof(b"data: [DONE]\n\n")
         return response
 
-    async def _stream_choice(self, shape: Shape, answer: Answer, run: _Run, write: Write) -> None:
+    async def _stream_choice(
+        self, shape: Shape, answer: Answer, run: Run, prompt_ids: Json | None, write: Write
+    ) -> None:
         reader, output, echo = run.reader, answer.output, run.part.echo
 
         def begin() -> tuple[ChunkWriter, bytes]:
-            chunks = ChunkWriter(shape, answer, run.index, len(run.part.prompt), run.prompt_ids)
+            chunks = ChunkWriter(shape, answer, run.index, len(run.part.prompt), prompt_ids)
             return chunks, chunks.opening + (chunks.text(echo, 0) if echo else b"")
 
         chunks, opening = await self._turns.run(begin)
-        text = ""
 
-        def full(finish: str | None) -> bytes:
+        def full(text: str, finish: str | None) -> bytes:
             logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, len(echo))
             ids = [one.token.token for one in reader.tokens] if output.token_ids else None
             return chunks.full(text, reader.generated, logprobs, finish, ids)
 
-        async for batch in run.stream:
-            run.clock.batch(len(batch))
-            text = reader.feed(batch)
-            if reader.finish is not None:
-                break
-            if not text:
+        text = ""
+        async for text in run.texts():
+            if not text or reader.finish is not None:
                 continue
             if reader.keep_tokens:
-                chunk = full(None)
+                chunk = full(text, None)
                 reader.tokens.clear()
             else:
                 chunk = chunks.text(text, reader.generated)
             if opening:
                 chunk, opening = opening + chunk, b""
             await write(chunk)
-        finish = self._finished(run)
-        await write(opening + full(finish))
+        finish = run.finished()
+        await write(opening + full(text, finish))
 
-    def _finished(self, run: _Run) -> str:
-        """The finish reason of a choice that has ended. Raises `ApiError` if it was aborted."""
-        finish = run.reader.finish
-        run.stream.cancel()
-        self._metrics.finished(finish or "abort")
-        if finish is None or finish == "abort":
-            raise failed(run.stream.failure or Failure(FailureCode.ABORTED, "the reason is unknown"))
-        return finish
+    async def _stream_message(
+        self, shape: Shape, answer: Answer, run: Run, prompt_ids: Json | None, write: Write
+    ) -> None:
+        reader, output, message = run.reader, answer.output, Message(answer.output.form)
+        chunks = ChunkWriter(shape, answer, run.index, len(run.part.prompt), prompt_ids)
+        opening = chunks.opening
 
+        def chunk(delta: dict[str, Any], finish: str | None) -> bytes:
+            """What there is of tokens goes into the first chunk that there is."""
+            logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, 0)
+            ids = [one.token.token for one in reader.tokens] if output.token_ids else None
+            reader.tokens.clear()
+            return chunks.delta(delta, reader.generated, logprobs, finish, ids)
 
-async def _send(request: web.Request, pieces: list[str]) -> web.StreamResponse:
-    """As fast as the client takes it: megabytes in one go would hold up the event loop. `pieces` are ASCII."""
-    size = sum(map(len, pieces))
-    if size <= _AT_ONCE_BYTES:
-        return web.Response(body="".join(pieces).encode("ascii"), content_type="application/json")
-    headers = {"Content-Type": "application/json", "Content-Length": str(size)}
-    response = web.StreamResponse(headers=headers)
-    await response.prepare(request)
-    for piece in pieces:
-        for start in range(0, len(piece), _AT_ONCE_BYTES):
-            await response.write(piece[start : start + _AT_ONCE_BYTES].encode("ascii"))
-            await asyncio.sleep(0)  # a client that is quick enough makes nothing wait
-    await response.write_eof()
-    return response
-
-
-def _usage(job: Job, runs: list[_Run]) -> Usage:
-    """A prompt counts once, however many choices were made for it: of these the first one found what was there before."""
-    cached = sum(run.stream.cached_tokens for run in runs[:: job.n])
-    prompts = sum(len(part.prompt) for part in job.parts)
-    return Usage(prompts, sum(run.reader.generated for run in runs), cached)
-
-
-async def _together(parts: list[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """The results of all, run concurrently; when one raises, the others are cancelled and it is raised."""
-    if len(parts) == 1:
-        return [await parts[0]]
-    tasks = [asyncio.create_task(part) for part in parts]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async for deltas in run.deltas(message):
+            await write(opening + b"".join([chunk(delta_json(delta, message), None) for delta in deltas]))
+            opening = b""
+        assert reader.finish is not None
+        await write(opening + chunk({}, message.reason(reader.finish)))

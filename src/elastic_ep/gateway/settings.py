@@ -101,6 +101,9 @@ class ApiSettings:
     cors: Cors = field(default_factory=Cors)
     eos_token_ids: tuple[int, ...] = ()
     trust_request_chat_template: bool = False
+    tool_call_parser: str | None = None
+    """How calls are read from what the model writes where the client leaves it the choice; None: they are not."""
+    reasoning_parser: str | None = None
     max_body_bytes: int = 4 * 1024 * 1024
     max_choices: int = 256
     max_logprobs: int = 20

@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from elastic_ep.gateway.jobs import Output
+from elastic_ep.gateway.message import Call, Message
+from elastic_ep.gateway.parsers.base import CallArguments, CallBegin, Content, Delta, Reasoning
 from elastic_ep.gateway.turns import Turns
 from elastic_ep.wire.messages import Token
 
@@ -84,6 +86,10 @@ class Shape(Protocol):
         """A choice of a response that is not streamed."""
         ...
 
+    def message(self, index: int, message: Message, logprobs: Any, finish: str) -> dict[str, Any]:
+        """The same of an answer that is told into reasoning, content and calls."""
+        ...
+
     def opening(self, index: int) -> str | None:
         """A choice to stream before any text, as JSON but for its end."""
         ...
@@ -105,6 +111,9 @@ class CompletionShape:
 
     def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def message(self, index: int, message: Message, logprobs: Any, finish: str) -> dict[str, Any]:
+        raise NotImplementedError  # only conversations have messages
 
     def opening(self, index: int) -> str | None:
         return None
@@ -139,6 +148,17 @@ class ChatShape:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
+    def message(self, index: int, message: Message, logprobs: Any, finish: str) -> dict[str, Any]:
+        content, reasoning = "".join(message.content), "".join(message.reasoning)
+        plain: dict[str, Any] = {"role": "assistant", "content": content or None, "refusal": None}
+        if not message.calls:
+            plain["content"] = content
+        else:
+            plain["tool_calls"] = [call_json(call) for call in message.calls]
+        if message.reasoning:
+            plain |= _reasoning(reasoning)
+        return {"index": index, "message": plain, "logprobs": logprobs, "finish_reason": finish}
+
     def opening(self, index: int) -> str | None:
         return f'{{"index":{index},"delta":{{"role":"assistant","content":""}}'
 
@@ -154,10 +174,35 @@ class ChatShape:
         return {"content": content, "refusal": None}
 
 
+def call_json(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": "".join(call.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def delta_json(delta: Delta, message: Message) -> dict[str, Any]:
+    """A delta of `message` in OpenAI's form."""
+    match delta:
+        case Content(text):
+            return {"content": text}
+        case Reasoning(text):
+            return _reasoning(text)
+        case CallBegin(index, name):
+            function = {"name": name, "arguments": ""}
+            begun = {"index": index, "id": message.calls[index].id, "type": "function", "function": function}
+            return {"tool_calls": [begun]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    """By the name that vLLM has for it now, and by the one that it, SGLang and DeepSeek had first."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
 class ChunkWriter:
     """Makes the server-sent events of one choice."""
 
-    __slots__ = ("_after", "_before", "_end", "_plain", "_prompt_tokens", "opening")
+    __slots__ = ("_after", "_before", "_end", "_head", "_index", "_plain", "_prompt_tokens", "opening")
 
     def __init__(
         self, shape: Shape, answer: Answer, index: int, prompt_tokens: int, prompt_ids: Json | None = None
@@ -169,6 +214,7 @@ class ChunkWriter:
             f'"created":{answer.created},"model":{_escape(answer.model)},"choices":['
         )
         self._prompt_tokens = prompt_tokens
+        self._head, self._index = head, index
         self._end: str | None = ',"usage":null}\n\n' if output.include_usage else "}\n\n"
         """None: every chunk has other figures."""
         if output.continuous_usage:
@@ -198,6 +244,20 @@ class ChunkWriter:
         ids = "" if token_ids is None else f',"token_ids":{_dumps(list(token_ids))}'
         rest = f'{self._after},"logprobs":{_dumps(logprobs)},"finish_reason":{_dumps(finish)}{ids}}}]'
         return f"{self._before}{_escape(text)}{rest}{self._end or self._usage(generated)}".encode("ascii")
+
+    def delta(
+        self,
+        delta: dict[str, Any],
+        generated: int,
+        logprobs: Any,
+        finish: str | None,
+        token_ids: Sequence[int] | None = None,
+    ) -> bytes:
+        """A chunk of a message that is not content alone."""
+        choice = {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        if token_ids is not None:
+            choice["token_ids"] = list(token_ids)
+        return f"{self._head}{_dumps(choice)}]{self._end or self._usage(generated)}".encode("ascii")
 
     def _first(self, start: str, shape: Shape, prompt_ids: Json | None) -> bytes:
         ids = "" if prompt_ids is None else f',"prompt_token_ids":{prompt_ids}'

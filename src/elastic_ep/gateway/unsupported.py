@@ -11,9 +11,9 @@ from typing import Any
 from elastic_ep.gateway.fields import Refused
 
 _GUIDED = "nothing makes the output follow a grammar or a schema"
-_TOOLS = "the model is not told of tools and no calls are read from its output"
+_OLD_TOOLS = "the format before 'tools': give those"
 _MEDIA = "it takes and gives text alone"
-_REASONING = "reasoning is not told from the rest of the text"
+_REASONING = "how long a model reasons is its own affair"
 _PLACEMENT = "which rank serves a request is the router's decision"
 _LOGPROBS = "prompts have no log-probabilities, and no tokens can be chosen for them"
 _INSIDE = "what happens inside the model is not reported"
@@ -97,9 +97,14 @@ COMPLETIONS = {
 CHAT_TEMPLATE = _refused("the server has to be started with --trust-request-chat-template", chat_template="")
 """For conversations, unless the operator allows it."""
 
+REASONING_PARSER = _refused(
+    "the server has to be started with --reasoning-parser",
+    include_reasoning=True, separate_reasoning=(True, False),
+)  # fmt: skip
+"""For conversations, unless the operator says how reasoning is told from the rest of the text."""
+
 CHAT = {
-    **_refused(_TOOLS, tools=([],), functions=([],), function_call=("none", "auto"), tool_choice=("none", "auto")),
-    **_refused("no tools are called", parallel_tool_calls=(True, False)),
+    **_refused(_OLD_TOOLS, functions=([],), function_call=("none", "auto")),
     **_refused("answers are not kept", store=False),
     **_refused("one tier serves all", service_tier=("auto", "default")),
     **_refused("texts are not rated", moderation=()),
@@ -111,9 +116,10 @@ CHAT = {
         audio=(), modalities=(["text"], []), max_dynamic_patch=(), min_dynamic_patch=(), use_audio_in_video=False,
     ),
     **_refused(
-        _REASONING,
-        reasoning_effort="medium", reasoning={}, include_reasoning=True, separate_reasoning=(True, False),
-        stream_reasoning=True,
+        _REASONING, reasoning={},
+    ),
+    **_refused(
+        "reasoning is sent as soon as there is some", stream_reasoning=True,
     ),
     **_refused("the answer is a message of its own: see 'continue_final_message'", echo=False),
     **_refused("messages are the prompt: token ids go to /v1/completions", input_ids=([],), prompt=("", [])),

@@ -72,10 +72,17 @@ class ChatTemplate:
         except (SyntaxError, RecursionError, jinja2.TemplateError) as error:
             raise ValueError(f"does not parse: {_reason(error)}") from error
         self._source = source
+        self._variables: set[str] | None = None
+        """That it looks at, once somebody has asked."""
 
     def uses(self, variable: str) -> bool:
         """Does it look at `variable` of those that it is given?"""
-        return variable in jinja2.meta.find_undeclared_variables(_environment().parse(self._source))
+        if self._variables is None:
+            self._variables = jinja2.meta.find_undeclared_variables(_environment().parse(self._source))
+        return variable in self._variables
+
+    def mentions(self, word: str) -> bool:
+        return word in self._source
 
     def render(
         self,

@@ -171,9 +171,15 @@ class ChatTokenizer:
             max_characters=max_characters,
         )
 
-    def template_uses(self, variable: str, chat_template: str | None = None) -> bool:
+    def template_uses(
+        self, variable: str, chat_template: str | None = None, *, with_tools: bool = False
+    ) -> bool:
         """Whether the template that `render_chat` would choose looks at `variable`. Raises `ChatTemplateError`."""
-        return self._choose(chat_template).uses(variable)
+        return self._choose(chat_template, with_tools=with_tools).uses(variable)
+
+    def template_mentions(self, word: str, chat_template: str | None = None) -> bool:
+        """Whether a template that `render_chat` could choose has `word`. Raises `ChatTemplateError`."""
+        return any(self._choose(chat_template, with_tools=some).mentions(word) for some in (False, True))
 
     def _choose(self, wanted: str | None, *, with_tools: bool = False) -> ChatTemplate:
         if self._template is None and wanted is None:

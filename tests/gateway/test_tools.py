@@ -1,0 +1,239 @@
+"""Tools and reasoning in conversations, by the official client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+
+from elastic_ep.config import CALL_PARSERS, REASONING_PARSERS
+from elastic_ep.gateway.parsers.registry import CALL_FORMATS, REASONING_FORMATS
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
+from tests.gateway.conftest import Running, Start
+from tests.gateway.fakes import MODEL, FakeBackend, byte_level_tokenizer, says
+from tests.gateway.test_openai_client import MESSAGES, connect, imported
+
+pytestmark = pytest.mark.anyio
+__all__ = ["imported"]  # a fixture
+
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}{% for call in message.tool_calls or [] %}<call {{ call.id }} {{ call.function.name }}"
+    "{% for name, value in call.function.arguments.items() %} {{ name }}={{ value }}{% endfor %}>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "é",
+            "parameters": {"type": "object", "properties": {"days": {"type": "integer"}}},
+        },
+    }
+    for name in ("weather", "clock")
+]
+ARGUMENTS = '{"days": 3, "city": "Köln \\"x\\""}'
+ANSWER = (
+    "<think>\nSo: weather.\n</think>\n\nI look.\n<tool_call>\n"
+    f'{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>\n<tool_call>\n'
+    '{"name": "clock", "arguments": {}}\n</tool_call>'
+)
+
+
+def tool_text() -> ChatTokenizer:
+    return ChatTokenizer(byte_level_tokenizer(), TEMPLATE, {"eos_token": "<|im_end|>"})
+
+
+async def begin(start: Start, answer: str = ANSWER, **settings: Any) -> Running:
+    chosen = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3", "max_model_len": 2048} | settings
+    return await start(FakeBackend(says(answer)), tool_text(), **chosen)
+
+
+@pytest.fixture
+async def running(start: Start) -> Running:
+    return await begin(start)
+
+
+@pytest.fixture
+async def client(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with connect(running, "none") as client:
+        yield client
+
+
+async def test_calls(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=TOOLS)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "I look."
+    assert choice.message.model_extra is not None
+    assert choice.message.model_extra["reasoning_content"] == choice.message.model_extra["reasoning"]
+    assert choice.message.model_extra["reasoning"] == "So: weather."
+    calls = choice.message.tool_calls or []
+    assert [(call.type, call.function.name) for call in calls if call.type == "function"] == [
+        ("function", "weather"),
+        ("function", "clock"),
+    ]
+    assert [call.function.arguments for call in calls if call.type == "function"] == [ARGUMENTS, "{}"]
+    assert len({call.id for call in calls}) == 2
+    assert answer.usage is not None
+
+
+async def test_calls_alone_have_no_content(start: Start) -> None:
+    running = await begin(start, ANSWER[ANSWER.index("\n<tool_call>") :])
+    _, body = await running.post("/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS})
+    assert body["choices"][0]["message"]["content"] is None
+
+
+async def test_streamed_calls(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,
+        tools=TOOLS,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=True,
+    )
+    calls: dict[int, dict[str, str]] = {}
+    content, reasoning, finish, tokens, deltas = "", "", [], 0, 0
+    async for chunk in stream:
+        for choice in chunk.choices:
+            content += choice.delta.content or ""
+            reasoning += getattr(choice.delta, "reasoning", None) or ""
+            tokens += len(choice.logprobs.content or []) if choice.logprobs else 0
+            finish += [choice.finish_reason] if choice.finish_reason else []
+            for call in choice.delta.tool_calls or []:
+                assert call.function is not None
+                if call.id is not None:
+                    assert call.index == len(calls)
+                    assert (call.type, call.function.arguments) == ("function", "")
+                    calls[call.index] = {"name": call.function.name or "", "arguments": ""}
+                else:
+                    deltas += 1
+                    assert call.function.name is None
+                    calls[call.index]["arguments"] += call.function.arguments or ""
+    assert calls == {
+        0: {"name": "weather", "arguments": ARGUMENTS},
+        1: {"name": "clock", "arguments": "{}"},
+    }
+    assert (content, reasoning, finish) == ("I look.", "So: weather.", ["tool_calls"])
+    assert deltas > 10, "as they come, not at the end"
+    assert chunk.usage is not None
+    assert tokens == chunk.usage.completion_tokens, "each token's once"
+
+
+async def test_helpers_of_the_client_read_the_stream(client: openai.AsyncOpenAI) -> None:
+    async with client.chat.completions.stream(model=MODEL, messages=MESSAGES, tools=TOOLS) as stream:
+        events = [event async for event in stream]
+        final = await stream.get_final_completion()
+    kinds = {event.type for event in events}
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert "tool_calls.function.arguments.done" in kinds
+    calls = final.choices[0].message.tool_calls or []
+    assert [call.function.name for call in calls] == ["weather", "clock"]
+
+
+async def test_history_reaches_the_template(client: openai.AsyncOpenAI, running: Running) -> None:
+    call: Any = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"days": 3}'},
+    }
+    await client.chat.completions.create(
+        model=MODEL,
+        messages=[
+            *MESSAGES,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        ],
+        tools=TOOLS,
+    )
+    prompt = tool_text().decode(running.backend.submitted[0].prompt, skip_special_tokens=False)
+    assert prompt.startswith(json.dumps(TOOLS, ensure_ascii=False))
+    assert "<call c1 weather days=3><|im_end|>\n<|im_start|>tool\nrain<|im_end|>" in prompt
+
+
+async def test_one_call_if_they_may_not_be_several(running: Running) -> None:
+    asked = {"messages": MESSAGES, "tools": TOOLS, "parallel_tool_calls": False}
+    _, body = await running.post("/v1/chat/completions", asked)
+    assert [call["function"]["name"] for call in body["choices"][0]["message"]["tool_calls"]] == ["weather"]
+
+
+async def test_no_calls_if_none_are_wanted(running: Running) -> None:
+    asked = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "none"}
+    _, body = await running.post("/v1/chat/completions", asked)
+    choice = body["choices"][0]
+    assert "tool_calls" not in choice["message"]
+    assert choice["message"]["content"] == ANSWER[ANSWER.index("I look") :]
+    assert choice["finish_reason"] == "stop"
+
+
+async def test_reasoning_as_asked_for(running: Running) -> None:
+    _, body = await running.post("/v1/chat/completions", {"messages": MESSAGES, "include_reasoning": False})
+    assert body["choices"][0]["message"]["content"].startswith("I look.")
+    assert "reasoning" not in body["choices"][0]["message"]
+    _, body = await running.post("/v1/chat/completions", {"messages": MESSAGES, "separate_reasoning": False})
+    assert body["choices"][0]["message"]["content"] == ANSWER
+
+
+async def test_a_call_that_is_cut_off_ends_by_its_length(running: Running) -> None:
+    cut = len(tool_text().encode(ANSWER[: ANSWER.index(', "city"')]))
+    asked = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": cut}
+    _, body = await running.post("/v1/chat/completions", asked)
+    choice = body["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"days": 3'
+
+
+async def test_special_tokens_that_a_parser_needs(start: Start) -> None:
+    running = await begin(start, "<|im_start|>hello", tool_call_parser="mistral", reasoning_parser=None)
+    _, body = await running.post("/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS})
+    assert body["choices"][0]["message"]["content"] == "<|im_start|>hello"
+    _, body = await running.post("/v1/chat/completions", {"messages": MESSAGES})
+    assert body["choices"][0]["message"]["content"] == "hello"
+
+
+CALLED = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+NAMED = {"type": "function", "function": {"name": "no_such"}}
+WRONG: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("tools", {"tools": TOOLS}, {"tool_call_parser": None}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": "auto"}, {"tool_call_parser": None}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": "any"}, {}),
+    ("tool_choice", {"tool_choice": "required"}, {}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": NAMED}, {}),
+    ("tools[0].type", {"tools": [{"type": "web_search"}]}, {}),
+    ("tools[0].function.name", {"tools": [{"type": "function", "function": {"name": ""}}]}, {}),
+    ("tools", {"tools": [{"type": "function", "function": {"name": "f", "x": "\ud800"}}]}, {}),
+    ("messages[0].tool_calls[0].function.name", {"messages": [{"role": "a", "tool_calls": [{"function": {}}]}]}, {}),
+    ("include_reasoning", {"include_reasoning": False}, {"reasoning_parser": None}),
+    ("reasoning_effort", {"reasoning_effort": "high"}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("param", "change", "settings"), WRONG)
+async def test_what_cannot_be_honoured(
+    start: Start, param: str, change: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    running = await begin(start, **settings)
+    status, body = await running.post("/v1/chat/completions", {"messages": MESSAGES} | change)
+    assert status == 400
+    assert body["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("param", "change"), [("tools", {"tools": TOOLS}), ("messages[0].tool_calls", {"messages": [CALLED]})]
+)
+async def test_a_template_that_does_not_show_them(start: Start, param: str, change: dict[str, Any]) -> None:
+    running = await start(tool_call_parser="hermes")
+    status, body = await running.post("/v1/chat/completions", {"messages": MESSAGES} | change)
+    assert status == 400
+    assert body["error"]["param"] == param
+    assert "template" in body["error"]["message"]
+
+
+def test_each_name_of_a_parser_is_a_choice_on_the_command_line() -> None:
+    assert tuple(CALL_FORMATS) == CALL_PARSERS
+    assert tuple(REASONING_FORMATS) == REASONING_PARSERS
