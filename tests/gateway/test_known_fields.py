@@ -223,6 +223,8 @@ def asks_for_nothing(path: str, name: str, value: Any) -> bool:
     """Whether `value` is what the field is without being given, or what happens anyway."""
     if name == "add_special_tokens":
         return value is (path == COMPLETIONS)
+    if (path, name, value) == (COMPLETIONS, "tool_choice", "none"):
+        return True
     if name in ALREADY_SO and any(value is one or value == one for one in ALREADY_SO[name]):
         return True
     if isinstance(value, bool):
