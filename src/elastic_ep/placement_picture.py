@@ -1,4 +1,4 @@
-"""`python -m elastic_ep.placement_picture RUN`: who held which expert around the first loss, drawn from a run's log.
+"""`python -m elastic_ep.placement_picture RUN`: who held which expert around the first loss, from a run's log, as text.
 
 Experts are rows and ranks are columns, one grid for each moment: before the loss, after it, when copies had been made
 again, when the rank was back. Exit status: 0 drawn, 1 there was no loss to draw, 2 the log cannot be read.
@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from elastic_ep.event_log.reader import Differs, Log, Unreadable
@@ -19,17 +18,7 @@ from elastic_ep.placement import Placement
 from elastic_ep.wire.codec import from_plain
 from elastic_ep.wire.messages import Member, PlacementChanged
 
-_CELL, _LEFT, _TOP, _GAP, _BOTTOM = 15, 34, 64, 46, 46
-_STYLE = (
-    "text{font:11px sans-serif;fill:#1f2933}.t{font-weight:600;font-size:13px}.m{fill:#52606d}"
-    "rect{stroke:#cbd2d9;stroke-width:1;fill:#fff}rect.held{fill:#1565c0}rect.new{fill:#ef6c00}"
-    "rect.dead{fill:#e4e7eb}rect.gone{fill:#9aa5b1}"
-)
-_LEGEND = (
-    ("held", "rank (column) holds expert (row)"),
-    ("new", "copy made since the loss"),
-    ("gone", "copy on a lost rank"),
-)
+_LEGEND = "# rank (column) holds expert (row)   + copy made since the loss   x copy on a lost rank"
 
 
 class NothingLost(Exception):
@@ -121,53 +110,43 @@ def _heard(path: Path) -> Iterator[tuple[_Scene, MembersChanged | PlacementChang
 
 
 def draw(found: list[Moment], layer: int) -> str:
-    """SVG. Raises ValueError if there is no such layer."""
+    """As text, the moments side by side. Raises ValueError if there is no such layer."""
     first = found[0].placement
     if not 0 <= layer < len(first.slots):
         raise ValueError(f"--layer {layer}: there are {len(first.slots)}, from 0")
-    grid = max(first.num_ranks * _CELL, 120)
-    width = _LEFT + len(found) * (grid + _GAP)
-    height = _TOP + first.num_experts * _CELL + _BOTTOM
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">',
-        f"<style>{_STYLE}</style>",
+    columns = [_column(moment, first, layer) for moment in found]
+    margin = ["", "", "", *map(str, range(first.num_experts))]
+    widths = [max(map(len, column)) for column in columns]
+    rows = [
+        f"{number:>4}  " + "   ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        for number, *cells in zip(margin, *columns, strict=True)
     ]
-    for index, moment in enumerate(found):
-        parts += _grid(moment, first, layer, _LEFT + index * (grid + _GAP))
-    parts += _legend(height - 14)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return "\n".join([*map(str.rstrip, rows), "", _LEGEND]) + "\n"
 
 
-def _grid(moment: Moment, before: Placement, layer: int, x: int) -> Iterator[str]:
+def _column(moment: Moment, before: Placement, layer: int) -> list[str]:
+    """What is known of the moment, the ranks' last digits, and a row for each expert."""
     placement = moment.placement
+    ranks = range(placement.num_ranks)
     when = "" if moment.title == "before" else f"{moment.at_ns / 1e6:+.0f} ms, "
-    yield f'<text class="t" x="{x}" y="18">{escape(moment.title)}</text>'
-    yield f'<text class="m" x="{x}" y="34">{when}tolerates {moment.tolerates(layer)}</text>'
-    for rank in range(placement.num_ranks):
-        yield f'<text x="{x + rank * _CELL + 4}" y="{_TOP - 6}">{rank}</text>'
-    for expert in range(placement.num_experts):
-        y = _TOP + expert * _CELL
-        yield f'<text x="{x - 18}" y="{y + 12}">{expert}</text>'
-        for rank in range(placement.num_ranks):
-            kind = _kind(expert, rank, moment, before, layer)
-            yield f'<rect class="{kind}" x="{x + rank * _CELL}" y="{y}" width="{_CELL}" height="{_CELL}"/>'
+    return [
+        moment.title,
+        f"{when}tolerates {moment.tolerates(layer)}",
+        "".join(str(rank % 10) for rank in ranks),
+        *(
+            "".join(_mark(expert, rank, moment, before, layer) for rank in ranks)
+            for expert in range(placement.num_experts)
+        ),
+    ]
 
 
-def _kind(expert: int, rank: int, moment: Moment, before: Placement, layer: int) -> str:
+def _mark(expert: int, rank: int, moment: Moment, before: Placement, layer: int) -> str:
     held = expert in moment.placement.on_rank(layer, rank)
     if rank not in moment.ranks:
-        return "gone" if held else "dead"
+        return "x" if held else " "
     if held:
-        return "held" if expert in before.on_rank(layer, rank) else "new"
-    return "none"
-
-
-def _legend(y: int) -> Iterator[str]:
-    x = _LEFT
-    for kind, text in _LEGEND:
-        yield f'<rect class="{kind}" x="{x}" y="{y - 11}" width="12" height="12"/>'
-        yield f'<text x="{x + 18}" y="{y}">{text}</text>'
-        x += 36 + 6 * len(text)
+        return "#" if expert in before.on_rank(layer, rank) else "+"
+    return "."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,17 +156,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="a run's folder, or one file of its event log")
     parser.add_argument("--layer", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("placement.svg"))
     options = parser.parse_args(arguments)
     try:
-        options.out.write_text(draw(moments(options.run), options.layer))
+        print(draw(moments(options.run), options.layer), end="")
     except NothingLost as error:
         print(error, file=sys.stderr)
         return 1
     except (Unreadable, Differs, ValueError, OSError) as error:
         print(f"elastic_ep.placement_picture: error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.out}")
     return 0
 
 
