@@ -16,6 +16,7 @@ ARROWS: dict[str, set[str]] = {
     "wire": {"placement"},
     "machines": {"wire", "placement", "timing"},
     "event_log": {"machines", "wire", "config"},
+    "film": {"event_log", "host", "wire"},
     "exchange": {"wire", "config", "machine_memory"},
     "models": {"exchange", "placement"},
     "weights": {"models", "wire", "placement", "timing"},
@@ -62,6 +63,7 @@ FORBIDDEN = {
     "group": {"torch", "numpy", "aiohttp"},
     "gateway": {"torch", "zmq"},
     "event_log": {"torch", "zmq", "aiohttp"},
+    "film": {"torch", "zmq", "aiohttp"},
 }
 """Libraries that a folder does without."""
 TORCH_IN_HOST = {"fork_server.py"}

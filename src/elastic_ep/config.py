@@ -166,6 +166,9 @@ class ServeConfig:
     port: int = _flag(8000, "0 picks a free one", within=(0, 65535))
     served_model_name: str | None = _flag(None, "name in the API; the folder's name if not given")
     api_key: tuple[str, ...] = _flag((), "clients must send it; may be given several times", repeated=True)
+    admin_key: str | None = _flag(None,
+        "who relaunches, verifies or rebalances, by the page or by HTTP, must send it; else the page only shows")
+    admin_key_file: str | None = _flag(None, "a file with the admin key, which ps does not show")
     allowed_origins: tuple[str, ...] = _flag(("*",), "whose web pages may call, as a JSON list")
     allowed_methods: tuple[str, ...] = _flag(("*",), "by which methods")
     allowed_headers: tuple[str, ...] = _flag(("*",), "with which headers")
@@ -231,6 +234,12 @@ class ServeConfig:
             setting.metadata["flag"].check(flag_name(setting), getattr(self, setting.name))
         if not all(self.api_key):
             raise ConfigError("--api-key is empty: give a key, or leave the flag out if none is needed")
+        if self.admin_key == "":
+            raise ConfigError(
+                "--admin-key is empty: give a key, or leave the flag out if the page is only to show"
+            )
+        if self.admin_key is not None and self.admin_key_file is not None:
+            raise ConfigError("the admin key is given twice, by --admin-key and by --admin-key-file")
         if not self.fault_tolerance and self.event_log not in (None, EventLogMode.OFF):
             raise ConfigError(
                 f"--event-log {self.event_log}: there is no event log with --disable-fault-tolerance: leave one out"

@@ -15,6 +15,8 @@ from typing import Any
 
 from elastic_ep.event_log.files import RANKS
 from elastic_ep.event_log.reader import Differs, Line, Log, Unreadable
+from elastic_ep.film.html import page
+from elastic_ep.film.read import film_of
 from elastic_ep.machines.membership.events import GroupState, RankMoved
 from elastic_ep.machines.registry import MACHINES
 from elastic_ep.machines.snapshot import to_plain as state_to_plain
@@ -234,11 +236,38 @@ def _tell_view(timeline: Timeline, t_ns: int, view: list[Any], cause: str) -> No
     timeline.epoch, timeline.members, timeline.parked = epoch, members, park_at is not None
 
 
+def write_film(run: Path, file: Path) -> str:
+    """Also of a log that differs further on, which the film then says. Why there is none, or "".
+
+    Of a log that holds no loss there is one as well, and it says so.
+    """
+    try:
+        film = film_of(run)
+        file.write_text(page(film, f"{run.name}: {_losses(film)}"))
+    except (Unreadable, Differs) as error:
+        return f"no film: {error}"
+    except OSError as error:
+        return f"no film: {file}: {error.strerror}"
+    if film["partial"]:
+        print(f"the film is not whole: {film['partial']}", file=sys.stderr)
+    print(f"film of {_losses(film)}: {file}")
+    return ""
+
+
+def _losses(film: dict[str, Any]) -> str:
+    losses = sum(len(scene["losses"]) for scene in film["scenes"])
+    return {0: "no loss", 1: "one loss"}.get(losses, f"{losses} losses")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m elastic_ep.replay", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run, or one file of its event log")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a film of the losses: one HTML file")
     parser.add_argument("--quiet", action="store_true", help="no timeline")
     options = parser.parse_args(arguments)
+    if options.html is not None and (why := write_film(options.run, options.html)):
+        print(why, file=sys.stderr)
+        return UNREADABLE
     try:
         timeline = replay(options.run)
         timeline.count("logs of ranks", replay_ranks(options.run))

@@ -34,6 +34,7 @@ from elastic_ep.gateway.app import serve as serve_http
 from elastic_ep.gateway.backend import GroupBackend
 from elastic_ep.gateway.bodies import prepare
 from elastic_ep.gateway.cors import Cors
+from elastic_ep.gateway.page.films import Films
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.router import Router
 from elastic_ep.gateway.settings import ApiSettings
@@ -374,7 +375,12 @@ class RunProcess:
         return Parts(controller, router, rebalancer, machines)
 
     def _first_line(self, machines: Mapping[str, Any]) -> dict[str, object]:
-        shown = {**asdict(self._config), "api_key": len(self._config.api_key), "device": self._plan.device}
+        shown = {
+            **asdict(self._config),
+            "api_key": len(self._config.api_key),
+            "admin_key": None,
+            "device": self._plan.device,
+        }
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         return {"version": version(), "started": started, "config": shown, "machines": arguments(machines)}
 
@@ -386,6 +392,7 @@ class RunProcess:
             version=version(),
             defaults=self._plan.defaults,
             api_keys=self._config.api_key,
+            admin_key=_admin_key(self._config),
             cors=Cors(
                 self._config.allowed_origins,
                 self._config.allowed_methods,
@@ -401,7 +408,9 @@ class RunProcess:
 
     def _app(self, parts: Parts) -> web.Application:
         backend = GroupBackend(parts.controller, parts.router, parts.rebalancer, self._metrics)
-        return create_app(backend, self._api_settings, self._plan.text, self._metrics, self._plan.load_text)
+        films = None if self._log.path is None else partial(Films, self._log.path.parent.resolve())
+        text, load_text = self._plan.text, self._plan.load_text
+        return create_app(backend, self._api_settings, text, self._metrics, load_text, films)
 
     async def _listen(self, app: web.Application) -> HttpServer:
         try:
@@ -426,6 +435,19 @@ async def _warm(controller: Controller, reading: Reading) -> None:
     """When the ranks have started, which is what everybody waits for."""
     await controller.serving.wait()
     await reading.worker.warm()
+
+
+def _admin_key(config: ServeConfig) -> str | None:
+    """Raises `ConfigError`."""
+    if config.admin_key_file is None:
+        return config.admin_key
+    try:
+        key = Path(config.admin_key_file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--admin-key-file {config.admin_key_file}: {error}") from error
+    if not key or not key.isprintable():
+        raise ConfigError(f"--admin-key-file {config.admin_key_file} has no key: a line of text is one")
+    return key
 
 
 def version() -> str:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from elastic_ep.gateway.text.detokenize import byte_level_alphabet
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
+from elastic_ep.group.history import History
 from elastic_ep.group.port import (
     Busy,
     CorruptSlot,
@@ -20,7 +21,9 @@ from elastic_ep.group.port import (
     Failure,
     FaultToleranceStatus,
     Health,
+    Layer,
     LayerStatus,
+    Load,
     Rebalancing,
     Relaunch,
     SlotStatus,
@@ -166,6 +169,8 @@ class FakeBackend:
     streams: list[FakeStream] = field(default_factory=list)
     relaunches: list[int | None] = field(default_factory=list)
     scrapes: int = 0
+    history: History = field(default_factory=History)
+    engines: tuple[EngineStatus, ...] = (EngineStatus(0, "healthy", "Serving", 1, 4711, 2, 0, ""),)
     arrived: asyncio.Queue[FakeStream] = field(default_factory=asyncio.Queue)
 
     def submit(
@@ -191,8 +196,16 @@ class FakeBackend:
         self.scrapes += 1
 
     def status(self) -> FaultToleranceStatus:
-        engine = EngineStatus(0, "healthy", "Serving", 1, 4711, 2, 0, "")
-        return FaultToleranceStatus("Serving", 3, 1000, 1, (engine,))
+        return FaultToleranceStatus("Serving", 3, 1000, 1, self.engines)
+
+    def load(self) -> Load:
+        return Load(sum(engine.running for engine in self.engines), 0)
+
+    def placement_version(self) -> int:
+        return 5
+
+    async def layer(self, layer: int) -> Layer | None:
+        return Layer(5, layer, 4, 2, (3, -1), (1, 1)) if layer < 2 else None
 
     async def experts(self) -> ExpertsStatus:
         slots = (SlotStatus(0, 0, 3, True, "00c0ffee"), SlotStatus(1, 0, None, True, None))

@@ -14,6 +14,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
+from elastic_ep.group.history import History
 from elastic_ep.group.ledger import STALL_S, Ledger, cause_of
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.pace import Disturbance
@@ -157,7 +158,7 @@ def ledger_story(act: Callable[[Ledger], Any]) -> list[dict[str, Any]]:
     """A ledger alone: ranks 0 and 1 have served and have work when rank 2 is lost from view 7."""
 
     async def run(_loop: VirtualTimeLoop) -> None:
-        ledger = Ledger(Metrics(), cast(Any, FakeLog()))
+        ledger = Ledger(Metrics(), cast(Any, FakeLog()), History())
         for rank in range(3):
             ledger.moved(Member(rank, 1), RankState.SERVING)
         ledger.lost(Member(2, 1))

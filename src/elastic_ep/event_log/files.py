@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 
 CURRENT = "events.jsonl"
+FORMAT = 3
+"""Of the lines, and of the machines' events in them."""
 RANKS = "ranks"
 """The folder, beside these files, of the logs of ranks: each incarnation's in a folder of its own."""
 SEGMENTS = 8

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_ep.config import EventLogMode
-from elastic_ep.event_log.files import CURRENT, segment_name
-from elastic_ep.event_log.writer import FORMAT
+from elastic_ep.event_log.files import CURRENT, FORMAT, segment_name
 from elastic_ep.machines.registry import MACHINES
 from elastic_ep.machines.snapshot import restore
 from elastic_ep.wire import privacy
@@ -40,14 +39,16 @@ class Line:
 class Log:
     """The log at `path`: the folder of a run, or one of its files. `begins` is the first line that is left.
 
+    `since_ns` (CLOCK_MONOTONIC): files whose lines are all older are left out.
+
     Raises `Unreadable`, `Differs`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, since_ns: int | None = None) -> None:
         self.cut_off = False
         """Its last line is not whole."""
-        self._whole = path.is_dir()
-        self._files = _files(path)
+        self._whole = path.is_dir() and since_ns is None
+        self._files = _files(path) if since_ns is None else _newer(_files(path), since_ns)
         self.segment = 1
         """The number of the first file that is left."""
         first = self._files[0]
@@ -161,6 +162,23 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
+def _newer(files: list[Path], since_ns: int) -> list[Path]:
+    """Without those that were complete by then."""
+    for place in range(len(files) - 1, 0, -1):
+        first = _parsed(_first_line(files[place]))
+        if first is not None and first["t_ns"] <= since_ns:
+            return files[place:]
+    return files
+
+
+def _first_line(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.readline().rstrip(b"\n")
+    except OSError as error:
+        raise Unreadable(f"{file}: {error.strerror}") from error
+
+
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
@@ -170,7 +188,7 @@ def _read(file: Path) -> bytes:
 
 def _start(file: Path) -> tuple[int, int]:
     """The checksum and the number that the first line of `file` goes on from, as it says itself."""
-    first = _parsed(_read(file).partition(b"\n")[0]) or {}
+    first = _parsed(_first_line(file)) or {}
     after, number = first.get("after", 0), first.get("n", 0)
     return (after if type(after) is int else 0), (number if type(number) is int else 0)
 

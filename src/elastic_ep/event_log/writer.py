@@ -24,12 +24,10 @@ import msgspec
 import structlog
 
 from elastic_ep.config import EventLogMode
-from elastic_ep.event_log.files import LogFiles
+from elastic_ep.event_log.files import FORMAT, LogFiles
 from elastic_ep.machines import snapshot
 from elastic_ep.wire import codec, privacy
 
-FORMAT = 3
-"""Of the lines, and of the machines' events in them."""
 BATCH_S = 0.05
 """A kill of the run process loses about so much of the log's end."""
 SLICE_S = 2e-4

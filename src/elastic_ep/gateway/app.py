@@ -15,6 +15,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from elastic_ep.gateway.admin import AdminHandlers
 from elastic_ep.gateway.errors import ApiError, Handler, error_middleware
 from elastic_ep.gateway.openai import OpenAiHandlers
+from elastic_ep.gateway.page import routes as page
+from elastic_ep.gateway.page.films import Films
 from elastic_ep.gateway.reading import BodyReader, Reading
 from elastic_ep.gateway.request_id import send_request_id
 from elastic_ep.gateway.serving import Serving
@@ -25,7 +27,8 @@ from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend
 
 log = structlog.get_logger()
-_OPEN_PATHS = frozenset({"/live", "/health", "/metrics"})
+_OPEN_PATHS = frozenset({"/live", "/health", "/metrics"}) | page.OPEN_PATHS
+_ADMIN_PATHS = frozenset(page.ACTIONS.values())
 
 
 READING = web.AppKey("reading", Reading)
@@ -37,16 +40,18 @@ def create_app(
     text: ChatTokenizer,
     metrics: Metrics,
     load_text: Callable[[], ChatTokenizer],
+    films: Callable[[], Films] | None = None,
 ) -> web.Application:
     """The application. Serve it with `serve`, or a runner with `handler_cancellation=True`: without it
     aiohttp lets handlers run on after their client has gone.
 
     `load_text`, which must be picklable, makes the like of `text` in the process that reads large bodies. That one is
-    started by the first large body, or by `app[READING].worker.warm()`.
+    started by the first large body, or by `app[READING].worker.warm()`. `films`: of what the page shows them; None: of
+    nothing.
     """
     middlewares = [error_middleware(metrics.http_error), settings.cors.middleware(), _plain_bodies]
-    if settings.api_keys:
-        middlewares.append(_key_middleware(settings.api_keys))
+    if settings.api_keys or settings.admin_key:
+        middlewares.append(_key_middleware(settings.api_keys, settings.admin_key))
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.on_response_prepare.append(send_request_id)
     app.on_response_prepare.append(settings.cors.send_headers)
@@ -55,6 +60,7 @@ def create_app(
     serving = Serving(backend, text, metrics)
     app.add_routes(OpenAiHandlers(serving, settings, reading).routes())
     app.add_routes(AdminHandlers(backend, settings, metrics, reading).routes())
+    page.attach(app, backend, settings, metrics, films)
     return app
 
 
@@ -121,21 +127,27 @@ async def _close_worker(app: web.Application) -> None:
     await app[READING].worker.close()
 
 
-def _key_middleware(keys: tuple[str, ...]) -> Any:
-    accepted = [key.encode() for key in keys]
+def _key_middleware(keys: tuple[str, ...], admin_key: str | None) -> Any:
+    """`admin_key` opens everything, and alone what changes the group, if there is one."""
+    for_all = [key.encode() for key in keys]
+    for_admins = for_all if admin_key is None else [admin_key.encode()]
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in _OPEN_PATHS:
+        wanted = for_admins if request.path in _ADMIN_PATHS else [*for_all, *for_admins] if for_all else []
+        if wanted and request.path not in _OPEN_PATHS:
             # The scheme's name is case-insensitive (RFC 9110).
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             # aiohttp decodes headers with surrogateescape.
             given = token.encode("utf-8", "surrogateescape")
             # Compare with all of them, and in constant time: nothing can be learnt from how long it takes.
-            known = sum(hmac.compare_digest(given, key) for key in accepted)
+            known = sum(hmac.compare_digest(given, key) for key in wanted)
             if scheme.lower() != "bearer" or not known:
+                which = (
+                    "A valid API key" if wanted is not for_admins or admin_key is None else "The admin key"
+                )
                 raise ApiError(
-                    "A valid API key is needed, as 'Authorization: Bearer KEY'.",
+                    f"{which} is needed, as 'Authorization: Bearer KEY'.",
                     status=401,
                     kind="authentication_error",
                     code="invalid_api_key",

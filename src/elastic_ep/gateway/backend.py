@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from elastic_ep.gateway.router import RoutedStream, Router
 from elastic_ep.group.controller import Controller
-from elastic_ep.group.expert_status import experts_status, verify
+from elastic_ep.group.expert_status import experts_status, layer_status, verify
+from elastic_ep.group.history import History
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import (
     EngineStatus,
@@ -12,6 +13,8 @@ from elastic_ep.group.port import (
     FaultToleranceStatus,
     Health,
     KVPages,
+    Layer,
+    Load,
     Rebalancing,
     Relaunch,
     Stopping,
@@ -77,6 +80,20 @@ class GroupBackend:
 
     async def rebalance(self) -> Rebalancing:
         return await self._rebalancer.rebalance()
+
+    @property
+    def history(self) -> History:
+        return self._controller.history
+
+    def load(self) -> Load:
+        return Load(self._router.running, self._router.waiting)
+
+    def placement_version(self) -> int:
+        return self._controller.repairs.placement.version
+
+    async def layer(self, layer: int) -> Layer | None:
+        ranks = [seat.rank for seat in self._controller.machine.view.seats]
+        return await layer_status(self._controller.repairs.placement, layer, ranks)
 
     def status(self) -> FaultToleranceStatus:
         machine = self._controller.machine

@@ -87,9 +87,9 @@ def unhonoured(folder: Path) -> tuple[str, ...]:
 class ApiSettings:
     """`vocab_size` bounds token ids that clients send; `max_model_len` is prompt plus generated tokens.
 
-    `api_keys` empty: no key is needed. `max_choices` bounds prompts times `n` of one HTTP request. `eos_token_ids`
-    end a sequence beside those that the ranks know of: the tokenizer's own. Prompts that begin alike share pages of
-    `shared_page_size` tokens; 0: they share none.
+    `api_keys` empty: no key is needed. `admin_key`, if there is one, is needed for what changes the group.
+    `max_choices` bounds prompts times `n` of one HTTP request. `eos_token_ids` end a sequence beside those that the
+    ranks know of: the tokenizer's own. Prompts that begin alike share pages of `shared_page_size` tokens; 0: none.
     """
 
     model_name: str
@@ -98,6 +98,7 @@ class ApiSettings:
     version: str
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults, hash=False)
     api_keys: tuple[str, ...] = ()
+    admin_key: str | None = None
     cors: Cors = field(default_factory=Cors)
     eos_token_ids: tuple[int, ...] = ()
     trust_request_chat_template: bool = False

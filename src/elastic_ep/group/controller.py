@@ -10,6 +10,7 @@ import structlog
 
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.group.clock import Clock
+from elastic_ep.group.history import GROUP, HOST, History
 from elastic_ep.group.hub import Hub
 from elastic_ep.group.ledger import LAUNCH_FAILED, Ledger
 from elastic_ep.group.metrics import Metrics
@@ -107,7 +108,8 @@ class Controller:
     ) -> None:
         self.machine = machine
         self.repairs = repairs
-        self.ledger = Ledger(metrics, log)
+        self.history = History()
+        self.ledger = Ledger(metrics, log, self.history)
         self.facts: dict[Member, RankFacts] = {}
         self.serving = anyio.Event()
         self.stopped = anyio.Event()
@@ -215,8 +217,10 @@ class Controller:
                 self.on_gone(member, f"{LAUNCH_FAILED}{reason}")
             case ServerReady(pid, threads):
                 self._log.note("fork_server_ready", pid=pid, threads=threads)
+                self.history.moved(HOST, 0, "Ready")
             case ServerLost(pid, status):
                 self._log.note("fork_server_lost", pid=pid, status=status)
+                self.history.moved(HOST, 0, "Lost")
                 if not self.machine.stopping:
                     log.warning(
                         "the fork server has died; ranks live on, another one is started", status=status
@@ -311,6 +315,7 @@ class Controller:
                 self._hub.post("routing", routing.RankDown(member, reason))
             case ev.RankMoved(member, state):
                 self._metrics.rank_state(member.rank, state)
+                self.history.moved(*member, state)
                 if effect.is_loss:
                     self.ledger.lost(member)
                 else:
@@ -322,6 +327,7 @@ class Controller:
                 self.ledger.fenced(member, reason)
             case ev.GroupMoved(state):
                 self._lines.moved(state)
+                self.history.moved(GROUP, 0, self.machine.public_state)
                 if state in (ev.GroupState.SERVING, ev.GroupState.DEGRADED, ev.GroupState.PAUSED):
                     self.serving.set()
             case ev.NothingWillServe(reason) | ev.StartFailed(reason):

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import anyio.lowlevel
 
 from elastic_ep.group.audit import Audit
-from elastic_ep.group.port import CorruptSlot, ExpertsStatus, LayerStatus, SlotStatus, Verification
+from elastic_ep.group.port import CorruptSlot, ExpertsStatus, Layer, LayerStatus, SlotStatus, Verification
 from elastic_ep.placement import EMPTY, Placement
 from elastic_ep.wire.messages import Member
 
@@ -19,6 +19,18 @@ async def experts_status(placement: Placement, ranks: Collection[int], audit: Au
         layers.append(_layer(placement, layer, ranks, audit))
         await anyio.lowlevel.checkpoint()
     return ExpertsStatus(placement.version, min(layer.tolerates for layer in layers), tuple(layers))
+
+
+async def layer_status(placement: Placement, layer: int, ranks: Collection[int]) -> Layer | None:
+    """None: there is no such layer. Others have their turn of the event loop between each two layers."""
+    if not 0 <= layer < len(placement.slots):
+        return None
+    least = []
+    for each in range(len(placement.slots)):
+        least.append(min(placement.copies(each, ranks)))
+        await anyio.lowlevel.checkpoint()
+    shape = (placement.num_experts, placement.slots_per_rank)
+    return Layer(placement.version, layer, *shape, placement.slots[layer], tuple(least))
 
 
 def _layer(placement: Placement, layer: int, ranks: Collection[int], audit: Audit) -> LayerStatus:

@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 import structlog
 
 from elastic_ep.event_log.log import EventLog
+from elastic_ep.group.history import History
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.pace import Disturbance
-from elastic_ep.group.port import LastLoss, LossCause
+from elastic_ep.group.port import LastLoss, Loss, LossCause
 from elastic_ep.machines.membership.relaunch import CRASH_SIGNALS
 from elastic_ep.machines.rank.lifecycle import SEATED
 from elastic_ep.wire.messages import Member, RankState
@@ -69,13 +70,31 @@ class _Loss:
             back_after_s=_rounded(self.back_after_s),
         )
 
+    def shown(self) -> Loss:
+        """Without what a client has sent, which a rank's own words may quote."""
+        its_own_words = self.cause in (LossCause.EXCEPTION, LossCause.PROTOCOL)
+        return Loss(
+            rank=self.member.rank,
+            incarnation=self.member.incarnation,
+            at_ms=round(self.at.timestamp() * 1000),
+            at_ns=round(self.at_s * 1e9),
+            state=self.state,
+            cause=self.cause or "",
+            why=masked(self.why) if its_own_words else self.why,
+            requests=self.requests,
+            taken_over_by=self.taken_over_by,
+            stall_s=_rounded(self.stall_s),
+            back_after_s=_rounded(self.back_after_s),
+        )
+
 
 class Ledger:
-    """Of one run; on the event loop. Causes go into the event log, too."""
+    """Of one run; on the event loop. Causes go into the event log, too, and what is known of losses into `history`."""
 
-    def __init__(self, metrics: Metrics, log: EventLog) -> None:
+    def __init__(self, metrics: Metrics, log: EventLog, history: History) -> None:
         self._metrics = metrics
         self._log = log
+        self._history = history
         self._loop = asyncio.get_running_loop()
         self._began_s = time.monotonic()
         self._states: dict[int, RankState] = {}
@@ -125,6 +144,7 @@ class Ledger:
         self._states[member.rank] = RankState.FAILED
         self._last[member.rank] = loss
         self._untold.append(loss)
+        self._history.lost(loss.shown)
 
     def left_view(self, epoch: int, survivors: Collection[int]) -> None:
         """View `epoch` lacks those lost last; `survivors` have work, and will feel it."""
@@ -140,6 +160,7 @@ class Ledger:
             loss.requests = sum(by.values())
             shown = sorted((str(other) if other else "nobody yet", count) for other, count in by.items())
             loss.taken_over_by = ", ".join(f"{other}: {count}" for other, count in shown)
+            self._history.loss_changed()
 
     def disturbed(self, seen: Disturbance) -> None:
         if seen.kind != "loss":
@@ -148,6 +169,7 @@ class Ledger:
             if loss.epoch == seen.epoch:
                 loss.stall_s = max(loss.stall_s or 0.0, seen.beyond_s)
                 loss.awaited.discard(seen.rank)
+                self._history.loss_changed()
                 if seen.rank in loss.late:
                     loss.late.discard(seen.rank)
                     if not loss.late:
@@ -163,6 +185,7 @@ class Ledger:
         if loss is None:
             return
         loss.cause, loss.why, loss.again_in_s = cause, why, again_in_s
+        self._history.loss_changed()
         self._metrics.rank_lost(cause)
         says_so_itself = cause is LossCause.EXCEPTION  # and may quote a client's text
         self._log.note(
@@ -197,6 +220,7 @@ class Ledger:
             log.info("rank serves", rank=str(member), after_s=_rounded(away_s))
             return
         loss.back, loss.back_after_s, loss.away_s = member, now - loss.at_s, away_s
+        self._history.loss_changed()
         if loss not in self._untold:  # else its own line comes first
             self._tell_return(loss)
 

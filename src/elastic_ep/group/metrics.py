@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
@@ -66,11 +67,19 @@ class _FastCounter(Collector):
         yield CounterMetricFamily(self._name, self._text, value=self.value)
 
 
+class Flow(NamedTuple):
+    """Tokens generated since the start; the longest time between deliveries of one stream since `flow` was last asked."""
+
+    generated: int
+    longest_gap_s: float
+
+
 class Metrics:
     """What the server counts. Call from the event loop's thread only. All durations are seconds."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._longest_gap_s = 0.0
         self._make_request_metrics()
         self._make_group_metrics()
         self._make_series()
@@ -183,6 +192,14 @@ class Metrics:
         """`count` more tokens of a choice, `seconds` after the ones before."""
         self._generation_tokens.value += count
         self._between_tokens.observe(seconds)
+        if seconds > self._longest_gap_s:
+            self._longest_gap_s = seconds
+
+    def flow(self) -> Flow:
+        """For one asker, as it begins the time anew."""
+        seen = Flow(self._generation_tokens.value, self._longest_gap_s)
+        self._longest_gap_s = 0.0
+        return seen
 
     def finished(self, reason: str) -> None:
         """A choice ended: "stop", "length" or "abort"."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from elastic_ep.wire.messages import FailureCode, SamplingParams, Token
+
+if TYPE_CHECKING:
+    from elastic_ep.group.history import History
 
 
 # Not frozen dataclasses: contextlib and asyncio assign __traceback__ and __context__ on exceptions.
@@ -79,6 +82,58 @@ class LastLoss:
     requests: int
     stall_s: float | None
     back_after_s: float | None
+
+
+class Move(NamedTuple):
+    """The `number`th change of a state: `rank` (or `history.GROUP`, `history.HOST`) came into `state`.
+
+    `at_ms` is in milliseconds since 1970.
+    """
+
+    number: int
+    at_ms: int
+    rank: int
+    incarnation: int
+    state: str
+
+
+class Loss(NamedTuple):
+    """A rank that was lost, as far as it is known; the fields are those of `LastLoss`.
+
+    `at_ns` is CLOCK_MONOTONIC, as in the event log. `why` quotes nothing that a client has sent.
+    """
+
+    rank: int
+    incarnation: int
+    at_ms: int
+    at_ns: int
+    state: str
+    cause: str
+    why: str
+    requests: int
+    taken_over_by: str
+    stall_s: float | None
+    back_after_s: float | None
+
+
+class Load(NamedTuple):
+    """Requests that a rank has, and that none has."""
+
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Of one layer, the expert in each slot, or -1; rank by rank, `slots_per_rank` each. `least[layer]`: how few copies
+    of an expert ranks that take part have, of every layer."""
+
+    version: int
+    layer: int
+    num_experts: int
+    slots_per_rank: int
+    slots: tuple[int, ...]
+    least: tuple[int, ...]
 
 
 class UnknownRank(Exception):
@@ -249,6 +304,17 @@ class Backend(Protocol):
         ...
 
     def status(self) -> FaultToleranceStatus: ...
+
+    @property
+    def history(self) -> History: ...
+
+    def load(self) -> Load: ...
+
+    def placement_version(self) -> int: ...
+
+    async def layer(self, layer: int) -> Layer | None:
+        """None: there is no such layer."""
+        ...
 
     def refresh_metrics(self) -> None:
         """Set what is read where it is, and not told at every change: before each scrape."""

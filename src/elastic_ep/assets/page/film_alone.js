@@ -1,0 +1,2 @@
+"use strict";
+new Film(document.getElementById("film"), JSON.parse(document.getElementById("data").textContent));

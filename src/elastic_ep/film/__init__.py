@@ -1,0 +1,1 @@
+"""A film of what losses did: from an event log to a page that plays it."""

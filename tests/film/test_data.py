@@ -1,0 +1,157 @@
+"""A film shows what happened: compared with stories whose every delivery is known."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_ep.film.data import MOST_STREAMS, film
+from tests.film.story import SECRET, Story, tell
+
+SEEDS = range(12)
+
+
+def made(story: Story, **options: Any) -> dict[str, Any]:
+    """As whoever plays it has it."""
+    found: dict[str, Any] = json.loads(json.dumps(film(story.lines[0]["run"], story.lines[1:], **options)))
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_loss_is_in_one_scene_and_every_token_at_its_time_and_rank(seed: int) -> None:
+    story = tell(seed)
+    found = made(story)
+    assert not found["partial"]
+    shown = [(loss["rank"], loss["incarnation"]) for scene in found["scenes"] for loss in scene["losses"]]
+    assert shown == story.losses
+    for scene in found["scenes"]:
+        begin, end = scene["from"], scene["to"]
+        assert all(begin <= loss["at"] <= end for loss in scene["losses"])
+        streams = {stream["id"]: stream for stream in scene["streams"]}
+        for request, times in story.delivered.items():
+            within = [t for t in times if begin <= t <= end]
+            assert (streams[request]["tokens"] if request in streams else []) == within
+            for at, rank in zip(times, story.owners[request], strict=True):
+                if begin <= at <= end:
+                    owners = streams[request]["owners"]
+                    assert owners[bisect_right([owner[0] for owner in owners], at) - 1][1] == rank
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_clients_silence_is_the_longest_wait_that_a_loss_was_in_or_before(seed: int) -> None:
+    story = tell(seed)
+    submitted = {
+        line["heard"][1][1]: round(line["t_ns"] / 1e6, 3)
+        for line in story.lines
+        if line.get("heard", [""])[0] == "Submitted"
+    }
+    for scene in made(story)["scenes"]:
+        lost = scene["losses"][0]["at"]
+        for stream in scene["streams"]:
+            stop = scene["to"] if stream["to"] is None else stream["to"]
+            points = [submitted[stream["id"]], *story.delivered[stream["id"]]]
+            points += [stop] * (points[-1] < stop)
+            waits = [
+                min(after, scene["to"]) - max(before, scene["from"])
+                for before, after in pairwise(points)
+                if after >= lost and before <= scene["to"]
+            ]
+            assert stream["silence"]["ms"] == pytest.approx(max([0.0, *waits]), abs=0.002)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_streams_that_began_before_what_is_left_of_a_log_have_their_ranks_too(seed: int) -> None:
+    story = tell(seed)
+    owner_at = {
+        (request, at): rank
+        for request, times in story.delivered.items()
+        for at, rank in zip(times, story.owners[request], strict=True)
+    }
+    rest = film(story.lines[0]["run"], story.lines[len(story.lines) // 2 :])
+    for scene in rest["scenes"]:
+        for stream in scene["streams"]:
+            for at in stream["tokens"]:
+                rank = [owner for since, owner in stream["owners"] if since <= at][-1]
+                assert rank == owner_at[stream["id"], at]
+
+
+def test_nothing_of_a_text_is_in_it() -> None:
+    for seed in SEEDS:
+        assert str(SECRET) not in json.dumps(made(tell(seed)))
+
+
+def test_of_one_loss_alone() -> None:
+    story = next(story for story in map(tell, SEEDS) if len(story.losses) > 2)
+    (scene,) = made(story, only=story.losses[1])["scenes"]
+    assert [(loss["rank"], loss["incarnation"]) for loss in scene["losses"]] == [story.losses[1]]
+    assert made(story, only=(99, 1))["scenes"] == []
+
+
+def test_reasons_that_may_quote_a_client_are_masked_and_others_are_not() -> None:
+    story = next(story for story in map(tell, SEEDS) if story.losses)
+    for cause, why, shown in (
+        ("exception", "ValueError: 'my secret'", "ValueError: _"),
+        ("killed", "signal 9", "signal 9"),
+    ):
+        (rank, incarnation), lines = story.losses[0], list(story.lines[1:])
+        note = {
+            "note": "loss",
+            "rank": rank,
+            "incarnation": incarnation,
+            "cause": cause,
+            "why": why,
+            "requests": 3,
+        }
+        lines.append({"t_ns": story.now_ns, **note})
+        loss = film(story.lines[0]["run"], lines)["scenes"][0]["losses"][0]
+        assert (loss["why"], loss["cause"], loss["requests"]) == (shown, cause, 3)
+
+
+def test_with_many_streams_those_that_moved_are_shown() -> None:
+    lines: list[dict[str, Any]] = []
+
+    def route(at_ms: int, heard: list[Any], *effects: list[Any]) -> None:
+        lines.append({"t_ns": at_ms * 10**6, "machine": "routing", "heard": heard, "effects": list(effects)})
+
+    for request in range(MOST_STREAMS + 50):
+        route(1, ["Submitted", ["NewRequest", request]], ["Send", [request % 2, 1], "Assign", request, 0])
+    down = ["MemberDown", [1, 1], "died"]
+    lines.append({"t_ns": 5 * 10**6, "machine": "membership", "heard": ["DeathNoticed"], "effects": [down]})
+    moved = range(1, MOST_STREAMS + 50, 2)
+    route(6, ["RankDown", [1, 1], "died"], *(["Replayed", each, [1, 1]] for each in moved))
+    (scene,) = film({}, lines)["scenes"]
+    ids = {stream["id"] for stream in scene["streams"]}
+    assert len(ids) == MOST_STREAMS
+    assert ids.issuperset(moved)
+    assert scene["streams_left_out"] == 50
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_a_cut_or_forged_log_makes_a_film_that_says_so(data: st.DataObject) -> None:
+    story = tell(3, steps=20)
+    place = data.draw(st.integers(1, len(story.lines) - 1))
+    odd: Any = data.draw(
+        st.recursive(
+            st.none() | st.integers() | st.text(max_size=3),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from(["t_ns", "note", "machine"]), inner)
+            ),
+            max_leaves=6,
+        )
+    )
+    head, lines = story.lines[0]["run"], story.lines[1:]
+    whole_before = film(head, lines[:place])
+    assert not whole_before["partial"]
+    forged = film(head, [*lines[:place], odd, *lines[place:]])
+    if isinstance(odd, dict) and isinstance(odd.get("t_ns"), int):
+        return  # it is a line, perhaps one that says nothing
+    assert forged["partial"]
+    assert forged["scenes"] == whole_before["scenes"]
