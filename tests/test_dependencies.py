@@ -129,6 +129,13 @@ def test_libraries_that_a_folder_does_without(folder: str) -> None:
         assert not tops & FORBIDDEN[folder], file
 
 
+def test_transitions_is_imported_by_the_tables_alone() -> None:
+    importing = {
+        file.name for file in files("machines") if "transitions" in {n.split(".")[0] for n in imported(file)}
+    }
+    assert importing == {"tables.py"}
+
+
 def test_torch_in_the_host_is_the_fork_servers_alone() -> None:
     importing = {file.name for file in files("host") if "torch" in {n.split(".")[0] for n in imported(file)}}
     assert importing <= TORCH_IN_HOST
