@@ -21,17 +21,18 @@ ARROWS: dict[str, set[str]] = {
     "models": {"exchange", "placement"},
     "weights": {"models", "wire", "placement", "timing"},
     "kv": set(),
-    "engine": {"exchange", "kv", "machines", "models", "weights", "wire", "config", "placement"},
+    "guided": {"wire"},
+    "engine": {"exchange", "guided", "kv", "machines", "models", "weights", "wire", "config", "placement"},
     "host": {"event_log", "exchange", "machines", "wire", "config", "logs", "timing", "titles"},
     "rank": {
-        "engine", "event_log", "exchange", "host", "kv", "machines", "models", "weights", "wire", "config", "logs",
-        "placement", "timing", "titles",
+        "engine", "event_log", "exchange", "guided", "host", "kv", "machines", "models", "weights", "wire", "config",
+        "logs", "placement", "timing", "titles",
     },
     "group": {
         "event_log", "exchange", "host", "machines", "weights", "wire", "config", "placement",
         "timing",
     },
-    "gateway": {"group", "host", "machines", "models", "wire", "titles"},
+    "gateway": {"group", "guided", "host", "machines", "models", "wire", "titles"},
 }  # fmt: skip
 """A folder, and what it may import besides itself: folders, and modules of the top level."""
 TOP = {
@@ -60,6 +61,7 @@ FORBIDDEN = {
     "weights": IO,
     "kv": {*IO, "torch"},
     "wire": {"torch", "numpy", "aiohttp"},
+    "guided": {*IO, "torch"},
     "group": {"torch", "numpy", "aiohttp"},
     "gateway": {"torch", "zmq"},
     "event_log": {"torch", "zmq", "aiohttp"},

@@ -34,6 +34,7 @@ from elastic_ep.gateway.app import serve as serve_http
 from elastic_ep.gateway.backend import GroupBackend
 from elastic_ep.gateway.bodies import prepare
 from elastic_ep.gateway.cors import Cors
+from elastic_ep.gateway.guided import vocabulary
 from elastic_ep.gateway.page.films import Films
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.router import Router
@@ -46,6 +47,7 @@ from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.processes import RankProcesses
 from elastic_ep.group.rebalance import Rebalancer
 from elastic_ep.group.repairs import Repairs
+from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.host.device_guard import DeviceGuard
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.launcher import ForkServerFailed, Launcher
@@ -158,6 +160,7 @@ class RunProcess:
 
     async def _run_group(self, directory: Path, files: SharedFiles) -> int:
         async with AsyncExitStack() as stack:
+            self._write_vocabulary(directory)
             wire = ControllerWire(directory)
             stack.callback(wire.close)
             # Before the launcher, so that it ends after all ranks.
@@ -288,6 +291,14 @@ class RunProcess:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
+    def _write_vocabulary(self, directory: Path) -> None:
+        """For the ranks, if texts can be guided."""
+        found = vocabulary(self._api_settings, self._plan.text)
+        if isinstance(found, Vocabulary):
+            found.write(directory)
+        else:
+            log.info("no text can be guided by a grammar", why=found)
+
     @contextmanager
     def _windows(self) -> Iterator[int]:
         """On a GPU ranks have none; what they inherit is a descriptor all the same."""
@@ -400,6 +411,7 @@ class RunProcess:
                 self._config.allow_credentials,
             ),
             eos_token_ids=self._plan.text_fit.eos_token_ids,
+            model_eos_token_ids=self._plan.model.eos_token_ids,
             shared_page_size=self._plan.limits.page_size if self._config.enable_prefix_caching else 0,
             trust_request_chat_template=self._config.trust_request_chat_template,
             tool_call_parser=self._config.tool_call_parser,

@@ -14,7 +14,7 @@ from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker
 from elastic_ep.group.metrics import Metrics
-from tests.gateway.fakes import MODEL, FakeBackend, sample_text
+from tests.gateway.fakes import END, MODEL, FakeBackend, sample_text
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def anyio_backend() -> str:
 
 
 def settings(**changes: Any) -> ApiSettings:
-    values: dict[str, Any] = {"model_name": MODEL, "max_model_len": 256, "vocab_size": 512, "version": "0.0"}
+    values: dict[str, Any] = {
+        "model_name": MODEL, "max_model_len": 256, "vocab_size": 512, "version": "0.0", "model_eos_token_ids": (END,),
+    }  # fmt: skip
     return ApiSettings(**(values | changes))
 
 

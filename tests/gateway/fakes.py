@@ -40,6 +40,8 @@ TEMPLATE = (
 )
 _CORPUS = ["Anna has 12 apples and gives 5 to Bob. How many are left? 12 - 5 = 7 #### 7"] * 4
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END = 2
+"""What ends a text of the model."""
 
 
 @cache

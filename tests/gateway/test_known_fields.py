@@ -129,6 +129,14 @@ OTHERS: dict[str, Any] = {
     "include_reasoning": False,
     "separate_reasoning": False,
     "reasoning_effort": "high",
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "a+"},
+    "guided_json": {"type": "object"},
+    "guided_choice": ["Anna", "Bob"],
+    "guided_grammar": 'root ::= "Anna"',
+    "guided_whitespace_pattern": " ?",
+    "json_schema": '{"type": "object"}',
+    "ebnf": 'root ::= "Anna"',
 }
 """A valid value that is not the default. For other fields: anything will do, as none must pass unseen."""
 BESIDE: dict[str, dict[str, Any]] = {
@@ -138,6 +146,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "no_stop_trim": {"stop": ["is"]},
     "truncation_side": {"truncate_prompt_tokens": 2},
     "tool_choice": {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    "guided_whitespace_pattern": {"guided_json": {}},
 }
 """What a field needs beside it to mean something."""
 ANYTHING = [True, False, 0, 7, 2.5, "x", ["x"], [7], {"x": "x"}]
@@ -317,11 +326,12 @@ def test_labels_are_few() -> None:
 
 
 GUIDED = [
-    {"structured_outputs": {"regex": "a+"}},
-    {"guided_json": {}, "guided_regex": "a+"},
-    {"response_format": {"type": "json_object"}},
-    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
-    {"response_format": {"type": "text", "json_schema": {}}},
+    {"structured_outputs": {"regex": "a+", "structural_tag": "x"}},
+    {"structured_outputs": {"regex": "a+", "backend": "x"}},
+    {"regex": "a+", "guided_decoding_backend": "outlines"},
+    {"regex": "a+", "ignore_eos": True},
+    {"regex": "a+", "allowed_token_ids": [5]},
+    {"response_format": {"type": "json_object", "also": 1}},
     {"stream": True, "stream_options": {"include_obfuscation": True}},
 ]
 

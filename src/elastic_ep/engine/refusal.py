@@ -7,8 +7,8 @@ import math
 from elastic_ep.wire.messages import Assign, SamplingParams
 
 
-def refusal(assign: Assign, vocab_size: int, max_model_len: int) -> str:
-    """Why the request cannot be run; empty if it can."""
+def refusal(assign: Assign, vocab_size: int, max_model_len: int, *, guides: bool) -> str:
+    """Why the request cannot be run; empty if it can. `guides` says whether there are masks for those with a grammar."""
     known = len(assign.prompt) + len(assign.emitted)
     if not assign.prompt:
         return "its prompt has no tokens"
@@ -20,6 +20,8 @@ def refusal(assign: Assign, vocab_size: int, max_model_len: int) -> str:
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             wrong = next(token for token in tokens if not 0 <= token < vocab_size)
             return f"token {wrong} of its {name} is none of the model's {vocab_size}"
+    if assign.params.grammar is not None and not guides:
+        return "it has a grammar, and this rank does not know the vocabulary that it is followed with"
     return _senseless(assign.params)
 
 

@@ -2,8 +2,8 @@
 stream that moves to another rank, or is computed anew, goes on with the same tokens.
 
 Order as in vLLM: log-probabilities of the raw logits; logit_bias; repetition, presence and frequency penalties;
-tokens that may not be picked; temperature; min_p; top_k; top_p. Arithmetic on sampled rows is float64 and row by row
-independent.
+tokens that may not be picked, at last those outside a grammar; temperature; min_p; top_k; top_p. Arithmetic on
+sampled rows is float64 and row by row independent.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from elastic_ep.engine.scheduler import Sequence
+from elastic_ep.guided.text import Words
 from elastic_ep.wire.messages import SamplingParams, TopLogprob
 
 _Floats = npt.NDArray[np.float64]
@@ -33,6 +34,8 @@ HELD_BACK = -2 * LARGEST
 """The score of a token that would end a sequence too early."""
 FORBIDDEN = -4 * LARGEST
 """That of one that is not allowed: less, so that of tokens that are all held back an allowed one is picked."""
+OUTSIDE = -8 * LARGEST
+"""That of one with which a text would leave its grammar: the least, as that is never picked, whatever else is asked."""
 
 
 class Sampled(NamedTuple):
@@ -41,12 +44,17 @@ class Sampled(NamedTuple):
     top: tuple[TopLogprob, ...] = ()
 
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
-    """The next token of each sequence, from the first rows of logits [>= len(sequences), V] float32."""
+def sample(logits: torch.Tensor, sequences: Seq[Sequence], masks: Words | None = None) -> list[Sampled]:
+    """The next token of each sequence, from the first rows of logits [>= len(sequences), V] float32.
+
+    `masks` [len(sequences), words] if any of them has a grammar: see guided/text.py.
+    """
     raw = logits.numpy(force=True)[: len(sequences)]
     if all(is_plain_greedy(seq.params) for seq in sequences):
         return [Sampled(int(token)) for token in raw.argmax(axis=-1)]
     scores = _penalised(raw, sequences)
+    if masks is not None:
+        _leave_out(scores, masks)
     tokens = scores.argmax(axis=-1)
     rows = [row for row, seq in enumerate(sequences) if not is_greedy(seq.params)]
     if rows:
@@ -98,7 +106,7 @@ def is_greedy(params: SamplingParams) -> bool:
 
 def is_plain_greedy(params: SamplingParams) -> bool:
     changes = has_penalties(params) or params.min_tokens or params.logit_bias or params.allowed_token_ids
-    return is_greedy(params) and params.logprobs is None and not changes
+    return is_greedy(params) and params.logprobs is None and params.grammar is None and not changes
 
 
 def held_back(sequence: Sequence) -> list[int]:
@@ -124,6 +132,12 @@ def _penalised(raw: npt.NDArray[np.float32], sequences: Seq[Sequence]) -> _Float
             row.fill(FORBIDDEN)
             row[allowed] = kept
     return scores
+
+
+def _leave_out(scores: _Floats, masks: Words) -> None:
+    """Scores [R, V], in place."""
+    allowed = np.unpackbits(masks.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
+    scores[allowed == 0] = OUTSIDE
 
 
 def _penalise(row: _Floats, seq: Sequence) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from elastic_ep.config import EngineLimits
+from elastic_ep.guided.text import GuidedText
 from elastic_ep.kv.names import NO_PAGE, PageName, extend
 from elastic_ep.kv.page_table import PageTable
 from elastic_ep.machines.requests.records import HORIZON
@@ -52,6 +53,8 @@ class Sequence:
     """Tokens with which it ends, those of the prompt included."""
     alone_until: int = 0
     """Until it has put out so many tokens it is computed in steps of nothing else."""
+    guided: GuidedText | None = None
+    """Where it is in its grammar, if it has one."""
 
     @classmethod
     def of(cls, assign: Assign, eos: frozenset[int], max_model_len: int) -> Sequence:

@@ -6,8 +6,10 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
+import numpy as np
 import structlog
 import torch
 
@@ -18,6 +20,8 @@ from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.engine.sampler import Sampled
 from elastic_ep.engine.scheduler import Chunk, Scheduler, Sequence
 from elastic_ep.exchange.base import Exchange
+from elastic_ep.guided.masks import Asked, MaskMaker
+from elastic_ep.guided.text import GuidedText, Words
 from elastic_ep.kv.copier import PageCopier, PageMover, Shelf
 from elastic_ep.kv.names import NO_PAGE, PageName
 from elastic_ep.machines.rank.bisection import Bisection
@@ -28,6 +32,8 @@ from elastic_ep.wire.slot_messages import SlotSum
 
 log = structlog.get_logger()
 _REASON_CHARACTERS = 300
+_ANY = np.uint32(0xFFFFFFFF)
+"""A word of a mask with which all tokens may come."""
 _Appended = tuple[int, int, Sampled, str | None]
 """Request, index, what was sampled, and finish as in `Token`."""
 
@@ -89,7 +95,9 @@ class StepRunner(ABC):
         routing: RoutingTable,
         load: ExpertLoad,
         memory: StreamMemory = NO_SHELF,
+        masks: MaskMaker | None = None,
     ) -> None:
+        """`masks` None: requests with a grammar are refused."""
         self._limits = limits
         self._vocab_size = weights.spec.vocab_size
         self._eos = frozenset(weights.spec.eos_token_ids)
@@ -105,6 +113,11 @@ class StepRunner(ABC):
         self._again: Bisection[Chunk] = Bisection()
         """Batches that have to run again before anything else is scheduled."""
         self._computing: list[Chunk] = []
+        self._mask_maker = masks
+        self._masks: Words | None = None
+        """Of this step: a row for each sequence that samples. They are being computed until `_take_masks`."""
+        self._opening: list[tuple[Sequence, Future[GuidedText]]] = []
+        """Those whose grammar is being compiled: they wait for that before anything else."""
         self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
 
     @abstractmethod
@@ -123,9 +136,11 @@ class StepRunner(ABC):
         )
 
     def close(self) -> None:
-        """No step is run any more. Ends the thread that copies pages."""
+        """No step is run any more. Ends the threads that copy pages and compute masks."""
         if self._copier is not None:
             self._copier.close()
+        if self._mask_maker is not None:
+            self._mask_maker.close()
 
     @abstractmethod
     def _launch(self, chunks: list[Chunk]) -> None:
@@ -157,7 +172,7 @@ class StepRunner(ABC):
 
     @property
     def waiting(self) -> int:
-        return len(self._scheduler.waiting)
+        return len(self._opening) + len(self._scheduler.waiting)
 
     @property
     def page_counts(self) -> PageCounts:
@@ -198,7 +213,8 @@ class StepRunner(ABC):
     @property
     def held(self) -> tuple[int, ...]:
         """The requests that wait, in order."""
-        return tuple([sequence.request_id for sequence in self._scheduler.waiting])
+        opening = [sequence.request_id for sequence, _ in self._opening]
+        return (*opening, *[sequence.request_id for sequence in self._scheduler.waiting])
 
     @property
     def suspects(self) -> tuple[int, ...]:
@@ -244,17 +260,27 @@ class StepRunner(ABC):
     def add(self, assign: Assign) -> str:
         """Take over a request from position len(prompt) + len(emitted) on. Else the reason why it cannot be run."""
         try:
-            reason = refusal(assign, self._vocab_size, self._limits.max_model_len)
+            guides = self._mask_maker is not None
+            reason = refusal(assign, self._vocab_size, self._limits.max_model_len, guides=guides)
             if not reason:
                 self.cancel(assign.request_id)
-                self._scheduler.add(Sequence.of(assign, self._eos, self._limits.max_model_len))
+                self._add(Sequence.of(assign, self._eos, self._limits.max_model_len), assign)
         except Exception as error:
             log.exception("a request cannot be taken over", request=assign.request_id)
             return _words(error)
         return reason
 
+    def _add(self, sequence: Sequence, assign: Assign) -> None:
+        grammar = assign.params.grammar
+        if grammar is None or self._mask_maker is None:
+            self._scheduler.add(sequence)
+        else:
+            opened = self._mask_maker.open(grammar, assign.emitted, sequence.stops)
+            self._opening.append((sequence, opened))
+
     def cancel(self, request_id: int) -> None:
         """Forget a request. Unknown ids are no error."""
+        self._opening = [one for one in self._opening if one[0].request_id != request_id]
         sequence = self._scheduler.find(request_id)
         if sequence is not None:
             self._drop(sequence)
@@ -263,7 +289,6 @@ class StepRunner(ABC):
         self._scheduler.remove(sequence)
         self._again.forget(lambda chunk: chunk.sequence is sequence)
 
-    @torch.inference_mode()
     def run_step(self, step: int, schedule: bool, launched: Callable[[], None] = lambda: None) -> StepResult:
         """One step: always the same number of exchange operations, tokens only if nothing was masked meanwhile.
 
@@ -273,9 +298,16 @@ class StepRunner(ABC):
         rank's requests, with all their tokens to compute) waits for the step after, so that the clients of this one do
         not wait for it.
         """
+        lost = self._take_opened()
+        result = self._step(step, schedule, launched)
+        return replace(result, failed=[*lost, *result.failed]) if lost else result
+
+    @torch.inference_mode()
+    def _step(self, step: int, schedule: bool, launched: Callable[[], None]) -> StepResult:
         self._exchange.begin_step(step)
         self._take_done()
         chunks = self._computing = self._next_batch() if schedule else []
+        self._start_masks([chunk.sequence for chunk in chunks if chunk.samples])
         failure = self._compute(chunks)
         launched()
         self._ask_copies()
@@ -298,6 +330,45 @@ class StepRunner(ABC):
             return self._failed(chunks, failure)
         self._scheduler.commit(chunks)
         return self._append(sequences, sampled)
+
+    def _take_opened(self) -> list[tuple[int, str]]:
+        """Those whose grammars are compiled by now begin. The others that will not be, with the reasons."""
+        lost = []
+        if self._opening:
+            opening, self._opening = self._opening, []
+            for sequence, opened in opening:
+                if not opened.done():
+                    self._opening.append((sequence, opened))
+                    continue
+                try:
+                    sequence.guided = opened.result()
+                    self._scheduler.add(sequence)
+                except Exception as error:
+                    lost.append((sequence.request_id, str(error)[:_REASON_CHARACTERS]))
+        return lost
+
+    def _start_masks(self, sequences: Seq[Sequence]) -> None:
+        """Beside the step: all tokens that they depend on are known."""
+        self._masks = None
+        if self._mask_maker is None or all(sequence.guided is None for sequence in sequences):
+            return
+        self._masks = masks = self._mask_memory(len(sequences), self._mask_maker.words)
+        asked = []
+        for row, sequence in enumerate(sequences):
+            if sequence.guided is None:
+                masks[row] = _ANY
+            else:
+                asked.append(Asked(sequence.guided, sequence.tokens, sequence.prompt_len, row))
+        self._mask_maker.start(asked, masks)
+
+    def _mask_memory(self, rows: int, words: int) -> Words:
+        return np.empty((rows, words), np.uint32)
+
+    def _take_masks(self) -> Words | None:
+        """A row for each sequence that samples; None if all may go on as they like. Raises TimeoutError."""
+        if self._masks is not None and self._mask_maker is not None:
+            self._mask_maker.wait()
+        return self._masks
 
     def _next_batch(self) -> list[Chunk]:
         return self._again.take() or self._scheduler.schedule()
@@ -352,6 +423,10 @@ class StepRunner(ABC):
         cached: list[Cached] = []
         for sequence, one in zip(sequences, sampled, strict=True):
             try:
+                if sequence.guided is not None and sequence.guided.fault:
+                    self._drop(sequence)
+                    failed.append((sequence.request_id, sequence.guided.fault))
+                    continue
                 tokens, token = sequence.tokens, one.token
                 index = len(tokens) - sequence.prompt_len
                 if index == 0 and sequence.cached:

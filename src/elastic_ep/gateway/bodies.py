@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from elastic_ep.gateway import unsupported
 from elastic_ep.gateway.conversation import ChatPrompt, Message, ToolChoice
 from elastic_ep.gateway.fields import Array, Body, Integer, Text, fault
+from elastic_ep.gateway.guided import Guiding
 from elastic_ep.gateway.settings import ApiSettings, Sampling
 from elastic_ep.wire.messages import Bias
 
@@ -41,7 +42,7 @@ class StreamOptions(Body):
     refused = unsupported.STREAM_OPTIONS
 
 
-class Generating(Sampling):
+class Generating(Guiding, Sampling):
     """Of both endpoints. What the model or the server bounds is bounded by `completion_body` and `chat_body`."""
 
     model: Text | None = None

@@ -14,13 +14,14 @@ from elastic_ep.gateway.bodies import Chat, Generating, StreamOptions, chat_body
 from elastic_ep.gateway.conversation import FunctionCall, Message
 from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
 from elastic_ep.gateway.fields import LONE_SURROGATE, bad_value, is_encodable, read, unsupported
+from elastic_ep.gateway.guided import GrammarReader
 from elastic_ep.gateway.parsers.base import Tool
 from elastic_ep.gateway.parsers.registry import NAMED, REQUIRED, MessageForm, begins_within
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import CannotContinue, ChatTemplateError, ChatTokenizer, PromptTooLong
 from elastic_ep.machines.requests.prefixes import beginnings
 from elastic_ep.models.config_json import shown
-from elastic_ep.wire.messages import SamplingParams
+from elastic_ep.wire.messages import Grammar, SamplingParams
 
 log = structlog.get_logger()
 # Below this the division by the temperature leaves one candidate anyway, or overflows: greedy, as in vLLM.
@@ -78,6 +79,7 @@ class JobReader:
     def __init__(self, settings: ApiSettings, text: ChatTokenizer) -> None:
         self._settings = settings
         self._text = text
+        self._grammars = GrammarReader(settings, text)
         self._completion_body = completion_body(settings)
         self._chat_body = chat_body(settings)
         # Every token covers some bytes of the text; what normalisation shrinks away is covered by the 4.
@@ -95,6 +97,7 @@ class JobReader:
             raise unsupported("best_of", "cannot be honoured here with a value other than n.")
         prompts = values.prompt
         self._check_choices(len(prompts), values.n)
+        grammar = self._grammar(values)
         default = min(_COMPLETION_MAX_TOKENS, self._settings.defaults.max_tokens or _COMPLETION_MAX_TOKENS)
         parts = []
         for prompt in prompts:
@@ -109,7 +112,7 @@ class JobReader:
             echo = ""
             if values.echo:
                 echo = prompt if isinstance(prompt, str) and ids == encoded else self._text.decode(ids)
-            parts.append(self._part(ids, self._sampling(values, limit, logprobs), values, echo))
+            parts.append(self._part(ids, self._sampling(values, limit, logprobs, grammar), values, echo))
         return _job(values, tuple(parts), logprobs)
 
     def chat(self, body: dict[str, Any]) -> Job:
@@ -127,7 +130,8 @@ class JobReader:
         default = self._settings.defaults.max_tokens or self._settings.max_model_len
         limit = self._max_tokens(ids, asked, "messages", default=default)
         self._check_known(ids, "messages")
-        part = self._part(ids, self._sampling(values, limit, logprobs), values)
+        sampling = self._sampling(values, limit, logprobs, self._grammar(values))
+        part = self._part(ids, sampling, values)
         return _job(values, (part,), logprobs, self._form(values, prompt))
 
     def _form(self, values: Chat, prompt: str) -> MessageForm | None:
@@ -288,7 +292,20 @@ class JobReader:
             )
         return asked
 
-    def _sampling(self, values: Generating, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def _grammar(self, values: Generating) -> Grammar | None:
+        grammar = self._grammars.read(values)
+        if grammar is not None:
+            for name in ("ignore_eos", "allowed_token_ids"):
+                if getattr(values, name):
+                    raise unsupported(
+                        name,
+                        "cannot be honoured with a grammar, which says by itself what may come and what ends.",
+                    )
+        return grammar
+
+    def _sampling(
+        self, values: Generating, max_tokens: int, logprobs: int | None, grammar: Grammar | None
+    ) -> SamplingParams:
         temperature = values.temperature
         ends = () if values.ignore_eos else self._settings.eos_token_ids
         return SamplingParams(
@@ -306,6 +323,7 @@ class JobReader:
             min_tokens=values.min_tokens,
             logit_bias=values.logit_bias,
             allowed_token_ids=tuple(values.allowed_token_ids),
+            grammar=grammar,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from elastic_ep.gateway.bodies import Tokenize, detokenize_body
 from elastic_ep.gateway.fields import parse_object, read
+from elastic_ep.gateway.guided import asks_for_grammar
 from elastic_ep.gateway.jobs import Job, JobReader
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
@@ -96,8 +97,8 @@ class Reading:
 
 
 def _may_take_long(body: dict[str, Any]) -> bool:
-    """A template is a program."""
-    return body.get("chat_template") is not None
+    """A template is a program, and so is a grammar."""
+    return body.get("chat_template") is not None or asks_for_grammar(body)
 
 
 def _json(body: dict[str, Any]) -> bytes:

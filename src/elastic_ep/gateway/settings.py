@@ -88,8 +88,9 @@ class ApiSettings:
     """`vocab_size` bounds token ids that clients send; `max_model_len` is prompt plus generated tokens.
 
     `api_keys` empty: no key is needed. `admin_key`, if there is one, is needed for what changes the group.
-    `max_choices` bounds prompts times `n` of one HTTP request. `eos_token_ids` end a sequence beside those that the
-    ranks know of: the tokenizer's own. Prompts that begin alike share pages of `shared_page_size` tokens; 0: none.
+    `max_choices` bounds prompts times `n` of one HTTP request. `eos_token_ids` end a sequence beside
+    `model_eos_token_ids`, which the ranks know of: the tokenizer's own. Prompts that begin alike share pages of
+    `shared_page_size` tokens; 0: none.
     """
 
     model_name: str
@@ -101,6 +102,7 @@ class ApiSettings:
     admin_key: str | None = None
     cors: Cors = field(default_factory=Cors)
     eos_token_ids: tuple[int, ...] = ()
+    model_eos_token_ids: tuple[int, ...] = ()
     trust_request_chat_template: bool = False
     tool_call_parser: str | None = None
     """How calls are read from what the model writes where the client leaves it the choice; None: they are not."""
@@ -109,3 +111,8 @@ class ApiSettings:
     max_choices: int = 256
     max_logprobs: int = 20
     shared_page_size: int = 0
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end a sequence unless a request says otherwise."""
+        return (*self.model_eos_token_ids, *self.eos_token_ids)

@@ -10,7 +10,6 @@ from typing import Any
 
 from elastic_ep.gateway.fields import Refused
 
-_GUIDED = "nothing makes the output follow a grammar or a schema"
 _OLD_TOOLS = "the format before 'tools': give those"
 _MEDIA = "it takes and gives text alone"
 _REASONING = "how long a model reasons is its own affair"
@@ -27,12 +26,10 @@ def _refused(why: str, **neutral: Any) -> dict[str, Refused]:
     }
 
 
-_GRAMMARS = _refused(
-    _GUIDED,
-    structured_outputs={}, guided_json=(), guided_regex="", guided_choice=([],), guided_grammar="",
-    guided_decoding_backend="", guided_whitespace_pattern="", structural_tag="", regex="", ebnf="", json_schema="",
-    response_format={"type": "text"},
-)  # fmt: skip
+_GRAMMARS = {
+    **_refused("llguidance is what there is", guided_decoding_backend=("", "auto", "guidance", "llguidance")),
+    **_refused("give a grammar of the whole text: see 'structured_outputs'", structural_tag=""),
+}
 _SAMPLING = {
     **_refused(
         "tokens are drawn one by one", use_beam_search=False, length_penalty=1.0, early_stopping=False
@@ -127,5 +124,10 @@ CHAT = {
     **_refused("render the prompt with the model's own tools", return_prompt_text=False),
     **_refused("it is a field of /v1/completions", suffix="", best_of=1),
 }  # fmt: skip
+
+STRUCTURED_OUTPUTS = {
+    **_refused("give a grammar of the whole text: see 'grammar'", structural_tag=""),
+    **_refused("say so in the schema", disable_additional_properties=False),
+}
 
 STREAM_OPTIONS = _refused("chunks are not padded", include_obfuscation=False)

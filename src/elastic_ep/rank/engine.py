@@ -13,6 +13,8 @@ from elastic_ep.engine.step_runner import StepRunner, StreamMemory
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.store import Store
+from elastic_ep.guided.masks import MaskMaker
+from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.kv.names import root
 from elastic_ep.kv.shelf import Shelf
@@ -44,25 +46,30 @@ def build_engine(
     """
     torch.set_num_threads(1)
     memory = stream_memory(config, files.shelf)
+    masks = mask_maker(config)
     if config.device == "cuda":
         from elastic_ep.engine.ops_cuda.build import (
             build_cuda_engine,  # needs Triton, ranks on the CPU do not
         )
 
-        return build_cuda_engine(config, store, opened, memory)
+        return build_cuda_engine(config, store, opened, memory, masks)
     open_plane()
-    return _build_cpu_engine(config, files.windows, open_plane, memory)
+    return _build_cpu_engine(config, files.windows, open_plane, memory, masks)
 
 
 def _build_cpu_engine(
-    config: RankConfig, windows_fd: int, open_plane: OpenPlane, memory: StreamMemory
+    config: RankConfig,
+    windows_fd: int,
+    open_plane: OpenPlane,
+    memory: StreamMemory,
+    masks: MaskMaker | None,
 ) -> tuple[ModelRunner, Exchange]:
     spec = load_spec(Path(config.model))
     placement = config.placement
     shape = spec.exchange_shape(config.limits.max_num_batched_tokens, placement)
     exchange = ShmExchange(windows_fd, shape, Member(config.rank, config.incarnation))
     weights = weights_from_peers(config, spec, open_plane) or weights_from_checkpoint(config, spec)
-    runner = ModelRunner(config.limits, weights, placement, config.rank, exchange, memory=memory)
+    runner = ModelRunner(config.limits, weights, placement, config.rank, exchange, memory=memory, masks=masks)
     return runner, exchange
 
 
@@ -73,6 +80,12 @@ def stream_memory(config: RankConfig, shelf_fd: int) -> StreamMemory:
         shelf = Shelf(shelf_fd, config.shelf, config.rank, threads=SHELF_THREADS[config.device])
     what = (config.model, config.load_format, str(config.seed), config.device)
     return StreamMemory(root("\n".join(what)), config.prefix_caching, shelf)
+
+
+def mask_maker(config: RankConfig) -> MaskMaker | None:
+    """None where nothing can be guided: see `Vocabulary`."""
+    vocabulary = Vocabulary.read(Path(config.directory))
+    return MaskMaker(vocabulary) if vocabulary is not None else None
 
 
 def weights_from_checkpoint(config: RankConfig, spec: ModelSpec) -> Weights:

@@ -212,12 +212,35 @@ class Bias(NamedTuple):
     """To its logit."""
 
 
+class GrammarKind(StrEnum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    """A JSON array of strings, one of which is the text."""
+    LARK = "lark"
+    """As llguidance knows it. EBNF becomes this: see guided/grammars.py."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the generated text, from its first token to the one that ends it, has to be.
+
+    Whoever sets one has had it checked (guided/check.py), and makes it by a function of guided/grammars.py.
+    """
+
+    kind: GrammarKind
+    text: Annotated[str, PRIVATE]
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to pick tokens; the same meaning as in vLLM. Defaults: greedy.
 
     `logprobs` is the number of alternatives to report (0: the sampled token's own), None for no logprobs. Before
     `min_tokens` tokens no token that ends the sequence is picked. `allowed_token_ids` empty: all are.
+
+    With a `grammar` no token is picked after which the text could not become one of the grammar's, whatever else is
+    asked: when it is complete, even one that ends it before `min_tokens`.
     """
 
     max_tokens: int
@@ -234,6 +257,7 @@ class SamplingParams:
     min_tokens: int = 0
     logit_bias: Annotated[tuple[Bias, ...], PRIVATE] = ()
     allowed_token_ids: tuple[TokenId, ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from elastic_ep.engine.step_runner import NO_SHELF, StepResult, StepRunner, Stre
 from elastic_ep.engine.transformer import Transformer
 from elastic_ep.exchange.base import Exchange, Received, check_rows
 from elastic_ep.exchange.pull import TILE
+from elastic_ep.guided.masks import MaskMaker
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement
 from elastic_ep.weights.bank import Weights
@@ -38,6 +39,7 @@ class ModelRunner(StepRunner):
         exchange: Exchange,
         device: torch.device | str = "cpu",
         memory: StreamMemory = NO_SHELF,
+        masks: MaskMaker | None = None,
     ) -> None:
         if KEY_BLOCK % limits.page_size:
             raise ValueError(f"page size {limits.page_size} does not divide {KEY_BLOCK}")
@@ -51,7 +53,7 @@ class ModelRunner(StepRunner):
         load = ExpertLoad(placement, rank)
         self._ops = CpuOps(spec, layout, limits.max_model_len, self._device, load.by_slot)
         self._model = Transformer(weights, self._ops)
-        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load, memory)
+        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load, memory, masks)
         self._open_memory(CpuPages(self._ops.caches, layout))
         self._carrier = CountedCarrier(exchange)
         self._batch: Batch | None = None
@@ -79,7 +81,7 @@ class ModelRunner(StepRunner):
 
     def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
         assert self._logits is not None
-        return sample(self._logits, sequences)
+        return sample(self._logits, sequences, self._take_masks())
 
     @torch.inference_mode()
     def warm_up(self) -> None:

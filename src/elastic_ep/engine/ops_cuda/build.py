@@ -16,6 +16,7 @@ from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake import MooncakeExchange, buffer_bytes
 from elastic_ep.exchange.step_barrier import StepBarrier
 from elastic_ep.exchange.store import Store
+from elastic_ep.guided.masks import MaskMaker
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement
@@ -30,7 +31,11 @@ RELEASE_S = 5.0
 
 
 def build_cuda_engine(
-    config: RankConfig, store: Store, opened: Callable[[], None], memory: StreamMemory
+    config: RankConfig,
+    store: Store,
+    opened: Callable[[], None],
+    memory: StreamMemory,
+    masks: MaskMaker | None = None,
 ) -> tuple[CudaRunner, MooncakeExchange]:
     """The ranks leave each other their buffers' addresses in `store`; `opened` is called before the first kernel.
 
@@ -49,7 +54,7 @@ def build_cuda_engine(
     opened()
     budget.check()
     with budget.kept():
-        return _build(config, store, spec, shape, budget, memory)
+        return _build(config, store, spec, shape, budget, memory, masks)
 
 
 def _share(config: RankConfig) -> Share | None:
@@ -76,6 +81,7 @@ def _build(
     shape: ExchangeShape,
     budget: Budget,
     memory: StreamMemory,
+    masks: MaskMaker | None,
 ) -> tuple[CudaRunner, MooncakeExchange]:
     # The step barrier is a file that all ranks map, so all of them are on one host.
     directory = Path(config.directory) / "mooncake"
@@ -102,6 +108,13 @@ def _build(
         dtype=DTYPE,
     )
     runner = CudaRunner(
-        config.limits, weights, config.placement, config.rank, exchange, budget=budget, memory=memory
+        config.limits,
+        weights,
+        config.placement,
+        config.rank,
+        exchange,
+        budget=budget,
+        memory=memory,
+        masks=masks,
     )
     return runner, exchange

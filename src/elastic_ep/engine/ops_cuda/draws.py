@@ -19,6 +19,7 @@ from elastic_ep.engine.sampler import (
     HELD_BACK,
     LARGEST,
     MIX_MULTIPLIERS,
+    OUTSIDE,
     Sampled,
     has_penalties,
     held_back,
@@ -83,6 +84,7 @@ class Draws:
     """
 
     def __init__(self, sequences: Seq[Sequence], device: torch.device, rows: Seq[int] | None = None) -> None:
+        self._masks: torch.Tensor | None = None
         self._rows = torch.tensor(rows if rows is not None else range(len(sequences))).to(device)
         params = [seq.params for seq in sequences]
         self._greedy = [is_greedy(one) for one in params]
@@ -95,8 +97,12 @@ class Draws:
         self._floored = any(one.min_p > 0 for one in params)
         self._cut = any(one.top_k > 0 or one.top_p < 1 for one in params)
 
-    def run(self, logits: torch.Tensor) -> Drawn:
-        """`logits` [>= n, V] float32."""
+    def run(self, logits: torch.Tensor, masks: torch.Tensor | None = None) -> Drawn:
+        """`logits` [>= n, V] float32; `masks` [n, words] int32 if any of the sequences has a grammar.
+
+        Masks in pinned memory are copied behind what the device does: they may be computed as late as that.
+        """
+        self._masks = masks.to(logits.device, non_blocking=True) if masks is not None else None
         logits = logits.index_select(0, self._rows)
         rows, vocabulary = logits.shape
         at_once = max(1, _AT_ONCE // vocabulary)
@@ -138,12 +144,14 @@ class Draws:
 
     def _penalised(self, raw: torch.Tensor, rows: slice) -> torch.Tensor:
         changes = self._changes[rows]
-        if not any(changes):
+        if not any(changes) and self._masks is None:
             return raw
         scores = raw.clone()
         for row, change in zip(scores, changes, strict=True):
             if change is not None:
                 change.apply(row)
+        if self._masks is not None:
+            scores.masked_fill_(_outside(self._masks[rows], scores.shape[-1]), OUTSIDE)
         return scores
 
 
@@ -193,6 +201,12 @@ class _Changes:
         repeated.clamp_(-LARGEST, LARGEST)
         repeated -= params.frequency_penalty * self._counts + params.presence_penalty * (self._counts > 0)
         row[seen] = repeated
+
+
+def _outside(masks: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Masks [n, words] int32 to [n, vocabulary] bool: tokens that may not come."""
+    bits = (masks[:, :, None] >> torch.arange(32, device=masks.device, dtype=torch.int32)) & 1
+    return bits.flatten(1)[:, :vocabulary] == 0
 
 
 def _columns(params: SamplingParams) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from elastic_ep.config import EngineLimits
@@ -26,6 +27,8 @@ from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.engine.step_runner import NO_SHELF, StepResult, StepRunner, StreamMemory
 from elastic_ep.engine.transformer import Transformer
 from elastic_ep.exchange.base import DeviceExchange, Work, check_rows
+from elastic_ep.guided.masks import MaskMaker
+from elastic_ep.guided.text import Words
 from elastic_ep.placement import Placement
 from elastic_ep.weights.bank import Weights
 from elastic_ep.wire.messages import SamplingParams
@@ -72,6 +75,7 @@ class CudaRunner(StepRunner):
         graphs: bool = True,
         budget: Budget | None = None,
         memory: StreamMemory = NO_SHELF,
+        masks: MaskMaker | None = None,
     ) -> None:
         check_rows(exchange, weights.embed.dtype)
         device = weights.embed.device
@@ -99,6 +103,8 @@ class CudaRunner(StepRunner):
         self._pace = PromptPace(LEAST_CHUNK, limits.max_num_batched_tokens)
         self._busy = Work(0, 0)
         """What all ranks did in the last step."""
+        self._mask_rows = torch.empty(0, 0, dtype=torch.int32)
+        """What `_masks` are in."""
         self._rows: list[int] = []
         """Of the step's results: those that are sampled from."""
         self._met = self._launched = False
@@ -106,7 +112,7 @@ class CudaRunner(StepRunner):
         self._drawn: Drawn | None = None
         """None: the most likely token of each."""
         load = DeviceLoad(placement, rank, self._ops.load)
-        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load, memory)
+        super().__init__(limits, weights, placement, rank, exchange, self._ops.routing, load, memory, masks)
         if budget is None or budget.share is None:
             self._open_memory(CudaPages(self._ops.caches))
 
@@ -206,7 +212,8 @@ class CudaRunner(StepRunner):
         # Queued: the wait for the masks is the wait for what is sampled too.
         self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
         if draws is not None:
-            self._drawn = draws.run(logits).to_host()
+            masks = self._mask_rows if self._take_masks() is not None else None
+            self._drawn = draws.run(logits, masks).to_host()
         elif self._rows:
             self._drawn = None
             self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
@@ -250,6 +257,12 @@ class CudaRunner(StepRunner):
             return None
         rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
         return Draws([chunks[row].sequence for row in rows], self._device, rows) if rows else None
+
+    def _mask_memory(self, rows: int, words: int) -> Words:
+        """Pinned, so that masks can be copied behind a step that runs."""
+        pinned = self._device.type == "cuda"
+        self._mask_rows = torch.empty(rows, words, dtype=torch.int32, pin_memory=pinned)
+        return self._mask_rows.numpy().view(np.uint32)
 
     def _discard(self) -> None:
         pass

@@ -130,6 +130,11 @@ class ChatTokenizer:
         return rest[token] if 0 <= token < len(rest) else b""
 
     @property
+    def spells_tokens(self) -> bool:
+        """Whether `token_bytes` tells what a token adds to a text."""
+        return self._spelling is not None
+
+    @property
     def special_tokens(self) -> Mapping[str, str]:
         """By name: bos_token, eos_token, ..."""
         return self._special_tokens

@@ -1,0 +1,230 @@
+"""Which grammar a request asks its text to follow, in the words of OpenAI, vLLM and SGLang.
+
+Compiling one takes milliseconds, of some a second: that is done in the text process (`reading.py`), before a rank
+hears of the request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+
+from elastic_ep.gateway import unsupported
+from elastic_ep.gateway.errors import ApiError
+from elastic_ep.gateway.fields import Array, Body, Text, bad_value, fault
+from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
+from elastic_ep.guided import grammars
+from elastic_ep.guided.check import GrammarChecker
+from elastic_ep.guided.grammars import BadGrammar
+from elastic_ep.guided.vocabulary import Vocabulary
+from elastic_ep.wire.messages import Grammar
+
+
+def _schema_like(given: Any) -> Any:
+    if not isinstance(given, dict | bool | str):
+        raise fault("invalid_type", "must be an object, or its JSON as a string.")
+    return given
+
+
+Schema = Annotated[
+    Any,
+    AfterValidator(_schema_like),
+    WithJsonSchema({"type": ["object", "boolean", "string"]}),
+    Field(description="A JSON Schema; its JSON as a string will do, too."),
+]
+Choices = Annotated[list[Text], Array(most=10_000)]
+
+
+class JsonSchemaFormat(Body):
+    """`strict` or not, every answer fits."""
+
+    name: Text | None = None
+    description: Text | None = None
+    given: Schema = Field(alias="schema")
+    strict: bool = False
+
+
+class _Whole(Body):
+    """An object of which every field says what the text has to be: none is ignored."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for name in self.model_extra or ():
+            raise fault("unsupported_parameter", "is not known here.", inside=f".{name[:40]}")
+        return self
+
+
+class ResponseFormat(_Whole):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(_Whole):
+    """vLLM's."""
+
+    refused = unsupported.STRUCTURED_OUTPUTS
+    given_json: Schema = Field(None, alias="json")
+    regex: Text = ""
+    choice: Choices = Field(default_factory=list)
+    grammar: Text = Field("", description="In EBNF or Lark.")
+    json_object: bool = False
+    whitespace_pattern: Text | None = Field(None, description="Of what may stand between parts of JSON.")
+    disable_any_whitespace: bool = Field(False, description="JSON without blanks.")
+    disable_fallback: bool = Field(False, description="There is none.")
+
+
+class Guiding(Body):
+    """At most one grammar."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema = Field(None, description="As structured_outputs.json, and so are the others.")
+    guided_regex: Text = ""
+    guided_choice: Choices = Field(default_factory=list)
+    guided_grammar: Text = ""
+    guided_whitespace_pattern: Text | None = None
+    json_schema: Schema = Field(None, description="SGLang's name for structured_outputs.json.")
+    regex: Text = Field("", description="SGLang's name for structured_outputs.regex.")
+    ebnf: Text = Field("", description="SGLang's name for structured_outputs.grammar.")
+
+
+def asks_for_grammar(body: Mapping[str, Any]) -> bool:
+    """Of a body that has not been looked at yet."""
+    return any(_may_ask(body.get(name)) for name in Guiding.model_fields)
+
+
+def _may_ask(value: Any) -> bool:
+    if isinstance(value, dict) and value.get("type") == "text":
+        return False
+    return value is not None and value != "" and value != []
+
+
+class GrammarReader:
+    """From what a request says to a grammar that ranks can follow. Every method raises `ApiError`."""
+
+    def __init__(self, settings: ApiSettings, text: ChatTokenizer) -> None:
+        self._settings = settings
+        self._text = text
+
+    def read(self, values: Guiding) -> Grammar | None:
+        asked = [(param, make) for param, given, make in _wishes(values) if given]
+        if values.guided_whitespace_pattern is not None and not any("json" in param for param, _ in asked):
+            raise bad_value("guided_whitespace_pattern", "needs 'guided_json' beside it.")
+        if not asked:
+            return None
+        if len(asked) > 1:
+            first, second = asked[0][0], asked[1][0]
+            raise ApiError(
+                f"'{second}' cannot be honoured together with '{first}': a text follows one grammar.",
+                param=second,
+                code="invalid_value",
+            )
+        ((param, make),) = asked
+        try:
+            return self.checked(make(), param)
+        except BadGrammar as error:
+            raise _refusal(param, error) from error
+
+    def checked(self, grammar: Grammar, param: str) -> Grammar:
+        """`grammar`, which came from the field `param`."""
+        if isinstance(self._checker, str):
+            raise ApiError(
+                f"'{param}' cannot be honoured here: {self._checker}.",
+                param=param,
+                code="unsupported_parameter",
+            )
+        try:
+            self._checker.check(grammar)
+        except BadGrammar as error:
+            raise _refusal(param, error) from error
+        return grammar
+
+    @cached_property
+    def _checker(self) -> GrammarChecker | str:
+        """Or why there is none."""
+        found = vocabulary(self._settings, self._text)
+        return GrammarChecker(found) if isinstance(found, Vocabulary) else found
+
+
+def vocabulary(settings: ApiSettings, text: ChatTokenizer) -> Vocabulary | str:
+    """What texts are guided with, or why none can be."""
+    ends = {token for token in settings.ends if token < settings.vocab_size}
+    if not ends:
+        return "no token is known to end a text of this model"
+    if not text.spells_tokens:
+        return "this model's tokenizer does not say what text a token stands for by itself"
+    size = settings.vocab_size
+    tokens = tuple([text.token_bytes(token) for token in range(size)])
+    special = tuple([token for token in range(size) if text.is_special(token)])
+    return Vocabulary(tokens, special, tuple(sorted(ends)))
+
+
+def _wishes(values: Guiding) -> list[tuple[str, bool, Callable[[], Grammar]]]:
+    """Field, whether it is given, and what makes a grammar of it, which raises `BadGrammar`."""
+    old, pattern = values, values.guided_whitespace_pattern
+    wishes: list[tuple[str, bool, Callable[[], Grammar]]] = [
+        ("guided_json", _given(old.guided_json), lambda: _schema(old.guided_json, pattern)),
+        ("guided_regex", bool(old.guided_regex), lambda: grammars.regex(old.guided_regex)),
+        ("guided_choice", bool(old.guided_choice), lambda: grammars.choice(old.guided_choice)),
+        ("guided_grammar", bool(old.guided_grammar), lambda: grammars.ebnf(old.guided_grammar)),
+        ("json_schema", _given(old.json_schema), lambda: _schema(old.json_schema, pattern)),
+        ("regex", bool(old.regex), lambda: grammars.regex(old.regex)),
+        ("ebnf", bool(old.ebnf), lambda: grammars.ebnf(old.ebnf)),
+    ]
+    if (form := values.response_format) is not None:
+        wishes += [
+            ("response_format", form.type == "json_object", grammars.json_object),
+            (
+                "response_format.json_schema.schema",
+                form.type == "json_schema",
+                lambda: _schema(_required(form.json_schema).given, pattern),
+            ),
+        ]
+    if (new := values.structured_outputs) is not None:
+        blanks, compact = new.whitespace_pattern, new.disable_any_whitespace
+        wishes += [
+            (
+                "structured_outputs.json",
+                _given(new.given_json),
+                lambda: _schema(new.given_json, blanks, compact=compact),
+            ),
+            ("structured_outputs.regex", bool(new.regex), lambda: grammars.regex(new.regex)),
+            ("structured_outputs.choice", bool(new.choice), lambda: grammars.choice(new.choice)),
+            ("structured_outputs.grammar", bool(new.grammar), lambda: grammars.ebnf(new.grammar)),
+            (
+                "structured_outputs.json_object",
+                new.json_object,
+                lambda: _schema({"type": "object"}, blanks, compact=compact),
+            ),
+        ]
+    return wishes
+
+
+def _required(form: JsonSchemaFormat | None) -> JsonSchemaFormat:
+    if form is None:
+        param = "response_format.json_schema"
+        raise ApiError(f"'{param}' is required.", param=param, code="missing_required_parameter")
+    return form
+
+
+def _given(schema: Any) -> bool:
+    return schema is not None and schema != ""
+
+
+def _schema(given: Any, whitespace: str | None, *, compact: bool = False) -> Grammar:
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise BadGrammar(f"is not JSON: {error}") from error
+    return grammars.json_schema(given, whitespace=whitespace, compact=compact)
+
+
+def _refusal(param: str, error: BadGrammar) -> ApiError:
+    place = f"{param}{error.place}"
+    return ApiError(f"'{place}' cannot be followed: {error}.", param=place, code="invalid_grammar")

@@ -1,0 +1,61 @@
+"""Where a text is in its grammar: a function of the grammar and the tokens so far, and of nothing else.
+
+So a rank that takes over a text replays its tokens, and goes on as the one before would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits
+
+LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
+"""HAZARD: verbose errors hold the grammar and the text, which are the client's."""
+Words = npt.NDArray[np.uint32]
+"""Masks: bit t % 32 of word t // 32 says whether token t may come next."""
+
+
+def can_begin(matcher: LLMatcher) -> bool:
+    """Whether any text follows its grammar, as far as the first token shows."""
+    matcher.compute_bitmask()
+    return not matcher.is_error()
+
+
+class GuidedText:
+    """One text. One thread at a time. `ends` are tokens that may end it when it is complete, beside the vocabulary's."""
+
+    def __init__(self, matcher: LLMatcher, ends: Collection[int] = ()) -> None:
+        self._matcher = matcher
+        self._ends = tuple(ends)
+        self._followed = 0
+        self.fault = ""
+        """Why it cannot go on; then masks mean nothing."""
+
+    def follow(self, tokens: Sequence[int], first: int = 0) -> None:
+        """The text is `tokens` from `first` on, of which it has seen the beginning."""
+        new = tokens[first + self._followed :]
+        if new and not self._matcher.consume_tokens(list(new)):
+            self._note()
+        self._followed += len(new)
+
+    def mask_into(self, words: Words) -> None:
+        """Which tokens may come next."""
+        if self.fault:
+            return
+        matcher = self._matcher
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if matcher.is_stopped() and matcher.is_error():
+            self._note()
+        elif self._ends and matcher.is_accepting():
+            for token in self._ends:
+                words[token >> 5] |= np.uint32(1 << (token & 31))
+
+    def _note(self) -> None:
+        self.fault = self.fault or _reason(self._matcher)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Without what it may quote of the text."""
+    return f"its text cannot be continued by its grammar ({matcher.stop_reason()})"

@@ -1,0 +1,1 @@
+"""Mirrors src/elastic_ep/guided."""

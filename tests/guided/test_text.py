@@ -1,0 +1,190 @@
+"""Masks against trying every token, replaying against stepping, and finished texts against what was asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
+
+from elastic_ep.guided import grammars
+from elastic_ep.guided.grammars import to_lark
+from elastic_ep.guided.masks import Asked, MaskMaker
+from elastic_ep.guided.text import LIMITS, GuidedText
+from elastic_ep.guided.vocabulary import Vocabulary
+from elastic_ep.wire.messages import Grammar
+from tests.guided.schemas import is_valid, schemas
+
+END, OTHER_END, TAG = 0, 1, 2
+_WORDS = [b'{"', b'": ', b'":', b'", "', b'"}', b"}", b"]", b"ab", b"abb", b"true", b"null", b"12", b"  ", b"\xc3\xa9",
+          b"\xc3", b"\xa9\"", b"ab", b"\n   ", b"<tag>"]  # fmt: skip
+VOCABULARY = Vocabulary(
+    (b"<end>", b"<other>", b"<tag>", *[bytes([byte]) for byte in range(256)], *_WORDS, b"", b""),
+    special=(END, OTHER_END, TAG),
+    ends=(END,),
+)
+"""All bytes, tokens over the borders of JSON and of characters, the same text twice, and ids without a text."""
+SIZE = len(VOCABULARY.tokens)
+
+
+@cache
+def tokenizer() -> LLTokenizer:
+    return VOCABULARY.tokenizer()
+
+
+def begun(grammar: Grammar, ends: tuple[int, ...] = ()) -> GuidedText:
+    matcher = LLMatcher(tokenizer(), to_lark(grammar), log_level=0, limits=LIMITS)
+    assert not matcher.is_error(), matcher.get_error()
+    return GuidedText(matcher, ends)
+
+
+def mask(text: GuidedText) -> list[int]:
+    words = np.zeros(VOCABULARY.mask_words, np.uint32)
+    text.mask_into(words)
+    assert not text.fault
+    return [int(token) for token in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))]
+
+
+def by_trying(grammar: Grammar, tokens: list[int]) -> list[int]:
+    """Every token of the vocabulary, each after a fresh start."""
+    matcher = LLMatcher(tokenizer(), to_lark(grammar), log_level=0, limits=LIMITS)
+    assert not tokens or matcher.consume_tokens(tokens)
+    return [token for token in range(SIZE) if matcher.deep_copy().consume_token(token)]
+
+
+def spelled(tokens: list[int]) -> str:
+    return b"".join(VOCABULARY.tokens[token] for token in tokens if token != END).decode()
+
+
+def walk(grammar: Grammar, seed: int, most: int = 200) -> list[int]:
+    """A text at random, by masks alone; as long as it must be once it has 40 tokens."""
+    draw, text, tokens = random.Random(seed), begun(grammar), list[int]()
+    while len(tokens) < most:
+        may = mask(text)
+        tokens.append(END if END in may and len(tokens) > 40 else draw.choice(may))
+        if tokens[-1] == END:
+            break
+        text.follow(tokens)
+    return tokens
+
+
+GRAMMARS = {
+    "regex": grammars.regex("[ab]{1,4}(-[0-9]{2}|é+)"),
+    "choice": grammars.choice(["ab", "abb", 'a"b\\', "é", "\x7f\n"]),
+    "ebnf": grammars.ebnf('root ::= "a" item* "b"\nitem ::= [0-9] | "(" item ")"'),
+    "object": grammars.json_object(),
+    "schema": grammars.json_schema({"type": "object", "properties": {"ab": {"enum": ["é", 12, None]}}}),
+    "compact": grammars.json_schema({"type": "array", "items": {"type": "boolean"}}, compact=True),
+    "tag": grammars.lark(f"start: {grammars.literal('<tag>ab', {'<tag>': TAG})} {grammars.json_rule(True)}"),
+}
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 2**32), cut=st.floats(0, 1))
+def test_a_mask_is_all_tokens_that_can_come_next(name: str, seed: int, cut: float) -> None:
+    tokens = walk(GRAMMARS[name], seed, most=60)
+    tokens = tokens[: round(cut * (len(tokens) - 1))]
+    text = begun(GRAMMARS[name])
+    text.follow(tokens)
+    assert mask(text) == by_trying(GRAMMARS[name], tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(schemas, st.integers(0, 2**32), st.booleans())
+def test_a_finished_text_fits_its_schema_and_replayed_is_as_stepped(
+    schema: dict[str, Any], seed: int, compact: bool
+) -> None:
+    grammar = grammars.json_schema(schema, compact=compact)
+    tokens = walk(grammar, seed)
+    if tokens[-1] == END:
+        assert is_valid(spelled(tokens), schema), spelled(tokens)
+    assert not compact or not re.search(r"[\n\t]", spelled(tokens))
+    at = random.Random(seed).randrange(len(tokens))
+    stepped, replayed = begun(grammar), begun(grammar)
+    for end in range(at + 1):
+        stepped.follow(tokens[:end])
+        mask(stepped)
+    replayed.follow([7, 7, *tokens[:at]], 2)
+    assert mask(stepped) == mask(replayed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_finished_texts_match(seed: int) -> None:
+    assert re.fullmatch("[ab]{1,4}(-[0-9]{2}|é+)", spelled(walk(GRAMMARS["regex"], seed)))
+    assert spelled(walk(GRAMMARS["choice"], seed)) in ["ab", "abb", 'a"b\\', "é", "\x7f\n"]
+    assert isinstance(json.loads(spelled(walk(GRAMMARS["object"], seed, most=400))), dict)
+
+
+def test_when_it_is_complete_it_ends_by_any_token_that_may_end_it() -> None:
+    text = begun(grammars.regex("ab"), (OTHER_END,))
+    assert END not in mask(text)
+    assert OTHER_END not in mask(text)
+    text.follow([VOCABULARY.tokens.index(b"ab")])
+    assert mask(text) == [END, OTHER_END]
+
+
+def test_special_tokens_come_where_the_grammar_names_them_alone() -> None:
+    assert mask(begun(GRAMMARS["tag"])) == [TAG]
+    assert TAG not in mask(begun(grammars.regex(".*")))
+
+
+def test_a_text_that_has_left_its_grammar_says_so_and_nothing_of_itself() -> None:
+    text = begun(grammars.regex("secret"))
+    text.follow([3 + ord("x")])
+    assert "cannot be continued" in text.fault
+    assert not re.search("secret|x'", text.fault)
+    text.mask_into(np.zeros(VOCABULARY.mask_words, np.uint32))  # means nothing, and does no harm
+
+
+def test_a_vocabulary_with_which_it_cannot_go_on_is_noticed() -> None:
+    poor = Vocabulary((b"<end>", b"a"), special=(0,), ends=(0,))
+    text = GuidedText(LLMatcher(poor.tokenizer(), to_lark(grammars.regex("ab")), log_level=0, limits=LIMITS))
+    words = np.zeros(1, np.uint32)
+    text.mask_into(words)
+    assert words[0] == 0b10
+    assert not text.fault
+    text.follow([1])
+    text.mask_into(words)
+    assert text.fault
+
+
+def test_masks_of_many_texts_are_those_of_each() -> None:
+    maker = MaskMaker(VOCABULARY)
+    try:
+        texts = [
+            maker.open(grammar, (), stops=(END,)).result(10)
+            for grammar in GRAMMARS.values()
+            for _ in range(2)
+        ]
+        tokens = [walk(grammar, 3, most=9)[:-1] for grammar in GRAMMARS.values() for _ in range(2)]
+        words = np.zeros((len(texts), maker.words), np.uint32)
+        maker.start(
+            [
+                Asked(text, [5, *said], 1, row)
+                for row, (text, said) in enumerate(zip(texts, tokens, strict=True))
+            ],
+            words,
+        )
+        maker.wait()
+        for row, grammar in enumerate(grammar for grammar in GRAMMARS.values() for _ in range(2)):
+            alone = begun(grammar)
+            alone.follow(tokens[row])
+            single = np.zeros(maker.words, np.uint32)
+            alone.mask_into(single)
+            assert (words[row] == single).all()
+    finally:
+        maker.close()
+
+
+def test_the_vocabulary_travels_in_a_file(tmp_path: Any) -> None:
+    assert Vocabulary.read(tmp_path) is None
+    VOCABULARY.write(tmp_path)
+    assert Vocabulary.read(tmp_path) == VOCABULARY
