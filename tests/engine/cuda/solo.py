@@ -53,9 +53,9 @@ def recorded() -> Iterator[Logits]:
             super().__init__(sequences, device, rows)
             self._keys = [(seq.request_id, len(seq.tokens)) for seq in sequences]
 
-        def run(self, logits: torch.Tensor) -> Drawn:
+        def run(self, logits: torch.Tensor, masks: torch.Tensor | None = None) -> Drawn:
             seen.update(zip(self._keys, logits[self._rows].cpu(), strict=True))
-            return super().run(logits)
+            return super().run(logits, masks)
 
     with (
         mock.patch.object(runner_module, "Draws", Recording),
