@@ -25,7 +25,7 @@ help: ## show this list
 
 setup: $(READY) ## make .venv with everything in it
 
-$(READY): pyproject.toml constraints.txt scripts/setup
+$(READY): pyproject.toml constraints.txt scripts/setup setup.py $(wildcard src/elastic_ep/fused/*.h src/elastic_ep/fused/*.cpp)
 	@PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" scripts/setup
 	@touch $@
 
@@ -77,4 +77,4 @@ lock: $(READY) ## write constraints.txt from what .venv holds
 	mv constraints.txt.new constraints.txt
 
 clean: ## remove .venv and all caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info src/elastic_ep/fused/*.so

@@ -95,6 +95,9 @@ class RankConfig:
     """Requests share pages. Without, a request has its own of before alone, when it comes back."""
     shelf: ShelfLayout | None = None
     """Of pages in host memory; None: there are none."""
+    fused: str = ""
+    """On a processor: the build of `elastic_ep.fused` that all ranks compute with; "": plain torch. Their bits differ,
+    and a stream that moves must go on with the same ones."""
     gpu_memory_utilization: float | None = None
     """Of its GPU's memory, for all ranks on it: what a rank's share has left is KV cache. None: it is not sized so."""
     peers: PeerWeights | None = None

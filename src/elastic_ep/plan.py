@@ -10,6 +10,7 @@ from pathlib import Path
 from elastic_ep.config import MOST_MODEL_LEN, ConfigError, EngineLimits, RankConfig, ServeConfig
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
+from elastic_ep.fused.library import Unavailable, best_build
 from elastic_ep.gateway.settings import SamplingDefaults, unhonoured
 from elastic_ep.gateway.text.content_form import ContentForm
 from elastic_ep.gateway.text.fit import TextFit, fit
@@ -55,17 +56,19 @@ class ServePlan:
     """For requests that do not say."""
     text_fit: TextFit
     left_out: tuple[str, ...]
-    """Of the model folder, what is not honoured: a line each."""
+    """Of the model folder, what is not honoured, and of the machine, what is missing: a line each."""
     limits: EngineLimits
     placement: Placement
     redundant: int
     device: str
     name: str
     shelf: ShelfLayout | None
+    fused: str
+    """As in `RankConfig`."""
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What an operator should know of the model folder before it serves: a line each."""
+        """What an operator should know of the model folder and the machine before it serves: a line each."""
         return (*self.text_fit.notices, *self.left_out)
 
     @property
@@ -97,6 +100,7 @@ class ServePlan:
             limits=self.limits,
             shelf=self.shelf,
             prefix_caching=self.config.enable_prefix_caching,
+            fused=self.fused,
             timing=self.config.timing,
             placement=self.placement,
             gpu_memory_utilization=self.memory_utilization,
@@ -127,6 +131,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         if device != "cuda":
             raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
         find_program()
+    fused, notices = _fused_build(device)
     redundant = config.ep_num_redundant_experts
     redundant = model.moe.experts if redundant is None else redundant
     limits = engine_limits(config, model, device)
@@ -138,7 +143,8 @@ def make_plan(config: ServeConfig) -> ServePlan:
         text=text,
         defaults=defaults,
         text_fit=fit(text, model),
-        left_out=left_out,
+        left_out=(*left_out, *notices),
+        fused=fused,
         limits=limits,
         shelf=shelf_layout(config, model.kv_page_bytes(device, limits.page_size)),
         placement=first_placement(config, model, redundant, device),
@@ -147,6 +153,16 @@ def make_plan(config: ServeConfig) -> ServePlan:
         name=config.served_model_name
         or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
     )
+
+
+def _fused_build(device: str) -> tuple[str, tuple[str, ...]]:
+    """What ranks on a processor compute with, and what is to be said of it."""
+    if device != "cpu":
+        return "", ()
+    try:
+        return best_build(), ()
+    except Unavailable as reason:
+        return "", (f"ranks compute in plain torch, which is several times slower: {reason}",)
 
 
 def _model_fault(folder: Path, error: Exception) -> str:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
+from elastic_ep.engine.ops_cpu import fused_runner as fused_runner_module
 from elastic_ep.engine.ops_cpu import runner as runner_module
 from elastic_ep.engine.ops_cpu.layers import ROWS, Rope, linear
 from elastic_ep.engine.sampler import Sampled, sample
@@ -61,7 +62,10 @@ def recorded_logits() -> Iterator[_Logits]:
             seen[seq.request_id, len(seq.tokens)] = row.clone()
         return sample(logits, sequences)
 
-    with mock.patch.object(runner_module, "sample", recording):
+    with (
+        mock.patch.object(runner_module, "sample", recording),
+        mock.patch.object(fused_runner_module, "sample", recording),
+    ):
         yield seen
 
 

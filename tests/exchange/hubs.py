@@ -13,9 +13,11 @@ from typing import Protocol
 from hypothesis import Phase
 
 from elastic_ep.exchange.base import Exchange, ExchangeShape
+from elastic_ep.exchange.fused import FusedExchange
 from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE, HIDDEN_MULTIPLE
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.windows import Windows
+from elastic_ep.fused.library import best_build, load
 from elastic_ep.host.mps import PROGRAM, mps_daemon
 from elastic_ep.wire.messages import Member
 from tests.exchange.on_device import open_mooncake, warm_up_mooncake
@@ -46,6 +48,13 @@ class Shm:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+class FusedShm(Shm):
+    """Ends in C++."""
+
+    def end(self, member: Member) -> Exchange:
+        return FusedExchange(self.fd, self._shape, member, load(best_build()))
 
 
 class Processes:
@@ -141,6 +150,7 @@ class Kind:
 
 LOOPBACK = Kind(Loopback)
 SHM = Kind(Shm)
+FUSED = Kind(FusedShm)
 SHM_PROCESSES = Kind(ShmProcesses)
 MOONCAKE = Kind(
     Mooncake,

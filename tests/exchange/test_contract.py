@@ -27,7 +27,8 @@ from tests.exchange.group import (
     results,
     until,
 )
-from tests.exchange.hubs import LOOPBACK, MOONCAKE, SHM, Hub, Kind, end_processes
+from tests.exchange.hubs import FUSED, LOOPBACK, MOONCAKE, SHM, Hub, Kind, end_processes
+from tests.kit.fused import needs_fused
 
 ON_GPU = [
     pytest.mark.gpu,
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.parametrize(
     [
         pytest.param(LOOPBACK, id="loopback"),
         pytest.param(SHM, id="shm"),
+        pytest.param(FUSED, id="fused", marks=needs_fused()),
         pytest.param(MOONCAKE, id="mooncake", marks=ON_GPU),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 
 import elastic_ep
 from elastic_ep.config import EngineLimits
+from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.models.registry import FAMILIES, load_spec
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import load_weights
 from elastic_ep.weights.checkpoint import read_header
 from tests.engine.solo import assign, drain, ids, solo_runner
 from tests.engine.test_invariance import recorded_logits
+from tests.kit.fused import build, fused_runner
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -41,15 +44,19 @@ class Compared:
     """[positions, V]"""
 
 
-def compare(folder: Path, theirs: PreTrainedModel, prompt: list[int], new_tokens: int) -> Compared:
-    """Logits of prompt and greedy continuation: ours step by step, theirs in one go."""
+def compare(folder: Path, theirs: PreTrainedModel, prompt: list[int], new_tokens: int) -> Iterator[Compared]:
+    """Of plain torch, and of the engine in C++ if it was built (tests/engine/test_fused.py says if it was not)."""
     spec = load_spec(folder)
     placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
-    runner = solo_runner(
-        spec,
-        weights=load_weights(folder, spec, placement, 0),
-        limits=EngineLimits(max_model_len=400, num_pages=30),
-    )
+    weights = load_weights(folder, spec, placement, 0)
+    limits = EngineLimits(max_model_len=400, num_pages=30)
+    yield _compare(solo_runner(spec, weights=weights, limits=limits), theirs, prompt, new_tokens)
+    if build():
+        yield _compare(fused_runner(weights, limits)[0], theirs, prompt, new_tokens)
+
+
+def _compare(runner: StepRunner, theirs: PreTrainedModel, prompt: list[int], new_tokens: int) -> Compared:
+    """Logits of prompt and greedy continuation: ours step by step, theirs in one go."""
     runner.add(assign(1, prompt, max_tokens=new_tokens))
     with recorded_logits() as seen:
         output = ids(drain(runner)[1])
@@ -129,8 +136,8 @@ def test_every_family_is_compared() -> None:
 def test_random_models(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     model = random_model(family, **settings)
     model.save_pretrained(tmp_path)
-    got = compare(tmp_path, model, torch.randint(0, 211, (140,)).tolist(), 12)
-    torch.testing.assert_close(got.ours, got.theirs, atol=1e-5, rtol=1e-5)
+    for got in compare(tmp_path, model, torch.randint(0, 211, (140,)).tolist(), 12):
+        torch.testing.assert_close(got.ours, got.theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(CASES))
@@ -156,6 +163,6 @@ def test_bundled_model() -> None:
     model.eval()
     vocab = load_spec(BUNDLED).vocab_size
     prompt = torch.randint(0, vocab, (60,), generator=torch.Generator().manual_seed(1)).tolist()
-    got = compare(BUNDLED, model, prompt, 20)
-    torch.testing.assert_close(got.ours, got.theirs, atol=1e-4, rtol=1e-5)
-    assert torch.equal(got.ours.argmax(-1), got.theirs.argmax(-1))
+    for got in compare(BUNDLED, model, prompt, 20):
+        torch.testing.assert_close(got.ours, got.theirs, atol=1e-4, rtol=1e-5)
+        assert torch.equal(got.ours.argmax(-1), got.theirs.argmax(-1))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence, Sequence
+
 from elastic_ep.placement import EMPTY, Placement
 
 
 class ExpertLoad:
-    """`by_slot[layer][slot]` is added to in every layer of every step; the rest happens at boundaries."""
+    """`by_slot[layer][slot]` is added to in every layer of every step; the rest happens at boundaries.
 
-    def __init__(self, placement: Placement, rank: int) -> None:
+    It may be given, if who counts keeps it.
+    """
+
+    def __init__(
+        self, placement: Placement, rank: int, by_slot: Sequence[MutableSequence[int]] | None = None
+    ) -> None:
         layers = range(len(placement.slots))
-        self.by_slot = [[0] * placement.slots_per_rank for _ in layers]
+        self.by_slot = by_slot or [[0] * placement.slots_per_rank for _ in layers]
         self._by_expert = [[0] * placement.num_experts for _ in layers]
         self._placement = placement
         self._rank = rank

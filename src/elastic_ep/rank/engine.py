@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 
 from elastic_ep.config import RankConfig
+from elastic_ep.engine.ops_cpu.fused_runner import FusedRunner
 from elastic_ep.engine.ops_cpu.runner import ModelRunner
 from elastic_ep.engine.step_runner import StepRunner, StreamMemory
 from elastic_ep.exchange.base import Exchange
+from elastic_ep.exchange.fused import FusedExchange
 from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.store import Store
+from elastic_ep.fused.library import load
 from elastic_ep.guided.masks import MaskMaker
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.host.fork_messages import SharedFiles
@@ -63,14 +66,25 @@ def _build_cpu_engine(
     open_plane: OpenPlane,
     memory: StreamMemory,
     masks: MaskMaker | None,
-) -> tuple[ModelRunner, Exchange]:
+) -> tuple[StepRunner, Exchange]:
     spec = load_spec(Path(config.model))
-    placement = config.placement
+    placement, me = config.placement, Member(config.rank, config.incarnation)
     shape = spec.exchange_shape(config.limits.max_num_batched_tokens, placement)
-    exchange = ShmExchange(windows_fd, shape, Member(config.rank, config.incarnation))
-    weights = weights_from_peers(config, spec, open_plane) or weights_from_checkpoint(config, spec)
+    if config.fused:
+        fused = load(config.fused)
+        windows = FusedExchange(windows_fd, shape, me, fused)
+        weights = _weights(config, spec, open_plane)
+        return FusedRunner(
+            fused, config.limits, weights, placement, config.rank, windows, memory, masks
+        ), windows
+    exchange = ShmExchange(windows_fd, shape, me)
+    weights = _weights(config, spec, open_plane)
     runner = ModelRunner(config.limits, weights, placement, config.rank, exchange, memory=memory, masks=masks)
     return runner, exchange
+
+
+def _weights(config: RankConfig, spec: ModelSpec, open_plane: OpenPlane) -> Weights:
+    return weights_from_peers(config, spec, open_plane) or weights_from_checkpoint(config, spec)
 
 
 def stream_memory(config: RankConfig, shelf_fd: int) -> StreamMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import MutableSequence
 
 import torch
 from torch.nn import functional
@@ -12,7 +13,7 @@ from elastic_ep.exchange.base import Received
 
 
 def swiglu_experts(
-    received: Received, gate_up: torch.Tensor, down: torch.Tensor, load: list[int]
+    received: Received, gate_up: torch.Tensor, down: torch.Tensor, load: MutableSequence[int]
 ) -> torch.Tensor:
     """Each slot's expert on its rows: [S, C, H], shaped like `received.packed`; rows beyond the counts are undefined.
 

@@ -68,14 +68,13 @@ class Rope:
     def __init__(self, head_dim: int, theta: float, max_len: int, device: torch.device) -> None:
         angles = rotary_angles(head_dim, theta, max_len)
         self._half = head_dim // 2
-        self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device)
-        self._sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device)
+        self.cosines = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device)
+        self.sines = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines for positions [T]: two [T, 1, D]. Once a step, for all layers."""
-        return self._cos.index_select(0, positions).unsqueeze(1), self._sin.index_select(
-            0, positions
-        ).unsqueeze(1)
+        cosines, sines = (table.index_select(0, positions) for table in (self.cosines, self.sines))
+        return cosines.unsqueeze(1), sines.unsqueeze(1)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x [T, heads, D], cos and sin from `at`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence, Sequence
+
 import torch
 
 from elastic_ep.engine.ops_cpu.attention import attend
@@ -23,7 +25,7 @@ class CpuOps:
         layout: CacheLayout,
         max_len: int,
         device: torch.device,
-        loads: list[list[int]],
+        loads: Sequence[MutableSequence[int]],
     ) -> None:
         kind = spec.attention
         self.routing = RoutingTable(spec.moe_layers, spec.moe.experts, device)
