@@ -18,6 +18,7 @@ from elastic_ep.engine.ops_cpu import runner as runner_module
 from elastic_ep.engine.ops_cpu.layers import ROWS, Rope, linear
 from elastic_ep.engine.sampler import Sampled, sample
 from elastic_ep.engine.scheduler import Sequence
+from elastic_ep.guided.text import Words
 from elastic_ep.models import mixtral, olmoe, qwen3_moe
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Weights
@@ -57,10 +58,12 @@ _Logits = dict[tuple[int, int], torch.Tensor]
 def recorded_logits() -> Iterator[_Logits]:
     seen: _Logits = {}
 
-    def recording(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    def recording(
+        logits: torch.Tensor, sequences: list[Sequence], masks: Words | None = None
+    ) -> list[Sampled]:
         for row, seq in zip(logits, sequences, strict=False):
             seen[seq.request_id, len(seq.tokens)] = row.clone()
-        return sample(logits, sequences)
+        return sample(logits, sequences, masks)
 
     with (
         mock.patch.object(runner_module, "sample", recording),
@@ -159,7 +162,7 @@ def _forced(prompt: list[int]) -> Callable[[torch.Tensor, list[Sequence]], list[
     """A sampler that reads the prompt out, recording like `recorded_logits`."""
     recording: Callable[[torch.Tensor, list[Sequence]], list[Sampled]] = vars(runner_module)["sample"]
 
-    def forced(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    def forced(logits: torch.Tensor, sequences: list[Sequence], masks: Words | None = None) -> list[Sampled]:
         recording(logits, sequences)
         return [Sampled(prompt[len(seq.tokens)]) for seq in sequences]
 
