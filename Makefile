@@ -16,7 +16,7 @@ BIN := .venv/bin
 READY := .venv/.ready-$(EXTRAS)
 BENCHES := death_notice exchange throughput accuracy failover overhead footprint repair \
 	repair_large rebalance transfer eplb host_gap control_path loss_work busy big_bodies \
-	long_context prefix
+	long_context prefix page
 
 .PHONY: help setup run test test-gpu mutants lint style format charts bench bench-gpu lock clean
 

@@ -14,7 +14,7 @@ LACKING = [
     "could not import 'transformers'",
     "anything else",
 ]
-ELSEWHERE = ["no CUDA device", "the interpreter has no graphs"]
+ELSEWHERE = ["no CUDA device", "the interpreter has no graphs", "no Chromium on this machine"]
 WAYS = """
 def test_{n}_in_the_test(): pytest.skip({reason!r})
 @pytest.fixture

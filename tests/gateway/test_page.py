@@ -88,7 +88,9 @@ async def test_each_file_has_its_type_and_is_asked_again_by_its_tag(start: Start
         assert response.status == 200
         assert (
             response.content_type
-            == {"css": "text/css", "html": "text/html", "js": "text/javascript"}[path.rpartition(".")[2]]
+            == {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}[
+                path.rpartition(".")[2]
+            ]
         )
         assert response.headers["X-Content-Type-Options"] == "nosniff"
         tag = response.headers["ETag"]

@@ -64,16 +64,20 @@ class Timeline {
         const from = Math.max(moves[each].t, begin), to = each + 1 < moves.length ? moves[each + 1].t : end;
         if (to < begin) continue;
         const x = at(from), wide = at(to) - x;
+        // What is as it should be stays behind what is not.
+        context.globalAlpha = state.about.seated.includes(moves[each].state) || moves[each].state === "Ready" ? .55 : 1;
         context.fillStyle = EEP.color(moves[each].state);
         context.fillRect(x, y, Math.max(wide, .5), tall);
+        context.globalAlpha = 1;
         if (moves[each].state === "Failed" || moves[each].state === "Lost") crosses.push([Math.max(x, this.gutter), y, tall]);
       }
     });
     // A rank is often back within a pixel: losses are marked above all else.
     for (const [x, y, tall] of crosses) {
       context.fillStyle = EEP.color("Failed");
-      context.fillRect(x - 1, y - (tall > 8 ? 1 : 0), 3, tall + (tall > 8 ? 2 : 1));
-      if (tall > 8) {
+      if (tall <= 8) { context.beginPath(); context.arc(x, y + tall / 2, 3, 0, 7); context.fill(); }
+      else {
+        context.fillRect(x - 1, y - 1, 3, tall + 2);
         context.strokeStyle = EEP.color("text");
         context.lineWidth = 1.4;
         const h = 3.2, cx = x + .5, cy = y + tall / 2;
@@ -285,7 +289,7 @@ class Experts {
       if (lw > 16) context.fillText(number, left + (number + .5) * lw - 1, 7);
     });
     const copies = new Array(experts).fill(0);
-    const every = Math.max(1, Math.ceil(20 / cw));
+    const every = Math.max(1, Math.ceil(27 / cw));
     context.fillStyle = EEP.color("dim");
     for (let rank = 0; rank < ranks; rank += every) context.fillText(rank, left + (rank + .5) * cw, 25);
     context.fillStyle = EEP.color("raised");
@@ -361,7 +365,7 @@ class Pages {
       context.fillText(EEP.count(Math.round(most * part)), left - 8, y);
     }
     const bar = Math.max(1, Math.min(46, cw * .62)), thin = cw > 8 ? Math.max(2, Math.min(9, cw * .14)) : 0;
-    const every = Math.max(1, Math.ceil(20 / cw));
+    const every = Math.max(1, Math.ceil(27 / cw));
     ranks.forEach((row, place) => {
       const x = left + place * cw + (cw - bar - thin) / 2, full = base - top;
       const tall = row.device / most * full, held = row.held / most * full;

@@ -155,15 +155,16 @@
         const {ctx, bbox} = chart;
         ctx.save();
         ctx.fillStyle = color("Failed");
+        ctx.globalAlpha = .6;
         for (const loss of state.losses) {
           const x = chart.valToPos(loss.at / 1000, "x", true);
-          if (x >= bbox.left && x <= bbox.left + bbox.width) ctx.fillRect(x - devicePixelRatio, bbox.top, 2 * devicePixelRatio, bbox.height);
+          if (x >= bbox.left && x <= bbox.left + bbox.width) ctx.fillRect(x, bbox.top, devicePixelRatio, bbox.height);
         }
         ctx.restore();
       };
       this.element = element;
       this.chart = new uPlot({
-        width: element.clientWidth || 300, height: 170, cursor: {show: true, points: {size: 5}, drag: {x: false, y: false}}, legend: {show: false},
+        width: element.clientWidth || 300, height: 170, padding: [8, 10, 0, 0], cursor: {show: true, points: {size: 5}, drag: {x: false, y: false}}, legend: {show: false},
         scales: {x: {time: true, range: () => [(serverNow() - timeline.span) / 1000, serverNow() / 1000]},
           y: log ? {distr: 3, range: (_, low, high) => [Math.max(1, Math.min(10, low || 10)), Math.max(200, high || 200) * 1.3]} : {range: (_, low, high) => [0, Math.max(1, high || 1) * 1.12]}},
         axes: [{...axis, size: 26, splits: (chart, _, low, high) => EEP.clockTicks(-timeline.span, 0, chart.bbox.width / devicePixelRatio, 70)

@@ -27,10 +27,10 @@ from elastic_ep.machines.rank.lifecycle import RANK, SEATED
 
 ASSETS = Path(__file__).parents[2] / "assets" / "page"
 PREFIX = "/page/"
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _FILES = (
     "index.html", "base.css", "page.css", "film.css", "common.js", "film.js", "charts.js", "page.js",
-    "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css",
+    "icon.svg", "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css",
 )  # fmt: skip
 OPEN_PATHS = frozenset({"/", *(PREFIX + name for name in _FILES)})
 """What is served without a key: the same for everybody, and nothing of this run."""
@@ -44,7 +44,7 @@ WRITE_S = 30.0
 """A page that takes nothing for so long is given up."""
 _SECURITY = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
