@@ -1,6 +1,6 @@
 """The planner beside DeepSeek's EPLB: balance, experts moved, and copies of the expert with the fewest.
 
-    python -m bench.eplb [--out bench/results/eplb.json]
+    python -m bench.eplb [--other CHECKOUT] [--out bench/results/eplb.json]
 
 EPLB is written here anew from its published description: the expert with the most load a copy gets the next copy until
 all slots are used, then the copies are packed, heaviest first, each onto the least loaded rank with room; it plans from
@@ -8,14 +8,22 @@ nothing each time, and does not mind two copies of an expert on a rank. `eplb_to
 of every expert at least as our plan keeps: the like-for-like figure where slots allow tolerance. First a plan from the
 placement of a launch, then the loads drift, and a second one from what the first left. A move is an expert that comes to
 a rank that did not hold it; its bytes are those of an expert of Qwen3-30B-A3B in bf16.
+
+`--other` is the checkout of another commit: its planner makes the same plans in the same run, and the two take turns
+where time is measured.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from tests.kit.plain_routing import rank_loads
@@ -35,6 +43,8 @@ SIZES = ((8, 16, 16), (8, 64, 8), (8, 64, 64), (8, 128, 32), (32, 256, 32), (64,
 SKEWS = (1.2, 1.5, 2.0)
 DRIFT = 0.2
 LAYERS, SEEDS = 4, 3
+ROUNDS = 3
+"""Of the measurement of time; the shortest counts, as other work on the machine only adds to it."""
 Loads = Sequence[float]
 Packs = list[list[int]]
 
@@ -137,6 +147,13 @@ def example() -> dict[str, Any]:
     }
 
 
+def all_cases() -> Iterator[dict[str, Any]]:
+    for ranks, experts, redundant in SIZES:
+        for skew in SKEWS:
+            for seed in range(SEEDS):
+                yield one_case(ranks, experts, redundant, skew, seed)
+
+
 def planner_seconds() -> dict[str, float]:
     seconds = {}
     for redundant in (64, 384):
@@ -171,25 +188,46 @@ def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def of_other(checkout: Path, call: str) -> Any:
+    """What a function here comes to with the planner of another commit."""
+    code = (
+        f"import sys, json; sys.path[:0] = [{str(checkout / 'src')!r}, {str(Path.cwd())!r}]; import bench.eplb as bench;"
+        f"print(json.dumps({call}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+def shortest(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: min(one[name] for one in rounds) for name in rounds[0]}
+
+
 def _mean(values: Any) -> float:
     return float(round(statistics.mean(values), 3))
 
 
 def main() -> None:
     parser = command_line(__doc__, "eplb")
+    parser.add_argument("--other", type=Path, metavar="CHECKOUT", help="of another commit, to compare with")
     options = parser.parse_args()
-    cases = []
-    for ranks, experts, redundant in SIZES:
-        for skew in SKEWS:
-            cases += [one_case(ranks, experts, redundant, skew, seed) for seed in range(SEEDS)]
-        last = cases[-SEEDS * len(SKEWS) :]
-        print(f"{ranks} ranks, {experts} experts, {experts + redundant} slots: {summarise(last)}", flush=True)
+    cases = list(all_cases())
+    rounds, others = [], []
+    for _ in range(ROUNDS):
+        if options.other:
+            others.append(of_other(options.other, "bench.planner_seconds()"))
+        rounds.append(of_other(Path.cwd(), "bench.planner_seconds()"))
     result = {
         "readme_example": example(),
-        "planner_seconds_61_layers_320_ranks": planner_seconds(),
+        "planner_seconds_61_layers_320_ranks": shortest(rounds),
         "summary": summarise(cases),
         "cases": cases,
     }
+    if options.other:
+        result["other"] = {
+            "planner_seconds_61_layers_320_ranks": shortest(others),
+            "summary": of_other(options.other, "bench.summarise(list(bench.all_cases()))"),
+        }
     print({name: result[name] for name in result if name != "cases"})
     write_result(options.out, result)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic_ep.machines.experts.balance import Board, Edit
 from elastic_ep.machines.experts.planner import PlanInput, plan
 from elastic_ep.placement import EMPTY, Placement, launch_placement
 from tests.kit.plain_routing import rank_loads
@@ -150,3 +152,36 @@ def test_input_that_makes_no_sense_is_refused(wrong: dict[str, object], match: s
     right = {"placement": launch_placement(8, 1, 16, 16), "ranks": tuple(range(8)), "loads": [[1.0] * 16]}
     with pytest.raises(ValueError, match=match):
         PlanInput(**{**right, **wrong})  # type: ignore[arg-type]  # that is the point
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 50).map(float), min_size=2, max_size=6),
+    st.integers(2, 5),
+    st.randoms(use_true_random=False),
+)
+def test_a_board_that_is_balanced_and_changed_is_one_that_was_counted_anew(
+    loads: list[float], ranks: int, random: Random
+) -> None:
+    """Loads, shares and the orders that are kept follow every change."""
+    board = Board(loads, [len(loads)] * ranks)
+    for expert in range(len(loads)):
+        for rank in random.sample(range(ranks), random.randint(1, ranks)):
+            board.place(expert, rank)
+    board.count_loads()
+    board.balance(1.0, random.randint(0, 9), 9)
+    for _ in range(9):
+        expert, rank = random.randrange(len(loads)), random.randrange(ranks)
+        if board.fits(expert, rank):
+            giver = random.choice(sorted(board.where[expert]))
+            board.apply(random.choice([Edit(add=((expert, rank),)), Edit(move=((expert, giver, rank),))]))
+        elif len(board.where[expert]) > 1:
+            board.apply(Edit(drop=((expert, rank),)))
+    anew = board.copy()
+    anew.count_loads()
+    anew.balance(1e9, 0, 0)  # makes the orders
+    assert board.busy == pytest.approx(anew.busy)
+    assert board.share == anew.share
+    assert (board._light, board._spare) == (anew._light, anew._spare)
+    held = {(expert, rank) for rank, experts in enumerate(board.holds) for expert in experts}
+    assert held == {(expert, rank) for expert, holders in enumerate(board.where) for rank in holders}

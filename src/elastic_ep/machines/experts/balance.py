@@ -1,8 +1,14 @@
-"""Which rank holds which experts of one layer, and the changes that make it tolerant, then even."""
+"""Which rank holds which experts of one layer, and the changes that make it tolerant, then even.
+
+A plan for a large model takes tens of thousands of changes: orders that a change leaves almost as they were are kept, and
+what many changes have in common is looked at once.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 NEGLIGIBLE = 1e-3
@@ -20,13 +26,23 @@ def imbalance_of(loads: Sequence[float]) -> float:
 
 
 NOBODY = -1
+_Places = tuple[tuple[int, int], ...]
+"""(expert, rank) each."""
+_Idea = tuple[float, bool, _Places, _Places]
+"""What it takes off the busiest rank at most, and whether that is sure; copies to drop and to add."""
 
 
 class Edit(NamedTuple):
-    """Copies to drop and to add, (expert, rank) each."""
+    """Copies to drop, to add, and to move, (expert, giver, taker)."""
 
-    drop: tuple[tuple[int, int], ...]
-    add: tuple[tuple[int, int], ...]
+    drop: _Places = ()
+    add: _Places = ()
+    move: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def moved(self) -> int:
+        """Experts that come to a rank."""
+        return len(self.add) + len(self.move)
 
 
 class Board:
@@ -40,8 +56,14 @@ class Board:
         self.least = max(1, min(ranks, sum(room) // len(loads)))
         self.holds: list[set[int]] = [set() for _ in range(ranks)]
         self.where: list[set[int]] = [set() for _ in loads]
+        self.share = list(loads)
+        """The load of one copy of each expert."""
         self.busy = [0.0] * ranks
         """Expected load of each rank."""
+        self._spare: list[tuple[float, int]] = []
+        """While balancing: experts with more than `least` copies, by the load of one with a copy less."""
+        self._light: list[tuple[float, int]] = []
+        """While balancing: all experts, by the load of a copy with one more."""
 
     @property
     def imbalance(self) -> float:
@@ -51,6 +73,7 @@ class Board:
         other = Board(self.loads, self.room)
         other.holds = [set(experts) for experts in self.holds]
         other.where = [set(ranks) for ranks in self.where]
+        other.share = list(self.share)
         other.busy = list(self.busy)
         return other
 
@@ -61,31 +84,66 @@ class Board:
     def has_room(self, rank: int) -> bool:
         return len(self.holds[rank]) < self.room[rank]
 
+    def fits(self, expert: int, rank: int) -> bool:
+        """Whether `rank` may get a copy."""
+        return rank not in self.where[expert]
+
     def place(self, expert: int, rank: int) -> None:
         """`add` without the loads; `count_loads` then."""
         self.holds[rank].add(expert)
         self.where[expert].add(rank)
 
     def count_loads(self) -> None:
-        self.busy = [
-            sum(self.loads[expert] / len(self.where[expert]) for expert in sorted(experts))
-            for experts in self.holds
-        ]
+        self.share = [load / max(1, len(ranks)) for load, ranks in zip(self.loads, self.where, strict=True)]
+        self.busy = [sum(map(self.share.__getitem__, sorted(experts))) for experts in self.holds]
 
     def add(self, expert: int, rank: int) -> None:
-        self._recount(expert, self.where[expert] | {rank})
-        self.holds[rank].add(expert)
+        self._spread(expert, len(self.where[expert]) + 1)
+        self.place(expert, rank)
+        self.busy[rank] += self.share[expert]
 
     def drop(self, expert: int, rank: int) -> None:
-        self._recount(expert, self.where[expert] - {rank})
+        self.busy[rank] -= self.share[expert]
         self.holds[rank].discard(expert)
+        self.where[expert].discard(rank)
+        self._spread(expert, len(self.where[expert]))
 
-    def _recount(self, expert: int, ranks: set[int]) -> None:
+    def move(self, expert: int, giver: int, taker: int) -> None:
+        share = self.share[expert]
+        self.holds[giver].discard(expert)
+        self.where[expert].discard(giver)
+        self.busy[giver] -= share
+        self.place(expert, taker)
+        self.busy[taker] += share
+
+    def apply(self, edit: Edit) -> None:
+        for expert, giver, taker in edit.move:
+            self.move(expert, giver, taker)
+        for expert, rank in edit.drop:
+            self.drop(expert, rank)
+        for expert, rank in edit.add:
+            self.add(expert, rank)
+
+    def _spread(self, expert: int, copies: int) -> None:
+        """The expert's load over so many copies, of which those that are there get their share."""
+        load = self.loads[expert]
+        share = load / max(1, copies)
+        more = share - self.share[expert]
         for rank in self.where[expert]:
-            self.busy[rank] -= self.loads[expert] / len(self.where[expert])
-        for rank in ranks:
-            self.busy[rank] += self.loads[expert] / len(ranks)
-        self.where[expert] = ranks
+            self.busy[rank] += more
+        self.share[expert] = share
+        if self._light:
+            self._rerank(expert, copies)
+
+    def _rerank(self, expert: int, copies: int) -> None:
+        load = self.loads[expert]
+        for before in (copies - 1, copies + 1):
+            _take_out(self._light, (load / (before + 1), expert))
+            if before > self.least:
+                _take_out(self._spare, (load / (before - 1), expert))
+        insort(self._light, (load / (copies + 1), expert))
+        if copies > self.least:
+            insort(self._spare, (load / (copies - 1), expert))
 
     # Tolerance
 
@@ -105,12 +163,12 @@ class Board:
         """Drop what is most easily missed, or move it to a rank with room."""
         surplus = [e for e in self.holds[rank] if len(self.where[e]) > self.least]
         if surplus:
-            self.drop(min(surplus, key=lambda e: (self.loads[e] / len(self.where[e]), e)), rank)
+            self.drop(min(surplus, key=lambda e: (self.share[e], e)), rank)
             return True
         for expert in sorted(self.holds[rank]):
             for taker in self._with_room():
                 if self.fits(expert, taker):
-                    self.apply(_exchange(expert, rank, NOBODY, taker))
+                    self.move(expert, rank, taker)
                     return True
         return False
 
@@ -127,141 +185,163 @@ class Board:
         takers = [rank for rank in by_load if self.fits(expert, rank)]
         for rank in takers:
             if self.has_room(rank):
-                yield Edit((), ((expert, rank),))
+                yield Edit(add=((expert, rank),))
         for rank in takers:
             for other in sorted(self.holds[rank]):
                 if len(self.where[other]) > self.least:
-                    yield Edit(((other, rank),), ((expert, rank),))
+                    yield Edit(drop=((other, rank),), add=((expert, rank),))
         for rank in takers:
             for other in sorted(self.holds[rank]):
                 for second in self._with_room():
                     if self.fits(other, second):
-                        yield Edit(((other, rank),), ((other, second), (expert, rank)))
+                        yield Edit(move=((other, rank, second),), add=((expert, rank),))
 
     def _with_room(self) -> list[int]:
         free = [rank for rank, held in enumerate(self.holds) if len(held) < self.room[rank]]
         return sorted(free, key=lambda rank: (self.busy[rank], rank))
-
-    def fits(self, expert: int, rank: int) -> bool:
-        """Whether `rank` may get a copy."""
-        return rank not in self.where[expert]
-
-    def apply(self, edit: Edit) -> None:
-        for expert, rank in edit.drop:
-            self.drop(expert, rank)
-        for expert, rank in edit.add:
-            self.add(expert, rank)
 
     # Balance
 
     def balance(self, goal: float, max_moves: int, max_edits: int) -> None:
         """Make the busiest rank less busy until max/mean is at `goal`, moving at most so many experts."""
         mean = self.total / len(self.room)
+        copies = [(expert, len(ranks)) for expert, ranks in enumerate(self.where)]
+        self._light = sorted((self.loads[expert] / (n + 1), expert) for expert, n in copies)
+        self._spare = sorted((self.loads[expert] / (n - 1), expert) for expert, n in copies if n > self.least)
+        by_load = list(range(len(self.room)))
         for _ in range(max_edits):
-            if max(self.busy) <= goal * mean:
+            by_load.sort(key=self.busy.__getitem__)
+            if self.busy[by_load[-1]] <= goal * mean:
                 return
-            edit = self._best_edit(goal * mean, mean * NEGLIGIBLE, max_moves)
+            edit = self._best_edit(by_load, goal * mean, mean * NEGLIGIBLE, max_moves)
             if edit is None:
                 return
             self.apply(edit)
-            max_moves -= len(edit.add)
+            max_moves -= edit.moved
 
-    def _best_edit(self, goal: float, negligible: float, max_moves: int) -> Edit | None:
+    def _best_edit(
+        self, by_load: Sequence[int], goal: float, negligible: float, max_moves: int
+    ) -> Edit | None:
         """What takes most load off the busiest rank for each expert moved, making no other as busy."""
-        peak = max(self.busy)
-        busiest = self.busy.index(peak)
-        mine = sorted(self.holds[busiest], key=lambda e: (-self.share(e), e))
-        takers = self._least_busy(busiest)
+        busiest = by_load[-1]
+        peak = self.busy[busiest]
+        mine = sorted(self.holds[busiest], key=lambda e: (-self.share[e], e))
+        takers = [rank for rank in by_load[:CANDIDATES] if rank != busiest]
         best, most = self._best_exchange(busiest, mine, takers, negligible)
-        if best is not None and len(best.add) <= max_moves and most * len(best.add) >= (peak - goal) / 2:
+        if best is not None and best.moved <= max_moves and most * best.moved >= (peak - goal) / 2:
             return best
-        if best is not None and len(best.add) > max_moves:
+        if best is not None and best.moved > max_moves:
             best, most = None, negligible
-        for edit in (*self._replications(mine, takers), *self._replacements(busiest, mine)):
-            gain = (peak - self._peak_after(edit)) / max(1, len(edit.add))
-            if gain > most and len(edit.add) <= max_moves:
-                best, most = edit, gain
+        for eased, sure, drop, add in chain(
+            self._replications(peak, mine, takers), self._replacements(busiest, mine)
+        ):
+            if eased > most and len(add) <= max_moves:
+                gain = eased if sure else peak - self._peak_after(drop, add)
+                if gain > most:
+                    best, most = Edit(drop, add), gain
         return best
-
-    def share(self, expert: int) -> float:
-        """The load of one copy."""
-        return self.loads[expert] / len(self.where[expert])
-
-    def _least_busy(self, busiest: int) -> list[int]:
-        ranks = sorted(range(len(self.room)), key=self.busy.__getitem__)
-        return [rank for rank in ranks[:CANDIDATES] if rank != busiest]
 
     def _best_exchange(
         self, busiest: int, mine: Sequence[int], takers: Sequence[int], negligible: float
     ) -> tuple[Edit | None, float]:
-        """The busiest rank hands an expert over, for a slot or for one with less load. As many copies as before."""
-        best, most = None, negligible
-        peak = self.busy[busiest]
-        shares = [(self.share(expert), expert) for expert in mine]
+        """The busiest rank hands an expert over, for a slot or for one with less load. As many copies as before.
+
+        HAZARD: here a plan spends most of its time; no call, and no order that does not matter, in the inner loops.
+        """
+        share, where, holds, room, busy = self.share, self.where, self.holds, self.room, self.busy
+        ours = [(share[expert], expert) for expert in mine]
+        peak = busy[busiest]
+        best, most = (0, 0, NOBODY), negligible
         for taker in takers:
-            busy = self.busy[taker]
-            others: list[tuple[float, int]] = [(self.share(e), e) for e in sorted(self.holds[taker])]
-            if self.has_room(taker):
-                others.append((0.0, NOBODY))
-            for theirs, other in others:
-                cost = 1 if other == NOBODY else 2
-                for ours, expert in shares:
-                    shift = ours - theirs
-                    gain = min(shift, peak - busy - shift) / cost
-                    if gain > most and self._exchangeable(expert, busiest, other, taker):
-                        most = gain
-                        best = _exchange(expert, busiest, other, taker)
-        return best, most
+            gap = peak - busy[taker]
+            if gap <= 2 * most:  # half of it is the best of all shifts, and the next takers are busier
+                break
+            if len(holds[taker]) < room[taker]:
+                for load, expert in ours:
+                    gain = load if load < gap - load else gap - load
+                    if gain > most and taker not in where[expert]:
+                        best, most = (expert, taker, NOBODY), gain
+            if gap <= 4 * most:  # two experts move
+                continue
+            for other in holds[taker]:
+                theirs = share[other]
+                for load, expert in ours:
+                    shift = load - theirs
+                    if shift <= 2 * most:
+                        break
+                    gain = (shift if shift < gap - shift else gap - shift) / 2
+                    if gain > most and taker not in where[expert] and busiest not in where[other]:
+                        best, most = (expert, taker, other), gain
+        expert, taker, other = best
+        if most == negligible:
+            return None, negligible
+        back = () if other == NOBODY else ((other, taker, busiest),)
+        return Edit(move=((expert, busiest, taker), *back)), most
 
-    def _exchangeable(self, expert: int, busiest: int, other: int, taker: int) -> bool:
-        return self.fits(expert, taker) and (other == NOBODY or self.fits(other, busiest))
-
-    def _replications(self, mine: Sequence[int], takers: Sequence[int]) -> Iterator[Edit]:
+    def _replications(self, peak: float, mine: Sequence[int], takers: Sequence[int]) -> Iterator[_Idea]:
         """One more copy of what the busiest rank holds: in a free slot, or in place of one that others miss least."""
-        for taker in takers:
-            if self.has_room(taker):
-                for expert in mine:
-                    if self.fits(expert, taker):
-                        yield Edit((), ((expert, taker),))
-        surplus = [e for e, ranks in enumerate(self.where) if len(ranks) > self.least]
-        surplus.sort(key=lambda e: (self.loads[e] / (len(self.where[e]) - 1), e))
-        for other in surplus[:REPLACED]:
+        then = [(expert, self.loads[expert] / (len(self.where[expert]) + 1)) for expert in mine]
+        for taker in filter(self.has_room, takers):
+            for expert, share in then:
+                if self.fits(expert, taker):
+                    eased = min(self.share[expert] - share, peak - self.busy[taker] - share)
+                    yield eased, True, (), ((expert, taker),)
+        for alone, other in self._spare[:REPLACED]:
             for place in sorted(self.where[other], key=lambda rank: (self.busy[rank], rank))[:REPLACED]:
-                for expert in mine[:REPLACED]:
+                left = peak - self.busy[place] + self.share[other]
+                heir, least = self._heir(other, place, alone)
+                for expert, share in then[:REPLACED]:
                     if expert != other and self.fits(expert, place):
-                        yield Edit(((other, place),), ((expert, place),))
+                        eased = min(self.share[expert] - share, left - share)
+                        sure = eased <= peak - least or heir not in self.where[expert]
+                        yield (
+                            min(eased, peak - least) if sure else eased,
+                            sure,
+                            ((other, place),),
+                            ((expert, place),),
+                        )
 
-    def _replacements(self, busiest: int, mine: Sequence[int]) -> Iterator[Edit]:
+    def _replacements(self, busiest: int, mine: Sequence[int]) -> Iterator[_Idea]:
         """The busiest rank drops a copy that is not needed, for one more of an expert with less load a copy."""
         surplus = [expert for expert in mine if len(self.where[expert]) > self.least]
-        if not surplus:
-            return
-        share = {e: self.loads[e] / (len(self.where[e]) + 1) for e in range(len(self.loads))}
-        lightest = sorted(share, key=lambda e: (share[e], e))[:REPLACED]
         for expert in surplus[:REPLACED]:
-            yield Edit(((expert, busiest),), ())
-            for other in lightest:
+            alone = self.loads[expert] / (len(self.where[expert]) - 1)
+            heir, least = self._heir(expert, busiest, alone)
+            most = self.busy[busiest] - least
+            yield min(self.share[expert], most), True, ((expert, busiest),), ()
+            for share, other in self._light[:REPLACED]:
                 if self.fits(other, busiest):
-                    yield Edit(((expert, busiest),), ((other, busiest),))
+                    eased = self.share[expert] - share
+                    sure = eased <= most or heir not in self.where[other]
+                    yield min(eased, most) if sure else eased, sure, ((expert, busiest),), ((other, busiest),)
 
-    def _peak_after(self, edit: Edit) -> float:
-        """The load of the busiest of the ranks that `edit` changes."""
+    def _heir(self, expert: int, giver: int, share: float) -> tuple[int, float]:
+        """Who is busiest of those that hold the expert still when `giver` has dropped it, and a copy's load is `share`.
+
+        And that rank's load then, unless another change takes some of it.
+        """
+        heir = max(self.where[expert] - {giver}, key=self.busy.__getitem__)
+        return heir, self.busy[heir] - self.share[expert] + share
+
+    def _peak_after(self, drop: _Places, add: _Places) -> float:
+        """The load of the busiest of the ranks that dropping and adding these copies changes."""
         holders: dict[int, set[int]] = {}
-        for expert, rank in edit.drop:
+        for expert, rank in drop:
             holders.setdefault(expert, set(self.where[expert])).discard(rank)
-        for expert, rank in edit.add:
+        for expert, rank in add:
             holders.setdefault(expert, set(self.where[expert])).add(rank)
         after: dict[int, float] = {}
         for expert, ranks in holders.items():
-            load, old = self.loads[expert], self.where[expert]
-            for rank in old:
-                after[rank] = after.get(rank, self.busy[rank]) - load / len(old)
+            old, share = self.share[expert], self.loads[expert] / len(ranks)
+            for rank in self.where[expert]:
+                after[rank] = after.get(rank, self.busy[rank]) - old
             for rank in ranks:
-                after[rank] = after.get(rank, self.busy[rank]) + load / len(ranks)
+                after[rank] = after.get(rank, self.busy[rank]) + share
         return max(after.values())
 
 
-def _exchange(expert: int, busiest: int, other: int, taker: int) -> Edit:
-    if other == NOBODY:
-        return Edit(((expert, busiest),), ((expert, taker),))
-    return Edit(((expert, busiest), (other, taker)), ((expert, taker), (other, busiest)))
+def _take_out(ordered: list[tuple[float, int]], entry: tuple[float, int]) -> None:
+    """If it is there."""
+    place = bisect_left(ordered, entry)
+    if place < len(ordered) and ordered[place] == entry:
+        del ordered[place]

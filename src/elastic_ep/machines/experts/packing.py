@@ -29,7 +29,7 @@ def balanced(board: Board, max_moves: int) -> tuple[Board, int]:
     goal = max(EVEN, fresh.imbalance)
     slots = sum(board.room)
     best, spent, least = board, 0, max(1.0, board.imbalance / goal)
-    for limit in (None, *LIMITS, 0.0):
+    for limit in (0.0, None, *LIMITS):
         if least < 1 + PRICE * FEW:
             break
         candidate = board.copy() if limit is None else packed(board, limit) if limit else fresh
@@ -41,6 +41,10 @@ def balanced(board: Board, max_moves: int) -> tuple[Board, int]:
         cost = max(1.0, candidate.imbalance / goal) + PRICE * moves / slots
         if cost < least:
             best, spent, least = candidate, moves, cost
+        elif limit and cost > least + PRICE + 1 / len(
+            board.room
+        ):  # the fewer ranks, the more a single expert matters
+            break
     return best, spent
 
 
@@ -56,24 +60,26 @@ def packed(board: Board, limit: float) -> Board:
     load = [0.0] * len(board.room)
     order = sorted(range(len(shares)), key=lambda expert: (-shares[expert], expert))
     for expert in order:
+        if shares[expert] > most:
+            continue
         for rank in sorted(board.where[expert], key=lambda rank: (load[rank], rank)):
             if len(result.where[expert]) == counts[expert]:
                 break
             if load[rank] + shares[expert] <= most and result.has_room(rank) and result.fits(expert, rank):
                 result.place(expert, rank)
                 load[rank] += shares[expert]
-    queue = [(at, rank) for rank, at in enumerate(load)]
+    queue = [(at, rank) for rank, at in enumerate(load) if result.has_room(rank)]
     heapq.heapify(queue)
     for expert in order:
         popped = []
-        while queue and len(result.where[expert]) < counts[expert]:
+        holders = result.where[expert]
+        while queue and len(holders) < counts[expert]:
             at, rank = heapq.heappop(queue)
-            if not result.has_room(rank):
-                continue
-            if result.fits(expert, rank):
+            if rank not in holders:
                 result.place(expert, rank)
                 at += shares[expert]
-            popped.append((at, rank))
+            if result.has_room(rank):
+                popped.append((at, rank))
         for entry in popped:
             heapq.heappush(queue, entry)
     result.count_loads()

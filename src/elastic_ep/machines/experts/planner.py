@@ -88,8 +88,10 @@ def _board(given: PlanInput, layer: int) -> Board:
     room = placement.slots_per_rank - given.spare
     board = Board(given.loads[layer], [room] * len(given.ranks))
     for index, rank in enumerate(given.ranks):
-        for expert in sorted(set(placement.on_rank(layer, rank)) - {EMPTY}):
-            board.add(expert, index)
+        for expert in placement.on_rank(layer, rank):
+            if expert != EMPTY:
+                board.place(expert, index)
+    board.count_loads()
     return board
 
 
