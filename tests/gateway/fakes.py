@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ class FakeStream:
         self.cancelled = asyncio.Event()
         self.failure: Failure | None = None
         self.cached_tokens = cached_tokens
+        self.assigned_s: float | None = time.monotonic()
 
     def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]:
         return self

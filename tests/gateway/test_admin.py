@@ -10,7 +10,7 @@ from elastic_ep.group.port import LossCause
 from elastic_ep.machines.membership.events import GroupState
 from elastic_ep.wire.messages import Member, PageCounts, RankState
 from tests.gateway.conftest import Start
-from tests.gateway.fakes import FakeBackend, sample_text
+from tests.gateway.fakes import MODEL, FakeBackend, sample_text, says
 
 pytestmark = pytest.mark.anyio
 
@@ -234,3 +234,42 @@ def test_generation_config_may_be_missing_or_greedy(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match="generation_config"):
         SamplingDefaults.from_folder(tmp_path)
+
+
+async def test_the_names_of_others_say_the_same_as_ours(start: Start) -> None:
+    running = await start(FakeBackend(reply=says("One two three.")))
+    for _ in range(2):
+        status, _ = await running.post("/v1/completions", {"model": MODEL, "prompt": "Say", "max_tokens": 9})
+        assert status == 200
+    running.metrics.requests(5, 2)
+    for rank, hits in ((0, 30), (1, 12)):
+        running.metrics.pages(Member(rank, 1), PageCounts(queries=60, hits=hits))
+        running.metrics.rank_state(rank, RankState.SERVING if rank else RankState.FAILED)
+    async with running.http.get(f"{running.url}/metrics") as response:
+        lines = (line.rpartition(" ") for line in (await response.text()).splitlines() if line[0] != "#")
+    found = {name: float(value) for name, _, value in lines}
+    vllm, sglang = f'{{engine="0",model_name="{MODEL}"}}', f'{{model_name="{MODEL}"}}'
+    ours = {
+        name.removeprefix("elastic_ep:"): value
+        for name, value in found.items()
+        if name.startswith("elastic_ep")
+    }
+    assert ours["generation_tokens_total"] > 4
+    assert ours["e2e_request_latency_seconds_count"] == 2
+    assert ours["request_prefill_time_seconds_count"] == ours["request_queue_time_seconds_count"] == 2
+    assert ours["request_generation_tokens_sum"] == ours["generation_tokens_total"]
+    assert ours["request_prompt_tokens_sum"] == ours["prompt_tokens_total"]
+    assert ours["request_params_max_tokens_sum"] == 18
+    for name in (
+        "generation_tokens_total",
+        "e2e_request_latency_seconds_sum",
+        "time_to_first_token_seconds_count",
+    ):
+        assert found[f"vllm:{name}{vllm}"] == found[f"sglang:{name}{sglang}"] == ours[name]
+    assert found[f"vllm:num_requests_running{vllm}"] == found[f"sglang:num_running_reqs{sglang}"] == 5
+    assert found[f"vllm:num_requests_waiting{vllm}"] == found[f"sglang:num_queue_reqs{sglang}"] == 2
+    assert found[f"vllm:prefix_cache_hits_total{vllm}"] == 42
+    assert found[f"sglang:cache_hit_rate{sglang}"] == 42 / 120
+    assert found[f"sglang:num_requests_total{sglang}"] == 2
+    healthy = [found[f'vllm:engine_healthy{{engine="{rank}",model_name="{MODEL}"}}'] for rank in (0, 1)]
+    assert healthy == [0, 1]

@@ -58,7 +58,11 @@ class AdminHandlers:
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self._backend.refresh_metrics()
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+        parts = []
+        for part in self._metrics.parts():
+            parts.append(part)
+            await asyncio.sleep(0)  # with many ranks it is milliseconds
+        return web.Response(body=b"".join(parts), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def version(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"version": self._settings.version})

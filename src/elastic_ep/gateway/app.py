@@ -52,6 +52,7 @@ def create_app(
     middlewares = [error_middleware(metrics.http_error), settings.cors.middleware(), _plain_bodies]
     if settings.api_keys or settings.admin_key:
         middlewares.append(_key_middleware(settings.api_keys, settings.admin_key))
+    metrics.known_as(settings.model_name)
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.on_response_prepare.append(send_request_id)
     app.on_response_prepare.append(settings.cors.send_headers)

@@ -13,7 +13,7 @@ from elastic_ep.gateway.jobs import Job, Output
 from elastic_ep.gateway.shapes import SpelledToken
 from elastic_ep.gateway.text.stop_strings import StopStrings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
-from elastic_ep.group.metrics import Metrics
+from elastic_ep.group.metrics import ChoiceLife, Metrics
 from elastic_ep.group.port import Backend, Stream
 from elastic_ep.wire.messages import Token
 
@@ -93,13 +93,13 @@ class ChoiceReader:
 class Clock:
     """Records time to first token and between batches of one choice."""
 
-    __slots__ = ("_last", "_metrics", "_started")
+    __slots__ = ("_first", "_last", "_metrics", "_started")
 
     def __init__(self, metrics: Metrics, started: float) -> None:
         """`started` is when the HTTP request was read, `time.monotonic()` seconds."""
         self._metrics = metrics
         self._started = started
-        self._last = 0.0
+        self._first = self._last = 0.0
 
     def batch(self, tokens: int) -> None:
         now = monotonic()
@@ -107,7 +107,23 @@ class Clock:
             self._metrics.tokens(tokens, now - self._last)
         else:
             self._metrics.first_token(tokens, now - self._started)
+            self._first = now
         self._last = now
+
+    def finished(self, reason: str, stream: Stream, prompt: int, generated: int, max_tokens: int) -> None:
+        """The choice has ended; lengths are tokens."""
+        given_s = stream.assigned_s
+        life = ChoiceLife(
+            started_s=self._started,
+            queued_s=None if given_s is None else given_s - self._started,
+            first_s=self._first or None,
+            last_s=self._last or None,
+            ended_s=monotonic(),
+            prompt=prompt,
+            generated=generated,
+            max_tokens=max_tokens,
+        )
+        self._metrics.finished(reason, life)
 
 
 async def submit(backend: Backend, job: Job) -> list[Stream]:

@@ -7,6 +7,7 @@ task and no timer a request.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import get_args
@@ -30,7 +31,17 @@ class RoutedStream:
     `failure` then explains.
     """
 
-    __slots__ = ("_cancel", "_ended", "_ready", "_refusal", "_wake", "cached_tokens", "failure", "request_id")
+    __slots__ = (
+        "_cancel",
+        "_ended",
+        "_ready",
+        "_refusal",
+        "_wake",
+        "assigned_s",
+        "cached_tokens",
+        "failure",
+        "request_id",
+    )
 
     def __init__(self, request_id: int, cancel: Callable[[int], None]) -> None:
         self.request_id = request_id
@@ -41,6 +52,7 @@ class RoutedStream:
         self._refusal: ev.Refuse | None = None
         self.failure: Failure | None = None
         self.cached_tokens = 0
+        self.assigned_s: float | None = None
 
     def __aiter__(self) -> RoutedStream:
         return self
@@ -159,6 +171,8 @@ class Router:
                         stream._deliver(tokens)
                 case ev.Send(member, message):
                     self._send(member, message)
+                    if type(message) is Assign and (stream := self._streams.get(message.request_id)):
+                        stream.assigned_s = stream.assigned_s or time.monotonic()
                 case ev.FromCache(request_id, count):
                     if stream := self._streams.get(request_id):
                         stream.cached_tokens = count

@@ -66,7 +66,8 @@ class Run:
         """The finish reason of a choice that has ended. Raises `ApiError` if it was aborted."""
         finish = self.reader.finish
         self.stream.cancel()
-        self.metrics.finished(finish or "abort")
+        lengths = (len(self.part.prompt), self.reader.generated, self.part.params.max_tokens)
+        self.clock.finished(finish or "abort", self.stream, *lengths)
         if finish is None or finish == "abort":
             raise failed(self.stream.failure or Failure(FailureCode.ABORTED, "the reason is unknown"))
         return finish

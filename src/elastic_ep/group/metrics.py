@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from elastic_ep.group.known_names import KnownNames
 from elastic_ep.group.port import LossCause, Rebalancing
 from elastic_ep.machines.membership.events import GroupState
 from elastic_ep.wire.messages import NO_PAGES, Member, PageCounts, RankState
@@ -21,6 +23,8 @@ from elastic_ep.wire.messages import NO_PAGES, Member, PageCounts, RankState
 _PREFIX = "elastic_ep:"
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_LENGTHS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _PAUSE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 FINISH_REASONS = ("stop", "length", "abort")
@@ -67,6 +71,14 @@ class _FastCounter(Collector):
         yield CounterMetricFamily(self._name, self._text, value=self.value)
 
 
+class _One(Collector):
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._metric
+
+
 class Flow(NamedTuple):
     """Tokens generated since the start; the longest time between deliveries of one stream since `flow` was last asked."""
 
@@ -74,12 +86,33 @@ class Flow(NamedTuple):
     longest_gap_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class ChoiceLife:
+    """Of a choice that has ended. Times are `time.monotonic()`, and None where it did not get so far; lengths are tokens.
+
+    `queued_s`: how long after `started_s` a rank had it.
+    """
+
+    started_s: float
+    queued_s: float | None
+    first_s: float | None
+    last_s: float | None
+    ended_s: float
+    prompt: int
+    generated: int
+    max_tokens: int
+
+
 class Metrics:
     """What the server counts. Call from the event loop's thread only. All durations are seconds."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._by_name: dict[str, Collector] = {}
+        """Ours, by name without prefix."""
         self._longest_gap_s = 0.0
+        self._request_times: dict[str, _FastHistogram] = {}
+        self._request_lengths: dict[str, _FastHistogram] = {}
         self._make_request_metrics()
         self._make_group_metrics()
         self._make_series()
@@ -94,6 +127,22 @@ class Metrics:
             "inter_token_latency_seconds", "Between deliveries of tokens of one stream.", _TOKEN_SECONDS
         )
         self._finished = self._counter("request_success", "Finished choices.", "finished_reason")
+        for name, text in (
+            ("e2e_request_latency_seconds", "From reading a request to the end of a choice."),
+            ("request_queue_time_seconds", "Until a rank had it."),
+            ("request_prefill_time_seconds", "From then to its first token."),
+            ("request_decode_time_seconds", "From its first token to its last."),
+        ):
+            self._request_times[name] = self._fast_histogram(name, text, _REQUEST_SECONDS)
+        self._request_pace = self._fast_histogram(
+            "request_time_per_output_token_seconds", "A choice's mean time between tokens.", _TOKEN_SECONDS
+        )
+        for name, text in (
+            ("request_prompt_tokens", "Of each choice, tokens of its prompt."),
+            ("request_generation_tokens", "Of each choice, tokens that were generated."),
+            ("request_params_max_tokens", "Of each choice, tokens that it might have had."),
+        ):
+            self._request_lengths[name] = self._fast_histogram(name, text, _LENGTHS)
         self._http_errors = self._counter("http_errors", "Error answers over HTTP.", "status")
         self.disconnects = self._counter("client_disconnects", "Requests that their client left.")
         self._running = self._gauge("num_requests_running", "Requests that a rank works on.")
@@ -201,9 +250,27 @@ class Metrics:
         self._longest_gap_s = 0.0
         return seen
 
-    def finished(self, reason: str) -> None:
-        """A choice ended: "stop", "length" or "abort"."""
+    def finished(self, reason: str, life: ChoiceLife | None = None) -> None:
+        """A choice ended: "stop", "length" or "abort". `life`: what is known of it."""
         self._finished.labels(reason).inc()
+        if life is None:
+            return
+        begun_s = life.started_s if life.queued_s is None else life.started_s + life.queued_s
+        times = {
+            "e2e_request_latency_seconds": life.ended_s - life.started_s,
+            "request_queue_time_seconds": life.queued_s,
+        }
+        if life.first_s is not None and life.last_s is not None:
+            times["request_prefill_time_seconds"] = life.first_s - begun_s
+            times["request_decode_time_seconds"] = life.last_s - life.first_s
+            if life.generated > 1:
+                self._request_pace.observe((life.last_s - life.first_s) / (life.generated - 1))
+        for name, seconds in times.items():
+            if seconds is not None:
+                self._request_times[name].observe(max(0.0, seconds))
+        lengths = (life.prompt, life.generated, life.max_tokens)
+        for histogram, length in zip(self._request_lengths.values(), lengths, strict=True):
+            histogram.observe(length)
 
     def http_error(self, status: int) -> None:
         self._http_errors.labels(str(status)).inc()
@@ -259,15 +326,32 @@ class Metrics:
         """So many since the start."""
         self._dropped_messages.value = total
 
+    def known_as(self, model_name: str) -> None:
+        """Serve what vLLM and SGLang have under their names, too."""
+        self.registry.register(KnownNames(self._named, model_name))
+
+    def _named(self, name: str) -> Metric:
+        (found,) = self._by_name[name].collect()
+        return found
+
     def render(self) -> bytes:
         """All of it in Prometheus' text format."""
-        return generate_latest(self.registry)
+        return b"".join(self.parts())
+
+    def parts(self) -> Iterator[bytes]:
+        """The same, metric by metric: others can have their turn of the event loop in between."""
+        for metric in self.registry.collect():
+            yield generate_latest(_One(metric))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(_PREFIX + name, text, labels, registry=self.registry)
+        made = Counter(_PREFIX + name, text, labels, registry=self.registry)
+        self._by_name[name] = made
+        return made
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(_PREFIX + name, text, labels, registry=self.registry)
+        made = Gauge(_PREFIX + name, text, labels, registry=self.registry)
+        self._by_name[name] = made
+        return made
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(_PREFIX + name, text, registry=self.registry, buckets=_PAUSE_SECONDS)
@@ -275,9 +359,11 @@ class Metrics:
     def _fast_counter(self, name: str, text: str) -> _FastCounter:
         made = _FastCounter(_PREFIX + name, text)
         self.registry.register(made)
+        self._by_name[name] = made
         return made
 
     def _fast_histogram(self, name: str, text: str, bounds: Sequence[float]) -> _FastHistogram:
         made = _FastHistogram(_PREFIX + name, text, bounds)
         self.registry.register(made)
+        self._by_name[name] = made
         return made

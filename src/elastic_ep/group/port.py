@@ -275,6 +275,11 @@ class Stream(Protocol):
     def failure(self) -> Failure | None: ...
 
     @property
+    def assigned_s(self) -> float | None:
+        """When a rank was first given the request, `time.monotonic()`; None: none has been."""
+        ...
+
+    @property
     def cached_tokens(self) -> int:
         """Tokens of the prompt that did not have to be computed. Known when there is a token."""
         ...
