@@ -8,6 +8,8 @@ from pathlib import Path
 
 from elastic_ep.gateway.bodies import Tokenize, chat_body, completion_body, detokenize_body
 from elastic_ep.gateway.fields import Body, Schema, Schemas
+from elastic_ep.gateway.messages.body import messages_body
+from elastic_ep.gateway.responses.body import responses_body
 from elastic_ep.gateway.settings import ApiSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
@@ -28,6 +30,8 @@ def page() -> str:
     bodies: dict[str, type[Body]] = {
         "/v1/completions": completion_body(settings),
         "/v1/chat/completions": chat_body(settings),
+        "/v1/responses": responses_body(settings),
+        "/v1/messages": messages_body(settings),
         "/tokenize": Tokenize,
         "/detokenize": detokenize_body(settings),
     }

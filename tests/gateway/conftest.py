@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from elastic_ep.gateway.app import READING, Server, create_app, serve
-from elastic_ep.gateway.bodies import prepare
+from elastic_ep.gateway.jobs import prepare
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker
@@ -46,6 +46,19 @@ def settings(**changes: Any) -> ApiSettings:
         "model_name": MODEL, "max_model_len": 256, "vocab_size": 512, "version": "0.0", "model_eos_token_ids": (END,),
     }  # fmt: skip
     return ApiSettings(**(values | changes))
+
+
+async def served_once(
+    ask: Callable[[str], Awaitable[None]], backend: FakeBackend, text: ChatTokenizer, **changes: Any
+) -> None:
+    """`ask` of a server: clients import and make much at their first request. For a loop that nobody watches."""
+    chosen = settings(**changes)
+    app = create_app(backend, chosen, text, Metrics(), sample_text)
+    server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
+    try:
+        await ask(server.url)
+    finally:
+        await server.close()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from functools import cache
 from typing import Any
 
 import openai
@@ -44,12 +45,20 @@ ANSWER = (
 )
 
 
+@cache
 def tool_text() -> ChatTokenizer:
     return ChatTokenizer(byte_level_tokenizer(), TEMPLATE, {"eos_token": "<|im_end|>"})
 
 
+PARSING: dict[str, Any] = {
+    "tool_call_parser": "hermes",
+    "reasoning_parser": "qwen3",
+    "max_model_len": 2048,
+}
+
+
 async def begin(start: Start, answer: str = ANSWER, **settings: Any) -> Running:
-    chosen = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3", "max_model_len": 2048} | settings
+    chosen = PARSING | settings
     return await start(FakeBackend(says(answer)), tool_text(), **chosen)
 
 

@@ -14,11 +14,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from elastic_ep.gateway.admin import AdminHandlers
 from elastic_ep.gateway.errors import ApiError, Handler, error_middleware
+from elastic_ep.gateway.messages.handlers import MessagesHandlers
 from elastic_ep.gateway.openai import OpenAiHandlers
 from elastic_ep.gateway.page import routes as page
 from elastic_ep.gateway.page.films import Films
 from elastic_ep.gateway.reading import BodyReader, Reading
 from elastic_ep.gateway.request_id import send_request_id
+from elastic_ep.gateway.responses.handlers import ResponsesHandlers
 from elastic_ep.gateway.serving import Serving
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
@@ -60,6 +62,10 @@ def create_app(
     app.on_cleanup.append(_close_worker)
     serving = Serving(backend, text, metrics)
     app.add_routes(OpenAiHandlers(serving, settings, reading).routes())
+    responses = ResponsesHandlers(serving, settings, reading)
+    app.add_routes(responses.routes())
+    app.on_shutdown.append(lambda _: responses.close())
+    app.add_routes(MessagesHandlers(serving, settings, reading).routes())
     app.add_routes(AdminHandlers(backend, settings, metrics, reading).routes())
     page.attach(app, backend, settings, metrics, films)
     return app
@@ -141,6 +147,9 @@ def _key_middleware(keys: tuple[str, ...], admin_key: str | None) -> Any:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             # aiohttp decodes headers with surrogateescape.
             given = token.encode("utf-8", "surrogateescape")
+            # As Anthropic's clients send it.
+            if (other := request.headers.get("X-Api-Key")) is not None:
+                scheme, given = "bearer", other.encode("utf-8", "surrogateescape")
             # Compare with all of them, and in constant time: nothing can be learnt from how long it takes.
             known = sum(hmac.compare_digest(given, key) for key in wanted)
             if scheme.lower() != "bearer" or not known:

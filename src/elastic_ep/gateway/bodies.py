@@ -145,12 +145,6 @@ def detokenize_body(settings: ApiSettings) -> type[Detokenize]:
     )
 
 
-def prepare(settings: ApiSettings) -> None:
-    """HAZARD: to make the models takes tens of milliseconds: call it before an event loop runs. They are kept."""
-    for make in (completion_body, chat_body, detokenize_body):
-        make(settings)
-
-
 def _bounded(settings: ApiSettings) -> dict[str, Any]:
     some: Any = Field([], description="Only these are picked; [] is all.")
     defaults = settings.defaults.model_dump()
@@ -163,8 +157,13 @@ def _bounded(settings: ApiSettings) -> dict[str, Any]:
             name: (Annotated[field.annotation, *field.metadata], defaults[name])
             for name, field in Sampling.model_fields.items()
         },
-        **{name: (Any, Field(None, description="Accepted. It never changes an answer.")) for name in _LABELS},
+        **labels(),
     }
+
+
+def labels() -> dict[str, Any]:
+    """Fields, for `create_model`."""
+    return {name: (Any, Field(None, description="Accepted. It never changes an answer.")) for name in _LABELS}
 
 
 def _token_ids(settings: ApiSettings, most: int, least: int = 0) -> Any:

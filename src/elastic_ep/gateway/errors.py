@@ -41,13 +41,27 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> web.Response:
+    def response(self, path: str = "") -> web.Response:
+        """In the shape of the API that `path` belongs to."""
+        body = messages_body(self) if path.startswith("/v1/messages") else self.body()
         return web.Response(
-            body=json.dumps(self.body()).encode("ascii"),
+            body=json.dumps(body).encode("ascii"),
             status=self.status,
             content_type="application/json",
             headers=self.headers,
         )
+
+
+_ANTHROPIC = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+
+
+def messages_body(error: ApiError) -> dict[str, Any]:
+    """In Anthropic's shape."""
+    kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def translate(error: Exception) -> ApiError | None:
@@ -173,7 +187,7 @@ def error_middleware(count: Callable[[int], None]) -> Any:
             else:
                 tell(request, answer)
             count(answer.status)
-            return answer.response()
+            return answer.response(request.path)
 
     return middleware
 

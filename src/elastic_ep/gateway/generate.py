@@ -28,7 +28,7 @@ class ChoiceReader:
 
     __slots__ = (
         "_include_stop", "_length", "_min_tokens", "_peek", "_push", "_rest", "_stops", "_text", "finish",
-        "generated", "keep_tokens", "tokens",
+        "generated", "keep_tokens", "stopped_by", "tokens",
     )  # fmt: skip
 
     def __init__(self, text: ChatTokenizer, output: Output, prompt: Sequence[int] = ()) -> None:
@@ -47,6 +47,8 @@ class ChoiceReader:
         self.tokens: list[SpelledToken] = []
         self.generated = 0
         self.finish: str | None = None
+        self.stopped_by: str | None = None
+        """The stop string that was met."""
 
     def feed(self, batch: tuple[Token, ...]) -> str:
         """The text that may be shown now."""
@@ -61,8 +63,8 @@ class ChoiceReader:
             self._length += len(piece)
             if self._stops is not None and self.generated > self._min_tokens:
                 piece, found = self._stops.push(piece)
-                if found:
-                    self.finish = "stop"
+                if found is not None:
+                    self.finish, self.stopped_by = "stop", found
                     return shown + piece
             shown += piece
         return shown
@@ -84,8 +86,8 @@ class ChoiceReader:
         if self.generated <= self._min_tokens:
             return self._stops.finish() + piece
         piece, found = self._stops.push(piece)
-        if found:
-            self.finish = "stop"
+        if found is not None:
+            self.finish, self.stopped_by = "stop", found
             return piece
         return piece + self._stops.finish()
 

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
 
-from elastic_ep.gateway.bodies import Chat, Generating, StreamOptions, chat_body, completion_body
+from elastic_ep.gateway.bodies import (
+    Chat,
+    Generating,
+    StreamOptions,
+    chat_body,
+    completion_body,
+    detokenize_body,
+)
 from elastic_ep.gateway.conversation import FunctionCall, Message
 from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
-from elastic_ep.gateway.fields import LONE_SURROGATE, bad_value, is_encodable, read, unsupported
+from elastic_ep.gateway.fields import LONE_SURROGATE, Body, bad_value, is_encodable, read, unsupported
 from elastic_ep.gateway.guided import GrammarReader
+from elastic_ep.gateway.messages.body import RENAMED as MESSAGES_NAMES
+from elastic_ep.gateway.messages.body import as_chat as messages_as_chat
+from elastic_ep.gateway.messages.body import count_body, messages_body
 from elastic_ep.gateway.parsers.base import Tool
 from elastic_ep.gateway.parsers.registry import NAMED, REQUIRED, MessageForm, begins_within
+from elastic_ep.gateway.responses.body import RENAMED as RESPONSES_NAMES
+from elastic_ep.gateway.responses.body import About, head, items_of, responses_body
+from elastic_ep.gateway.responses.body import as_chat as responses_as_chat
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import CannotContinue, ChatTemplateError, ChatTokenizer, PromptTooLong
 from elastic_ep.machines.requests.prefixes import beginnings
@@ -71,6 +86,21 @@ class Job:
     """What the client calls it."""
     unknown: tuple[str, ...] = ()
     """Fields that were ignored because nobody knows them, the first of them."""
+    about: object = None
+    """What an endpoint needs of its request besides. Picklable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Previous:
+    """Instead of a job: the request goes on with this response, whose conversation it cannot be read without."""
+
+    id: str
+
+
+def prepare(settings: ApiSettings) -> None:
+    """HAZARD: to make the models takes tens of milliseconds: call it before an event loop runs. They are kept."""
+    for make in (completion_body, chat_body, detokenize_body, responses_body, messages_body, count_body):
+        make(settings)
 
 
 class JobReader:
@@ -82,6 +112,9 @@ class JobReader:
         self._grammars = GrammarReader(settings, text)
         self._completion_body = completion_body(settings)
         self._chat_body = chat_body(settings)
+        self._responses_body = responses_body(settings)
+        self._messages_body = messages_body(settings)
+        self._count_body = count_body(settings)
         # Every token covers some bytes of the text; what normalisation shrinks away is covered by the 4.
         self._max_prompt_bytes = 4 * text.max_token_bytes * settings.max_model_len
 
@@ -115,6 +148,47 @@ class JobReader:
             parts.append(self._part(ids, self._sampling(values, limit, logprobs, grammar), values, echo))
         return _job(values, tuple(parts), logprobs)
 
+    def responses(self, body: dict[str, Any], before: str | None) -> Job | Previous:
+        """`before`: the conversation that it goes on with, if it does."""
+        values = read(self._responses_body, body)
+        if values.previous_response_id is not None and before is None:
+            return Previous(values.previous_response_id)
+        earlier = json.loads(before) if before else []
+        asked = items_of(values.input)
+        items = [*earlier, *asked]
+        job = self._as_chat(responses_as_chat(body, values, items, len(earlier)), RESPONSES_NAMES)
+        about = About(
+            head(values, self._settings),
+            json.dumps(items),
+            json.dumps(asked),
+            values.store,
+            values.background,
+        )
+        return replace(job, about=about, unknown=_names(values))
+
+    def messages(self, body: dict[str, Any]) -> Job:
+        values = read(self._messages_body, body)
+        job = self._as_chat(messages_as_chat(body, values, self._thinks), MESSAGES_NAMES)
+        return replace(job, unknown=_names(values))
+
+    def count(self, body: dict[str, Any]) -> int:
+        """Tokens of the prompt that a body of /v1/messages makes."""
+        values = read(self._count_body, body)
+        with _renamed(MESSAGES_NAMES):
+            chat = read(self._chat_body, messages_as_chat(body, values, self._thinks))
+            self._check_model(chat.model)
+            return len(self._prompt(chat)[1])
+
+    @property
+    def _thinks(self) -> bool:
+        """Whether a conversation can say if the model is to reason."""
+        return self._text.has_chat_template and self._text.template_uses("enable_thinking")
+
+    def _as_chat(self, body: dict[str, Any], names: Mapping[str, str]) -> Job:
+        """The job of a conversation that another endpoint asked for; faults are told by that one's `names`."""
+        with _renamed(names):
+            return self.chat(body)
+
     def chat(self, body: dict[str, Any]) -> Job:
         values = read(self._chat_body, body)
         self._check_model(values.model)
@@ -122,17 +196,20 @@ class JobReader:
             raise bad_value("top_logprobs", "needs 'logprobs' to be true.")
         logprobs = values.top_logprobs if values.logprobs else None
         self._check_choices(1, values.n)
-        prompt = self._render(values)
-        encoded = self.encode(prompt, "messages", add_special_tokens=values.add_special_tokens)
+        prompt, encoded = self._prompt(values)
         asked = values.max_completion_tokens
         asked = values.max_tokens if asked is None else asked
-        ids = self._cut(tuple(encoded), values, asked)
+        ids = self._cut(encoded, values, asked)
         default = self._settings.defaults.max_tokens or self._settings.max_model_len
         limit = self._max_tokens(ids, asked, "messages", default=default)
         self._check_known(ids, "messages")
         sampling = self._sampling(values, limit, logprobs, self._grammar(values))
         part = self._part(ids, sampling, values)
         return _job(values, (part,), logprobs, self._form(values, prompt))
+
+    def _prompt(self, values: Chat) -> tuple[str, tuple[int, ...]]:
+        prompt = self._render(values)
+        return prompt, tuple(self.encode(prompt, "messages", add_special_tokens=values.add_special_tokens))
 
     def _form(self, values: Chat, prompt: str) -> MessageForm | None:
         """How the answer to `prompt` is read."""
@@ -401,6 +478,24 @@ def _without_cut_tokens(body: dict[str, Any]) -> dict[str, Any]:
     else:
         cut = prompt if prompt and isinstance(prompt[0], str) else prompt[part]
     return {**body, "prompt": cut}
+
+
+@contextmanager
+def _renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Faults by other names of the fields."""
+    try:
+        yield
+    except ApiError as error:
+        root = re.split(r"[.\[]", error.param or "")[0]
+        if root not in names:
+            raise
+        message = error.message.replace(f"'{error.param}'", f"'{names[root]}'")
+        message = message.replace(f"Your {error.param} ", f"Your {names[root]} ")
+        raise ApiError(message, status=error.status, param=names[root], code=error.code) from None
+
+
+def _names(values: Body) -> tuple[str, ...]:
+    return tuple(name[:100] for name in [*(values.model_extra or ())][:_MOST_UNKNOWN])
 
 
 def _unknown(values: Generating) -> tuple[str, ...]:

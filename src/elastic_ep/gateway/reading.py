@@ -8,23 +8,24 @@ any other by a process of its own (`text_worker.py`), by the same code.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, Literal
 
 from elastic_ep.gateway.bodies import Tokenize, detokenize_body
 from elastic_ep.gateway.fields import parse_object, read
 from elastic_ep.gateway.guided import asks_for_grammar
-from elastic_ep.gateway.jobs import Job, JobReader
+from elastic_ep.gateway.jobs import Job, JobReader, Previous
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
-from elastic_ep.gateway.text_worker import TextWorker
+from elastic_ep.gateway.text_worker import Found, TextWorker
 from elastic_ep.gateway.turns import Turns
 
 INLINE_BYTES = 8192
 """A body of so many bytes takes a few milliseconds. HAZARD: work that a small body can make long (a template of the
 client's own, a pattern to compile) does not belong on the event loop either: see `_may_take_long`."""
 
-JobTask = Literal["completion", "chat"]
-AnswerTask = Literal["tokenize", "detokenize"]
+JobTask = Literal["completion", "chat", "responses", "messages"]
+AnswerTask = Literal["tokenize", "detokenize", "count_tokens"]
 
 
 class BodyReader:
@@ -36,21 +37,30 @@ class BodyReader:
         self._jobs = JobReader(settings, text)
         self._detokenize_body = detokenize_body(settings)
 
-    def read(self, task: str, raw: bytes) -> Job | bytes:
-        """A job for "completion" and "chat", the whole answer as JSON for "tokenize" and "detokenize"."""
-        return self._read(task, parse_object(raw))
+    def read(self, task: str, raw: bytes, before: str | None = None) -> Found:
+        """A job for a `JobTask`, or whose conversation is missing for it; for an `AnswerTask` the whole answer as JSON.
 
-    def read_if_short(self, task: str, raw: bytes) -> Job | bytes | None:
+        `before`: the conversation that a request goes on with.
+        """
+        return self._read(task, parse_object(raw), before)
+
+    def read_if_short(self, task: str, raw: bytes, before: str | None = None) -> Found | None:
         """The same; None if it may be much work however short the body is."""
         body = parse_object(raw)
-        return None if _may_take_long(body) else self._read(task, body)
+        return None if _may_take_long(body) else self._read(task, body, before)
 
-    def _read(self, task: str, body: dict[str, Any]) -> Job | bytes:
+    def _read(self, task: str, body: dict[str, Any], before: str | None) -> Found:
         match task:
             case "completion":
                 return self._jobs.completion(body)
             case "chat":
                 return self._jobs.chat(body)
+            case "responses":
+                return self._jobs.responses(body, before)
+            case "messages":
+                return self._jobs.messages(body)
+            case "count_tokens":
+                return _json({"input_tokens": self._jobs.count(body)})
             case "tokenize":
                 return self._tokenize(body)
             case "detokenize":
@@ -77,8 +87,12 @@ class Reading:
         self.worker = worker
         self._turns = Turns()
 
-    async def job(self, task: JobTask, raw: bytes) -> Job:
+    async def job(self, task: JobTask, raw: bytes, conversation: Callable[[str], str] | None = None) -> Job:
+        """`conversation`: of a response that the request goes on with, by its id. It raises `ApiError`, too."""
         found = await self._read(task, raw)
+        if isinstance(found, Previous):
+            assert conversation is not None
+            found = await self._read(task, raw, conversation(found.id))
         assert isinstance(found, Job)
         return found
 
@@ -87,13 +101,13 @@ class Reading:
         assert isinstance(found, bytes)
         return found
 
-    async def _read(self, task: str, raw: bytes) -> Job | bytes:
-        if len(raw) > INLINE_BYTES:
-            return await self.worker.read(task, raw)
-        found = await self._turns.run(lambda: self._reader.read_if_short(task, raw))
+    async def _read(self, task: str, raw: bytes, before: str | None = None) -> Found:
+        if len(raw) + len(before or "") > INLINE_BYTES:
+            return await self.worker.read(task, raw, before)
+        found = await self._turns.run(lambda: self._reader.read_if_short(task, raw, before))
         if found is not None:
             return found
-        return await self.worker.read(task, raw)
+        return await self.worker.read(task, raw, before)
 
 
 def _may_take_long(body: dict[str, Any]) -> bool:

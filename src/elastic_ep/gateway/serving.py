@@ -84,8 +84,12 @@ class Serving:
         self.turns = Turns()
 
     @asynccontextmanager
-    async def runs(self, job: Job, path: str, started: float) -> AsyncIterator[list[Run]]:
+    async def runs(
+        self, job: Job, path: str, started: float, *, connected: bool = True
+    ) -> AsyncIterator[list[Run]]:
         """The choices of `job`. Whatever ends the block, nobody generates for it any longer.
+
+        `connected`: there is a client, whose leaving cancels the block.
 
         Raises `Busy`, `Refused`, `Unavailable` and `Stopping`.
         """
@@ -101,7 +105,8 @@ class Serving:
             yield runs
         # The cancellation at a client's disconnect included.
         except (ConnectionError, asyncio.CancelledError):
-            self.metrics.disconnects.inc()
+            if connected:
+                self.metrics.disconnects.inc()
             raise
         finally:
             # Those that wait first: else each that runs would make room for one of them.

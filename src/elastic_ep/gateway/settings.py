@@ -107,6 +107,8 @@ class ApiSettings:
     tool_call_parser: str | None = None
     """How calls are read from what the model writes where the client leaves it the choice; None: they are not."""
     reasoning_parser: str | None = None
+    responses_store_bytes: int = 64 << 20
+    """Of what /v1/responses keeps; 0: nothing."""
     max_body_bytes: int = 4 * 1024 * 1024
     max_choices: int = 256
     max_logprobs: int = 20

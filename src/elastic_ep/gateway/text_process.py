@@ -40,9 +40,9 @@ def serve(stream: BufferedRWPair) -> None:
             _send(stream, frame)
 
 
-def _answer(reader: BodyReader, task: str, raw: bytes) -> list[Any]:
+def _answer(reader: BodyReader, task: str, raw: bytes, before: str | None) -> list[Any]:
     try:
-        found = reader.read(task, raw)
+        found = reader.read(task, raw, before)
     except ApiError as error:
         # What it was raised in the course of is not for the other end.
         error.__cause__ = error.__context__ = None

@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic_ep.gateway.errors import ApiError
-from elastic_ep.gateway.jobs import Job, Part
+from elastic_ep.gateway.jobs import Job, Part, Previous
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.group.port import Busy
 from elastic_ep.host import life_line
 
+Found = Job | bytes | Previous
 LENGTH = struct.Struct("!Q")
 MAX_WAITING = 64
 """Bodies in line, the one being read included: what they take of memory is so many times the largest body."""
@@ -96,10 +97,10 @@ class _Process:
         (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
         return pickle.loads(await self._reader.readexactly(size))
 
-    async def exchange(self, task: str, raw: bytes) -> Job | bytes:
+    async def exchange(self, task: str, raw: bytes, before: str | None = None) -> Found:
         """Raises `ApiError` and `TextProcessDied`."""
         try:
-            await self.send((task, raw))
+            await self.send((task, raw, before))
             answer = await self.receive()
             match answer:
                 case JobBegin(job, parts):
@@ -108,7 +109,7 @@ class _Process:
                     raise answer
                 case Failed(traceback):
                     raise RuntimeError(f"in the text process: {traceback}")
-            assert isinstance(answer, bytes)
+            assert isinstance(answer, (bytes, Previous))
             return answer
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise TextProcessDied("the process that reads large bodies has ended") from error
@@ -155,7 +156,7 @@ class TextWorker:
     async def close(self) -> None:
         await self._end()
 
-    async def read(self, task: str, raw: bytes) -> Job | bytes:
+    async def read(self, task: str, raw: bytes, before: str | None = None) -> Found:
         """Raises `ApiError`, and `Busy` when too many wait or this one has waited too long."""
         if self.waiting >= MAX_WAITING:
             raise Busy(RETRY_AFTER_S)
@@ -167,14 +168,14 @@ class TextWorker:
             except TimeoutError:
                 raise Busy(RETRY_AFTER_S) from None
             try:
-                return await self._read(task, raw)
+                return await self._read(task, raw, before)
             finally:
                 self._turn.release()
         finally:
             self.waiting -= 1
 
-    async def _read(self, task: str, raw: bytes) -> Job | bytes:
-        work = asyncio.ensure_future(self._twice(task, raw))
+    async def _read(self, task: str, raw: bytes, before: str | None = None) -> Found:
+        work = asyncio.ensure_future(self._twice(task, raw, before))
         try:
             async with asyncio.timeout(READ_S):
                 return await asyncio.shield(work)
@@ -195,11 +196,11 @@ class TextWorker:
                 work.cancel()
                 await self._end()
 
-    async def _twice(self, task: str, raw: bytes) -> Job | bytes:
+    async def _twice(self, task: str, raw: bytes, before: str | None = None) -> Found:
         for _ in range(2):
             process = await self._started()
             try:
-                return await process.exchange(task, raw)
+                return await process.exchange(task, raw, before)
             except TextProcessDied:
                 await self._end()
         raise ApiError(

@@ -130,4 +130,24 @@ STRUCTURED_OUTPUTS = {
     **_refused("say so in the schema", disable_additional_properties=False),
 }
 
+RESPONSES = {
+    **_refused("the server keeps responses, see 'previous_response_id'", conversation=(), prompt=()),
+    **_refused("a conversation is never cut", truncation="disabled", context_management=([],)),
+    **_refused("ask /v1/chat/completions for log-probabilities", top_logprobs=0),
+    **_refused("tools are called by the client", max_tool_calls=()),
+    **_refused("one tier serves all", service_tier=("auto", "default")),
+    **_refused("texts are not rated", moderation=()),
+    **_refused("it is a field of vendors' services", access_programs=(), background_options=()),
+    **_refused(_MEDIA, image=()),
+}  # fmt: skip
+RESPONSES_REASONING = _refused("reasoning is told whole: see 'summary'", generate_summary=())
+RESPONSES_TEXT = _refused("how long an answer gets is the model's affair", verbosity="medium")
+
+MESSAGES = {
+    **_refused("one tier serves all", service_tier=("auto", "standard_only"), speed="standard"),
+    **_refused("tools are called by the client", container=(), mcp_servers=([],)),
+    **_refused("a conversation is never cut", context_management={}),
+    **_refused("it is a field of the vendor's service", inference_geo=(), workspace_id=(), diagnostics=()),
+}  # fmt: skip
+
 STREAM_OPTIONS = _refused("chunks are not padded", include_obfuscation=False)

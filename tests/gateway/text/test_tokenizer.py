@@ -118,7 +118,9 @@ def test_the_cut_does_not_depend_on_the_pieces(text: str, stops: list[str], spli
     shown = ""
     stopped = False
     for start, end in zip([0, *places], [*places, len(text)], strict=True):
-        certain, stopped = matcher.push(text[start:end])
+        certain, found = matcher.push(text[start:end])
+        stopped = found is not None
+        assert found is None or found in stops
         shown += certain
         assert cut(text, stops)[0].startswith(shown), "text past the cut was shown"
         if stopped:

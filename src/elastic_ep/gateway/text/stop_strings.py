@@ -26,19 +26,20 @@ class StopStrings:
         self._first = re.compile("|".join(sorted({re.escape(stop[0]) for stop in self._stops}))).search
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text that is certain to come before the cut, whether a stop string was found)."""
+    def push(self, text: str) -> tuple[str, str | None]:
+        """(text that is certain to come before the cut, the stop string that was found)."""
         if not self._held and self._first(text) is None:
-            return text, False
+            return text, None
         buffer = self._held + text
         for place in range(len(self._held), len(buffer)):
             longest = self._advance(buffer[place])
             if longest:
                 self._held = ""
-                return buffer[: place + 1 - (0 if self._include else longest)], True
+                found = buffer[place + 1 - longest : place + 1]
+                return buffer[: place + 1 - (0 if self._include else longest)], found
         keep = len(buffer) - max(self._states)
         self._held = buffer[keep:]
-        return buffer[:keep], False
+        return buffer[:keep], None
 
     def finish(self) -> str:
         """The text held back, when no more comes."""

@@ -176,6 +176,10 @@ class ChatTokenizer:
             max_characters=max_characters,
         )
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
     def template_uses(
         self, variable: str, chat_template: str | None = None, *, with_tools: bool = False
     ) -> bool:

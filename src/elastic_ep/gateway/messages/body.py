@@ -1,0 +1,229 @@
+"""The body of POST /v1/messages, and the conversation that it amounts to."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, create_model
+from typing_extensions import TypedDict
+
+from elastic_ep.gateway import unsupported
+from elastic_ep.gateway.bodies import Stops
+from elastic_ep.gateway.conversation import MOST_TOOLS, Content, Effort, Name
+from elastic_ep.gateway.fields import Array, Body, Integer, Refused, Text, bad_value
+from elastic_ep.gateway.fields import unsupported as refusal
+from elastic_ep.gateway.settings import ApiSettings
+
+RENAMED = {
+    "max_completion_tokens": "max_tokens", "stop": "stop_sequences", "reasoning_effort": "output_config.effort",
+    "response_format": "output_config.format", "chat_template_kwargs": "thinking",
+}  # fmt: skip
+"""Fields of a conversation by the names that they have here."""
+_SAME = ("model", "temperature", "top_p", "top_k", "max_tokens")
+
+
+class MessageParam(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
+
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[
+        Annotated[Text, Tag("|text")] | Annotated[list[dict[str, Any]], Array(), Tag("|blocks")],
+        Discriminator(lambda value: "|blocks" if isinstance(value, list) else "|text"),
+    ]
+
+
+class Tool(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
+
+    name: Name
+    type: NotRequired[Annotated[Any, Refused(("custom",), "tools are called by the client")]]
+    description: NotRequired[Text | None]
+    input_schema: dict[str, Any]
+
+
+class ToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: Name | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int | None, Integer(1)] = Field(None, description="Taken for a hint.")
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class Format(Body):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    effort: Effort | None = None
+    format: Format | None = None
+
+
+class Prompt(Body):
+    """Of both endpoints."""
+
+    refused = unsupported.MESSAGES
+    model: Text
+    messages: Annotated[list[MessageParam], Array(1)]
+    system: Content | None = None
+    tools: Annotated[list[Tool], Array(most=MOST_TOOLS)] = Field(default_factory=list)
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: Any = Field(None, description="Accepted. It never changes an answer.")
+    metadata: Any = Field(None, description="Accepted. It never changes an answer.")
+    user_profile_id: Any = Field(None, description="Accepted. It never changes an answer.")
+
+
+class Messages(Prompt):
+    max_tokens: Annotated[int, Integer(1)]
+    temperature: Annotated[float | None, Field(ge=0, le=1)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Integer(-1)] = None
+    stop_sequences: Stops = Field(default_factory=list)
+    stream: bool = False
+
+
+@cache
+def messages_body(settings: ApiSettings) -> type[Messages]:
+    made = create_model("Messages", __base__=Messages)
+    made.refused = Messages.refused
+    return made
+
+
+@cache
+def count_body(settings: ApiSettings) -> type[Prompt]:
+    made = create_model("CountTokens", __base__=Prompt)
+    made.refused = Prompt.refused
+    return made
+
+
+def as_chat(body: dict[str, Any], values: Prompt, thinks: bool) -> dict[str, Any]:
+    """The body of a conversation that asks for the same. `thinks`: the chat template can be told whether to reason.
+
+    Raises `ApiError`.
+    """
+    chat = {name: body[name] for name in _SAME if body.get(name) is not None}
+    messages = [{"role": "system", "content": values.system}] if values.system else []
+    for place, message in enumerate(values.messages):
+        messages += _as_messages(message, f"messages[{place}]")
+    chat["messages"] = messages
+    if messages[-1]["role"] == "assistant":  # what the answer begins with
+        chat["continue_final_message"] = True
+    if values.tools:
+        chat["tools"] = [_chat_tool(tool) for tool in values.tools]
+    chat |= _choice(values.tool_choice) | _thinking(values.thinking, thinks)
+    if values.output_config is not None:
+        chat |= _config(values.output_config)
+    if isinstance(values, Messages):
+        chat |= {"stream": values.stream, "stop": values.stop_sequences}
+    return chat
+
+
+def _choice(choice: ToolChoice | None) -> dict[str, Any]:
+    if choice is None:
+        return {}
+    words = {"auto": "auto", "any": "required", "none": "none"}
+    if choice.type == "tool" and choice.name is None:
+        raise bad_value("tool_choice.name", "is required where a tool is chosen.")
+    named = {"type": "function", "function": {"name": choice.name}}
+    return {
+        "tool_choice": words.get(choice.type, named),
+        "parallel_tool_calls": not choice.disable_parallel_tool_use,
+    }
+
+
+def _thinking(thinking: Thinking | None, thinks: bool) -> dict[str, Any]:
+    if thinking is None or thinking.type == "adaptive":
+        return {}
+    wanted = thinking.type == "enabled"
+    if thinks:
+        return {"chat_template_kwargs": {"enable_thinking": wanted}}
+    if wanted:
+        raise refusal(
+            "thinking.type",
+            'cannot be honoured here with "enabled": the chat template leaves it to the model: see "adaptive".',
+        )
+    return {}
+
+
+def _config(config: OutputConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if config.effort is not None:
+        found["reasoning_effort"] = config.effort
+    if config.format is not None:
+        schema = {"name": "output", "schema": config.format.schema_, "strict": True}
+        found["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return found
+
+
+def _chat_tool(tool: Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool["name"]}
+    if tool.get("description"):
+        function["description"] = tool["description"]
+    return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
+
+
+def _as_messages(message: MessageParam, where: str) -> list[dict[str, Any]]:
+    """Results of tools are messages of their own, before what else the user says."""
+    content = message["content"]
+    if isinstance(content, str):
+        return [{"role": message["role"], "content": content}]
+    texts: list[str] = []
+    results: list[dict[str, Any]] = []
+    made: dict[str, Any] = {"role": message["role"]}
+    for place, block in enumerate(content):
+        at = f"{where}.content[{place}]"
+        match block.get("type"), message["role"]:
+            case "text", _:
+                texts.append(_string(block, "text", at))
+            case "thinking", "assistant":
+                made["reasoning_content"] = made.get("reasoning_content", "") + _string(block, "thinking", at)
+            case "tool_use", "assistant":
+                made.setdefault("tool_calls", []).append(_call(block, at))
+            case "tool_result", "user":
+                name = _string(block, "tool_use_id", at)
+                results.append({"role": "tool", "tool_call_id": name, "content": _result(block, at)})
+            case _:
+                raise refusal(f"{at}.type", "cannot be honoured here: it takes and gives text alone.")
+    if texts or not results:
+        made["content"] = "\n".join(texts) if texts or "tool_calls" not in made else None
+        return [*results, made]
+    return results
+
+
+def _call(block: dict[str, Any], at: str) -> dict[str, Any]:
+    arguments = block.get("input")
+    if not isinstance(arguments, dict):
+        raise bad_value(f"{at}.input", "must be an object.")
+    function = {"name": _string(block, "name", at), "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": _string(block, "id", at), "type": "function", "function": function}
+
+
+def _result(block: dict[str, Any], at: str) -> str:
+    content = block.get("content") or ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_value(f"{at}.content", "must be a string or an array of blocks.")
+    texts = []
+    for place, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise refusal(
+                f"{at}.content[{place}].type", "cannot be honoured here: it takes and gives text alone."
+            )
+        texts.append(_string(part, "text", f"{at}.content[{place}]"))
+    return "\n".join(texts)
+
+
+def _string(block: dict[str, Any], name: str, at: str) -> str:
+    found = block.get(name)
+    if not isinstance(found, str):
+        raise bad_value(f"{at}.{name}", "must be a string.")
+    return found
