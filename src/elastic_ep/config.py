@@ -210,6 +210,8 @@ class ServeConfig:
         choices=CALL_PARSERS)
     enable_auto_tool_choice: bool = _flag(False, "as --tool-call-parser says; it is enough to give that")
     reasoning_parser: str | None = _flag(None, "how reasoning is told from the answer", choices=REASONING_PARSERS)
+    responses_store_mib: int = _flag(64, "MiB of memory for responses that /v1/responses keeps; 0: none",
+        within=(0, 1 << 20))
     relaunch_limit: int = _flag(USUAL.relaunch_limit,
         "early deaths in a row after which a rank waits 10 s and more for its next launch; 0: none returns",
         within=(0, 1_000_000))

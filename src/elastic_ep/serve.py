@@ -416,6 +416,7 @@ class RunProcess:
             trust_request_chat_template=self._config.trust_request_chat_template,
             tool_call_parser=self._config.tool_call_parser,
             reasoning_parser=self._config.reasoning_parser,
+            responses_store_bytes=self._config.responses_store_mib << 20,
         )
 
     def _app(self, parts: Parts) -> web.Application:

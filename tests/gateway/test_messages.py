@@ -187,10 +187,8 @@ async def test_keys(start: Start) -> None:
     async with connect(running.url, "wrong") as client:
         with pytest.raises(anthropic.AuthenticationError) as refused:
             await client.messages.create(model=MODEL, max_tokens=9, messages=ASKED)
-    assert refused.value.body == {
-        "type": "error",
-        "error": {"type": "authentication_error", "message": refused.value.body["error"]["message"]},  # type: ignore[index,call-overload]
-    }
+    body: Any = refused.value.body
+    assert (body["type"], body["error"]["type"]) == ("error", "authentication_error")
 
 
 async def test_a_failure_is_told_within_the_stream(

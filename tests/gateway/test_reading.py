@@ -164,7 +164,7 @@ async def test_of_many_small_bodies_a_turn_of_the_loop_reads_what_takes_a_few_mi
     now, turn, seen = 0.0, 0, list[int]()
 
     class Counted(BodyReader):
-        def read_if_short(self, task: str, raw: bytes) -> Any:
+        def read_if_short(self, task: str, raw: bytes, before: str | None = None) -> Any:
             nonlocal now
             now += turns.TURN_S / 3 + 1e-6
             seen.append(turn)

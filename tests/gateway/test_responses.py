@@ -13,8 +13,8 @@ import pytest
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.responses.store import ResponseStore, Stored
 from tests.gateway.conftest import Running, Start, served_once
-from tests.gateway.fakes import MODEL, never_ends, says
-from tests.gateway.test_tools import ARGUMENTS, TOOLS, begin, tool_text
+from tests.gateway.fakes import MODEL, FakeBackend, never_ends, says
+from tests.gateway.test_tools import ANSWER, ARGUMENTS, PARSING, TOOLS, begin, tool_text
 
 pytestmark = pytest.mark.anyio
 FLAT: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
@@ -30,7 +30,9 @@ def connect(url: str) -> openai.AsyncOpenAI:
 def imported() -> None:
     async def ask(url: str) -> None:
         async with connect(url) as client:
-            made = await client.responses.create(model=MODEL, input="x", tools=FLAT)
+            made = await client.responses.create(
+                model=MODEL, instructions="x", input="x", tools=FLAT, metadata={"a": "b"}
+            )
             await client.responses.input_items.list(made.id)
             await client.responses.retrieve(made.id)
             async with client.responses.stream(model=MODEL, input="x", tools=FLAT) as stream:
@@ -92,7 +94,7 @@ async def test_create(client: openai.AsyncOpenAI, running: Running) -> None:
 
 
 async def test_events_come_in_sequence(client: openai.AsyncOpenAI) -> None:
-    events = [
+    events: list[Any] = [
         event
         async for event in await client.responses.create(
             model=MODEL, input="Weather?", tools=FLAT, stream=True
@@ -157,9 +159,10 @@ async def test_a_long_conversation_is_read_in_the_other_process(start: Start) ->
     running = await begin(start, "Yes.", max_model_len=20_000)
     async with connect(running.url) as client:
         first = await client.responses.create(model=MODEL, input="x" * 7000)
-        assert running.worker.pid is None
+        read_beside = [running.worker.pid is not None]
         second = await client.responses.create(model=MODEL, input="y" * 7000, previous_response_id=first.id)
-        assert running.worker.pid is not None
+        read_beside.append(running.worker.pid is not None)
+        assert read_beside == [False, True]
         shown = prompt_of(running)
         assert "x" * 7000 in shown
         assert "assistant\nYes.<|im_end|>" in shown
@@ -170,13 +173,14 @@ async def test_a_long_conversation_is_read_in_the_other_process(start: Start) ->
 async def test_items_as_clients_keep_them(client: openai.AsyncOpenAI, running: Running) -> None:
     """A client that keeps the conversation itself sends back what it got."""
     first = await client.responses.create(model=MODEL, input="Weather?", tools=FLAT, store=False)
+    output: list[Any] = [*first.output]
     kept: Any = [
         {"role": "developer", "content": [{"type": "input_text", "text": "Brief."}]},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
-        *(item.model_dump(exclude_none=True) for item in first.output),
+        *(item.model_dump(exclude_none=True) for item in output),
         *(
             {"type": "function_call_output", "call_id": item.call_id, "output": "rain"}
-            for item in first.output
+            for item in output
             if item.type == "function_call"
         ),
     ]
@@ -209,13 +213,14 @@ async def test_a_bound_makes_it_incomplete(client: openai.AsyncOpenAI, running: 
     assert response.status == "incomplete"
     assert response.incomplete_details is not None
     assert response.incomplete_details.reason == "max_output_tokens"
-    assert response.output[0].status == "incomplete"  # type: ignore[union-attr]
+    made: Any = response.output[0]
+    assert made.status == "incomplete"
 
 
 async def test_in_the_background(client: openai.AsyncOpenAI, running: Running) -> None:
     queued = await client.responses.create(model=MODEL, input="Weather?", tools=FLAT, background=True)
     assert queued.status in ("queued", "in_progress")
-    followed = [
+    followed: list[Any] = [
         event async for event in await client.responses.retrieve(queued.id, stream=True, starting_after=0)
     ]
     assert [event.sequence_number for event in followed] == list(range(1, len(followed) + 1))
@@ -247,7 +252,9 @@ async def test_a_failure_is_told_within_the_stream(client: openai.AsyncOpenAI, r
         return batches
 
     running.backend.reply = aborts
-    events = [event async for event in await client.responses.create(model=MODEL, input="x", stream=True)]
+    events: list[Any] = [
+        event async for event in await client.responses.create(model=MODEL, input="x", stream=True)
+    ]
     assert events[-1].type == "response.failed"
     assert events[-1].response.error is not None
 

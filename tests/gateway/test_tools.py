@@ -9,10 +9,14 @@ from typing import Any
 
 import openai
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from elastic_ep.config import CALL_PARSERS, REASONING_PARSERS
+from elastic_ep.gateway.guided import certain_calls
 from elastic_ep.gateway.parsers.registry import CALL_FORMATS, REASONING_FORMATS
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
+from elastic_ep.guided.grammars import to_lark
+from elastic_ep.wire.messages import Grammar
 from tests.gateway.conftest import Running, Start
 from tests.gateway.fakes import MODEL, FakeBackend, byte_level_tokenizer, says
 from tests.gateway.test_openai_client import MESSAGES, connect, imported
@@ -246,3 +250,79 @@ async def test_a_template_that_does_not_show_them(start: Start, param: str, chan
 def test_each_name_of_a_parser_is_a_choice_on_the_command_line() -> None:
     assert tuple(CALL_FORMATS) == CALL_PARSERS
     assert tuple(REASONING_FORMATS) == REASONING_PARSERS
+
+
+CERTAIN: list[tuple[dict[str, Any], str, list[str]]] = [
+    (
+        {"tool_choice": "required"},
+        '[{"name": "weather", "arguments": {"days": 3}}, {"name": "clock", "arguments": {}}]',
+        ["weather", "clock"],
+    ),
+    ({"tool_choice": {"type": "function", "function": {"name": "clock"}}}, '{"days": 3}', ["clock"]),
+]
+
+
+@pytest.mark.parametrize(("choice", "text", "names"), CERTAIN)
+async def test_a_call_that_is_certain(
+    start: Start, choice: dict[str, Any], text: str, names: list[str]
+) -> None:
+    """Without a parser, too: a grammar has the text be what is read as calls."""
+    running = await begin(start, text, tool_call_parser=None)
+    asked = {"messages": MESSAGES, "tools": TOOLS} | choice
+    status, body = await running.post("/v1/chat/completions", asked)
+    assert status == 200
+    message = body["choices"][0]["message"]
+    assert [call["function"]["name"] for call in message["tool_calls"]] == names
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"days": 3}
+    assert message["content"] is None
+    assert body["choices"][0]["finish_reason"] == ("tool_calls" if len(names) > 1 else "stop")
+    assert running.worker.pid is not None, "a grammar is not compiled on the event loop"
+    grammar = running.backend.submitted[0].params.grammar
+    assert grammar is not None
+    assert follows(grammar, text)
+    assert not follows(grammar, text.replace("3", '"x"'))
+    assert not follows(grammar, text.replace("clock", "no_such")) or len(names) == 1
+
+
+def follows(grammar: Grammar, text: str) -> bool:
+    """Whether the whole text is one of the grammar's."""
+    characters = LLTokenizer("byte")
+    matcher = LLMatcher(characters, to_lark(grammar))
+    taken = [*characters.tokenize_str(text)]
+    return matcher.try_consume_tokens(taken) == len(taken) and matcher.is_accepting()
+
+
+async def test_one_certain_call(start: Start) -> None:
+    running = await begin(start, "[]")
+    asked = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    await running.post("/v1/chat/completions", asked)
+    grammar = running.backend.submitted[0].params.grammar
+    assert grammar is not None
+    one = '{"name": "clock", "arguments": {}}'
+    assert follows(grammar, f"[{one}]")
+    assert not follows(grammar, f"[{one}, {one}]")
+    assert not follows(grammar, "[]")
+
+
+def test_each_tools_schema_is_a_document_of_its_own() -> None:
+    schema = {"properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"], "$defs": {"a": {"enum": [7]}}}
+    grammar = certain_calls([{"name": "f", "parameters": schema}, {"name": 'g"'}], several=True)
+    assert follows(grammar, '[{"name": "f", "arguments": {"a": 7}}, {"name": "g\\"", "arguments": {}}]')
+    assert not follows(grammar, '[{"name": "f", "arguments": {"a": 8}}]')
+    assert not follows(grammar, '[{"name": "g\\"", "arguments": {"a": 7}}]')
+
+
+async def test_a_grammar_is_of_content(start: Start) -> None:
+    """What was asked for as JSON is not taken for reasoning, which the prompt has begun."""
+    running = await begin(start, '{"a": 1}', reasoning_parser="deepseek_r1")
+    asked = {"messages": MESSAGES, "response_format": {"type": "json_object"}}
+    _, body = await running.post("/v1/chat/completions", asked)
+    assert body["choices"][0]["message"]["content"] == '{"a": 1}'
+
+
+async def test_only_one_thing_says_what_comes(start: Start) -> None:
+    running = await begin(start)
+    for other in ({"response_format": {"type": "json_object"}}, {"allowed_token_ids": [5]}):
+        asked = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required"} | other
+        status, body = await running.post("/v1/chat/completions", asked)
+        assert (status, body["error"]["code"]) == (400, "unsupported_parameter")

@@ -7,7 +7,7 @@ hears of the request.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
@@ -102,6 +102,34 @@ def _may_ask(value: Any) -> bool:
     if isinstance(value, dict) and value.get("type") == "text":
         return False
     return value is not None and value != "" and value != []
+
+
+def certain_calls(functions: Sequence[Mapping[str, Any]], *, several: bool) -> Grammar:
+    """The text is an array of calls of these tools, at least one. Raises `BadGrammar`.
+
+    Each tool's schema is a document of its own, as what it refers to is within it.
+    """
+    calls = []
+    for function in functions:
+        name = json.dumps(function["name"], ensure_ascii=False)
+        begin, end = grammars.literal(f'{{"name": {name}, "arguments": '), grammars.literal("}")
+        calls.append(f"{begin} {grammars.json_rule(_arguments(function))} {end}")
+    rules = "".join(f"call_{place}: {call}\n" for place, call in enumerate(calls))
+    one = " | ".join(f"call_{place}" for place in range(len(calls)))
+    more = f"({grammars.literal(', ')} call)*" if several else ""
+    start = f"{grammars.literal('[')} call {more} {grammars.literal(']')}"
+    return grammars.lark(f"start: {start}\ncall: {one}\n{rules}")
+
+
+def certain_arguments(function: Mapping[str, Any]) -> Grammar:
+    """The text is the arguments of a call of this tool. Raises `BadGrammar`."""
+    return grammars.json_schema(_arguments(function))
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool without parameters has an object without members."""
+    nothing = {"properties": {}, "additionalProperties": False}
+    return {"type": "object", **(function.get("parameters") or nothing)}
 
 
 class GrammarReader:

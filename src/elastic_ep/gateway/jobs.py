@@ -23,7 +23,7 @@ from elastic_ep.gateway.bodies import (
 from elastic_ep.gateway.conversation import FunctionCall, Message
 from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
 from elastic_ep.gateway.fields import LONE_SURROGATE, Body, bad_value, is_encodable, read, unsupported
-from elastic_ep.gateway.guided import GrammarReader
+from elastic_ep.gateway.guided import GrammarReader, certain_arguments, certain_calls
 from elastic_ep.gateway.messages.body import RENAMED as MESSAGES_NAMES
 from elastic_ep.gateway.messages.body import as_chat as messages_as_chat
 from elastic_ep.gateway.messages.body import count_body, messages_body
@@ -34,6 +34,7 @@ from elastic_ep.gateway.responses.body import About, head, items_of, responses_b
 from elastic_ep.gateway.responses.body import as_chat as responses_as_chat
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import CannotContinue, ChatTemplateError, ChatTokenizer, PromptTooLong
+from elastic_ep.guided.grammars import BadGrammar
 from elastic_ep.machines.requests.prefixes import beginnings
 from elastic_ep.models.config_json import shown
 from elastic_ep.wire.messages import Grammar, SamplingParams
@@ -203,21 +204,41 @@ class JobReader:
         default = self._settings.defaults.max_tokens or self._settings.max_model_len
         limit = self._max_tokens(ids, asked, "messages", default=default)
         self._check_known(ids, "messages")
-        sampling = self._sampling(values, limit, logprobs, self._grammar(values))
-        part = self._part(ids, sampling, values)
-        return _job(values, (part,), logprobs, self._form(values, prompt))
+        grammar = self._grammar(values)
+        form = self._form(values, prompt, grammar)
+        if form is not None and form.calls in (NAMED, REQUIRED):
+            grammar = self._certain(values, form, grammar)
+        part = self._part(ids, self._sampling(values, limit, logprobs, grammar), values)
+        return _job(values, (part,), logprobs, form)
 
     def _prompt(self, values: Chat) -> tuple[str, tuple[int, ...]]:
         prompt = self._render(values)
         return prompt, tuple(self.encode(prompt, "messages", add_special_tokens=values.add_special_tokens))
 
-    def _form(self, values: Chat, prompt: str) -> MessageForm | None:
-        """How the answer to `prompt` is read."""
+    def _certain(self, values: Chat, form: MessageForm, given: Grammar | None) -> Grammar:
+        """That makes the call certain that the client asks for."""
+        if given is not None:
+            raise unsupported("tool_choice", "cannot be honoured with a grammar: a text follows one.")
+        functions = [tool["function"] for tool in values.tools]
+        try:
+            if form.calls == NAMED:
+                name = form.tools[0].name
+                made = certain_arguments(next(one for one in functions if one["name"] == name))
+            else:
+                made = certain_calls(functions, several=values.parallel_tool_calls)
+        except BadGrammar as error:
+            raise bad_value("tools", f"cannot be followed: {error}.") from error
+        return self._alone(values, self._grammars.checked(made, "tools"))
+
+    def _form(self, values: Chat, prompt: str, grammar: Grammar | None) -> MessageForm | None:
+        """How the answer to `prompt` is read. What follows a grammar is content, as it was asked for."""
         reasoning = self._settings.reasoning_parser if values.separate_reasoning else None
         thinking = False
         if reasoning is not None and not values.continue_final_message:
             thinking = begins_within(prompt, reasoning)
         calls, tools = self._calls(values)
+        if grammar is not None and calls not in (NAMED, REQUIRED):
+            return None
         if reasoning is None and calls is None:
             return None
         return MessageForm(
@@ -233,12 +254,10 @@ class JobReader:
             named = tuple(tool for tool in tools if tool.name == name)
             if not named:
                 raise bad_value("tool_choice", f"names {shown(name)}, which is none of the tools.")
-            _check_certain()
             return NAMED, named[:1]
         if choice == "required":
             if not tools:
                 raise bad_value("tool_choice", "needs 'tools' to be required.")
-            _check_certain()
             return REQUIRED, tools
         if choice == "none" or not tools:
             return None, ()
@@ -371,13 +390,16 @@ class JobReader:
 
     def _grammar(self, values: Generating) -> Grammar | None:
         grammar = self._grammars.read(values)
-        if grammar is not None:
-            for name in ("ignore_eos", "allowed_token_ids"):
-                if getattr(values, name):
-                    raise unsupported(
-                        name,
-                        "cannot be honoured with a grammar, which says by itself what may come and what ends.",
-                    )
+        return None if grammar is None else self._alone(values, grammar)
+
+    def _alone(self, values: Generating, grammar: Grammar) -> Grammar:
+        """`grammar`, beside which nothing else says what may come."""
+        for name in ("ignore_eos", "allowed_token_ids"):
+            if getattr(values, name):
+                raise unsupported(
+                    name,
+                    "cannot be honoured with a grammar, which says by itself what may come and what ends.",
+                )
         return grammar
 
     def _sampling(
@@ -406,10 +428,6 @@ class JobReader:
 
 def _seed(given: int | None) -> int:
     return random.getrandbits(63) if given is None else given & (2**63 - 1)
-
-
-def _check_certain() -> None:
-    raise unsupported("tool_choice", "cannot be honoured here with a value that makes a call certain.")
 
 
 def _for_template(message: Message) -> Mapping[str, Any]:

@@ -8,6 +8,8 @@ from pydantic import TypeAdapter
 
 from elastic_ep.gateway.bodies import Relaunch, Tokenize, chat_body, completion_body, detokenize_body
 from elastic_ep.gateway.fields import Body, Schema, Schemas
+from elastic_ep.gateway.messages.body import count_body, messages_body
+from elastic_ep.gateway.responses.body import responses_body
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.group import port
 
@@ -20,7 +22,7 @@ _FINISH: Schema = {"enum": ["stop", "length"]}
 def description(settings: ApiSettings) -> dict[str, Any]:
     """The whole document. With API keys, all but the probes and metrics ask for one."""
     guarded = bool(settings.api_keys)
-    schemas = {"Error": _error_schema()}
+    schemas = {"Error": _error_schema(), "MessagesError": _messages_error_schema()}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "elastic_ep", "version": settings.version},
@@ -39,11 +41,41 @@ def description(settings: ApiSettings) -> dict[str, Any]:
 
 def _generating_paths(settings: ApiSettings) -> dict[str, Any]:
     text_choice = _object(index=_INTEGER, text=_STRING, logprobs=_NULLABLE, finish_reason=_FINISH)
-    message = _object(role={"const": "assistant"}, content=_STRING)
-    chat_choice = _object(index=_INTEGER, message=message, logprobs=_NULLABLE, finish_reason=_FINISH)
+    message = _object(role={"const": "assistant"}, content={"type": ["string", "null"]})
+    finish: Schema = {"enum": ["stop", "length", "tool_calls"]}
+    chat_choice = _object(index=_INTEGER, message=message, logprobs=_NULLABLE, finish_reason=finish)
     return {
         "/v1/completions": _generating(
             "Continue a text.", completion_body(settings), _answer("text_completion", text_choice)
+        ),
+        "/v1/responses": _generating(
+            "Answer items.", responses_body(settings), _object(id=_STRING, object={"const": "response"})
+        ),
+        "/v1/responses/{id}": {
+            "parameters": [_id("id")],
+            **_get("A response that is kept.", _object(id=_STRING, object={"const": "response"}), 400, 404),
+            "delete": _by_id("Keep it no longer.", 404),
+        },
+        "/v1/responses/{id}/cancel": {
+            "parameters": [_id("id")],
+            "post": _by_id("End a response that is made in the background.", 400, 404),
+        },
+        "/v1/responses/{id}/input_items": {
+            "parameters": [_id("id")],
+            **_get("What it was asked.", _object(object={"const": "list"}), 404),
+        },
+        "/v1/messages": _generating(
+            "Answer in a conversation, by Anthropic's API.",
+            messages_body(settings),
+            _object(id=_STRING, type={"const": "message"}),
+            error="MessagesError",
+        ),
+        "/v1/messages/count_tokens": _generating(
+            "How long the prompt is.",
+            count_body(settings),
+            _object(input_tokens=_INTEGER),
+            error="MessagesError",
+            streams=False,
         ),
         "/v1/chat/completions": _generating(
             "Answer in a conversation.", chat_body(settings), _answer("chat.completion", chat_choice)
@@ -99,17 +131,30 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
     }
 
 
-def _generating(summary: str, body: type[Body], answer: Schema) -> dict[str, Any]:
-    success = _json("The answer, or its server-sent events with `stream`.", answer)
-    success["content"]["text/event-stream"] = {"schema": {}}
-    return _post(summary, body, success, 404, 429, 503)
+def _generating(
+    summary: str,
+    body: type[Body],
+    answer: Schema,
+    *errors: int,
+    error: str = "Error",
+    streams: bool = True,
+) -> dict[str, Any]:
+    success = _json("The whole answer, or server-sent events with 'stream'." if streams else summary, answer)
+    if streams:
+        success["content"]["text/event-stream"] = {"schema": {}}
+    return _post(summary, body, success, 404, 429, 503, *errors, error=error)
 
 
 def _post(
-    summary: str, body: type[Body], success: dict[str, Any], *errors: int, required: bool = True
+    summary: str,
+    body: type[Body],
+    success: dict[str, Any],
+    *errors: int,
+    required: bool = True,
+    error: str = "Error",
 ) -> dict[str, Any]:
     asked = {"required": required, "content": {"application/json": {"schema": _schema(body)}}}
-    responses = {"200": success, **_errors(400, 401, 413, *errors)}
+    responses = {"200": success, **_errors(400, 401, 413, *errors, error=error)}
     return {"post": {"summary": summary, "requestBody": asked, "responses": responses}}
 
 
@@ -119,8 +164,17 @@ def _get(summary: str, schema: Schema, *errors: int) -> dict[str, Any]:
     }
 
 
-def _errors(*statuses: int) -> dict[str, Any]:
-    return {str(status): _json("An error.", {"$ref": "#/components/schemas/Error"}) for status in statuses}
+def _by_id(summary: str, *errors: int) -> dict[str, Any]:
+    kept = _object(id=_STRING, object={"const": "response"})
+    return {"summary": summary, "responses": {"200": _json(summary, kept), **_errors(401, *errors)}}
+
+
+def _id(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": _STRING}
+
+
+def _errors(*statuses: int, error: str = "Error") -> dict[str, Any]:
+    return {str(status): _json("An error.", {"$ref": f"#/components/schemas/{error}"}) for status in statuses}
 
 
 def _json(summary: str, schema: Schema) -> dict[str, Any]:
@@ -151,6 +205,10 @@ def _answer(kind: str, choice: Schema) -> Schema:
 def _error_schema() -> Schema:
     optional = {"type": ["string", "null"]}
     return _object(error=_object(message=_STRING, type=_STRING, param=optional, code=optional))
+
+
+def _messages_error_schema() -> Schema:
+    return _object(type={"const": "error"}, error=_object(type=_STRING, message=_STRING))
 
 
 def _schema(kind: type) -> Schema:

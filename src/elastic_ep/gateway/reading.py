@@ -111,8 +111,14 @@ class Reading:
 
 
 def _may_take_long(body: dict[str, Any]) -> bool:
-    """A template is a program, and so is a grammar."""
-    return body.get("chat_template") is not None or asks_for_grammar(body)
+    """A template is a program, and so is a grammar: one that makes a call certain, too."""
+    if body.get("chat_template") is not None or asks_for_grammar(body):
+        return True
+    choice = body.get("tool_choice")
+    word = choice.get("type") if isinstance(choice, dict) else choice
+    certain = word not in (None, "auto", "none")
+    # By their names in /v1/responses and /v1/messages.
+    return certain or body.get("text") is not None or body.get("output_config") is not None
 
 
 def _json(body: dict[str, Any]) -> bytes:
