@@ -1,8 +1,10 @@
 """Generated tokens a second at 64 concurrent requests, against `transformers` on the same model and cores.
 
-    python -m bench.throughput [--out bench/results/throughput.json]
+    python -m bench.throughput [--old TREE] [--out bench/results/throughput.json]
 
-Both sides get the same prompts and stop where the model stops, in turns, in one run. transformers runs one batch of
+All sides get the same prompts and stop where the model stops, in turns, in one run. `--old` is a source tree of another
+commit. What the servers' processes take of the processor is counted too: other work on the machine disturbs that less.
+ transformers runs one batch of
 64 at a time with its key-value cache, all cores, float32, left padding; its best of two batchings counts: in the order
 given, and sorted by length (which a server could not do).
 """
@@ -10,18 +12,23 @@ given, and sorted by length (which a server could not do).
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import time
 import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import torch
-from tests.kit.served import http, percentile, server, write_result
+from tests.kit.served import http, percentile, write_result
 from train.problems import held_out
 
 from bench.kit.command_line import command_line
+from bench.kit.load import cpu_seconds
+from bench.kit.sides import Side, side
 from elastic_ep.run import BUNDLED_MODEL
 
 CONCURRENT = 64
@@ -54,6 +61,22 @@ def with_transformers(questions: list[str]) -> tuple[int, float]:
     return generated, time.monotonic() - started
 
 
+@dataclass(frozen=True)
+class Sample:
+    tokens_per_s: float
+    cpu_us_per_token: float
+    """Of all processes of the server."""
+
+
+def serve(side: Side, questions: list[str]) -> Sample:
+    with tempfile.TemporaryDirectory(prefix="throughput-") as scratch, side.server(Path(scratch)) as target:
+        asyncio.run(with_elastic_ep(target.url, questions[:CONCURRENT]))
+        root = psutil.Process(target.process.pid)
+        spent = cpu_seconds(root)[0]
+        tokens, seconds = asyncio.run(with_elastic_ep(target.url, questions))
+        return Sample(tokens / seconds, (cpu_seconds(root)[0] - spent) / tokens * 1e6)
+
+
 async def with_elastic_ep(url: str, questions: list[str]) -> tuple[int, float]:
     gate = asyncio.Semaphore(CONCURRENT)
 
@@ -76,33 +99,39 @@ def main() -> None:
     parser = command_line(__doc__, "throughput", ranks=8)
     parser.add_argument("--problems", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--old", type=Path, help="a source tree of another commit, measured beside this one")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     questions = [problem.question for problem in held_out(options.problems)]
-    ours, theirs, theirs_sorted = [], [], []
+    arguments = ["--ranks", str(options.ranks)]
+    sides = [side("new", arguments)] + (
+        [side("old", arguments, options.old.resolve())] if options.old else []
+    )
+    ours: dict[str, list[Sample]] = {one.name: [] for one in sides}
+    theirs, theirs_sorted, load = [], [], []
     for _ in range(options.rounds):
-        with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
-            with server(["--ranks", str(options.ranks)], Path(scratch)) as target:
-                asyncio.run(with_elastic_ep(target.url, questions[:CONCURRENT]))
-                tokens, seconds = asyncio.run(with_elastic_ep(target.url, questions))
-            ours.append(tokens / seconds)
-        tokens, seconds = with_transformers(questions)
-        theirs.append(tokens / seconds)
-        tokens, seconds = with_transformers(sorted(questions, key=len))
-        theirs_sorted.append(tokens / seconds)
-        print(
-            f"elastic_ep {ours[-1]:.0f}, transformers {theirs[-1]:.0f} (sorted {theirs_sorted[-1]:.0f}) tokens/s"
-        )
+        load.append(os.getloadavg()[0])
+        for one in sides:
+            ours[one.name].append(serve(one, questions))
+            print(f"{one.name}: {ours[one.name][-1]}", flush=True)
+        for order, rates in ((questions, theirs), (sorted(questions, key=len), theirs_sorted)):
+            tokens, seconds = with_transformers(order)
+            rates.append(tokens / seconds)
+        print(f"transformers {theirs[-1]:.0f} (sorted {theirs_sorted[-1]:.0f}) tokens/s", flush=True)
     best = max(percentile(theirs, 0.5), percentile(theirs_sorted, 0.5))
+    medians = {name: percentile([s.tokens_per_s for s in samples], 0.5) for name, samples in ours.items()}
     write_result(
         options.out,
         {
             "concurrent": CONCURRENT,
             "problems": options.problems,
-            "elastic_ep_tokens_per_s": [round(value, 1) for value in ours],
+            "load_average_before": load,
+            "sides": {one.name: one.described() for one in sides},
+            **{name: [asdict(sample) for sample in samples] for name, samples in ours.items()},
+            "step_ms": {name: round(CONCURRENT / median * 1000, 2) for name, median in medians.items()},
             "transformers_tokens_per_s": [round(value, 1) for value in theirs],
             "transformers_sorted_tokens_per_s": [round(value, 1) for value in theirs_sorted],
-            "ratio_of_medians": round(percentile(ours, 0.5) / best, 3),
+            "ratio_of_medians": {name: round(median / best, 3) for name, median in medians.items()},
         },
     )
 

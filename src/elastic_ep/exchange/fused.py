@@ -65,12 +65,13 @@ class FusedExchange(ShmExchange):
     def begin_step(self, step: int) -> None:
         super().begin_step(step)
         self.state.number = self._number
-        self._missed.fill(0)
 
     def end_step(self) -> frozenset[int]:
         self._number = self.state.number
-        if self._missed.any():
+        if self.state.astray:
             self._peers.miss(self._missed.nonzero()[0].tolist())
+            self.state.astray = 0
+            self._missed.fill(0)
         return super().end_step()
 
     def close(self) -> None:

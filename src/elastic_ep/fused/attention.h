@@ -13,36 +13,63 @@ struct Cache {
     float* values(int64_t head, int64_t page) const { return keys(heads + head, page); }
 };
 
-static inline float dot(const float* a, const float* b, int64_t n) {
-    V sum = zero();
-    in_lanes(a, n, [&](int64_t i, V v, int64_t count) { sum = fma(v, take(b + i, count), sum); });
-    return sum_of(sum);
+constexpr int64_t KEYS = 8;  // that are scored together: divides a page
+
+// Of each of KEYS keys all lanes are added: neighbours, pairs, then the halves.
+static inline __m256 totals(const __m256* lanes) {
+    __m256 first = _mm256_hadd_ps(_mm256_hadd_ps(lanes[0], lanes[1]), _mm256_hadd_ps(lanes[2], lanes[3]));
+    __m256 second = _mm256_hadd_ps(_mm256_hadd_ps(lanes[4], lanes[5]), _mm256_hadd_ps(lanes[6], lanes[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31));
 }
 
-// Of `seen` keys in `table`'s pages: their dot products with q [dim], times `scale`.
+// Of `seen` keys in `table`'s pages: their dot products with q [dim], times `scale`. What follows in `scores` is anything.
+// B: as many times LANES `dim` is; 0: any number.
+template <int B>
 static void score(const Cache& cache, int64_t head, const int64_t* table, int64_t seen, const float* q, float scale,
                   float* scores) {
+    __m256 scales = _mm256_set1_ps(scale);
+    V query[B ? B : 1];
+    for (int b = 0; b < B; ++b) query[b] = load(q + b * LANES);
     for (int64_t first = 0; first < seen; first += cache.page_size) {
-        const float* keys = cache.keys(head, table[first / cache.page_size]);
+        const float* key = cache.keys(head, table[first / cache.page_size]);
         int64_t count = std::min(cache.page_size, seen - first);
-        for (int64_t i = 0; i < count; ++i) scores[first + i] = dot(q, keys + i * cache.dim, cache.dim) * scale;
+        for (int64_t i = 0; i < count; i += KEYS) {
+            __m256 lanes[KEYS];
+            for (int k = 0; k < KEYS; ++k, key += cache.dim) {
+                V sum = zero();
+                if constexpr (B) {
+                    for (int b = 0; b < B; ++b) sum = fma(query[b], load(key + b * LANES), sum);
+                } else {
+                    in_lanes(q, cache.dim, [&](int64_t at, V v, int64_t n) { sum = fma(v, take(key + at, n), sum); });
+                }
+                lanes[k] = halves_added(sum);
+            }
+            _mm256_storeu_ps(scores + first + i, _mm256_mul_ps(totals(lanes), scales));
+        }
     }
 }
 
 template <int C>
 static void weigh(const Cache& cache, int64_t head, const int64_t* table, int64_t seen, const float* shares,
                   float share_of_one, int64_t column, float* out) {
-    V sums[C];
-    for (int c = 0; c < C; ++c) sums[c] = zero();
+    // Two chains of additions, so that one need not wait for the other: keys at even places, and at odd ones.
+    V even[C], odd[C];
+    for (int c = 0; c < C; ++c) even[c] = odd[c] = zero();
     for (int64_t first = 0; first < seen; first += cache.page_size) {
         const float* values = cache.values(head, table[first / cache.page_size]) + column;
-        int64_t count = std::min(cache.page_size, seen - first);
-        for (int64_t i = 0; i < count; ++i) {
-            V share = all_of(shares[first + i]);
-            for (int c = 0; c < C; ++c) sums[c] = fma(share, load(values + i * cache.dim + c * LANES), sums[c]);
+        int64_t count = std::min(cache.page_size, seen - first), i = 0;
+        for (; i + 2 <= count; i += 2) {
+            V one = all_of(shares[first + i]), next = all_of(shares[first + i + 1]);
+            for (int c = 0; c < C; ++c) {
+                even[c] = fma(one, load(values + i * cache.dim + c * LANES), even[c]);
+                odd[c] = fma(next, load(values + (i + 1) * cache.dim + c * LANES), odd[c]);
+            }
         }
+        if (i < count)
+            for (int c = 0; c < C; ++c)
+                even[c] = fma(all_of(shares[first + i]), load(values + i * cache.dim + c * LANES), even[c]);
     }
-    for (int c = 0; c < C; ++c) store(out + column + c * LANES, sums[c] * all_of(share_of_one));
+    for (int c = 0; c < C; ++c) store(out + column + c * LANES, (even[c] + odd[c]) * all_of(share_of_one));
 }
 
 // out [dim]: the values' mean, weighted with `shares`, whose sum is 1 / share_of_one.
@@ -63,14 +90,28 @@ static void weighted_values(const Cache& cache, int64_t head, const int64_t* tab
     }
 }
 
-// out [heads of queries, dim] of one token's queries; `seen` keys and values are in the cache. `scores` [seen] is scratch.
-static void attend(const Cache& cache, int64_t heads, const int64_t* table, int64_t seen, const float* queries,
-                   float* scores, float* out) {
+template <int B>
+static inline void attend_heads(const Cache& cache, int64_t heads, const int64_t* table, int64_t seen,
+                                const float* queries, float* scores, float* out) {
     float scale = 1.0f / std::sqrt(float(cache.dim));
     int64_t group = heads / cache.heads;
     for (int64_t head = 0; head < heads; ++head) {
-        score(cache, head / group, table, seen, queries + head * cache.dim, scale, scores);
+        score<B>(cache, head / group, table, seen, queries + head * cache.dim, scale, scores);
         float share_of_one = 1.0f / exponentials(scores, seen);
         weighted_values(cache, head / group, table, seen, scores, share_of_one, out + head * cache.dim);
     }
+}
+
+// out [heads of queries, dim] of one token's queries; `seen` keys and values are in the cache. `scores` [seen, up to whole
+// KEYS] is scratch.
+static void attend(const Cache& cache, int64_t heads, const int64_t* table, int64_t seen, const float* queries,
+                   float* scores, float* out) {
+    if (cache.dim == 2 * LANES)
+        attend_heads<2>(cache, heads, table, seen, queries, scores, out);
+    else if (cache.dim == 4 * LANES)
+        attend_heads<4>(cache, heads, table, seen, queries, scores, out);
+    else if (cache.dim == 8 * LANES)
+        attend_heads<8>(cache, heads, table, seen, queries, scores, out);
+    else
+        attend_heads<0>(cache, heads, table, seen, queries, scores, out);
 }

@@ -24,11 +24,11 @@ struct Exchange {
     float* boxes;      // [ranks * max_tokens, top_k, hidden]
     const volatile uint8_t* live;
     const volatile uint8_t* reachable;
-    uint8_t* missed;  // ranks that do not take part, and were sent to
+    uint8_t* missed;  // ranks that do not take part, and were sent to; if any was, `astray` is 1
     int64_t* found;   // [ranks * max_tokens * top_k, 2]: scratch
     int64_t* rows;    // [ranks * max_tokens * top_k]: where what came for this rank's slots lies, slot by slot
     int64_t* firsts;  // [slots + 1]: where in `rows` each slot begins
-    int64_t number, operations, waits, tokens;
+    int64_t number, operations, waits, tokens, astray;
 };
 
 static inline void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
@@ -78,7 +78,7 @@ static bool check(Exchange& e, const int32_t* chosen, int64_t tokens) {
     for (int64_t i = 0; i < tokens * e.top_k; ++i)
         if (chosen[i] < -1 || chosen[i] >= all) return false;
     for (int64_t i = 0; i < tokens * e.top_k; ++i)
-        if (chosen[i] >= 0 && !e.reachable[chosen[i]]) e.missed[chosen[i] / e.slots] = 1;
+        if (chosen[i] >= 0 && !e.reachable[chosen[i]]) e.missed[chosen[i] / e.slots] = 1, e.astray = 1;
     return true;
 }
 

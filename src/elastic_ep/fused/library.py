@@ -30,7 +30,7 @@ class ExchangeState(ctypes.Structure):
     _fields_ = (
         *_fields({_INTEGER: "ranks max_tokens hidden top_k slots me"}),
         *_fields({_ADDRESS: "words experts x boxes live reachable missed found rows firsts"}),
-        *_fields({_INTEGER: "number operations waits tokens"}),
+        *_fields({_INTEGER: "number operations waits tokens astray"}),
     )
 
 

@@ -26,6 +26,8 @@ from elastic_ep.weights.bank import Weights
 
 _QK_NORMS = {QkNorm.NONE: 0, QkNorm.HEAD: 1, QkNorm.PROJECTION: 2}
 _WORD = 8
+KEYS = 8
+"""As in attention.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,14 @@ class FusedBatch:
 
 
 class FusedModel:
-    """Forward thread only. The weights stay where they are in memory for as long as this lives."""
+    """Forward thread only. Raises ValueError for pages of a size that it does not know.
+
+    The weights stay where they are in memory for as long as this lives.
+    """
 
     def __init__(self, fused: Fused, weights: Weights, limits: EngineLimits, slots: int) -> None:
+        if limits.page_size % KEYS:
+            raise ValueError(f"page size {limits.page_size} is no multiple of {KEYS}")
         spec, kind, moe = weights.spec, weights.spec.attention, weights.spec.moe
         device = torch.device("cpu")
         self._fused = fused
@@ -72,7 +79,7 @@ class FusedModel:
             "logits": self._logits,
             "wide": torch.zeros(tokens, max(qkv, 2 * moe.inner, hidden)),
             "narrow": torch.zeros(tokens, max(attention, moe.experts, moe.inner, hidden)),
-            "line": torch.zeros(limits.max_model_len),
+            "line": torch.zeros(limits.sequence_pages * limits.page_size),
         }
         self._layer_states = (LayerState * spec.moe_layers)(
             *[self._layer(index) for index in range(spec.moe_layers)]
