@@ -94,11 +94,22 @@ static void rotate(float* x, int64_t n, const float* cosines, const float* sines
     }
 }
 
+static float largest(const float* x, int64_t n) {
+    float most = x[0];
+    if (n >= LANES) {
+        float lanes[LANES];
+        V all = load(x);
+        for (int64_t i = LANES; i + LANES <= n; i += LANES) all = at_least(all, load(x + i));
+        store(lanes, all);
+        for (float lane : lanes) most = lane > most ? lane : most;
+    }
+    for (int64_t i = n / LANES * LANES; i < n; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 // In place: e^(x - the largest). Returns their sum.
 static float exponentials(float* x, int64_t n) {
-    float largest = x[0];
-    for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-    V most = all_of(largest), sum = zero();
+    V most = all_of(largest(x, n)), sum = zero();
     in_lanes(x, n, [&](int64_t i, V v, int64_t count) {
         V power = exponential(v - most);
         put(x + i, power, count);
