@@ -17,11 +17,13 @@ import pytest
 from train.problems import held_out
 
 from elastic_ep.replay import main as replay
-from tests.kit.served import Server, chat, http, status, until_full
+from tests.kit.guided_asks import guided_asks
+from tests.kit.served import Server, chat, counters, http, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 QUESTIONS = [problem.question for problem in held_out(24)]
+GUIDED = guided_asks(12)
 Texts = dict[int, str]
 
 
@@ -104,6 +106,52 @@ def test_more_ranks_than_there_are_copies_hold_the_requests(serving: Server, exp
 def test_all_ranks_at_once(serving: Server, expected: Texts) -> None:
     disturbed = asyncio.run(with_fault(serving.url, send(serving.url, list(range(8)), signal.SIGKILL)))
     assert disturbed == expected
+
+
+async def guided_answers(
+    session: aiohttp.ClientSession, url: str, started: asyncio.Event | None = None
+) -> list[str]:
+    """To all of `GUIDED` at once; `started` is set when half of them are in mid-answer."""
+    begun = 0
+
+    async def one(number: int) -> str:
+        nonlocal begun
+        stamps: list[float] = []
+        fields = GUIDED[number].fields
+        task = asyncio.create_task(chat(session, url, QUESTIONS[number], stamps=stamps, **fields))
+        while len(stamps) < 10 and not task.done():
+            await asyncio.sleep(0.005)
+        begun += 1
+        if started and begun >= len(GUIDED) // 2:
+            started.set()
+        return await task
+
+    return await asyncio.gather(*map(one, range(len(GUIDED))))
+
+
+def test_texts_that_follow_grammars_go_on_as_they_would_have(serving: Server) -> None:
+    """And are valid, though the model has never seen JSON. The two ranks die that have most of them."""
+
+    async def both() -> tuple[list[str], list[str]]:
+        async with http() as session:
+            await until_full(session, serving.url)
+            undisturbed = await guided_answers(session, serving.url)
+            before = (await counters(session, serving.url))["requests_replayed"]
+            started = asyncio.Event()
+            streams = asyncio.create_task(guided_answers(session, serving.url, started))
+            await asyncio.wait_for(started.wait(), 60)
+            engines = (await status(session, serving.url))["engines"]
+            busiest = sorted(engines, key=lambda engine: engine["running"])[-2:]
+            await send(serving.url, [engine["id"] for engine in busiest], signal.SIGKILL)(session)
+            disturbed = await asyncio.wait_for(streams, 120)
+            assert (await counters(session, serving.url))["requests_replayed"] > before
+            await until_full(session, serving.url)
+            return undisturbed, disturbed
+
+    undisturbed, disturbed = asyncio.run(both())
+    for ask, text in zip(GUIDED, disturbed, strict=True):
+        assert ask.valid(text), text
+    assert disturbed == undisturbed
 
 
 @pytest.mark.parametrize("state", ["Launching", "InitCUDA", "InitDist", "Joining"])

@@ -15,14 +15,18 @@ from elastic_ep.engine.ops_cuda.draws import Draws
 from elastic_ep.engine.sampler import Sampled, key_state, sample
 from elastic_ep.engine.sampler import gumbel as on_processor
 from elastic_ep.engine.scheduler import Sequence
+from elastic_ep.guided.text import Words
 from elastic_ep.wire.messages import SamplingParams
-from tests.engine.test_sampler import VOCAB, sequence, sequences, tokens
+from tests.engine.test_sampler import VOCAB, mask_of, masks, sequence, sequences, tokens
 
 CPU = torch.device("cpu")
 
 
-def draw(logits: torch.Tensor, batch: list[Sequence], rows: list[int] | None = None) -> list[Sampled]:
-    return Draws(batch, CPU, rows).run(logits).to_host().sampled(batch)
+def draw(
+    logits: torch.Tensor, batch: list[Sequence], rows: list[int] | None = None, masks: Words | None = None
+) -> list[Sampled]:
+    words = None if masks is None else torch.from_numpy(masks.view(np.int32))
+    return Draws(batch, CPU, rows).run(logits, words).to_host().sampled(batch)
 
 
 def assert_alike(got: list[Sampled], expected: list[Sampled]) -> None:
@@ -40,6 +44,19 @@ def test_draws_are_those_of_the_processor(batch: list[Sequence], seed: int, ties
     if ties:
         logits = logits.round()
     assert_alike(draw(logits, batch), sample(logits, batch))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(sequences, masks), min_size=1, max_size=6), st.integers(0, 2**32))
+def test_what_masks_leave_out_is_left_out_as_on_the_processor(
+    asked: list[tuple[Sequence, set[int]]], seed: int
+) -> None:
+    batch = [one for one, _ in asked]
+    words = np.concatenate([mask_of(may) for _, may in asked])
+    logits = torch.randn(len(batch) + 2, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+    got = draw(logits, batch, masks=words)
+    assert_alike(got, sample(logits, batch, words))
+    assert all(one.token in may for one, (_, may) in zip(got, asked, strict=True))
 
 
 @settings(deadline=None)
@@ -60,6 +77,8 @@ def test_rows_are_the_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = [sequence(params, [1], [seed, 3], seed, 0) for seed in range(3)]
     logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(1))
     assert_alike(draw(logits, batch, [4, 0, 5]), sample(logits[[4, 0, 5]], batch))
+    words = np.concatenate([mask_of({1, 2}), mask_of({33, 34}), mask_of(range(VOCAB))])
+    assert_alike(draw(logits, batch, [4, 0, 5], words), sample(logits[[4, 0, 5]], batch, words))
 
 
 def test_the_noise_has_the_bits_of_the_processors_up_to_the_logarithm() -> None:

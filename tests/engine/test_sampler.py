@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from elastic_ep.engine.sampler import gumbel, sample
 from elastic_ep.engine.scheduler import Sequence
+from elastic_ep.guided.text import Words
 from elastic_ep.wire.messages import Bias, SamplingParams
 
 VOCAB = 37
@@ -130,6 +132,29 @@ def test_nothing_is_picked_that_may_not_be(seq: Sequence, seed: int) -> None:
         may = may - seq.stops or may
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 1e6
     assert sample(logits, [seq])[0].token in may
+
+
+def mask_of(may: Collection[int]) -> Words:
+    """[1, words]."""
+    words = np.zeros((1, -(-VOCAB // 32)), np.uint32)
+    for token in may:
+        words[0, token >> 5] |= np.uint32(1 << (token & 31))
+    return words
+
+
+masks = st.sets(tokens, min_size=1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sequences, masks, st.integers(0, 2**32))
+def test_a_mask_leaves_out_all_others_whatever_else_is_asked(seq: Sequence, may: set[int], seed: int) -> None:
+    """And among those that may come is as a list of those allowed."""
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+    got = sample(logits, [seq], mask_of(may))[0]
+    assert got.token in may
+    if not seq.params.allowed_token_ids:
+        seq.params = replace(seq.params, allowed_token_ids=tuple(may))
+        assert got == sample(logits, [seq])[0]
 
 
 @pytest.mark.parametrize("params", [{}, {"presence_penalty": 1e-9}])

@@ -20,7 +20,7 @@ from elastic_ep.guided.masks import Asked, MaskMaker
 from elastic_ep.guided.text import LIMITS, GuidedText
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.wire.messages import Grammar
-from tests.guided.schemas import is_valid, schemas
+from tests.kit.schemas import is_valid, schemas
 
 END, OTHER_END, TAG = 0, 1, 2
 _WORDS = [b'{"', b'": ', b'":', b'", "', b'"}', b"}", b"]", b"ab", b"abb", b"true", b"null", b"12", b"  ", b"\xc3\xa9",

@@ -50,7 +50,7 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], masks: Words | None =
     `masks` [len(sequences), words] if any of them has a grammar: see guided/text.py.
     """
     raw = logits.numpy(force=True)[: len(sequences)]
-    if all(is_plain_greedy(seq.params) for seq in sequences):
+    if masks is None and all(is_plain_greedy(seq.params) for seq in sequences):
         return [Sampled(int(token)) for token in raw.argmax(axis=-1)]
     scores = _penalised(raw, sequences)
     if masks is not None:

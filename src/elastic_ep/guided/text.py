@@ -41,7 +41,7 @@ class GuidedText:
         self._followed += len(new)
 
     def mask_into(self, words: Words) -> None:
-        """Which tokens may come next."""
+        """Which tokens may come next. `words` is contiguous."""
         if self.fault:
             return
         matcher = self._matcher

@@ -1,0 +1,179 @@
+"""Text that follows a grammar while ranks are killed, and what guiding costs.
+
+    python -m bench.guided [--streams 200] [--kills 12] [--turns 7] [--out bench/results/guided.json]
+
+First 64 streams of as many tokens each, guided and free in turns, on one server: tokens a second. Then every request
+once, undisturbed; and all of them again, until `--kills` ranks were killed one after the other and each has been
+answered at least once: is every answer valid, and the one from before?
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from tests.kit.guided_asks import GuidedAsk, guided_asks, person
+from tests.kit.served import Server, chat, counters, http, server, until_full, write_result
+from train.problems import held_out
+
+from bench.kit.command_line import command_line
+from bench.kit.kills import Case, strike
+from bench.kit.sections import quartiles
+
+AT_ONCE = 64
+SETTLE_S = 1.0
+TOKENS = 160
+"""Of each stream whose speed is measured: none ends before."""
+
+
+@dataclass
+class Answers:
+    """Of each request, all that came; `streams` counts them."""
+
+    url: str
+    asks: list[GuidedAsk]
+    texts: dict[int, set[str]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    streams: int = 0
+    enough: bool = False
+
+    async def run(self, session: aiohttp.ClientSession, numbers: Iterator[int]) -> None:
+        questions = [problem.question for problem in held_out(len(self.asks))]
+
+        async def work() -> None:
+            for number in numbers:
+                if self.enough and len(self.texts) == len(self.asks):
+                    return
+                try:
+                    text = await chat(session, self.url, questions[number], **self.asks[number].fields)
+                except (RuntimeError, aiohttp.ClientError, TimeoutError) as error:
+                    self.errors.append(f"{number}: {error!r}")
+                    continue
+                self.texts.setdefault(number, set()).add(text)
+                self.streams += 1
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(AT_ONCE):
+                tasks.create_task(work())
+
+
+async def kills(target: Server, asks: list[GuidedAsk], count: int, ranks: int) -> dict[str, Any]:
+    before = Answers(target.url, asks)
+    during = Answers(target.url, asks)
+    async with http() as session:
+        await before.run(session, iter(range(len(asks))))
+        replayed = (await counters(session, target.url))["requests_replayed"]
+        running = asyncio.create_task(during.run(session, itertools.cycle(range(len(asks)))))
+        victims = random.Random(1)
+        for number in range(count):
+            await asyncio.sleep(SETTLE_S)
+            struck = await strike(session, target.url, Case((victims.randrange(ranks),)))
+            beyond = {one["rank"]: one["incarnation"] for one in struck["sent"]}
+            await until_full(session, target.url, beyond=beyond)
+            print(f"\r{number + 1} kills, {during.streams} streams, {len(during.errors)} errors ", end="")
+        during.enough = True
+        await running
+        print()
+        replayed = (await counters(session, target.url))["requests_replayed"] - replayed
+    valid = [all(map(asks[number].valid, texts)) for number, texts in sorted(during.texts.items())]
+    same = [texts == before.texts[number] for number, texts in sorted(during.texts.items())]
+    return {
+        "requests": len(asks),
+        "kills": count,
+        "streams_during_kills": during.streams,
+        "streams_that_lost_their_rank": replayed,
+        "errors": (before.errors + during.errors)[:10],
+        "valid": sum(valid),
+        "identical": sum(same),
+        "valid_undisturbed": sum(
+            all(map(asks[number].valid, texts)) for number, texts in before.texts.items()
+        ),
+    }
+
+
+def endless(index: int) -> dict[str, Any]:
+    """Guided, and not done before `TOKENS`."""
+    schema = {"type": "array", "items": person(index), "minItems": 50}
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+async def speeds(target: Server, turns: int) -> dict[str, Any]:
+    """One turn of each before those that count."""
+    seen: dict[str, list[float]] = {"guided": [], "free": []}
+    async with http() as session:
+        for turn in range(turns + 1):
+            for kind in ("guided", "free") if turn % 2 else ("free", "guided"):
+                rate = await speed(session, target.url, guided=kind == "guided")
+                if turn:
+                    seen[kind].append(rate)
+    ratios = [guided / free for guided, free in zip(seen["guided"], seen["free"], strict=True)]
+    return {
+        "streams": AT_ONCE,
+        "tokens_each": TOKENS,
+        "guided_tokens_per_s": quartiles(seen["guided"], 0),
+        "free_tokens_per_s": quartiles(seen["free"], 0),
+        "guided_of_free": quartiles(ratios),
+    }
+
+
+async def speed(session: aiohttp.ClientSession, url: str, *, guided: bool) -> float:
+    """Tokens a second of `AT_ONCE` streams, sampled alike."""
+    questions = [problem.question for problem in held_out(AT_ONCE)]
+
+    async def one(number: int) -> int:
+        fields = endless(number % 8) if guided else {"ignore_eos": True}
+        body = {"model": "default", "messages": [{"role": "user", "content": questions[number]}]}
+        body |= {"max_tokens": TOKENS, "temperature": 1.0, "seed": number, **fields}
+        async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+            answer = await response.json()
+            if response.status != 200:
+                raise RuntimeError(answer)
+        tokens: int = answer["usage"]["completion_tokens"]
+        return tokens
+
+    began = time.monotonic()
+    tokens = await asyncio.gather(*(one(number) for number in range(AT_ONCE)))
+    assert set(tokens) == {TOKENS}, "all are as long"
+    return sum(tokens) / (time.monotonic() - began)
+
+
+async def measure(target: Server, options: argparse.Namespace) -> dict[str, Any]:
+    async with http() as session:
+        await until_full(session, target.url)
+    cost = await speeds(target, options.turns)
+    print(json.dumps(cost))
+    if not options.kills:
+        return {"cost": cost}
+    return {
+        "cost": cost,
+        "kills": await kills(target, guided_asks(options.streams), options.kills, options.ranks),
+    }
+
+
+def main() -> None:
+    parser = command_line(__doc__, "guided", ranks=8)
+    parser.add_argument("--streams", type=int, default=200, help="different requests (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=12, help="(default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=7, help="(default: %(default)s)")
+    options = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="guided-") as scratch,
+        server(["--ranks", str(options.ranks)], Path(scratch)) as target,
+    ):
+        result = asyncio.run(measure(target, options))
+    print(json.dumps(result, indent=1))
+    write_result(options.out, {"ranks": options.ranks, **result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Requests for text that follows a grammar, and whether an answer does: for tests and benches with kills."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tests.kit.schemas import is_valid
+
+_TAGS = ["red", "green", "blue", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedAsk:
+    """`fields` of a request, all but its messages; `valid` looks at the whole answer."""
+
+    fields: dict[str, Any]
+    valid: Callable[[str], bool]
+
+
+def guided_asks(count: int) -> list[GuidedAsk]:
+    """All different: half JSON, half patterns and choices, in turn; one in three greedy, the others sampled."""
+    kinds = (_json, _pattern, _json, _choice)
+    return [_sampled(kinds[index % 4](index), index) for index in range(count)]
+
+
+def person(index: int) -> dict[str, Any]:
+    """A schema with a list of one object or two; a text takes the bundled model 150 tokens or more."""
+    return {
+        "type": "object",
+        "properties": {
+            f"title_{index}": {"type": "string", "maxLength": 20},
+            "people": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": 2,
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "name": {"type": "string", "maxLength": 12},
+                        "age": {"type": "integer", "minimum": 0, "maximum": 120 + index},
+                        "tags": {"type": "array", "items": {"enum": _TAGS}, "minItems": 1, "maxItems": 4},
+                        "member": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+                    },
+                    "required": ["name", "age", "tags", "member"],
+                    "additionalProperties": False,
+                },
+            },
+        },
+        "required": [f"title_{index}", "people"],
+        "additionalProperties": False,
+    }
+
+
+def _json(index: int) -> GuidedAsk:
+    schema = person(index)
+    form = {"name": "people", "strict": True, "schema": schema}
+    fields = {"response_format": {"type": "json_schema", "json_schema": form}}
+    # Blanks are likely to a model that knows no JSON, and take their time.
+    return GuidedAsk({**fields, "guided_whitespace_pattern": " ?"}, partial(is_valid, schema=schema))
+
+
+def _pattern(index: int) -> GuidedAsk:
+    pattern = rf"({index}: [A-Z][a-z]{{2,9}} [0-9]{{2}}-[0-9]{{4}}(, [a-z]{{3,12}}){{2,6}}\.\n){{2}}"
+    return GuidedAsk({"regex": pattern}, lambda text: re.fullmatch(pattern, text) is not None)
+
+
+def _choice(index: int) -> GuidedAsk:
+    choices = [f"{index}. {word} " * 6 for word in ("perhaps", "certainly", "by no means")]
+    return GuidedAsk({"structured_outputs": {"choice": choices}}, lambda text: text in choices)
+
+
+def _sampled(ask: GuidedAsk, index: int) -> GuidedAsk:
+    how = {"temperature": 1.0, "seed": index} if index % 3 else {"temperature": 0.0}
+    return GuidedAsk({**ask.fields, **how, "max_tokens": 400}, ask.valid)
