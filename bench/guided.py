@@ -1,10 +1,10 @@
 """Text that follows a grammar while ranks are killed, and what guiding costs.
 
-    python -m bench.guided [--streams 200] [--kills 12] [--turns 7] [--out bench/results/guided.json]
+    python -m bench.guided [--streams 200] [--kills 12] [--turns 5] [--out bench/results/guided.json]
 
-First 64 streams of as many tokens each, guided and free in turns, on one server: tokens a second. Then every request
-once, undisturbed; and all of them again, until `--kills` ranks were killed one after the other and each has been
-answered at least once: is every answer valid, and the one from before?
+First 64 streams of as many tokens each, guided and free in turns, on one server: tokens a second, and processor time of
+all its processes for a token. Then every request once, undisturbed; and all of them again, until `--kills` ranks were
+killed one after the other and each has been answered at least once: is every answer valid, and the one from before?
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 from tests.kit.guided_asks import GuidedAsk, guided_asks, person
 from tests.kit.served import Server, chat, counters, http, server, until_full, write_result
 from train.problems import held_out
 
 from bench.kit.command_line import command_line
 from bench.kit.kills import Case, strike
+from bench.kit.load import cpu_seconds
 from bench.kit.sections import quartiles
 
 AT_ONCE = 64
@@ -110,19 +112,28 @@ def endless(index: int) -> dict[str, Any]:
 async def speeds(target: Server, turns: int) -> dict[str, Any]:
     """One turn of each before those that count."""
     seen: dict[str, list[float]] = {"guided": [], "free": []}
+    cpu: dict[str, list[float]] = {"guided": [], "free": []}
+    root = psutil.Process(target.process.pid)
     async with http() as session:
         for turn in range(turns + 1):
             for kind in ("guided", "free") if turn % 2 else ("free", "guided"):
+                before, _ = cpu_seconds(root)
                 rate = await speed(session, target.url, guided=kind == "guided")
+                after, _ = cpu_seconds(root)
                 if turn:
                     seen[kind].append(rate)
+                    cpu[kind].append(1000 * (after - before) / (AT_ONCE * TOKENS))
     ratios = [guided / free for guided, free in zip(seen["guided"], seen["free"], strict=True)]
+    processor = [free / guided for guided, free in zip(cpu["guided"], cpu["free"], strict=True)]
     return {
         "streams": AT_ONCE,
         "tokens_each": TOKENS,
         "guided_tokens_per_s": quartiles(seen["guided"], 0),
         "free_tokens_per_s": quartiles(seen["free"], 0),
         "guided_of_free": quartiles(ratios),
+        "guided_processor_ms_a_token": quartiles(cpu["guided"]),
+        "free_processor_ms_a_token": quartiles(cpu["free"]),
+        "guided_of_free_by_processor_time": quartiles(processor),
     }
 
 
@@ -132,8 +143,9 @@ async def speed(session: aiohttp.ClientSession, url: str, *, guided: bool) -> fl
 
     async def one(number: int) -> int:
         fields = endless(number % 8) if guided else {"ignore_eos": True}
-        body = {"model": "default", "messages": [{"role": "user", "content": questions[number]}]}
-        body |= {"max_tokens": TOKENS, "temperature": 1.0, "seed": number, **fields}
+        messages = [{"role": "user", "content": questions[number]}]
+        how = {"model": "default", "max_tokens": TOKENS, "temperature": 1.0, "seed": number}
+        body: dict[str, Any] = {"messages": messages, **how, **fields}
         async with session.post(f"{url}/v1/chat/completions", json=body) as response:
             answer = await response.json()
             if response.status != 200:
@@ -150,21 +162,20 @@ async def speed(session: aiohttp.ClientSession, url: str, *, guided: bool) -> fl
 async def measure(target: Server, options: argparse.Namespace) -> dict[str, Any]:
     async with http() as session:
         await until_full(session, target.url)
-    cost = await speeds(target, options.turns)
-    print(json.dumps(cost))
-    if not options.kills:
-        return {"cost": cost}
-    return {
-        "cost": cost,
-        "kills": await kills(target, guided_asks(options.streams), options.kills, options.ranks),
-    }
+    result: dict[str, Any] = {}
+    if options.turns:
+        result["cost"] = await speeds(target, options.turns)
+    if options.kills:
+        asks = guided_asks(options.streams)
+        result["kills"] = await kills(target, asks, options.kills, options.ranks)
+    return result
 
 
 def main() -> None:
     parser = command_line(__doc__, "guided", ranks=8)
     parser.add_argument("--streams", type=int, default=200, help="different requests (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=12, help="(default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="(default: %(default)s)")
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="guided-") as scratch,

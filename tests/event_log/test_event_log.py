@@ -35,7 +35,17 @@ from elastic_ep.machines.requests.prefixes import marks_of
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.replay import DIFFERS, SAME, UNREADABLE, main
 from elastic_ep.run import parse
-from elastic_ep.wire.messages import Bias, Cached, FailureCode, Member, SamplingParams, Token, TopLogprob
+from elastic_ep.wire.messages import (
+    Bias,
+    Cached,
+    FailureCode,
+    Grammar,
+    GrammarKind,
+    Member,
+    SamplingParams,
+    Token,
+    TopLogprob,
+)  # fmt: skip
 from elastic_ep.wire.privacy import MAX_BLANK, blanks, expanded, masked
 
 CONFIG = ev.RoutingConfig(2, max_queued=4, request_timeout_ms=900, num_pages=30)
@@ -78,6 +88,7 @@ def _next(
             logprobs=1,
             allowed_token_ids=few,
             logit_bias=(Bias(SECRET, 1.5),),
+            grammar=choose.choice((None, Grammar(GrammarKind.REGEX, f"{SECRET}+"))),
         )
         marks = tuple(choose.choice((1, 2)) * 100 + depth for depth in range(marks_of(length, 16)))
         request = ev.NewRequest(next(numbers), (SECRET,) * length, params, SECRET, 0, marks)
@@ -116,6 +127,8 @@ def rewritten(event: ev.Event, token: Callable[[], int]) -> ev.Event:
             allowed = tuple(token() for _ in request.params.allowed_token_ids)
             bias = tuple(Bias(token(), float(token())) for _ in range(token() % 3))
             params = replace(request.params, stop_token_ids=stops, allowed_token_ids=allowed, logit_bias=bias)
+            if params.grammar is not None:
+                params = replace(params, grammar=replace(params.grammar, text="x" * (token() % 9)))
             return replace(event, request=replace(request, prompt=prompt, params=params, seed=token()))
         case ev.TokensCommitted(tokens=tokens):
             others = [

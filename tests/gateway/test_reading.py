@@ -210,10 +210,12 @@ async def test_a_process_that_was_killed_between_two_bodies_is_replaced(worker: 
     assert isinstance(await worker.read("tokenize", prompt("Anna")), bytes)
 
 
+@pytest.mark.parametrize("limit", ["MAX_WAITING", "MAX_WAITING_SHORT"])
 async def test_bodies_are_read_in_order_and_too_many_are_refused(
-    worker: TextWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: TextWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(text_worker, "MAX_WAITING", 4)
+    monkeypatch.setattr(text_worker, "SHORT_BYTES", 0)
+    monkeypatch.setattr(text_worker, limit, 4)
     held = await Held(worker, tmp_path / "held").begun()
     done: list[int] = []
 

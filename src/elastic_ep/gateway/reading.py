@@ -17,10 +17,10 @@ from elastic_ep.gateway.guided import asks_for_grammar
 from elastic_ep.gateway.jobs import Job, JobReader, Previous
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
-from elastic_ep.gateway.text_worker import Found, TextWorker
+from elastic_ep.gateway.text_worker import SHORT_BYTES, Found, TextWorker
 from elastic_ep.gateway.turns import Turns
 
-INLINE_BYTES = 8192
+INLINE_BYTES = SHORT_BYTES
 """A body of so many bytes takes a few milliseconds. HAZARD: work that a small body can make long (a template of the
 client's own, a pattern to compile) does not belong on the event loop either: see `_may_take_long`."""
 

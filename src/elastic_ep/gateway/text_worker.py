@@ -26,8 +26,11 @@ from elastic_ep.host import life_line
 
 Found = Job | bytes | Previous
 LENGTH = struct.Struct("!Q")
+SHORT_BYTES = 8192
 MAX_WAITING = 64
-"""Bodies in line, the one being read included: what they take of memory is so many times the largest body."""
+"""Longer bodies in line, the one being read included: what they take of memory is so many times the largest body."""
+MAX_WAITING_SHORT = 1024
+"""Bodies in line of any length: short ones are there for a grammar or a template, and take milliseconds each."""
 WAIT_S = 60.0
 """In line; then 429."""
 READ_S = 60.0
@@ -140,6 +143,8 @@ class TextWorker:
         self._turn = asyncio.Lock()
         self.waiting = 0
         """Bodies in line, the one being read included."""
+        self._long = 0
+        """Of these, longer ones."""
 
     @property
     def pid(self) -> int | None:
@@ -158,9 +163,11 @@ class TextWorker:
 
     async def read(self, task: str, raw: bytes, before: str | None = None) -> Found:
         """Raises `ApiError`, and `Busy` when too many wait or this one has waited too long."""
-        if self.waiting >= MAX_WAITING:
+        long = len(raw) > SHORT_BYTES
+        if self.waiting >= MAX_WAITING_SHORT or (long and self._long >= MAX_WAITING):
             raise Busy(RETRY_AFTER_S)
         self.waiting += 1
+        self._long += long
         try:
             try:
                 async with asyncio.timeout(WAIT_S):
@@ -173,6 +180,7 @@ class TextWorker:
                 self._turn.release()
         finally:
             self.waiting -= 1
+            self._long -= long
 
     async def _read(self, task: str, raw: bytes, before: str | None = None) -> Found:
         work = asyncio.ensure_future(self._twice(task, raw, before))

@@ -14,6 +14,7 @@ from elastic_ep.engine.ops_cuda.draws import Drawn, Draws
 from elastic_ep.engine.ops_cuda.memory import Budget
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.engine.scheduler import Sequence
+from elastic_ep.guided.masks import MaskMaker
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Weights, dummy_source
@@ -32,6 +33,7 @@ def cuda_runner(
     *,
     graphs: bool = False,
     budget: Budget | None = None,
+    masks: MaskMaker | None = None,
 ) -> tuple[CudaRunner, SoloDeviceExchange]:
     placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
     weights = Weights(spec, placement, 0, dummy_source(spec, 0), device, dtype)
@@ -39,7 +41,9 @@ def cuda_runner(
     limits = limits or EngineLimits(
         max_model_len=100, max_num_seqs=4, max_num_batched_tokens=24, num_pages=40
     )
-    runner = CudaRunner(limits, weights, placement, 0, exchange, tile=4, graphs=graphs, budget=budget)
+    runner = CudaRunner(
+        limits, weights, placement, 0, exchange, tile=4, graphs=graphs, budget=budget, masks=masks
+    )
     return runner, exchange
 
 

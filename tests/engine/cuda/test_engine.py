@@ -6,6 +6,7 @@ On a processor there are no graphs: what a graph captures, the step's body, is w
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cpu.runner import ModelRunner
 from elastic_ep.engine.ops_cuda.memory import Share
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
+from elastic_ep.guided import grammars
 from elastic_ep.models import mixtral, olmoe, registry
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import launch_placement
@@ -26,6 +28,7 @@ from elastic_ep.wire.messages import Token
 from tests.engine import test_invariance
 from tests.engine.cuda.conftest import INTERPRETED
 from tests.engine.cuda.solo import Logits, cuda_runner, recorded
+from tests.engine.guided import END, mask_maker, opened, text
 from tests.engine.solo import TINY, TINY_CONFIG, SoloExchange, assign, drain, ids
 from tests.kit.solo_exchange import SoloDeviceExchange
 
@@ -110,6 +113,26 @@ def test_neighbours_chunking_and_replay_change_no_bit(device: torch.device) -> N
     assert len(compared) == NEW - 2
     for key in compared:
         assert torch.equal(seen[key], alone[key]), key
+
+
+def test_a_guided_text_beside_a_free_one(device: torch.device) -> None:
+    """The second step is poisoned: its masks are computed again, too."""
+    maker = mask_maker()
+    runner, exchange = cuda_runner(device, masks=maker)
+    runner.add(assign(1, SHORT, ignore_eos=False, grammar=grammars.regex("[ab]2")))
+    runner.add(assign(2, SHORT, max_tokens=2, temperature=1.0))
+    opened(runner)
+    seen: dict[int, list[int]] = {}
+    for step in range(10):
+        if not runner.has_work:
+            break
+        if step == 1:
+            exchange.poison, exchange.garbage = frozenset({3}), True
+        for token in runner.run_step(step, schedule=True).tokens:
+            seen.setdefault(token.request_id, []).append(token.token)
+    maker.close()
+    assert re.fullmatch("[ab]2", text(seen[1]))
+    assert (len(seen[1]), seen[1][-1], len(seen[2])) == (3, END, 2)
 
 
 def run_through(

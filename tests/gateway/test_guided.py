@@ -1,0 +1,162 @@
+"""The fields that ask for a grammar: what they become, what is refused and in which words."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from elastic_ep.gateway.guided import GrammarReader
+from elastic_ep.gateway.jobs import JobReader
+from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
+from elastic_ep.guided import grammars
+from elastic_ep.wire.messages import Grammar
+from tests.gateway.conftest import Running, Start, settings
+from tests.gateway.fakes import MODEL, sample_text
+
+pytestmark = pytest.mark.anyio
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+EBNF = 'root ::= "yes" | "no"'
+
+
+def grammar_of(
+    text: ChatTokenizer | None = None, changes: dict[str, Any] | None = None, **fields: Any
+) -> Any:
+    reader = JobReader(settings(**(changes or {})), text or sample_text())
+    return reader.completion({"prompt": "x", **fields}).parts[0].params.grammar
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, grammars.json_object()),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
+            grammars.json_schema(SCHEMA),
+        ),
+        ({"structured_outputs": {}}, None),
+        ({"structured_outputs": {"json": SCHEMA}}, grammars.json_schema(SCHEMA)),
+        ({"structured_outputs": {"json_object": True}}, grammars.json_object()),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}},
+            grammars.json_schema(SCHEMA, compact=True),
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?"}},
+            grammars.json_schema(SCHEMA, whitespace=" ?"),
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, grammars.regex("a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, grammars.choice(["a", "b"])),
+        ({"structured_outputs": {"grammar": EBNF}}, grammars.ebnf(EBNF)),
+        ({"guided_json": json.dumps(SCHEMA)}, grammars.json_schema(SCHEMA)),
+        ({"guided_json": True}, grammars.json_schema(True)),
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": ""}, grammars.json_schema(SCHEMA, whitespace="")),
+        ({"guided_regex": "a+", "guided_decoding_backend": "auto"}, grammars.regex("a+")),
+        ({"guided_choice": ["a"]}, grammars.choice(["a"])),
+        ({"guided_grammar": 'start: "a"'}, grammars.lark('start: "a"')),
+        ({"json_schema": SCHEMA}, grammars.json_schema(SCHEMA)),
+        ({"json_schema": "", "regex": "", "guided_choice": []}, None),
+        ({"regex": "a+"}, grammars.regex("a+")),
+        ({"ebnf": EBNF}, grammars.ebnf(EBNF)),
+    ],
+)  # fmt: skip
+def test_every_name_for_a_grammar(fields: dict[str, Any], grammar: Grammar | None) -> None:
+    assert grammar_of(**fields) == grammar
+
+
+async def refused(running: Running, path: str = "/v1/completions", **fields: Any) -> tuple[str, str, str]:
+    asked = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    async with running.http.post(running.url + path, json=asked | fields) as response:
+        assert response.status == 400
+        error = (await response.json())["error"]
+    assert not running.backend.submitted
+    return error["param"], error["code"], error["message"]
+
+
+async def test_what_is_refused_names_the_field_and_the_place(start: Start) -> None:
+    running = await start()
+    wrong = {"type": "object", "properties": {"a": {"type": "number", "oneOff": 1}, "b": {"type": "str"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": wrong}}
+    param, code, message = await refused(running, "/v1/chat/completions", response_format=form)
+    assert (param, code) == ("response_format.json_schema.schema.properties.b", "invalid_grammar")
+    assert "str" in message
+    assert running.worker.pid, "a process of its own has compiled it"
+
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"regex": "a("}, "regex", "character 2"),
+        ({"guided_json": "{"}, "guided_json", "not JSON"),
+        ({"ebnf": "root = x"}, "ebnf", "line 1"),
+        (
+            {"structured_outputs": {"grammar": 'start: "a" b'}},
+            "structured_outputs.grammar",
+            "line 1, column 8",
+        ),
+        ({"structured_outputs": {"json": {"uniqueItems": True}}}, "structured_outputs.json", "uniqueItems"),
+        ({"regex": "a" * 70_000}, "regex", "65536"),
+        ({"guided_json": 7}, "guided_json", "must be an object"),
+        ({"guided_json": {"x-guidance": {}}}, "guided_json.x-guidance", "not taken"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type", "must be"),
+        ({"response_format": {"type": "json_object", "of": 1}}, "response_format.of", "not known"),
+        ({"regex": "a", "guided_choice": ["a"]}, "regex", "together with 'guided_choice'"),
+        (
+            {"regex": "a", "guided_whitespace_pattern": " "},
+            "guided_whitespace_pattern",
+            "needs 'guided_json'",
+        ),
+        ({"guided_json": {}, "guided_whitespace_pattern": "("}, "guided_json", "unclosed"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos", "with a grammar"),
+        ({"regex": "a", "allowed_token_ids": [5]}, "allowed_token_ids", "with a grammar"),
+    ]
+    for fields, field, said in cases:
+        param, _, message = await refused(running, **fields)
+        assert (param, said in message) == (field, True), (fields, param, message)
+
+
+async def test_many_small_bodies_with_grammars_wait_for_their_turn(start: Start) -> None:
+    """More than may of large ones."""
+    running = await start()
+
+    async def one(number: int) -> int:
+        body = {"prompt": "x", "regex": f"a{{{number + 1}}}"}
+        async with running.http.post(f"{running.url}/v1/completions", json=body) as response:
+            return response.status
+
+    assert set(await asyncio.gather(*map(one, range(70)))) == {200}
+
+
+@pytest.mark.holds_the_loop("the official client makes a type for what it is to parse")
+async def test_the_official_client_parses_into_a_model(start: Start) -> None:
+    running = await start()
+
+    class Answer(BaseModel):
+        a: int
+
+    async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="x") as client:
+        with pytest.raises(ValueError, match="JSON"):  # what the fake engine says is none
+            await client.chat.completions.parse(
+                model=MODEL, messages=[{"role": "user", "content": "x"}], response_format=Answer
+            )
+    (submitted,) = running.backend.submitted
+    grammar = submitted.params.grammar
+    assert grammar is not None
+    assert json.loads(grammar.text)["required"] == ["a"]
+
+
+@pytest.mark.parametrize("changes", [{"model_eos_token_ids": ()}, {"model_eos_token_ids": (700,)}])
+def test_a_model_without_an_end_cannot_be_guided(changes: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="no token is known to end"):
+        grammar_of(changes=changes, regex="a")
+
+
+def test_nothing_is_compiled_before_a_grammar_comes() -> None:
+    reader = GrammarReader(ApiSettings("x", 64, 512, "0"), sample_text())
+    assert "_checker" not in vars(reader)

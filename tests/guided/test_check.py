@@ -1,0 +1,111 @@
+"""What is refused, and where in it the fault is said to be."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+
+from elastic_ep.guided import check, grammars
+from elastic_ep.guided.check import GrammarChecker
+from elastic_ep.guided.grammars import BadGrammar
+from elastic_ep.wire.messages import Grammar, GrammarKind
+from tests.guided.test_text import TAG, VOCABULARY, by_trying
+
+
+@cache
+def checker() -> GrammarChecker:
+    return GrammarChecker(VOCABULARY)
+
+
+def fault(grammar: Grammar) -> BadGrammar:
+    with pytest.raises(BadGrammar) as raised:
+        checker().check(grammar)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("schema", "place", "said"),
+    [
+        ({"properties": {"a": {"type": "text"}}}, ".properties.a", "type: text"),
+        ({"items": {"anyOf": [{}, {"not": {}}]}}, ".items.anyOf[1]", '["not"]'),
+        ({"properties": {"a": {"pattern": "x(", "type": "string"}}}, ".properties.a", "character 2 of the pattern"),
+        ({"$ref": "#/$defs/b"}, "", "/$defs/b"),
+        ({"$defs": {"b": {"type": 7}}, "properties": {"c": {"$ref": "#/$defs/b"}}}, ".properties.c", "type"),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "", "'a' is unsatisfiable"),
+        (False, "", "Unsatisfiable"),
+    ],
+)  # fmt: skip
+def test_the_part_of_a_schema_that_is_wrong(schema: Any, place: str, said: str) -> None:
+    error = fault(grammars.json_schema(schema))
+    assert (error.place, said in str(error)) == (place, True), (error.place, str(error))
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [("ab(c", "unclosed group, at character 3"), ("a(?=b)", "look-around.*character 2"), ("(a)\\1", "character 4")],
+)  # fmt: skip
+def test_the_character_of_a_pattern_that_is_wrong(pattern: str, said: str) -> None:
+    assert re.search(said, str(fault(grammars.regex(pattern))))
+
+
+def test_the_line_of_a_grammar_that_is_wrong() -> None:
+    assert re.search(
+        "unknown name.*at line 2, column 4", str(fault(grammars.lark('start: a\na: "x" nobody')))
+    )
+    with pytest.raises(BadGrammar, match="Rule 'b' not found"):
+        grammars.ebnf('root ::= "a" b')
+    with pytest.raises(BadGrammar, match="line 1"):
+        grammars.ebnf("root = x")
+
+
+@pytest.mark.parametrize("text", ['start: start "a"', "start: X\nX: /x/ & /y/"])
+def test_what_no_text_follows_is_refused(text: str) -> None:
+    assert "leaves no text" in str(fault(grammars.lark(text)))
+
+
+def test_options_are_not_taken_from_clients() -> None:
+    for text in ('%llguidance {"no_forcing": false}\nstart: "a"', 'start: "a"\n  %llguidance { "x": 1 }'):
+        with pytest.raises(BadGrammar, match="options"):
+            grammars.ebnf(text)
+    with pytest.raises(BadGrammar) as raised:
+        grammars.json_schema({"x-guidance": {"lenient": True}})
+    assert raised.value.place == ".x-guidance"
+
+
+def test_a_grammar_has_a_size_and_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadGrammar, match="70000 characters"):
+        grammars.regex("a" * 70_000)
+    with pytest.raises(BadGrammar, match="rules"):
+        grammars.ebnf("".join(f'r{index} ::= "a"\n' for index in range(501)))
+    monkeypatch.setattr(check, "MAX_CPU_S", 0.0)
+    with pytest.raises(BadGrammar, match="too long"):
+        GrammarChecker(VOCABULARY).check(grammars.regex("abc"))
+
+
+def test_what_was_checked_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = grammars.regex("remembered"), grammars.regex("(")
+    checker().check(good)
+    first = fault(bad)
+    monkeypatch.setattr(checker(), "_fault", lambda grammar: pytest.fail("compiled again"))
+    checker().check(good)
+    assert str(fault(bad)) == str(first)
+
+
+def test_fixed_and_free_parts_make_a_rule() -> None:
+    special = {"<tag>": TAG}
+    call = (
+        f"{grammars.literal('<tag>{', special)} {grammars.json_rule({'enum': [12]})} {grammars.literal('}')}"
+    )
+    grammar = Grammar(GrammarKind.LARK, f"start: ({call})+")
+    checker().check(grammar)
+    at = {byte: 3 + byte for byte in range(256)}
+    tokens = [TAG, at[ord("{")], at[ord("1")], at[ord("2")], at[ord("}")]]
+    for end, token in enumerate(tokens):
+        assert token in by_trying(grammar, tokens[:end])
+    assert by_trying(grammar, tokens) == [0, TAG], "it may end, or another call begins"
+    assert json.loads(grammars.choice(["é"]).text) == ["é"]
