@@ -60,6 +60,7 @@ _EQUIVALENT = {
     "--log-level": "--log-level-http --uvicorn-log-level --verbosity",
     "--stop-deadline, in seconds": "--shutdown-timeout",
     "--log-dir": "--crash-dump-folder",
+    "--admin-key": "--admin-api-key",
 }
 _SWITCHED_ON = {
     "experts are always spread over the ranks": "--enable-expert-parallel -ep --enable-ep-moe",
@@ -184,7 +185,7 @@ _VALUES = {
     "cannot be honoured: it is not implemented": (
         "--otlp-traces-endpoint --collect-detailed-traces --logits-processors --logits-processor-pattern "
         "--worker-extension-cls --worker-cls=auto --scheduler-cls --additional-config --log-config-file "
-        "--max-log-len --log-requests-level --decode-log-interval --config --admin-api-key --file-storage-path "
+        "--max-log-len --log-requests-level --decode-log-interval --config --file-storage-path "
         "--weight-transfer-config --profiler-config --warmups --base-gpu-id=0 --gpu-id-step=1 "
         "--max-num-partial-prefills=1 --max-long-partial-prefills --long-prefill-token-threshold=0 --eplb-algorithm "
         "--init-expert-location=trivial --ep-dispatch-algorithm --expert-distribution-recorder-mode "

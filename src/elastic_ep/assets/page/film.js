@@ -295,8 +295,10 @@ class Film {
       moves.forEach((move, number) => {
         const x = this.place(Math.max(move[0], this.a)), next = moves[number + 1];
         const end = this.place(Math.min(next ? next[0] : this.b, this.b));
+        context.globalAlpha = move[2] === "Serving" ? .6 : 1;  // what is as it should be stays behind what is not
         context.fillStyle = EEP.color(move[2]);
         context.fillRect(x, y + 1, Math.max(end - x, move[2] === "Failed" ? 3 : .6), lane - 3);
+        context.globalAlpha = 1;
       });
       for (const mark of this.scene.marks) {
         if (mark[2] !== rank || mark[1] !== "mask") continue;
