@@ -38,7 +38,7 @@ REFUSED = """
     --is-embedding | --runner pooling | --limit-mm-per-prompt {} | --swap-space 4 | --cpu-offload-gb 8
     --kv-transfer-config {} | --disaggregation-mode prefill | --stream-interval 8 | --max-logprobs 50
     --guided-decoding-backend xgrammar | --grammar-backend xgrammar | --structured-outputs-config {}
-    --log-requests | --enable-log-requests | --otlp-traces-endpoint x | --eplb-config {} | --num-redundant-experts 4
+    --log-requests | --enable-log-requests | --collect-detailed-traces x | --eplb-config {} | --num-redundant-experts 4
     --max-queued-requests 5 | --served-model-name
 """
 """As users of vLLM 0.33 and SGLang 0.5.23 write them; nobody's table but this test's."""

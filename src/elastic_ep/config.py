@@ -228,6 +228,8 @@ class ServeConfig:
         choices=tuple(EventLogMode))
     event_log_max_mb: int = _flag(1024,
         "what a run's event log may take on the disk; its oldest part is deleted. 0: no limit", within=(0, 1 << 30))
+    otlp_traces_endpoint: str | None = _flag(None,
+        "URL to which a span of each request goes, by OTLP over HTTP; needs the extra otel")
     log_level: str = _flag(LogConfig().level, "of the lines on stderr, of all processes",
         choices=LOG_LEVELS)
     log_format: str = _flag(LogConfig().format, "json: one object a line", choices=("console", "json"))

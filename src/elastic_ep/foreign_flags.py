@@ -183,7 +183,7 @@ _VALUES = {
         "--mm-processor-kwargs --media-io-kwargs --allowed-local-media-path --mm-attention-backend"
     ),
     "cannot be honoured: it is not implemented": (
-        "--otlp-traces-endpoint --collect-detailed-traces --logits-processors --logits-processor-pattern "
+        "--collect-detailed-traces --logits-processors --logits-processor-pattern "
         "--worker-extension-cls --worker-cls=auto --scheduler-cls --additional-config --log-config-file "
         "--max-log-len --log-requests-level --decode-log-interval --config --file-storage-path "
         "--weight-transfer-config --profiler-config --warmups --base-gpu-id=0 --gpu-id-step=1 "

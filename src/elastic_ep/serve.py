@@ -39,6 +39,7 @@ from elastic_ep.gateway.page.films import Films
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.router import Router
 from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.gateway.traces import Traces, TracesUnavailable, to_endpoint
 from elastic_ep.group.clock import Clock
 from elastic_ep.group.controller import Controller
 from elastic_ep.group.display import LaunchDisplay
@@ -145,6 +146,7 @@ class RunProcess:
         self._config = plan.config
         self._metrics = Metrics()
         self._api_settings = self._make_api_settings()
+        self._traces = _traces(self._config, self._plan.name)
         prepare(self._api_settings)
         self._stop_signals = 0
         self._fork_error: str | None = None
@@ -423,7 +425,7 @@ class RunProcess:
         backend = GroupBackend(parts.controller, parts.router, parts.rebalancer, self._metrics)
         films = None if self._log.path is None else partial(Films, self._log.path.parent.resolve())
         text, load_text = self._plan.text, self._plan.load_text
-        return create_app(backend, self._api_settings, text, self._metrics, load_text, films)
+        return create_app(backend, self._api_settings, text, self._metrics, load_text, films, self._traces)
 
     async def _listen(self, app: web.Application) -> HttpServer:
         try:
@@ -461,6 +463,15 @@ def _admin_key(config: ServeConfig) -> str | None:
     if not key or not key.isprintable():
         raise ConfigError(f"--admin-key-file {config.admin_key_file} has no key: a line of text is one")
     return key
+
+
+def _traces(config: ServeConfig, model_name: str) -> Traces | None:
+    """Raises `ConfigError`."""
+    endpoint = config.otlp_traces_endpoint
+    try:
+        return None if endpoint is None else to_endpoint(endpoint, model_name, version())
+    except TracesUnavailable as error:
+        raise ConfigError(f"--otlp-traces-endpoint {endpoint}: {error}") from error
 
 
 def version() -> str:

@@ -116,6 +116,7 @@ class FakeStream:
         self.failure: Failure | None = None
         self.cached_tokens = cached_tokens
         self.assigned_s: float | None = time.monotonic()
+        self.moved_s: tuple[float, ...] = ()
 
     def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]:
         return self

@@ -100,6 +100,26 @@ async def test_a_stream_gives_what_is_ready_and_ends() -> None:
     assert rig.router.running == 0
 
 
+async def test_a_stream_knows_when_ranks_were_given_it() -> None:
+    rig = Rig()
+    stream = rig.submit()
+    seen = [stream.assigned_s]
+    rig.router.handle(ev.RankUp(A))
+    rig.commit(A, Token(0, 0, 10))
+    rig.router.handle(ev.RankDown(A, "died"))
+    assert stream.moved_s == ()  # nobody has it
+    seen.append(stream.assigned_s)
+    for member in (B, Member(0, 2)):
+        rig.router.handle(ev.RankUp(member))
+        rig.router.handle(ev.RankDown(member, "died"))
+    before, first, last = *seen, stream.assigned_s
+    assert before is None
+    assert first is not None
+    assert first == last
+    assert len(stream.moved_s) == 2
+    assert first <= stream.moved_s[0] <= stream.moved_s[1]
+
+
 async def test_a_waiting_consumer_wakes() -> None:
     rig = Rig()
     rig.router.handle(ev.RankUp(A))

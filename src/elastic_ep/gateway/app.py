@@ -25,6 +25,7 @@ from elastic_ep.gateway.serving import Serving
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
+from elastic_ep.gateway.traces import Traces
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend
 
@@ -43,24 +44,29 @@ def create_app(
     metrics: Metrics,
     load_text: Callable[[], ChatTokenizer],
     films: Callable[[], Films] | None = None,
+    traces: Traces | None = None,
 ) -> web.Application:
     """The application. Serve it with `serve`, or a runner with `handler_cancellation=True`: without it
     aiohttp lets handlers run on after their client has gone.
 
     `load_text`, which must be picklable, makes the like of `text` in the process that reads large bodies. That one is
     started by the first large body, or by `app[READING].worker.warm()`. `films`: of what the page shows them; None: of
-    nothing.
+    nothing. `traces` hear of every choice that has ended.
     """
     middlewares = [error_middleware(metrics.http_error), settings.cors.middleware(), _plain_bodies]
     if settings.api_keys or settings.admin_key:
         middlewares.append(_key_middleware(settings.api_keys, settings.admin_key))
+    if traces is not None:
+        middlewares.append(traces.middleware())
     metrics.known_as(settings.model_name)
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.on_response_prepare.append(send_request_id)
     app.on_response_prepare.append(settings.cors.send_headers)
     reading = app[READING] = Reading(BodyReader(settings, text), TextWorker(WorkerSetup(settings, load_text)))
     app.on_cleanup.append(_close_worker)
-    serving = Serving(backend, text, metrics)
+    if traces is not None:
+        app.cleanup_ctx.append(traces.life)
+    serving = Serving(backend, text, metrics, traces)
     app.add_routes(OpenAiHandlers(serving, settings, reading).routes())
     responses = ResponsesHandlers(serving, settings, reading)
     app.add_routes(responses.routes())

@@ -112,7 +112,9 @@ class Clock:
             self._first = now
         self._last = now
 
-    def finished(self, reason: str, stream: Stream, prompt: int, generated: int, max_tokens: int) -> None:
+    def finished(
+        self, reason: str, stream: Stream, prompt: int, generated: int, max_tokens: int
+    ) -> ChoiceLife:
         """The choice has ended; lengths are tokens."""
         given_s = stream.assigned_s
         life = ChoiceLife(
@@ -124,8 +126,10 @@ class Clock:
             prompt=prompt,
             generated=generated,
             max_tokens=max_tokens,
+            moved_s=stream.moved_s,
         )
         self._metrics.finished(reason, life)
+        return life
 
 
 async def submit(backend: Backend, job: Job) -> list[Stream]:

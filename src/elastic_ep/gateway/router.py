@@ -32,16 +32,9 @@ class RoutedStream:
     """
 
     __slots__ = (
-        "_cancel",
-        "_ended",
-        "_ready",
-        "_refusal",
-        "_wake",
-        "assigned_s",
-        "cached_tokens",
-        "failure",
-        "request_id",
-    )
+        "_cancel", "_ended", "_ready", "_refusal", "_wake", "assigned_s", "cached_tokens", "failure",
+        "moved_s", "request_id",
+    )  # fmt: skip
 
     def __init__(self, request_id: int, cancel: Callable[[int], None]) -> None:
         self.request_id = request_id
@@ -53,6 +46,7 @@ class RoutedStream:
         self.failure: Failure | None = None
         self.cached_tokens = 0
         self.assigned_s: float | None = None
+        self.moved_s: tuple[float, ...] = ()
 
     def __aiter__(self) -> RoutedStream:
         return self
@@ -77,6 +71,13 @@ class RoutedStream:
     def _deliver(self, tokens: tuple[Token, ...]) -> None:
         self._ready.extend(tokens)
         self._rouse()
+
+    def _given_to_a_rank(self) -> None:
+        now_s = time.monotonic()
+        if self.assigned_s is None:
+            self.assigned_s = now_s
+        else:
+            self.moved_s = (*self.moved_s, now_s)
 
     def _end(self, failure: Failure | None = None) -> None:
         self._ended = True
@@ -172,7 +173,7 @@ class Router:
                 case ev.Send(member, message):
                     self._send(member, message)
                     if type(message) is Assign and (stream := self._streams.get(message.request_id)):
-                        stream.assigned_s = stream.assigned_s or time.monotonic()
+                        stream._given_to_a_rank()
                 case ev.FromCache(request_id, count):
                     if stream := self._streams.get(request_id):
                         stream.cached_tokens = count

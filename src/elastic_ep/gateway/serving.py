@@ -18,6 +18,7 @@ from elastic_ep.gateway.message import Message
 from elastic_ep.gateway.parsers.base import Delta
 from elastic_ep.gateway.shapes import Usage
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
+from elastic_ep.gateway.traces import Traces
 from elastic_ep.gateway.turns import Turns
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend, Failure, Stream
@@ -42,7 +43,7 @@ class Run:
     clock: Clock
     part: Part
     output: Output
-    metrics: Metrics
+    traces: Traces | None
 
     async def texts(self) -> AsyncIterator[str]:
         """What may be shown, piece by piece, until the end; a piece may be empty."""
@@ -67,7 +68,9 @@ class Run:
         finish = self.reader.finish
         self.stream.cancel()
         lengths = (len(self.part.prompt), self.reader.generated, self.part.params.max_tokens)
-        self.clock.finished(finish or "abort", self.stream, *lengths)
+        life = self.clock.finished(finish or "abort", self.stream, *lengths)
+        if self.traces is not None:
+            self.traces.ended(finish or "abort", life)
         if finish is None or finish == "abort":
             raise failed(self.stream.failure or Failure(FailureCode.ABORTED, "the reason is unknown"))
         return finish
@@ -76,10 +79,13 @@ class Run:
 class Serving:
     """Submits jobs and follows them."""
 
-    def __init__(self, backend: Backend, text: ChatTokenizer, metrics: Metrics) -> None:
+    def __init__(
+        self, backend: Backend, text: ChatTokenizer, metrics: Metrics, traces: Traces | None = None
+    ) -> None:
         self._backend = backend
         self._text = text
         self._unknown = UnknownNames()
+        self._traces = traces
         self.metrics = metrics
         self.turns = Turns()
 
@@ -116,7 +122,7 @@ class Serving:
     def _run(self, job: Job, index: int, stream: Stream, started: float) -> Run:
         part = job.parts[index // job.n]
         reader = ChoiceReader(self._text, job.output, part.prompt)
-        return Run(index, stream, reader, Clock(self.metrics, started), part, job.output, self.metrics)
+        return Run(index, stream, reader, Clock(self.metrics, started), part, job.output, self._traces)
 
     def stream_failed(self, request: web.Request, error: Exception) -> ApiError:
         """What a client is told within a stream: its status line is long gone."""

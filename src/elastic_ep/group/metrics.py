@@ -90,7 +90,7 @@ class Flow(NamedTuple):
 class ChoiceLife:
     """Of a choice that has ended. Times are `time.monotonic()`, and None where it did not get so far; lengths are tokens.
 
-    `queued_s`: how long after `started_s` a rank had it.
+    `queued_s`: how long after `started_s` a rank had it; `moved_s`: when it was given to another one.
     """
 
     started_s: float
@@ -101,6 +101,7 @@ class ChoiceLife:
     prompt: int
     generated: int
     max_tokens: int
+    moved_s: tuple[float, ...] = ()
 
 
 class Metrics:

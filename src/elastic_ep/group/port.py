@@ -280,6 +280,11 @@ class Stream(Protocol):
         ...
 
     @property
+    def moved_s(self) -> tuple[float, ...]:
+        """When others were given it afterwards."""
+        ...
+
+    @property
     def cached_tokens(self) -> int:
         """Tokens of the prompt that did not have to be computed. Known when there is a token."""
         ...
