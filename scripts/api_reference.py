@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from elastic_ep.gateway.bodies import Tokenize, chat_body, completion_body, detokenize_body
+from elastic_ep.gateway.bodies import chat_body, completion_body, detokenize_body, tokenize_body
 from elastic_ep.gateway.fields import Body, Schema, Schemas
 from elastic_ep.gateway.messages.body import messages_body
 from elastic_ep.gateway.responses.body import responses_body
@@ -32,7 +32,7 @@ def page() -> str:
         "/v1/chat/completions": chat_body(settings),
         "/v1/responses": responses_body(settings),
         "/v1/messages": messages_body(settings),
-        "/tokenize": Tokenize,
+        "/tokenize": tokenize_body(settings),
         "/detokenize": detokenize_body(settings),
     }
     return "\n".join([_HEAD, *(_section(path, body) for path, body in bodies.items())])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from contextlib import suppress
 from dataclasses import Field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from elastic_ep import serve
 from elastic_ep.command_line import Help, own_flags
 from elastic_ep.config import ConfigError, ServeConfig, flag_name
 from elastic_ep.foreign_flags import FOREIGN
-from elastic_ep.run import BUNDLED_MODEL, USAGE_ERROR, main, make_parser, parse
+from elastic_ep.run import BUNDLED_MODEL, USAGE_ERROR, command, main, make_parser, parse
 
 REFUSED = """
     --tensor-parallel-size 2 | -tp 4 | --tp 8 | --tp-size=2 | --pipeline-parallel-size 2 | -pp 2 | --pp-size 2
@@ -32,9 +34,9 @@ REFUSED = """
     --node-rank 1 | --dist-init-addr h:1 | --distributed-executor-backend ray | --api-server-count 4
     --scheduling-policy priority | --schedule-policy lpm | --attention-backend flashinfer | --moe-a2a-backend deepep
     --all2all-backend naive | --compilation-config {"mode":3} | --compilation-config.mode 3 | -O3 | -cc {}
-    --ssl-keyfile key | --ssl-certfile cert | --root-path /x | --uds /tmp/s | --middleware m | --tokenizer /t
-    --tokenizer-path /t | --skip-tokenizer-init | --revision main | --download-dir /d | --hf-token t | --hf-overrides {}
-    --json-model-override-args {} | --generation-config vllm | --override-generation-config {} | --task embed
+    --ssl-keyfile key | --ssl-certfile cert | --ssl-cert-reqs 2 | --root-path /x | --uds /tmp/s | --middleware m
+    --skip-tokenizer-init | --revision main | --download-dir /d | --hf-token t | --hf-overrides {}
+    --json-model-override-args {} | --override-generation-config {} | --task embed
     --is-embedding | --runner pooling | --limit-mm-per-prompt {} | --swap-space 4 | --cpu-offload-gb 8
     --kv-transfer-config {} | --disaggregation-mode prefill | --stream-interval 8 | --max-logprobs 50
     --guided-decoding-backend xgrammar | --grammar-backend xgrammar | --structured-outputs-config {}
@@ -47,7 +49,7 @@ ACCEPTED = """
     --enable-prompt-tokens-details | --enable-cache-report | --enable-dp-attention | --tensor-parallel-size 1
     -tp 1 | --tp=1 | --pipeline-parallel-size=1 | --dtype auto | --kv-cache-dtype auto | --enable-request-id-headers
     --disable-log-requests | --disable-log-stats | --enable-metrics | --block-size 16 | --page-size 16 | --nnodes 1
-    --distributed-executor-backend mp | --scheduling-policy fcfs | --generation-config auto | --task generate
+    --distributed-executor-backend mp | --scheduling-policy fcfs | --task generate
     --max-logprobs 20 | --swap-space 0 | --enable-elastic-ep | --disable-custom-all-reduce | --quantization none
     --elastic-ep-backend mooncake
 """
@@ -229,3 +231,88 @@ def test_lists_are_json(refused: Any, name: str) -> None:
 def test_an_empty_key_would_let_everybody_in(refused: Any) -> None:
     assert "--api-key" in refused(["--api-key", ""])
     assert "--api-key" in refused(["--api-key", "a", "--api-key="])
+
+
+def test_several_names() -> None:
+    assert parse(["--served-model-name", "a", "b", "--ranks", "2"]).served_model_name == ("a", "b")
+    assert parse(["--served-model-name=a"]).served_model_name == ("a",)
+    assert parse([]).served_model_name == ()
+
+
+FILED = """
+model: /filed
+ranks: 2
+served_model_name: [a, b]
+api-key: [x, y]
+allowed-origins: ["https://a"]
+enable-prefix-caching: false
+mps: true
+allow-credentials: false
+max-model-len: null
+trust-remote-code: true
+"""
+
+
+def test_flags_out_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text(FILED)
+    config = parse(["--config", str(file), "--port", "0"])
+    assert (config.model, config.ranks, config.port) == ("/filed", 2, 0)
+    assert (config.served_model_name, config.api_key) == (("a", "b"), ("x", "y"))
+    assert (config.allowed_origins, config.enable_prefix_caching) == (("https://a",), False)
+    assert (config.mps, config.allow_credentials, config.max_model_len) == (True, False, None)
+    given = [
+        "/given",
+        "--config",
+        str(file),
+        "--ranks=4",
+        "--served-model-name",
+        "c",
+        "--enable-prefix-caching",
+    ]
+    config = parse(given)
+    assert (config.model, config.ranks, config.served_model_name) == ("/given", 4, ("c",))
+    assert config.enable_prefix_caching
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("- a", "names of flags"),
+        ("a: [", "--config"),
+        ("1: 2", "names of flags"),
+        ("no-such-flag: 1", "--no-such-flag"),
+        ("rank: 1", "is --ranks meant?"),
+        ("ranks: 100", "--ranks"),
+        ("ranks: [1]", "--ranks"),
+        ("tensor-parallel-size: 2", "--tensor-parallel-size"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line(refused: Any, tmp_path: Path, content: str, told: str) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text(content)
+    assert told in refused(["--config", str(file)])
+    assert "--config" in refused(["--config", str(tmp_path / "missing")])
+
+
+def test_the_console_command(capfd: pytest.CaptureFixture[str]) -> None:
+    assert command([]) == USAGE_ERROR
+    assert "elastic-ep serve MODEL" in capfd.readouterr().err
+    assert command(["--help"]) == 0
+    assert "elastic-ep serve MODEL" in capfd.readouterr().out
+    assert command(["serve", "/model", "--no-such-flag"]) == USAGE_ERROR
+    assert "--no-such-flag" in capfd.readouterr().err
+    script = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert script == {"elastic-ep": f"{command.__module__}:{command.__name__}"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--ssl-keyfile", "k"],
+        ["--ssl-ca-certs", "c"],
+        ["--ssl-keyfile=k", "--ssl-certfile=c", "--ssl-cert-reqs=2"],
+    ],
+)
+def test_flags_for_https_belong_together(refused: Any, given: list[str]) -> None:
+    assert "--ssl-" in refused(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from elastic_ep import plan
 from elastic_ep.config import ConfigError, ServeConfig
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.exchange.windows import Windows, WindowsError
+from elastic_ep.gateway.settings import SamplingDefaults
 from elastic_ep.models import qwen3_moe
 from elastic_ep.plan import engine_limits, first_placement, make_plan
 from elastic_ep.run import BUNDLED_MODEL
@@ -128,3 +130,33 @@ def test_only_ranks_on_the_processor_need_shared_memory(monkeypatch: pytest.Monk
         pass
     with RunProcess(replace(on_cpu, device="cuda"), EventLog(None))._windows() as fd:
         assert os.fstat(fd).st_size == 0, "the fork server hands it on"
+
+
+def test_another_tokenizer_and_other_defaults(tmp_path: Path) -> None:
+    """By folders of their own."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED_MODEL / name, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("mine")
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.25}')
+    given = ServeConfig(model=str(BUNDLED_MODEL), tokenizer=str(tmp_path), generation_config=str(tmp_path))
+    plan = make_plan(given)
+    assert plan.text.render_chat([]) == "mine"
+    assert plan.defaults.temperature == 0.25
+    assert make_plan(replace(given, generation_config="vllm")).defaults == SamplingDefaults()
+    with pytest.raises(ConfigError, match="--generation-config"):
+        make_plan(replace(given, generation_config=str(tmp_path / "no")))
+    with pytest.raises(ConfigError, match="tokenizer"):
+        make_plan(replace(given, tokenizer=str(tmp_path / "no")))
+
+
+def test_a_certificate_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("no key")
+    for file in ("missing", "x"):
+        with pytest.raises(ConfigError, match="--ssl-certfile and --ssl-keyfile"):
+            make_plan(
+                ServeConfig(
+                    model=str(BUNDLED_MODEL),
+                    ssl_keyfile=str(tmp_path / file),
+                    ssl_certfile=str(tmp_path / file),
+                )
+            )

@@ -6,9 +6,11 @@ import argparse
 import difflib
 import json
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import structlog
+import yaml
 
 from elastic_ep.config import ConfigError, Flag, ServeConfig, flag_name
 from elastic_ep.foreign_flags import FOREIGN, take_out
@@ -19,11 +21,55 @@ def read(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Name
     own = own_flags(parser)
     given, lines = take_out(arguments, own)
     options, unknown = parser.parse_known_args(given)
+    if not unknown and options.config is not None:
+        filed, more = take_out(_from_file(parser, Path(options.config)), own)
+        under, unknown = parser.parse_known_args(filed)
+        if options.model_folder is not None:
+            under.model = None
+        options, _ = parser.parse_known_args(given, under)
+        lines += more
     if unknown:
         raise ConfigError(_unknown(unknown[0], own))
+    del options.config
     for line in lines:
         structlog.get_logger().info(line)
     return options
+
+
+def _from_file(parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    """A YAML file's members as arguments, as vLLM reads one. Raises `ConfigError`."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"--config {file}: {why}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ConfigError(f"--config {file}: it must hold names of flags with their values")
+    many = {name for action in parser._actions if action.nargs == "+" for name in action.option_strings}
+    each = {
+        name
+        for action in parser._actions
+        if isinstance(action.default, list)
+        for name in action.option_strings
+    }
+    arguments: list[str] = []
+    for name, value in content.items():
+        flag = "--" + name.lstrip("-").replace("_", "-")
+        match value:
+            case None | False:
+                off = f"--no-{flag[2:]}"
+                arguments += [off] if value is False and off in own_flags(parser) else []
+            case True:
+                arguments.append(flag)
+            case list() if flag in many:
+                arguments += [flag, *map(str, value)]
+            case list() if flag in each:
+                arguments += [f"{flag}={one}" for one in value]
+            case list() | dict():
+                arguments.append(f"{flag}={json.dumps(value)}")
+            case _:
+                arguments.append(f"{flag}={value}")
+    return arguments
 
 
 def own_flags(parser: argparse.ArgumentParser) -> frozenset[str]:
@@ -58,6 +104,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[ServeConfig]) -> N
             how["action"] = "store_false" if setting.default else "store_true"
         elif flag.repeated:
             how |= {"action": "append", "default": []}
+        elif flag.several:
+            how |= {"nargs": "+", "metavar": "NAME", "default": None}
         elif kind.startswith("tuple"):
             how["type"] = json_names
         else:

@@ -134,6 +134,8 @@ class Flag:
     within: tuple[float, float] | None = None
     choices: tuple[str, ...] = ()
     repeated: bool = False
+    several: bool = False
+    """Values behind one name."""
     two: bool = False
 
     def check(self, name: str, value: Any) -> None:
@@ -167,7 +169,13 @@ class ServeConfig:
     mps: bool = _flag(False, "a private MPS daemon, for several ranks on one GPU")
     host: str = _flag("127.0.0.1", "where to listen")
     port: int = _flag(8000, "0 picks a free one", within=(0, 65535))
-    served_model_name: str | None = _flag(None, "name in the API; the folder's name if not given")
+    served_model_name: tuple[str, ...] = _flag((),
+        "names in the API, answers have the first; the folder's name if not given", several=True)
+    ssl_keyfile: str | None = _flag(None, "HTTPS with this key, in PEM; needs --ssl-certfile")
+    ssl_certfile: str | None = _flag(None, "and this certificate")
+    ssl_ca_certs: str | None = _flag(None, "who may have signed clients' certificates")
+    ssl_cert_reqs: int = _flag(0, "clients' certificates: 0 none is needed, 1 it may be shown, 2 it must be",
+        within=(0, 2))
     api_key: tuple[str, ...] = _flag((), "clients must send it; may be given several times", repeated=True)
     admin_key: str | None = _flag(None,
         "who relaunches, verifies or rebalances, by the page or by HTTP, must send it; else the page only shows")
@@ -200,6 +208,10 @@ class ServeConfig:
     eplb_rebalance_num_iterations: int = _flag(1000, "steps between two rebalances, with --enable-eplb",
         within=(1, 1 << 31))
     load_format: str = _flag("auto", "dummy: random weights", choices=("auto", "dummy"))
+    tokenizer: str | None = _flag(None, "folder with the tokenizer and its chat template; the model's if not given",
+        other_name="--tokenizer-path")
+    generation_config: str = _flag("auto",
+        "folder with generation_config.json; auto: the model's; vllm: none, so defaults are as in OpenAI's API")
     chat_template: str | None = _flag(None,
         "a file with a chat template, or the template; the model folder's if not given")
     chat_template_content_format: str = _flag("auto",
@@ -251,6 +263,16 @@ class ServeConfig:
             raise ConfigError(
                 f"--event-log {self.event_log}: there is no event log with --disable-fault-tolerance: leave one out"
             )
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("--ssl-keyfile and --ssl-certfile belong together: give both, or none")
+        if self.ssl_keyfile is None and (self.ssl_ca_certs is not None or self.ssl_cert_reqs):
+            raise ConfigError("--ssl-ca-certs and --ssl-cert-reqs need --ssl-keyfile and --ssl-certfile")
+        if self.ssl_cert_reqs and self.ssl_ca_certs is None:
+            raise ConfigError(
+                "--ssl-cert-reqs needs --ssl-ca-certs: who may have signed clients' certificates"
+            )
+        if not all(self.served_model_name):
+            raise ConfigError("--served-model-name is empty: give a name, or leave the flag out")
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
             raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser: how calls are read")
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens

@@ -124,13 +124,13 @@ _VALUES = {
     _NUMBERS: "--dtype=auto --kv-cache-dtype=auto --calculate-kv-scales",
     "cannot be honoured: weights are not quantised": "--quantization=none,None -q=none,None --quantization-param-path",
     "cannot be honoured: the tokenizer is the model folder's": (
-        "--tokenizer --tokenizer-path --tokenizer-mode=auto,hf --tokenizer-revision --tokenizer-worker-num=1"
+        "--tokenizer-mode=auto,hf --tokenizer-revision --tokenizer-worker-num=1"
     ),
     "cannot be honoured: put it into the model folder, as chat_template.jinja": (
         "--completion-template --default-chat-template-kwargs --response-role=assistant"
     ),
     "cannot be honoured: edit the model folder's generation_config.json": (
-        "--generation-config=auto --override-generation-config --preferred-sampling-params --sampling-defaults=model"
+        "--override-generation-config --preferred-sampling-params --sampling-defaults=model"
     ),
     "cannot be honoured: edit the model folder's config.json": (
         "--hf-overrides --json-model-override-args --rope-scaling --rope-theta --config-format=auto,hf "
@@ -172,9 +172,8 @@ _VALUES = {
         "--compilation-config -cc -O --optimization-level --cuda-graph-sizes --cuda-graph-max-bs --cuda-graph-bs "
         "--max-cudagraph-capture-size --cudagraph-capture-sizes --max-seq-len-to-capture"
     ),
-    "cannot be honoured: give HTTPS, paths and sockets to a proxy in front": (
-        "--ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-cert-reqs=0 --root-path --uds --middleware --fd "
-        "--fastapi-root-path"
+    "cannot be honoured: give paths and sockets to a proxy in front": (
+        "--root-path --uds --middleware --fd --fastapi-root-path --ssl-ciphers"
     ),
     "cannot be honoured: a chunk is sent as soon as there is text": "--stream-interval=1 --num-continuous-decode-steps=1",
     "cannot be honoured: at most 20 alternatives of a token are told": "--max-logprobs=20",
@@ -185,7 +184,7 @@ _VALUES = {
     "cannot be honoured: it is not implemented": (
         "--collect-detailed-traces --logits-processors --logits-processor-pattern "
         "--worker-extension-cls --worker-cls=auto --scheduler-cls --additional-config --log-config-file "
-        "--max-log-len --log-requests-level --decode-log-interval --config --file-storage-path "
+        "--max-log-len --log-requests-level --decode-log-interval --file-storage-path "
         "--weight-transfer-config --profiler-config --warmups --base-gpu-id=0 --gpu-id-step=1 "
         "--max-num-partial-prefills=1 --max-long-partial-prefills --long-prefill-token-threshold=0 --eplb-algorithm "
         "--init-expert-location=trivial --ep-dispatch-algorithm --expert-distribution-recorder-mode "

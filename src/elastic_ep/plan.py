@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from elastic_ep.gateway.settings import SamplingDefaults, unhonoured
 from elastic_ep.gateway.text.content_form import ContentForm
 from elastic_ep.gateway.text.fit import TextFit, fit
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
+from elastic_ep.gateway.tls import server_context
 from elastic_ep.host.devices import choose_device
 from elastic_ep.host.mps import find_program
 from elastic_ep.kv.shelf_file import ShelfLayout
@@ -61,10 +63,16 @@ class ServePlan:
     placement: Placement
     redundant: int
     device: str
-    name: str
+    names: tuple[str, ...]
+    """That clients may call the model by, at least one."""
+    tls: ssl.SSLContext | None
     shelf: ShelfLayout | None
     fused: str
     """As in `RankConfig`."""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -115,9 +123,14 @@ def make_plan(config: ServeConfig) -> ServePlan:
         model = load_spec(folder)
         if config.load_format == "auto":
             validate_checkpoint(folder, model)
-        load_text = partial(ChatTokenizer.load, folder, _chat_template(config), _content_form(config))
+        load_text = partial(
+            ChatTokenizer.load,
+            Path(config.tokenizer or folder),
+            _chat_template(config),
+            _content_form(config),
+        )
         text = load_text()
-        defaults, left_out = SamplingDefaults.from_folder(folder), unhonoured(folder)
+        defaults, left_out = _sampling_defaults(config, folder)
     except ConfigError:
         raise
     except (CheckpointError, ValueError, OSError) as error:
@@ -150,8 +163,9 @@ def make_plan(config: ServeConfig) -> ServePlan:
         placement=first_placement(config, model, redundant, device),
         redundant=redundant,
         device=device,
-        name=config.served_model_name
-        or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name),
+        names=config.served_model_name
+        or ("elastic-ep-math" if folder.parent.name == "assets" else folder.resolve().name,),
+        tls=_tls(config),
     )
 
 
@@ -169,6 +183,29 @@ def _model_fault(folder: Path, error: Exception) -> str:
     """One line that names the folder once, whatever names and values of its files are in it."""
     said = "".join(one if one.isprintable() else " " for one in str(error))
     return f"--model: {said}" if str(folder) in said else f"--model {folder}: {said}"
+
+
+def _sampling_defaults(config: ServeConfig, folder: Path) -> tuple[SamplingDefaults, tuple[str, ...]]:
+    """And a line for each wish that is not honoured. Raises `CheckpointError`."""
+    given = config.generation_config
+    if given == "vllm":
+        return SamplingDefaults(), ()
+    where = folder if given == "auto" else Path(given)
+    if given != "auto" and not (where / "generation_config.json").is_file():
+        raise ConfigError(
+            f"--generation-config {given}: no folder with a generation_config.json: give one, auto or vllm"
+        )
+    return SamplingDefaults.from_folder(where), unhonoured(where)
+
+
+def _tls(config: ServeConfig) -> ssl.SSLContext | None:
+    key, certificate = config.ssl_keyfile, config.ssl_certfile
+    if key is None or certificate is None:
+        return None
+    try:
+        return server_context(key, certificate, config.ssl_ca_certs, config.ssl_cert_reqs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _chat_template(config: ServeConfig) -> str | None:

@@ -25,6 +25,7 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
         raise ConfigError(f"the model is given twice, as {positional} and as --model {named}")
     options["model"] = str(BUNDLED_MODEL) if positional is None and named is None else named or positional
     options["api_key"] = tuple(options["api_key"])
+    options["served_model_name"] = tuple(options["served_model_name"] or ())
     options["event_log"] = EventLogMode(options["event_log"]) if options["event_log"] else None
     return ServeConfig(**options)
 
@@ -37,6 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("model_folder", nargs="?", metavar="MODEL", help="as --model")
+    parser.add_argument(
+        "--config", metavar="FILE", help="flags as members of a YAML file; those given beside it win"
+    )
     add_flags(parser, ServeConfig)
     return parser
 
@@ -55,6 +59,19 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception:
         structlog.get_logger().exception("the run process ends by an exception")
         return FAILED
+
+
+def command(arguments: list[str] | None = None) -> int:
+    """`elastic-ep serve MODEL ...`."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["serve"]:
+        return main(given[1:])
+    asked = given[:1] in (["--help"], ["-h"])
+    print(
+        "usage: elastic-ep serve MODEL [--flags]; elastic-ep serve --help lists them",
+        file=sys.stdout if asked else sys.stderr,
+    )
+    return 0 if asked else USAGE_ERROR
 
 
 if __name__ == "__main__":

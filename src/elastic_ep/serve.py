@@ -400,6 +400,7 @@ class RunProcess:
     def _make_api_settings(self) -> ApiSettings:
         return ApiSettings(
             model_name=self._plan.name,
+            other_names=self._plan.names[1:],
             max_model_len=self._plan.limits.max_model_len,
             vocab_size=self._plan.model.vocab_size,
             version=version(),
@@ -429,7 +430,7 @@ class RunProcess:
 
     async def _listen(self, app: web.Application) -> HttpServer:
         try:
-            return await serve_http(app, self._config.host, self._config.port)
+            return await serve_http(app, self._config.host, self._config.port, tls=self._plan.tls)
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {self._config.host}:{self._config.port} ({error.strerror}): "

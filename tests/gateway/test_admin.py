@@ -10,7 +10,7 @@ from elastic_ep.group.port import LossCause
 from elastic_ep.machines.membership.events import GroupState
 from elastic_ep.wire.messages import Member, PageCounts, RankState
 from tests.gateway.conftest import Start
-from tests.gateway.fakes import MODEL, FakeBackend, sample_text, says
+from tests.gateway.fakes import MODEL, TEMPLATE, FakeBackend, never_ends, sample_text, says
 
 pytestmark = pytest.mark.anyio
 
@@ -273,3 +273,76 @@ async def test_the_names_of_others_say_the_same_as_ours(start: Start) -> None:
     assert found[f"sglang:num_requests_total{sglang}"] == 2
     healthy = [found[f'vllm:engine_healthy{{engine="{rank}",model_name="{MODEL}"}}'] for rank in (0, 1)]
     assert healthy == [0, 1]
+
+
+async def test_probes_of_load_balancers(start: Start) -> None:
+    running = await start(api_keys=("key",))
+    for serving, status in ((8, 200), (0, 503)):
+        running.backend.serving = serving
+        for method in ("GET", "POST"):
+            async with running.http.request(method, f"{running.url}/ping") as response:
+                assert (response.status, await response.read()) == (status, b"")
+
+
+async def test_load_is_what_is_being_answered(start: Start) -> None:
+    running = await start(FakeBackend(never_ends("one")))
+
+    async def load() -> int:
+        async with running.http.get(f"{running.url}/load") as response:
+            return int((await response.json())["server_load"])
+
+    assert await load() == 0
+    asked = {"prompt": "Count", "stream": True}
+    async with running.http.post(f"{running.url}/v1/completions", json=asked) as response:
+        await response.content.readline()
+        assert await load() == 1
+
+
+async def test_several_names(start: Start) -> None:
+    running = await start(other_names=("second",))
+    async with running.http.get(f"{running.url}/v1/models") as response:
+        assert [model["id"] for model in (await response.json())["data"]] == [MODEL, "second"]
+    for name, status in ((MODEL, 200), ("second", 200), ("third", 404)):
+        got, body = await running.post("/v1/completions", {"model": name, "prompt": "x"})
+        assert got == status
+        assert status != 200 or body["model"] == MODEL, "the first is the model's own"
+        async with running.http.get(f"{running.url}/v1/models/{name}") as response:
+            assert response.status == status
+
+
+async def test_what_is_served(start: Start) -> None:
+    running = await start(tool_call_parser="hermes", api_keys=())
+    async with running.http.get(f"{running.url}/server_info") as response:
+        about = await response.json()
+    assert (about["model"], about["max_model_len"], about["tool_call_parser"]) == (MODEL, 256, "hermes")
+    assert "api_keys" not in about
+    async with running.http.get(f"{running.url}/tokenizer_info") as response:
+        about = await response.json()
+    assert about["chat_template"] == TEMPLATE
+    assert about["special_tokens"] == {"eos_token": "<|im_end|>"}
+
+
+async def test_a_conversation_is_tokenised_as_it_is_answered(start: Start) -> None:
+    running = await start()
+    messages = [{"role": "user", "content": "Zoë"}]
+    status, body = await running.post("/tokenize", {"messages": messages, "return_token_strs": True})
+    assert status == 200
+    await running.post("/v1/chat/completions", {"messages": messages})
+    assert tuple(body["tokens"]) == running.backend.submitted[0].prompt
+    assert body["token_strs"][0] == "<|im_start|>"
+    assert len(body["token_strs"]) == body["count"]
+    open_end = {
+        "messages": [*messages, {"role": "assistant", "content": "So"}],
+        "continue_final_message": True,
+    }
+    _, longer = await running.post("/tokenize", open_end)
+    assert longer["tokens"][: len(body["tokens"])] == body["tokens"]
+    for wrong, param in (
+        ({}, "prompt"),
+        ({"prompt": "x", "messages": messages}, "prompt"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": messages, "chat_template": "x"}, "chat_template"),
+        ({"messages": messages, "model": "other"}, "model"),
+    ):
+        _, refused = await running.post("/tokenize", wrong)
+        assert refused["error"]["param"] == param

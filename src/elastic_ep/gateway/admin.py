@@ -15,8 +15,10 @@ from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.fields import parse_object, read
 from elastic_ep.gateway.openapi import description
 from elastic_ep.gateway.reading import Reading
+from elastic_ep.gateway.serving import Serving
 from elastic_ep.gateway.settings import ApiSettings
-from elastic_ep.group.metrics import Metrics
+from elastic_ep.gateway.text.chat_template import DEFAULT
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.group.port import Backend
 
 SMALL_BODY_BYTES = 4096
@@ -24,10 +26,19 @@ SMALL_BODY_BYTES = 4096
 
 
 class AdminHandlers:
-    def __init__(self, backend: Backend, settings: ApiSettings, metrics: Metrics, reading: Reading) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        settings: ApiSettings,
+        text: ChatTokenizer,
+        serving: Serving,
+        reading: Reading,
+    ) -> None:
         self._backend = backend
         self._settings = settings
-        self._metrics = metrics
+        self._text = text
+        self._serving = serving
+        self._metrics = serving.metrics
         self._reading = reading
         self._description: dict[str, Any] | None = None
 
@@ -35,6 +46,11 @@ class AdminHandlers:
         return [
             web.get("/live", self.live),
             web.get("/health", self.health),
+            web.get("/ping", self.ping),
+            web.post("/ping", self.ping),
+            web.get("/load", self.load),
+            web.get("/server_info", self.server_info),
+            web.get("/tokenizer_info", self.tokenizer_info),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
             web.get("/openapi.json", self.openapi),
@@ -55,6 +71,27 @@ class AdminHandlers:
         """200 while a request is answered now, or within the pause that a loss normally makes."""
         health = self._backend.health()
         return web.json_response(asdict(health), status=200 if health.healthy else 503)
+
+    async def ping(self, request: web.Request) -> web.StreamResponse:
+        """As health, without a body: for load balancers."""
+        return web.Response(status=200 if self._backend.health().healthy else 503)
+
+    async def load(self, request: web.Request) -> web.StreamResponse:
+        """Requests that are being answered."""
+        return web.json_response({"server_load": self._serving.load})
+
+    async def server_info(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(about_server(self._settings))
+
+    async def tokenizer_info(self, request: web.Request) -> web.StreamResponse:
+        text = self._text
+        templates = text.chat_templates
+        about = {
+            "vocab_size": text.vocab_size,
+            "special_tokens": {**text.special_tokens},
+            "chat_template": templates.get(DEFAULT) if len(templates) < 2 else templates,
+        }
+        return web.json_response(about)
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self._backend.refresh_metrics()
@@ -109,6 +146,23 @@ class AdminHandlers:
 
     async def detokenize(self, request: web.Request) -> web.StreamResponse:
         return _json(await self._reading.answer("detokenize", await request.read()))
+
+
+def about_server(settings: ApiSettings) -> dict[str, Any]:
+    """What it was started with, as far as requests are concerned. No keys."""
+    return {
+        "version": settings.version,
+        "model": settings.model_name,
+        "served_model_names": [settings.model_name, *settings.other_names],
+        "max_model_len": settings.max_model_len,
+        "vocab_size": settings.vocab_size,
+        "tool_call_parser": settings.tool_call_parser,
+        "reasoning_parser": settings.reasoning_parser,
+        "prefix_caching": settings.shared_page_size > 0,
+        "max_logprobs": settings.max_logprobs,
+        "max_choices": settings.max_choices,
+        "default_sampling": settings.defaults.model_dump(),
+    }
 
 
 def _json(body: bytes) -> web.Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend
 
 log = structlog.get_logger()
-_OPEN_PATHS = frozenset({"/live", "/health", "/metrics"}) | page.OPEN_PATHS
+_OPEN_PATHS = frozenset({"/live", "/health", "/ping", "/metrics"}) | page.OPEN_PATHS
 _ADMIN_PATHS = frozenset(page.ACTIONS.values())
 
 
@@ -72,7 +73,7 @@ def create_app(
     app.add_routes(responses.routes())
     app.on_shutdown.append(lambda _: responses.close())
     app.add_routes(MessagesHandlers(serving, settings, reading).routes())
-    app.add_routes(AdminHandlers(backend, settings, metrics, reading).routes())
+    app.add_routes(AdminHandlers(backend, settings, text, serving, reading).routes())
     page.attach(app, backend, settings, metrics, films)
     return app
 
@@ -90,7 +91,9 @@ class Server:
         await self._runner.cleanup()
 
 
-async def serve(app: web.Application, host: str, port: int, *, grace_s: float = 1.0) -> Server:
+async def serve(
+    app: web.Application, host: str, port: int, *, grace_s: float = 1.0, tls: ssl.SSLContext | None = None
+) -> Server:
     """Listen on `host`:`port` (0 picks one). Raises OSError when the port is taken.
 
     Handlers are cancelled when their client disconnects, and `grace_s` seconds after `Server.close`.
@@ -108,13 +111,14 @@ async def serve(app: web.Application, host: str, port: int, *, grace_s: float = 
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, ssl_context=tls).start()
     except BaseException:
         await runner.cleanup()
         raise
     bound: int = runner.addresses[0][1]
     shown = f"[{host}]" if ":" in host else host
-    return Server(f"http://{shown}:{bound}", bound, runner)
+    scheme = "http" if tls is None else "https"
+    return Server(f"{scheme}://{shown}:{bound}", bound, runner)
 
 
 @web.middleware
@@ -154,7 +158,8 @@ def _key_middleware(keys: tuple[str, ...], admin_key: str | None) -> Any:
             # aiohttp decodes headers with surrogateescape.
             given = token.encode("utf-8", "surrogateescape")
             # As Anthropic's clients send it.
-            if (other := request.headers.get("X-Api-Key")) is not None:
+            other = request.headers.get("X-Api-Key")
+            if other is not None and not token:
                 scheme, given = "bearer", other.encode("utf-8", "surrogateescape")
             # Compare with all of them, and in constant time: nothing can be learnt from how long it takes.
             known = sum(hmac.compare_digest(given, key) for key in wanted)

@@ -98,9 +98,16 @@ class Chat(ChatPrompt, Generating):
     return_prompt_token_ids: bool = Field(False, description="SGLang's: prompt_token_ids are in the answer.")
 
 
-class Tokenize(Body):
-    prompt: Text
-    add_special_tokens: bool = True
+class Tokenize(ChatPrompt):
+    """A text, or the prompt that a conversation makes."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Array(1)] | None = None  # type: ignore[assignment]  # here it need not be given
+    add_special_tokens: bool | None = Field(  # type: ignore[assignment]
+        None, description="Default true for a prompt, false for messages."
+    )
+    return_token_strs: bool = Field(False, description="token_strs is in the answer.")
 
 
 class Detokenize(Body):
@@ -135,6 +142,14 @@ def chat_body(settings: ApiSettings) -> type[Chat]:
         made.refused = {**made.refused, **unsupported.CHAT_TEMPLATE}
     if settings.reasoning_parser is None:
         made.refused = {**made.refused, **unsupported.REASONING_PARSER}
+    return made
+
+
+@cache
+def tokenize_body(settings: ApiSettings) -> type[Tokenize]:
+    made = create_model("Tokenize", __base__=Tokenize)
+    if not settings.trust_request_chat_template:
+        made.refused = unsupported.CHAT_TEMPLATE
     return made
 
 

@@ -19,8 +19,9 @@ from elastic_ep.gateway.bodies import (
     chat_body,
     completion_body,
     detokenize_body,
+    tokenize_body,
 )
-from elastic_ep.gateway.conversation import FunctionCall, Message
+from elastic_ep.gateway.conversation import ChatPrompt, FunctionCall, Message
 from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
 from elastic_ep.gateway.fields import LONE_SURROGATE, Body, bad_value, is_encodable, read, unsupported
 from elastic_ep.gateway.guided import GrammarReader, certain_arguments, certain_calls
@@ -100,7 +101,15 @@ class Previous:
 
 def prepare(settings: ApiSettings) -> None:
     """HAZARD: to make the models takes tens of milliseconds: call it before an event loop runs. They are kept."""
-    for make in (completion_body, chat_body, detokenize_body, responses_body, messages_body, count_body):
+    for make in (
+        completion_body,
+        chat_body,
+        tokenize_body,
+        detokenize_body,
+        responses_body,
+        messages_body,
+        count_body,
+    ):
         make(settings)
 
 
@@ -179,6 +188,13 @@ class JobReader:
             chat = read(self._chat_body, messages_as_chat(body, values, self._thinks))
             self._check_model(chat.model)
             return len(self._prompt(chat)[1])
+
+    def chat_tokens(self, body: dict[str, Any]) -> tuple[int, ...]:
+        """Of the prompt that the fields of a conversation in `body` make."""
+        asked = {name: body[name] for name in (*ChatPrompt.model_fields, "model") if name in body}
+        values = read(self._chat_body, asked)
+        self._check_model(values.model)
+        return self._prompt(values)[1]
 
     @property
     def _thinks(self) -> bool:
@@ -362,7 +378,7 @@ class JobReader:
         )
 
     def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._settings.model_name:
+        if name is not None and not self._settings.knows(name):
             raise unknown_model(name)
 
     def _check_choices(self, prompts: int, n: int) -> None:

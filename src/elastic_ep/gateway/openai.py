@@ -53,13 +53,14 @@ class OpenAiHandlers:
         ]
 
     async def models(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"object": "list", "data": [self._model()]})
+        names = (self._settings.model_name, *self._settings.other_names)
+        return web.json_response({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["model"]
-        if name != self._settings.model_name:
+        if not self._settings.knows(name):
             raise unknown_model(name)
-        return web.json_response(self._model())
+        return web.json_response(self._model(name))
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         started = time.monotonic()
@@ -71,9 +72,9 @@ class OpenAiHandlers:
         job = await self._reading.job("chat", await request.read())
         return await self._serve(request, job, self._chat, started)
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         return {
-            "id": self._settings.model_name,
+            "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "elastic_ep",

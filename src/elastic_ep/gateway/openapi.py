@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from elastic_ep.gateway.bodies import Relaunch, Tokenize, chat_body, completion_body, detokenize_body
+from elastic_ep.gateway.bodies import Relaunch, chat_body, completion_body, detokenize_body, tokenize_body
 from elastic_ep.gateway.fields import Body, Schema, Schemas
 from elastic_ep.gateway.messages.body import count_body, messages_body
 from elastic_ep.gateway.responses.body import responses_body
@@ -16,6 +16,8 @@ from elastic_ep.group import port
 _INTEGER: Schema = {"type": "integer", "minimum": 0}
 _STRING: Schema = {"type": "string"}
 _NULLABLE: Schema = {"type": ["object", "null"]}
+_OBJECT: Schema = {"type": "object"}
+_EMPTY = {"description": "No body."}
 _FINISH: Schema = {"enum": ["stop", "length"]}
 
 
@@ -34,8 +36,9 @@ def description(settings: ApiSettings) -> dict[str, Any]:
     if guarded:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
-        for path in ("/live", "/health", "/metrics"):
-            document["paths"][path]["get"]["security"] = []
+        for path in ("/live", "/health", "/ping", "/metrics"):
+            for method in document["paths"][path].values():
+                method["security"] = []
     return document
 
 
@@ -123,8 +126,17 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
         "/health": {
             "get": {"summary": "Can a request be served?", "responses": {"200": health, "503": health}}
         },
+        "/ping": {
+            method: {"summary": "As /health, without a body.", "responses": {"200": _EMPTY, "503": _EMPTY}}
+            for method in ("get", "post")
+        },
+        "/load": _get("Requests that are being answered.", _object(server_load=_INTEGER)),
+        "/server_info": _get("What the server was started with.", _object(version=_STRING, model=_STRING)),
+        "/tokenizer_info": _get("The tokenizer.", _object(vocab_size=_INTEGER, special_tokens=_OBJECT)),
         "/metrics": {"get": {"summary": "Prometheus metrics.", "responses": {"200": _text("text/plain")}}},
-        "/tokenize": _post("Text to token ids.", Tokenize, _json("Token ids.", tokenized)),
+        "/tokenize": _post(
+            "A text or a conversation to token ids.", tokenize_body(settings), _json("Token ids.", tokenized)
+        ),
         "/detokenize": _post(
             "Token ids to text.", detokenize_body(settings), _json("Text.", _object(prompt=_STRING))
         ),

@@ -11,8 +11,8 @@ import json
 from collections.abc import Callable
 from typing import Any, Literal
 
-from elastic_ep.gateway.bodies import Tokenize, detokenize_body
-from elastic_ep.gateway.fields import parse_object, read
+from elastic_ep.gateway.bodies import detokenize_body, tokenize_body
+from elastic_ep.gateway.fields import bad_value, parse_object, read
 from elastic_ep.gateway.guided import asks_for_grammar
 from elastic_ep.gateway.jobs import Job, JobReader, Previous
 from elastic_ep.gateway.settings import ApiSettings
@@ -35,6 +35,7 @@ class BodyReader:
         self._settings = settings
         self._text = text
         self._jobs = JobReader(settings, text)
+        self._tokenize_body = tokenize_body(settings)
         self._detokenize_body = detokenize_body(settings)
 
     def read(self, task: str, raw: bytes, before: str | None = None) -> Found:
@@ -68,11 +69,19 @@ class BodyReader:
         raise ValueError(task)
 
     def _tokenize(self, body: dict[str, Any]) -> bytes:
-        values = read(Tokenize, body)
-        special = values.add_special_tokens
-        tokens = self._jobs.encode(values.prompt, "prompt", add_special_tokens=special)
+        values = read(self._tokenize_body, body)
+        if (values.prompt is None) == (values.messages is None):
+            raise bad_value("prompt", "or 'messages' must be given, and not both.")
+        if values.prompt is None:
+            tokens = [*self._jobs.chat_tokens(body)]
+        else:
+            special = values.add_special_tokens is not False
+            tokens = self._jobs.encode(values.prompt, "prompt", add_special_tokens=special)
         longest = self._settings.max_model_len
-        return _json({"tokens": tokens, "count": len(tokens), "max_model_len": longest})
+        found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": longest}
+        if values.return_token_strs:
+            found["token_strs"] = [self._text.token_name(token) for token in tokens]
+        return _json(found)
 
     def _detokenize(self, body: dict[str, Any]) -> bytes:
         values = read(self._detokenize_body, body)

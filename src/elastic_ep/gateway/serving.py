@@ -88,6 +88,8 @@ class Serving:
         self._traces = traces
         self.metrics = metrics
         self.turns = Turns()
+        self.load = 0
+        """Requests that are being answered."""
 
     @asynccontextmanager
     async def runs(
@@ -101,6 +103,7 @@ class Serving:
         """
         self._unknown.note(path, job.unknown)
         streams = await submit(self._backend, job)
+        self.load += 1
         try:
             self.metrics.prompt_tokens(sum(len(part.prompt) for part in job.parts))
             make = self._run
@@ -115,6 +118,7 @@ class Serving:
                 self.metrics.disconnects.inc()
             raise
         finally:
+            self.load -= 1
             # Those that wait first: else each that runs would make room for one of them.
             for stream in reversed(streams):
                 stream.cancel()

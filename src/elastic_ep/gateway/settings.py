@@ -87,6 +87,8 @@ def unhonoured(folder: Path) -> tuple[str, ...]:
 class ApiSettings:
     """`vocab_size` bounds token ids that clients send; `max_model_len` is prompt plus generated tokens.
 
+    `other_names`: the model is known by these, too.
+
     `api_keys` empty: no key is needed. `admin_key`, if there is one, is needed for what changes the group.
     `max_choices` bounds prompts times `n` of one HTTP request. `eos_token_ids` end a sequence beside
     `model_eos_token_ids`, which the ranks know of: the tokenizer's own. Prompts that begin alike share pages of
@@ -97,6 +99,7 @@ class ApiSettings:
     max_model_len: int
     vocab_size: int
     version: str
+    other_names: tuple[str, ...] = ()
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults, hash=False)
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
@@ -118,3 +121,7 @@ class ApiSettings:
     def ends(self) -> tuple[int, ...]:
         """All tokens that end a sequence unless a request says otherwise."""
         return (*self.model_eos_token_ids, *self.eos_token_ids)
+
+    def knows(self, name: str) -> bool:
+        """Whether the model is served by this name."""
+        return name == self.model_name or name in self.other_names

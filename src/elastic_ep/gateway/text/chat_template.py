@@ -71,18 +71,18 @@ class ChatTemplate:
         # Jinja compiles to Python: what only Python's compiler refuses, or is nested too deeply, ends here.
         except (SyntaxError, RecursionError, jinja2.TemplateError) as error:
             raise ValueError(f"does not parse: {_reason(error)}") from error
-        self._source = source
+        self.source = source
         self._variables: set[str] | None = None
         """That it looks at, once somebody has asked."""
 
     def uses(self, variable: str) -> bool:
         """Does it look at `variable` of those that it is given?"""
         if self._variables is None:
-            self._variables = jinja2.meta.find_undeclared_variables(_environment().parse(self._source))
+            self._variables = jinja2.meta.find_undeclared_variables(_environment().parse(self.source))
         return variable in self._variables
 
     def mentions(self, word: str) -> bool:
-        return word in self._source
+        return word in self.source
 
     def render(
         self,
@@ -130,7 +130,7 @@ class ChatTemplate:
         content = chat[-1].get("content")
         if content is None:
             raise CannotContinue("'continue_final_message': the last message has no content to go on with.")
-        if "content" not in self._source:
+        if "content" not in self.source:
             raise CannotContinue("'continue_final_message': this chat template shows no content of messages.")
         if not isinstance(content, (list, tuple)):
             chat[-1]["content"] = content + _END_MARK
@@ -160,6 +160,11 @@ class ChatTemplates:
                 which = "the chat template" if name == DEFAULT else f"the chat template {name!r}"
                 raise ValueError(f"{which} {error}") from error
         self._compile: Callable[[str], ChatTemplate] = lru_cache(_COMPILED_SOURCES)(self._compile_source)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """By name of template."""
+        return {name: template.source for name, template in self._by_name.items()}
 
     @property
     def content_forms(self) -> dict[str, ContentForm]:

@@ -177,6 +177,11 @@ class ChatTokenizer:
         )
 
     @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Sources by name."""
+        return {} if self._template is None else self._template.sources
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
