@@ -108,7 +108,9 @@ def main() -> None:
         [side("old", arguments, options.old.resolve())] if options.old else []
     )
     ours: dict[str, list[Sample]] = {one.name: [] for one in sides}
-    theirs, theirs_sorted, load = [], [], []
+    theirs: list[float] = []
+    theirs_sorted: list[float] = []
+    load: list[float] = []
     for _ in range(options.rounds):
         load.append(os.getloadavg()[0])
         for one in sides:

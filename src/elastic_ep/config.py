@@ -98,6 +98,8 @@ class RankConfig:
     fused: str = ""
     """On a processor: the build of `elastic_ep.fused` that all ranks compute with; "": plain torch. Their bits differ,
     and a stream that moves must go on with the same ones."""
+    halves: bool = False
+    """Whether that keeps the weights in bfloat16, as the checkpoint has them."""
     gpu_memory_utilization: float | None = None
     """Of its GPU's memory, for all ranks on it: what a rank's share has left is KV cache. None: it is not sized so."""
     peers: PeerWeights | None = None

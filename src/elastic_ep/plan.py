@@ -68,7 +68,8 @@ class ServePlan:
     tls: ssl.SSLContext | None
     shelf: ShelfLayout | None
     fused: str
-    """As in `RankConfig`."""
+    halves: bool
+    """As in `RankConfig`, both."""
 
     @property
     def name(self) -> str:
@@ -109,6 +110,7 @@ class ServePlan:
             shelf=self.shelf,
             prefix_caching=self.config.enable_prefix_caching,
             fused=self.fused,
+            halves=self.halves,
             timing=self.config.timing,
             placement=self.placement,
             gpu_memory_utilization=self.memory_utilization,
@@ -121,8 +123,9 @@ def make_plan(config: ServeConfig) -> ServePlan:
     folder = Path(config.model)
     try:
         model = load_spec(folder)
+        dtypes = set[str]()
         if config.load_format == "auto":
-            validate_checkpoint(folder, model)
+            dtypes = {entry.dtype for entry in validate_checkpoint(folder, model).values()}
         load_text = partial(
             ChatTokenizer.load,
             Path(config.tokenizer or folder),
@@ -158,6 +161,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         text_fit=fit(text, model),
         left_out=(*left_out, *notices),
         fused=fused,
+        halves=bool(fused) and dtypes == {"BF16"},
         limits=limits,
         shelf=shelf_layout(config, model.kv_page_bytes(device, limits.page_size)),
         placement=first_placement(config, model, redundant, device),

@@ -16,6 +16,8 @@ from elastic_ep.engine.scheduler import Sequence
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.fused.library import usable_builds
 from elastic_ep.guided.text import Words
+from elastic_ep.placement import launch_placement
+from elastic_ep.weights.bank import Weights, dummy_source
 from tests.engine.solo import SoloExchange, assign, drain, ids, solo_runner
 from tests.engine.test_invariance import (
     NEW_TOKENS,
@@ -35,9 +37,9 @@ _Logits = dict[tuple[int, int], torch.Tensor]
 _alone: dict[str, _Logits] = {}
 
 
-def target_alone(name: str, build: str = "") -> _Logits:
+def target_alone(name: str, build: str = "", weights: Weights | None = None) -> _Logits:
     """The target by itself, its prompt in one chunk."""
-    runner, _ = fused_runner(weights_of(name), LIMITS, build)
+    runner, _ = fused_runner(weights or weights_of(name), LIMITS, build)
     runner.warm_up()
     runner.add(assign(TARGET, TARGET_PROMPT, max_tokens=NEW_TOKENS))
     with recorded_logits() as seen:
@@ -64,6 +66,23 @@ def test_logits_are_those_of_plain_torch(name: str) -> None:
 def test_every_build_gives_the_same_bits(name: str) -> None:
     for build in usable_builds():
         assert_same(target_alone(name, build), fused_alone(name))
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_weights_in_bfloat16_give_the_bits_of_the_same_ones_in_float32(name: str) -> None:
+    spec = SPECS[name]
+    placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
+    made = dummy_source(spec, seed=0)
+
+    def rounded(tensor: str) -> torch.Tensor:
+        return (made(tensor) * 1.001).bfloat16().float()  # of norms, too, none is one
+
+    for build in usable_builds():
+        narrow, wide = (
+            target_alone(name, build, Weights(spec, placement, 0, rounded, torch.device("cpu"), dtype))
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+        assert_same(narrow, wide)
 
 
 @settings(max_examples=30, deadline=None)

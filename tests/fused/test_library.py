@@ -52,7 +52,8 @@ def test_what_was_built_from_other_sources_is_not_used(monkeypatch: pytest.Monke
 @needs_fused()
 def test_all_ranks_are_told_the_same_build(tmp_path: Path) -> None:
     plan = make_plan(ServeConfig(model=str(BUNDLED_MODEL), device="cpu"))
-    assert plan.rank_config(tmp_path).fused == best_build()
+    told = plan.rank_config(tmp_path)
+    assert (told.fused, told.halves) == (best_build(), True)  # the bundled model is in bfloat16
     assert not any("plain torch" in notice for notice in plan.notices)
 
 
@@ -61,5 +62,6 @@ def test_without_a_build_all_ranks_compute_in_torch_and_a_line_says_why(
 ) -> None:
     monkeypatch.setattr(library, "_processor_flags", lambda: frozenset[str]())
     plan = make_plan(ServeConfig(model=str(BUNDLED_MODEL), device="cpu"))
-    assert plan.rank_config(tmp_path).fused == ""
+    told = plan.rank_config(tmp_path)
+    assert (told.fused, told.halves) == ("", False)
     assert sum("plain torch" in notice and "AVX2" in notice for notice in plan.notices) == 1

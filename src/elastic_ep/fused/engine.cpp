@@ -6,8 +6,10 @@
 
 enum QkNorm : int64_t { NONE, HEAD, PROJECTION };
 
+// Matrices: of floats, or of `Half` if `Model::halves`.
 struct Layer {
-    const float *input_norm, *qkv, *qk_norm, *out, *post_norm, *gate, *gate_up, *down;
+    const float *input_norm, *qk_norm, *post_norm;
+    const void *qkv, *out, *gate, *gate_up, *down;
     float* cache;
     const int64_t* physical;  // [experts]
     int64_t* load;            // [slots]
@@ -15,9 +17,10 @@ struct Layer {
 
 struct Model {
     int64_t layer_count, hidden, vocab, heads, kv_heads, head_dim, qk_norm, experts, top_k, inner, renormalise, slots;
-    int64_t page_size, pages;
+    int64_t page_size, pages, halves;
     double eps, clip;
-    const float *embed, *final_norm, *lm_head, *cosines, *sines;
+    const void *embed, *lm_head;
+    const float *final_norm, *cosines, *sines;
     const Layer* layers;
     // Of the step: [max_tokens, ...] each.
     float *x, *h, *mixture, *weights;
@@ -37,6 +40,21 @@ struct Batch {
     const int64_t* pages;
     const int64_t* sampled;    // [samples]: tokens whose logits are wanted
 };
+
+// y [rows, width] = x [rows, inner] times the matrix that begins `skipped` numbers after `w`.
+static void product(const Model& m, const float* x, int64_t rows, int64_t inner, const void* w, int64_t width, float* y,
+                    int64_t skipped = 0) {
+    if (m.halves)
+        linear(x, rows, inner, static_cast<const Half*>(w) + skipped, width, y);
+    else
+        linear(x, rows, inner, static_cast<const float*>(w) + skipped, width, y);
+}
+
+static void embed(const Model& m, int64_t token, float* x) {
+    int64_t first = token * m.hidden;
+    for (int64_t i = 0; i < m.hidden; ++i)
+        x[i] = m.halves ? wide(static_cast<const Half*>(m.embed)[first + i]) : static_cast<const float*>(m.embed)[first + i];
+}
 
 static Cache cache_of(const Model& m, const Layer& layer) {
     return {layer.cache, m.kv_heads, m.pages, m.page_size, m.head_dim};
@@ -87,8 +105,7 @@ const char* fused_sources() { return SOURCES; }
 // x [tokens, hidden] and no mixture yet.
 void fused_begin(Model* m, const Batch* b) {
     m->mixed = 0;
-    for (int64_t i = 0; i < b->tokens; ++i)
-        std::memcpy(m->x + i * m->hidden, m->embed + b->ids[i] * m->hidden, m->hidden * sizeof(float));
+    for (int64_t i = 0; i < b->tokens; ++i) embed(*m, b->ids[i], m->x + i * m->hidden);
 }
 
 // From x and the mixture of the layer before to x, h, chosen and weights of this one.
@@ -98,7 +115,7 @@ void fused_attention(Model* m, const Batch* b, int64_t index) {
     if (index) add(m->x, m->mixture, b->tokens * hidden);
     for (int64_t i = 0; i < b->tokens; ++i)
         rms_norm(m->x + i * hidden, hidden, layer.input_norm, m->eps, m->h + i * hidden);
-    linear(m->h, b->tokens, hidden, layer.qkv, width, m->wide);
+    product(*m, m->h, b->tokens, hidden, layer.qkv, width, m->wide);
     float* row = m->wide;
     for (int64_t chunk = 0; chunk < b->chunks; ++chunk) {
         const int64_t* table = b->pages + b->tables[chunk];
@@ -111,11 +128,11 @@ void fused_attention(Model* m, const Batch* b, int64_t index) {
         for (int64_t i = 0; i < b->lengths[chunk]; ++i, queries += width, out += m->heads * m->head_dim)
             attend(cache_of(*m, layer), m->heads, table, b->starts[chunk] + i + 1, queries, m->line, out);
     }
-    linear(m->narrow, b->tokens, m->heads * m->head_dim, layer.out, hidden, m->h);
+    product(*m, m->narrow, b->tokens, m->heads * m->head_dim, layer.out, hidden, m->h);
     add(m->x, m->h, b->tokens * hidden);
     for (int64_t i = 0; i < b->tokens; ++i)
         rms_norm(m->x + i * hidden, hidden, layer.post_norm, m->eps, m->h + i * hidden);
-    linear(m->h, b->tokens, hidden, layer.gate, m->experts, m->narrow);
+    product(*m, m->h, b->tokens, hidden, layer.gate, m->experts, m->narrow);
     for (int64_t i = 0; i < b->tokens; ++i)
         choose(*m, layer, m->narrow + i * m->experts, m->chosen + i * m->top_k, m->weights + i * m->top_k);
 }
@@ -126,13 +143,12 @@ int64_t fused_mixture(Model* m, Exchange* e, int64_t index, int64_t tokens) {
     if (!dispatch(*e, m->h, m->chosen, tokens)) return 0;
     for (int64_t slot = 0; slot < m->slots; ++slot) {
         int64_t inner = m->inner, hidden = m->hidden;
-        const float *gate_up = layer.gate_up + slot * hidden * 2 * inner, *down = layer.down + slot * inner * hidden;
         for (int64_t first = e->firsts[slot]; first < e->firsts[slot + 1]; first += e->max_tokens) {
             int64_t count = std::min(e->max_tokens, e->firsts[slot + 1] - first);
             fetch(*e, first, count, m->narrow);
-            linear(m->narrow, count, hidden, gate_up, 2 * inner, m->wide);
+            product(*m, m->narrow, count, hidden, layer.gate_up, 2 * inner, m->wide, slot * hidden * 2 * inner);
             for (int64_t i = 0; i < count; ++i) swiglu(m->wide + i * 2 * inner, inner, m->narrow + i * inner);
-            linear(m->narrow, count, inner, down, hidden, m->wide);
+            product(*m, m->narrow, count, inner, layer.down, hidden, m->wide, slot * inner * hidden);
             give_back(*e, first, count, m->wide);
         }
         layer.load[slot] += e->firsts[slot + 1] - e->firsts[slot];
@@ -151,7 +167,7 @@ void fused_logits(Model* m, const Batch* b) {
         add(x, m->mixture + b->sampled[i] * hidden, hidden);
         rms_norm(x, hidden, m->final_norm, m->eps, h);
     }
-    linear(m->h, b->samples, hidden, m->lm_head, m->vocab, m->logits);
+    product(*m, m->h, b->samples, hidden, m->lm_head, m->vocab, m->logits);
 }
 
 // A whole step; of no tokens, too. 0 if an expert is out of range.

@@ -40,7 +40,7 @@ class LayerState(ctypes.Structure):
     _fields_ = tuple(
         _fields(
             {
-                _ADDRESS: "input_norm qkv qk_norm out post_norm gate gate_up down cache physical load",
+                _ADDRESS: "input_norm qk_norm post_norm qkv out gate gate_up down cache physical load",
             }
         )
     )
@@ -53,11 +53,11 @@ class ModelState(ctypes.Structure):
         *_fields(
             {
                 _INTEGER: "layer_count hidden vocab heads kv_heads head_dim qk_norm experts top_k inner renormalise "
-                "slots page_size pages"
+                "slots page_size pages halves"
             }
         ),
         *_fields({_REAL: "eps clip"}),
-        *_fields({_ADDRESS: "embed final_norm lm_head cosines sines layers"}),
+        *_fields({_ADDRESS: "embed lm_head final_norm cosines sines layers"}),
         *_fields({_ADDRESS: "x h mixture weights chosen logits wide narrow line"}),
         *_fields({_INTEGER: "mixed"}),
     )

@@ -14,8 +14,8 @@ constexpr int ROWS = 6, STRIP = 1;
 constexpr int64_t DEPTH = 32;  // rows of a matrix that are gone through for all columns, so that they stay in a cache
 
 // y[R][C * LANES] += x[R][depth] w[depth][C * LANES], or = if `begins`. One chain of additions for each number of y.
-template <int R, int C>
-static inline void block(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, float* y,
+template <int R, int C, typename W>
+static inline void block(const float* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t depth, float* y,
                          int64_t y_stride, bool begins) {
     V sums[R][C];
     for (int r = 0; r < R; ++r)
@@ -32,8 +32,8 @@ static inline void block(const float* x, int64_t x_stride, const float* w, int64
         for (int c = 0; c < C; ++c) store(y + r * y_stride + c * LANES, sums[r][c]);
 }
 
-template <int R>
-static void rows_by_depth(const float* x, int64_t x_stride, const float* w, int64_t width, int64_t depth, float* y,
+template <int R, typename W>
+static void rows_by_depth(const float* x, int64_t x_stride, const W* w, int64_t width, int64_t depth, float* y,
                           bool begins) {
     int64_t column = 0;
     for (; column + STRIP * LANES <= width; column += STRIP * LANES)
@@ -43,13 +43,13 @@ static void rows_by_depth(const float* x, int64_t x_stride, const float* w, int6
     for (; column < width; ++column)
         for (int r = 0; r < R; ++r) {
             float sum = begins ? 0.0f : y[r * width + column];
-            for (int64_t k = 0; k < depth; ++k) sum = std::fma(x[r * x_stride + k], w[k * width + column], sum);
+            for (int64_t k = 0; k < depth; ++k) sum = std::fma(x[r * x_stride + k], wide(w[k * width + column]), sum);
             y[r * width + column] = sum;
         }
 }
 
-template <int R>
-static void some_rows(int64_t rows, const float* x, int64_t x_stride, const float* w, int64_t width, int64_t depth,
+template <int R, typename W>
+static void some_rows(int64_t rows, const float* x, int64_t x_stride, const W* w, int64_t width, int64_t depth,
                       float* y, bool begins) {
     if (rows == R)
         rows_by_depth<R>(x, x_stride, w, width, depth, y, begins);
@@ -58,7 +58,8 @@ static void some_rows(int64_t rows, const float* x, int64_t x_stride, const floa
 }
 
 // y [rows, width] = x [rows, inner] w [inner, width]
-static void linear(const float* x, int64_t rows, int64_t inner, const float* w, int64_t width, float* y) {
+template <typename W>
+static void linear(const float* x, int64_t rows, int64_t inner, const W* w, int64_t width, float* y) {
     for (int64_t k = 0; k < inner; k += DEPTH) {
         int64_t depth = std::min(DEPTH, inner - k);
         for (int64_t row = 0; row < rows; row += ROWS) {

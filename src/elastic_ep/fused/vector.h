@@ -9,6 +9,19 @@
 
 constexpr int LANES = 16;
 
+// The upper half of a float: bfloat16, in which checkpoints store weights. To widen it rounds nothing.
+struct Half {
+    uint16_t bits;
+};
+
+static inline float wide(float value) { return value; }
+static inline float wide(Half value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float all;
+    std::memcpy(&all, &bits, sizeof all);
+    return all;
+}
+
 #if defined(__AVX512F__)
 
 struct V {
@@ -18,6 +31,10 @@ struct V {
 static inline V zero() { return {_mm512_setzero_ps()}; }
 static inline V all_of(float value) { return {_mm512_set1_ps(value)}; }
 static inline V load(const float* at) { return {_mm512_loadu_ps(at)}; }
+static inline V load(const Half* at) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
 static inline void store(float* at, V v) { _mm512_storeu_ps(at, v.all); }
 static inline V operator+(V a, V b) { return {_mm512_add_ps(a.all, b.all)}; }
 static inline V operator-(V a, V b) { return {_mm512_sub_ps(a.all, b.all)}; }
@@ -48,6 +65,11 @@ struct V {
 static inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 static inline V all_of(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 static inline V load(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
+static inline __m256 load_half(const Half* at) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline V load(const Half* at) { return {load_half(at), load_half(at + 8)}; }
 static inline void store(float* at, V v) {
     _mm256_storeu_ps(at, v.low);
     _mm256_storeu_ps(at + 8, v.high);

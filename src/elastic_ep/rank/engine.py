@@ -105,7 +105,13 @@ def mask_maker(config: RankConfig) -> MaskMaker | None:
 def weights_from_checkpoint(config: RankConfig, spec: ModelSpec) -> Weights:
     folder, load_format = Path(config.model), config.load_format
     return load_weights(
-        folder, spec, config.placement, config.rank, load_format=load_format, seed=config.seed
+        folder,
+        spec,
+        config.placement,
+        config.rank,
+        load_format=load_format,
+        seed=config.seed,
+        dtype=_dtype(config),
     )
 
 
@@ -117,12 +123,16 @@ def weights_from_peers(config: RankConfig, spec: ModelSpec, open_plane: OpenPlan
     if isinstance(plane, str):
         return None
     source = weight_source(Path(config.model), spec, config.load_format, config.seed)
-    weights = blank_weights(spec, config.placement.slots_per_rank, source)
+    weights = blank_weights(spec, config.placement.slots_per_rank, source, dtype=_dtype(config))
     try:
         fill_from_peers(plane, weights, config.placement, config.rank, config.peers, config.timing)
     except PullFailed:
         return None
     return weights
+
+
+def _dtype(config: RankConfig) -> torch.dtype:
+    return torch.bfloat16 if config.halves else torch.float32
 
 
 def _in_page_cache(config: RankConfig) -> bool:

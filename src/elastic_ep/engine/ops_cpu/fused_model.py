@@ -22,9 +22,11 @@ from elastic_ep.engine.scheduler import Chunk
 from elastic_ep.exchange.fused import FusedExchange
 from elastic_ep.fused.library import BatchState, Fused, LayerState, ModelState
 from elastic_ep.models.spec import QkNorm
-from elastic_ep.weights.bank import Weights
+from elastic_ep.weights.bank import Parts, Weights
 
 _QK_NORMS = {QkNorm.NONE: 0, QkNorm.HEAD: 1, QkNorm.PROJECTION: 2}
+_NORMS = {"input_norm", "qk_norm", "post_norm"}
+"""Of a layer: float32, whatever its matrices are."""
 _WORD = 8
 KEYS = 8
 """As in attention.h."""
@@ -40,7 +42,8 @@ class FusedBatch:
 class FusedModel:
     """Forward thread only. Raises ValueError for pages of a size that it does not know.
 
-    The weights stay where they are in memory for as long as this lives.
+    Weights are float32, or bfloat16 if they were stored so: that changes no bit. They stay where they are in memory as
+    long as this lives.
     """
 
     def __init__(self, fused: Fused, weights: Weights, limits: EngineLimits, slots: int) -> None:
@@ -67,7 +70,7 @@ class FusedModel:
         self._logits = torch.zeros(limits.max_num_seqs, spec.vocab_size)
         self._kept: dict[str, Any] = {
             "embed": weights.embed,
-            "final_norm": weights.final_norm,
+            "final_norm": weights.final_norm.float(),
             "lm_head": weights.lm_head,
             "cosines": rope.cosines,
             "sines": rope.sines,
@@ -81,6 +84,8 @@ class FusedModel:
             "narrow": torch.zeros(tokens, max(attention, moe.experts, moe.inner, hidden)),
             "line": torch.zeros(limits.sequence_pages * limits.page_size),
         }
+        self._layer_parts: list[Parts] = []
+        """Kept, as the library has their addresses."""
         self._layer_states = (LayerState * spec.moe_layers)(
             *[self._layer(index) for index in range(spec.moe_layers)]
         )
@@ -99,6 +104,7 @@ class FusedModel:
             slots=slots,
             page_size=limits.page_size,
             pages=limits.cache_pages,
+            halves=weights.embed.dtype is torch.bfloat16,
             eps=spec.rms_norm_eps,
             clip=float("inf") if kind.clip_qkv is None else kind.clip_qkv,
             layers=ctypes.addressof(self._layer_states),
@@ -108,9 +114,11 @@ class FusedModel:
         self._nothing = BatchState()
 
     def _layer(self, index: int) -> LayerState:
-        parts = {name: _contiguous(part).data_ptr() for name, part in self._weights.layers[index].items()}
+        parts = dict(self._weights.layers[index])
+        parts |= {name: parts[name].float() for name in _NORMS & parts.keys()}
+        self._layer_parts.append(parts)
         return LayerState(
-            **parts,
+            **{name: _contiguous(part).data_ptr() for name, part in parts.items()},
             cache=self.caches[index].data_ptr(),
             physical=self.routing.physical[index].data_ptr(),
             load=self.loads[index].buffer_info()[0],

@@ -40,7 +40,7 @@ class FusedRunner(StepRunner):
         memory: StreamMemory = NO_SHELF,
         masks: MaskMaker | None = None,
     ) -> None:
-        check_rows(exchange, weights.embed.dtype)
+        check_rows(exchange, torch.float32)
         self._model = FusedModel(fused, weights, limits, placement.slots_per_rank)
         self._peers = exchange
         load = ExpertLoad(placement, rank, self._model.loads)
