@@ -3,10 +3,11 @@
     python -m bench.throughput [--old TREE] [--out bench/results/throughput.json]
 
 All sides get the same prompts and stop where the model stops, in turns, in one run. `--old` is a source tree of another
-commit. What the servers' processes take of the processor is counted too: other work on the machine disturbs that less.
- transformers runs one batch of
-64 at a time with its key-value cache, all cores, float32, left padding; its best of two batchings counts: in the order
-given, and sorted by length (which a server could not do).
+commit. transformers runs one batch of 64 at a time with its key-value cache, all cores, float32, left padding; its best
+of two batchings counts: in the order given, and sorted by length (which a server could not do).
+
+The processor time of each side is counted too, which other work on the machine disturbs less. For that transformers runs
+with one thread as well, since several wait for each other in a loop.
 """
 
 from __future__ import annotations
@@ -35,8 +36,14 @@ CONCURRENT = 64
 MAX_NEW = 160
 
 
-def with_transformers(questions: list[str]) -> tuple[int, float]:
-    """(generated tokens, seconds)."""
+@dataclass(frozen=True)
+class Sample:
+    tokens_per_s: float
+    cpu_us_per_token: float
+    """Of all processes of a server."""
+
+
+def with_transformers(questions: list[str]) -> Sample:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(BUNDLED_MODEL, padding_side="left")
@@ -48,7 +55,7 @@ def with_transformers(questions: list[str]) -> tuple[int, float]:
         )
         for q in questions
     ]
-    generated = 0
+    generated, spent = 0, time.process_time()
     model.generate(**tokenizer(texts[:2], return_tensors="pt", padding=True), max_new_tokens=4)
     started = time.monotonic()
     for first in range(0, len(texts), CONCURRENT):
@@ -58,14 +65,8 @@ def with_transformers(questions: list[str]) -> tuple[int, float]:
         new = out[:, batch["input_ids"].shape[1] :]
         ended = (new == tokenizer.eos_token_id).int()
         generated += int((ended.cumsum(1) - ended == 0).sum())
-    return generated, time.monotonic() - started
-
-
-@dataclass(frozen=True)
-class Sample:
-    tokens_per_s: float
-    cpu_us_per_token: float
-    """Of all processes of the server."""
+    seconds = time.monotonic() - started
+    return Sample(generated / seconds, (time.process_time() - spent) / generated * 1e6)
 
 
 def serve(side: Side, questions: list[str]) -> Sample:
@@ -110,15 +111,20 @@ def main() -> None:
     ours: dict[str, list[Sample]] = {one.name: [] for one in sides}
     theirs: list[float] = []
     theirs_sorted: list[float] = []
+    one_thread: list[Sample] = []
     load: list[float] = []
     for _ in range(options.rounds):
         load.append(os.getloadavg()[0])
         for one in sides:
             ours[one.name].append(serve(one, questions))
             print(f"{one.name}: {ours[one.name][-1]}", flush=True)
-        for order, rates in ((questions, theirs), (sorted(questions, key=len), theirs_sorted)):
-            tokens, seconds = with_transformers(order)
-            rates.append(tokens / seconds)
+        by_length = sorted(questions, key=len)
+        for order, rates in ((questions, theirs), (by_length, theirs_sorted)):
+            rates.append(with_transformers(order).tokens_per_s)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        one_thread.append(with_transformers(by_length))
+        torch.set_num_threads(threads)
         print(f"transformers {theirs[-1]:.0f} (sorted {theirs_sorted[-1]:.0f}) tokens/s", flush=True)
     best = max(percentile(theirs, 0.5), percentile(theirs_sorted, 0.5))
     medians = {name: percentile([s.tokens_per_s for s in samples], 0.5) for name, samples in ours.items()}
@@ -133,6 +139,7 @@ def main() -> None:
             "step_ms": {name: round(CONCURRENT / median * 1000, 2) for name, median in medians.items()},
             "transformers_tokens_per_s": [round(value, 1) for value in theirs],
             "transformers_sorted_tokens_per_s": [round(value, 1) for value in theirs_sorted],
+            "transformers_one_thread_sorted": [asdict(sample) for sample in one_thread],
             "ratio_of_medians": {name: round(median / best, 3) for name, median in medians.items()},
         },
     )
