@@ -18,12 +18,14 @@ ARROWS: dict[str, set[str]] = {
     "event_log": {"machines", "wire", "config"},
     "film": {"event_log", "host", "wire"},
     "fused": set(),
-    "exchange": {"fused", "wire", "config", "machine_memory"},
+    "exchange": {"fused", "wire", "config", "kernel", "machine_memory"},
     "models": {"exchange", "placement"},
     "weights": {"models", "wire", "placement", "timing"},
     "kv": set(),
     "guided": {"wire"},
-    "engine": {"exchange", "fused", "guided", "kv", "machines", "models", "weights", "wire", "config", "placement"},
+    "engine": {
+        "exchange", "fused", "guided", "kv", "machines", "models", "weights", "wire", "config", "kernel", "placement",
+    },
     "host": {"event_log", "exchange", "machines", "wire", "config", "logs", "timing", "titles"},
     "rank": {
         "engine", "event_log", "exchange", "fused", "guided", "host", "kv", "machines", "models", "weights", "wire",
@@ -37,13 +39,14 @@ ARROWS: dict[str, set[str]] = {
 }  # fmt: skip
 """A folder, and what it may import besides itself: folders, and modules of the top level."""
 TOP = {
-    "charts", "command_line", "config", "foreign_flags", "logs", "loop_watch", "machine_memory", "placement",
+    "charts", "command_line", "config", "foreign_flags", "kernel", "logs", "loop_watch", "machine_memory", "placement",
     "placement_picture", "plan", "replay", "run", "serve", "timing", "titles",
 }  # fmt: skip
 """The commands, what they are made of, and what all may use."""
 BASE: dict[str, set[str]] = {
     "config": {"kv", "placement", "timing", "wire"},
     "foreign_flags": {"config"},
+    "kernel": set(),
     "logs": {"config"},
     "loop_watch": {"event_log"},
     "machine_memory": set(),

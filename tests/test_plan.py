@@ -28,7 +28,7 @@ CONFIG = ServeConfig(ranks=4, model=str(BUNDLED_MODEL), device="cpu")
     ("sequences", "tokens", "device", "expected"),
     [
         (None, None, "cpu", (16, 64)),
-        (None, None, "cuda", (256, 512)),
+        (None, None, "cuda", (256, 2048)),
         (100, None, "cpu", (100, 100)),
         (None, 8, "cuda", (8, 8)),
         (4, 32, "cuda", (4, 32)),

@@ -22,6 +22,7 @@ from elastic_ep.engine.ops_cuda.build import exchange_shape
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import DeviceExchange, ExchangeShape
 from elastic_ep.exchange.mooncake import MooncakeExchange
+from elastic_ep.exchange.peer_memory import PeerMemoryExchange
 from elastic_ep.placement import launch_placement
 from elastic_ep.timing import USUAL
 from elastic_ep.weights.bank import Weights
@@ -73,7 +74,7 @@ def _probe(directory: Path) -> None:
 
 
 class Engine:
-    """The engine as a rank has it, with all experts; over Mooncake if `directory` is given."""
+    """The engine as a rank has it, with all experts; with its exchange if `directory` is given."""
 
     def __init__(self, weights: Weights, limits: EngineLimits, directory: Path | None, **runner: Any) -> None:
         spec, device = weights.spec, weights.embed.device
@@ -81,7 +82,7 @@ class Engine:
         self.exchange: DeviceExchange = SoloDeviceExchange(spec.moe.experts, device, weights.embed.dtype)
         if directory is not None:
             shape = exchange_shape(spec, limits, placement)
-            self.exchange = MooncakeExchange(
+            self.exchange = PeerMemoryExchange(
                 shape,
                 Member(0, 0),
                 FileStore(directory),

@@ -23,6 +23,7 @@ CALL_PARSERS = (
 REASONING_PARSERS = (
     "qwen3", "glm45", "deepseek_v3", "deepseek-v3", "deepseek_r1", "deepseek-r1", "openai_gptoss", "gpt-oss",
 )  # fmt: skip
+ALL2ALL_BACKENDS = ("peer-memory", "mooncake")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -100,6 +101,8 @@ class RankConfig:
     and a stream that moves must go on with the same ones."""
     halves: bool = False
     """Whether that keeps the weights in bfloat16, as the checkpoint has them."""
+    all2all_backend: str = ALL2ALL_BACKENDS[0]
+    """What carries rows between GPUs."""
     gpu_memory_utilization: float | None = None
     """Of its GPU's memory, for all ranks on it: what a rank's share has left is KV cache. None: it is not sized so."""
     peers: PeerWeights | None = None
@@ -189,8 +192,10 @@ class ServeConfig:
     max_model_len: int | None = _flag(None, "prompt plus generated tokens; the model's own if not given",
         within=(2, MOST_MODEL_LEN))
     max_num_seqs: int | None = _flag(None, "sequences that a rank runs at once (16, on a GPU 256)", within=(1, 4096))
-    max_num_batched_tokens: int | None = _flag(None, "tokens that a rank computes in one step (64, on a GPU 512)",
+    max_num_batched_tokens: int | None = _flag(None, "tokens that a rank computes in one step (64, on a GPU 2048)",
         within=(1, 65536))
+    all2all_backend: str = _flag(ALL2ALL_BACKENDS[0],
+        "what carries tokens between GPUs: each other's memory, or Mooncake EP", choices=ALL2ALL_BACKENDS)
     gpu_memory_utilization: float | None = _flag(None,
         "share of a GPU's memory for all ranks on it (0.9); what weights and steps leave of it is KV cache",
         within=(0.01, 1))

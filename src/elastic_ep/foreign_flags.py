@@ -53,6 +53,7 @@ _EQUIVALENT = {
     "--num-gpu-blocks-override, which is a number of pages of 16 tokens, of each rank": (
         "--kv-cache-memory-bytes --max-total-tokens"
     ),
+    "--all2all-backend": "--moe-a2a-backend",
     "--gpu-memory-utilization": "--mem-fraction-static",
     "--seed": "--random-seed",
     "--ep-num-redundant-experts": "--num-redundant-experts --eplb-config",
@@ -160,8 +161,8 @@ _VALUES = {
         "--scheduling-policy=fcfs --schedule-policy=fcfs --schedule-conservativeness --load-balance-method=auto "
         "--enable-priority-scheduling"
     ),
-    "cannot be honoured: experts' tokens go through shared memory on a CPU, through Mooncake EP on GPUs": (
-        "--all2all-backend --moe-a2a-backend --elastic-ep-backend=mooncake --deepep-mode --mooncake-ib-device "
+    "cannot be honoured: experts' tokens go through memory, the host's or that of GPUs, or through Mooncake EP": (
+        "--elastic-ep-backend=mooncake --deepep-mode --mooncake-ib-device "
         "--elastic-ep-join-mode=recover --expert-placement-strategy"
     ),
     "cannot be honoured: the kernels are this program's own": (

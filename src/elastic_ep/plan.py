@@ -37,10 +37,10 @@ MEMORY_UTILIZATION = 0.9
 _SEQUENCES = {"cpu": 16, "cuda": 256}
 """That a rank runs at once, unless the command line says how many. On a GPU one costs a step what 64 cost: so survivors
 have seats for a lost rank's requests, too."""
-_TOKENS = {"cpu": 64, "cuda": 512}
+_TOKENS = {"cpu": 64, "cuda": 2048}
 """Of a step, likewise. On a GPU so many are computed while nobody decodes, else what leaves decodes their pace (see
 engine/prompt_pace.py)."""
-_TOKENS_SHARED = 256
+_TOKENS_SHARED = 512
 """Of ranks that share a GPU: the exchange's buffers and the experts' working memory grow with it, in each of them."""
 
 
@@ -113,6 +113,7 @@ class ServePlan:
             halves=self.halves,
             timing=self.config.timing,
             placement=self.placement,
+            all2all_backend=self.config.all2all_backend,
             gpu_memory_utilization=self.memory_utilization,
             log=self.config.log,
         )
@@ -138,7 +139,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         raise
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(_model_fault(folder, error)) from error
-    device = choose_device(config.device, model.hidden_size)
+    device = choose_device(config.device, config.all2all_backend, model.hidden_size)
     if device == "cpu" and config.gpu_memory_utilization is not None:
         raise ConfigError(
             "--gpu-memory-utilization: the ranks run on the CPU: how large a KV cache is says --num-gpu-blocks-override"

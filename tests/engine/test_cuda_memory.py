@@ -33,7 +33,7 @@ from tests.engine.solo import TINY, dummy_weights
 LIMITS = EngineLimits(max_model_len=320, num_pages=2000)
 PLACEMENT = launch_placement(2, TINY.moe_layers, TINY.moe.experts, 2)
 SHAPE = ExchangeShape(2, 64, TINY.hidden_size, 2, PLACEMENT.slots_per_rank, 4)
-NEEDS = needs_of(TINY, LIMITS, PLACEMENT, SHAPE, 1 << 30)
+NEEDS = needs_of(TINY, LIMITS, PLACEMENT, SHAPE, 1 << 30, copies_rows=True)
 
 
 def test_the_weights_are_counted_as_they_will_be_allocated() -> None:
@@ -56,21 +56,38 @@ def test_what_is_at_work_in_a_layer_is_counted_as_it_is_allocated(monkeypatch: p
     rows = SHAPE.num_ranks * SHAPE.max_tokens
     packed = torch.empty(SHAPE.slots_per_rank, rows, SHAPE.hidden, dtype=torch.bfloat16)
     down = torch.empty(SHAPE.slots_per_rank, TINY.moe.inner, TINY.hidden_size, dtype=torch.bfloat16)
-    expert_ffn.expert_ffn(packed, cast(Any, None), cast(Any, None), down)
-    assert len(at_work) == 3
-    larger = needs_of(TINY, LIMITS, PLACEMENT, replace(SHAPE, max_tokens=2 * SHAPE.max_tokens), 1 << 30)
-    assert larger.working - NEEDS.working == 2 * sum(at_work.values())
+    counts = torch.zeros(SHAPE.slots_per_rank, dtype=torch.int32)
+    expert_ffn.expert_ffn(packed, counts, cast(Any, None), down, out=packed)
+    assert len(at_work) == 2
+    for copies_rows, counted in (
+        (True, [*at_work.values()]),
+        (False, [at_work[key] for key in at_work if key != packed.data_ptr()]),
+    ):
+        small, large = (
+            needs_of(
+                TINY,
+                LIMITS,
+                PLACEMENT,
+                replace(SHAPE, max_tokens=times * SHAPE.max_tokens),
+                1 << 30,
+                copies_rows=copies_rows,
+            )
+            for times in (1, 2)
+        )
+        assert large.working - small.working == 2 * sum(counted)
 
 
 def test_logits_of_graphs_are_counted() -> None:
     """Graphs of decodes have logits for each row, others for as many sequences as fit; an eager step has them twice."""
     model = replace(TINY, vocab_size=TINY.vocab_size + 1)
     limits = EngineLimits(max_model_len=320, max_num_seqs=16, max_num_batched_tokens=256)
-    counted = [needs_of(each, limits, PLACEMENT, SHAPE, 0).working for each in (TINY, model)]
-    assert counted[1] - counted[0] == 4 * (64 + 3 * 64 + 2 * 64)
+    counted = [
+        needs_of(each, limits, PLACEMENT, SHAPE, 0, copies_rows=True).working for each in (TINY, model)
+    ]
+    assert counted[1] - counted[0] == 4 * (16 + 4 * 16 + 2 * 16)
     many = replace(limits, max_num_seqs=512, max_num_batched_tokens=512)
-    counted = [needs_of(each, many, PLACEMENT, SHAPE, 0).working for each in (TINY, model)]
-    assert counted[1] - counted[0] == 4 * (2 * (64 + 128 + 256) + 2 * 512)
+    counted = [needs_of(each, many, PLACEMENT, SHAPE, 0, copies_rows=True).working for each in (TINY, model)]
+    assert counted[1] - counted[0] == 4 * (2 * (16 + 64 + 128 + 256) + 2 * 512)
 
 
 def test_the_parts_of_long_contexts_are_counted_as_they_are_allocated(
@@ -85,13 +102,13 @@ def test_the_parts_of_long_contexts_are_counted_as_they_are_allocated(
 
     monkeypatch.setattr(decode_attention, "_decode_kernel", Kernel())
     kind = TINY.attention
-    queries = torch.empty(64, kind.heads, kind.head_dim, dtype=torch.bfloat16)
+    queries = torch.empty(16, kind.heads, kind.head_dim, dtype=torch.bfloat16)
     keys = torch.empty(2, kind.kv_heads, 16, kind.head_dim, dtype=torch.bfloat16)
     for longest in (320, 40_000):
-        tables = torch.empty(64, longest // 16, dtype=torch.int32)
-        decode_attention.decode_attention(queries, keys, keys, tables, torch.empty(64, dtype=torch.int32))
+        tables = torch.empty(16, longest // 16, dtype=torch.int32)
+        decode_attention.decode_attention(queries, keys, keys, tables, torch.empty(16, dtype=torch.int32))
     needs = [
-        needs_of(TINY, replace(LIMITS, max_model_len=longest), PLACEMENT, SHAPE, 0)
+        needs_of(TINY, replace(LIMITS, max_model_len=longest), PLACEMENT, SHAPE, 0, copies_rows=True)
         for longest in (320, 40_000)
     ]
     assert needs[1].working - needs[0].working == 2 * (parts[1] - parts[0])
@@ -110,7 +127,7 @@ def test_a_smaller_cache_is_proposed_and_would_fit() -> None:
     pages = int(found.group(1))
     assert pages == 999
     limits = EngineLimits(max_model_len=320, num_pages=pages)
-    check_memory(needs_of(TINY, limits, PLACEMENT, SHAPE, 1 << 30), free, limits, PLACEMENT)
+    check_memory(needs_of(TINY, limits, PLACEMENT, SHAPE, 1 << 30, copies_rows=True), free, limits, PLACEMENT)
 
 
 def test_where_the_cache_cannot_shrink_so_far_fewer_experts_are() -> None:

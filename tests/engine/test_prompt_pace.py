@@ -48,11 +48,13 @@ def test_what_was_seen_to_be_too_slow_is_not_asked_for(
     budget = pace.budget(decodes)
     if not plain:
         return
+    smallest = [duration for tokens, _, duration in history if 0 < tokens <= FLOOR][-4:]
+    limit = STRETCH * max(plain[len(plain) // 2], min(smallest, default=0))
     slow = {
         size
         for size in pace.sizes[1:]
         if any(
-            duration > STRETCH * plain[len(plain) // 2]
+            duration > limit
             for tokens, _, duration in [event for event in history if size // 2 < event[0] <= size][-4:]
         )
     }
@@ -87,8 +89,9 @@ def test_the_largest_chunk_that_keeps_the_pace_is_found(
 
     pace = PromptPace(FLOOR, CAPACITY)
     done = run(device, 400, pace)
-    good = [size for size in pace.sizes if device(size) <= STRETCH * PLAIN]
-    late = [duration for tokens, duration in done if duration > STRETCH * PLAIN and tokens > FLOOR]
+    limit = STRETCH * max(PLAIN, device(FLOOR))
+    good = [size for size in pace.sizes if device(size) <= limit]
+    late = [duration for tokens, duration in done if duration > limit and tokens > FLOOR]
     assert len(late) <= 1
     wanted = max([FLOOR, *good])
     found = max(tokens for tokens, duration in done[20:])
@@ -125,3 +128,10 @@ def test_one_that_joins_while_others_have_prompts_is_not_left_behind() -> None:
         pace.budget(decodes=1)
         pace.observe(256, 1, PLAIN)
     assert pace.budget(decodes=1) >= FLOOR
+
+
+def test_where_any_chunk_breaks_the_pace_larger_ones_that_cost_little_more_are_taken() -> None:
+    """A step of few decodes reads few experts; with a chunk it reads all of them, however small the chunk is."""
+    pace = PromptPace(FLOOR, CAPACITY)
+    done = run(lambda tokens: PLAIN + (3 * PLAIN + 20 * tokens if tokens else 0), 100, pace)
+    assert max(tokens for tokens, _ in done) == CAPACITY

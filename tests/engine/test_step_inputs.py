@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda.inputs import GRAPH_ROWS, StepInputs, StepShape, ladder
+from elastic_ep.engine.ops_cuda.kernels.dense import plan_of
 from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.wire.messages import SamplingParams
 
@@ -82,15 +83,21 @@ def test_a_step_has_a_shape_that_fits_and_was_captured(
     assert shape.outputs <= largest.outputs
     if shape.rows <= GRAPH_ROWS:
         assert shape in inputs.graphed()
-        assert shape.rows < 2 * max(tile, sum(lengths)) or shape.rows == tile
+        assert shape.rows <= 4 * max(tile, sum(lengths))
     else:
         assert shape.rows - sum(lengths) < tile
 
 
 def test_few_graphs_are_captured() -> None:
     """Each makes a return longer."""
-    assert ladder(4096, 64) == ladder(256, 64) == [64, 128, 256]
-    assert ladder(192, 64) == [64, 128, 192]
-    assert ladder(64, 64) == [64]
-    inputs = StepInputs(EngineLimits(4096, 256, 1024), 64, torch.device("cpu"))
-    assert len(inputs.graphed()) == 6
+    assert ladder(4096, 16) == ladder(256, 16) == [16, 64, 128, 256]
+    assert ladder(192, 16) == [16, 64, 128, 192]
+    assert ladder(16, 16) == [16]
+    inputs = StepInputs(EngineLimits(4096, 256, 1024), 16, torch.device("cpu"))
+    assert len(inputs.graphed()) == 8
+
+
+def test_no_step_is_the_first_to_cut_its_products_in_its_way() -> None:
+    inputs = StepInputs(EngineLimits(4096, 256, 2048), 16, torch.device("cpu"))
+    warm = {plan_of(shape.rows, 2048, torch.bfloat16) for shape in (*inputs.graphed(), *inputs.largest())}
+    assert warm == {plan_of(rows, 2048, torch.bfloat16) for rows in range(16, 2049, 16)}

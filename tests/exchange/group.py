@@ -76,6 +76,14 @@ def reference(
     return total
 
 
+def used(received: Received) -> torch.Tensor:
+    """[slots, C]: whether a row holds something."""
+    slots, capacity = received.packed.shape[:2]
+    counts = received.counts.view(slots, -1)
+    row = torch.arange(capacity // counts.shape[1])
+    return (row < counts[:, :, None]).view(slots, capacity)
+
+
 @dataclass(frozen=True)
 class Routing:
     """`physical[logical]` is where an expert lives, one of `slots` of a rank."""
@@ -104,10 +112,10 @@ class Routing:
         """What this rank's experts make of their packed inputs, rounded once; NaN in the rows that hold nothing."""
         logical = {physical: expert for expert, physical in enumerate(self.physical)}
         y = torch.full_like(received.packed, float("nan"))
-        for slot, count in enumerate(received.counts.tolist()):
-            if count:
-                x = received.packed[slot, :count].float()
-                y[slot, :count] = apply_expert(logical[rank * self.slots + slot], x).to(y.dtype)
+        for slot, rows in enumerate(used(received)):
+            if rows.any():
+                x = received.packed[slot, rows].float()
+                y[slot, rows] = apply_expert(logical[rank * self.slots + slot], x).to(y.dtype)
         return y
 
 

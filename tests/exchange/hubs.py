@@ -20,7 +20,12 @@ from elastic_ep.exchange.windows import Windows
 from elastic_ep.fused.library import best_build, load
 from elastic_ep.host.mps import PROGRAM, mps_daemon
 from elastic_ep.wire.messages import Member
-from tests.exchange.on_device import open_mooncake, warm_up_mooncake
+from tests.exchange.on_device import (
+    open_mooncake,
+    open_peer_memory,
+    warm_up_mooncake,
+    warm_up_peer_memory,
+)
 from tests.exchange.remote import Pool, RemoteDeviceExchange, RemoteExchange
 from tests.kit.loopback import LoopbackHub
 
@@ -108,10 +113,10 @@ def mps_if_installed() -> Iterator[Mapping[str, str]]:
         yield environment
 
 
-class Mooncake(Processes):
+class OnDevice(Processes):
     """In processes of their own, as CUDA shares memory between processes alone."""
 
-    pool = Pool(open_mooncake, warm_up_mooncake, mps_if_installed)
+    pool: Pool
     remote = RemoteDeviceExchange
 
     def __init__(self, shape: ExchangeShape) -> None:
@@ -123,8 +128,16 @@ class Mooncake(Processes):
         shutil.rmtree(self._directory)
 
 
+class Mooncake(OnDevice):
+    pool = Pool(open_mooncake, warm_up_mooncake, mps_if_installed)
+
+
+class PeerMemory(OnDevice):
+    pool = Pool(open_peer_memory, warm_up_peer_memory, mps_if_installed)
+
+
 def end_processes() -> None:
-    for hub in (ShmProcesses, Mooncake):
+    for hub in (ShmProcesses, Mooncake, PeerMemory):
         hub.pool.close()
 
 
@@ -159,4 +172,10 @@ MOONCAKE = Kind(
     hidden_multiple=HIDDEN_MULTIPLE,
     most_examples=8,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink takes hundreds of examples
+)
+PEER_MEMORY = Kind(
+    PeerMemory,
+    on_device=True,
+    most_examples=8,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )

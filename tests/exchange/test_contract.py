@@ -26,8 +26,9 @@ from tests.exchange.group import (
     reference,
     results,
     until,
+    used,
 )
-from tests.exchange.hubs import FUSED, LOOPBACK, MOONCAKE, SHM, Hub, Kind, end_processes
+from tests.exchange.hubs import FUSED, LOOPBACK, MOONCAKE, PEER_MEMORY, SHM, Hub, Kind, end_processes
 from tests.kit.fused import needs_fused
 
 ON_GPU = [
@@ -41,6 +42,7 @@ pytestmark = pytest.mark.parametrize(
         pytest.param(LOOPBACK, id="loopback"),
         pytest.param(SHM, id="shm"),
         pytest.param(FUSED, id="fused", marks=needs_fused()),
+        pytest.param(PEER_MEMORY, id="peer memory", marks=ON_GPU),
         pytest.param(MOONCAKE, id="mooncake", marks=ON_GPU),
     ],
 )
@@ -106,11 +108,6 @@ def assert_same(form: Format, output: torch.Tensor, expected: torch.Tensor, wher
         torch.testing.assert_close(
             output.float(), expected, rtol=eps / 2, atol=1e-4, msg=lambda m: f"{where} {m}"
         )
-
-
-def used(received: Received) -> torch.Tensor:
-    """[slots, C]: whether a row holds something."""
-    return torch.arange(received.packed.shape[1]) < received.counts[:, None]
 
 
 def without(layers: list[Batch], shape: ExchangeShape, rank: int) -> list[Batch]:
@@ -188,13 +185,13 @@ def test_what_is_received_is_in_the_format_declared(kind: Kind) -> None:
         form = ranks.format
     whole = shape.num_ranks * shape.max_tokens
     for received, count in zip(both, (0, whole), strict=True):
-        assert received.counts.tolist() == [count, count]
+        assert received.counts.view(2, form.parts).sum(dim=1).tolist() == [count, count]
         assert (received.counts.dtype, received.packed.dtype) == (form.counts, form.rows)
         capacity = whole if form.tile is None else max(1, -(-count // form.tile)) * form.tile
         assert tuple(received.packed.shape) == (2, capacity, shape.hidden)
         if form.zero_tail:
             assert not received.packed[~used(received)].any()
-    rows = both[1].packed[:, :whole].float()
+    rows = both[1].packed[used(both[1])].view(2, whole, -1).float()
     if not form.ordered:
         rows = rows.sort(dim=1).values
     sent = torch.cat([100 + torch.arange(20.0), 200 + torch.arange(20.0)])

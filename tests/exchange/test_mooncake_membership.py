@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_ep.exchange import mooncake
+from elastic_ep.exchange import device, mooncake
 from elastic_ep.exchange.base import ExchangeShape, Work
 from elastic_ep.exchange.mooncake import MooncakeExchange
 from elastic_ep.exchange.step_barrier import StepBarrier
@@ -96,6 +96,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
         zeros=lambda size, **_: torch.zeros(size),
     )
     monkeypatch.setattr(mooncake, "torch", fake)
+    monkeypatch.setattr(device, "torch", fake)
     monkeypatch.setattr(mooncake, "load_buffer_class", lambda: Buffer)
 
 
@@ -119,7 +120,7 @@ class End:
             timeout_ms=20_000,
             connect_timeout_ms=CONNECT_TIMEOUT_MS,
         )
-        self.buffer: Buffer = self.exchange._buffer
+        self.buffer: Buffer = self.exchange._open_buffer
 
     def expected_by(self, peer: Member) -> None:
         """`peer` has left its address already."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_ep.config import ConfigError
+from elastic_ep.config import ALL2ALL_BACKENDS, ConfigError
 from elastic_ep.exchange.mooncake_needs import CPU_WHEEL, CUDA_WHEEL
 from elastic_ep.host.devices import Machine, choose_device
 
@@ -35,9 +35,10 @@ def machine(
     return Machine(root, installed.get, lambda library: verbs, environment or {}, {nvcc: "/found"}.get)
 
 
-def test_a_whole_machine_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ALL2ALL_BACKENDS)
+def test_a_whole_machine_is_taken(tmp_path: Path, backend: str) -> None:
     whole = machine(tmp_path)
-    assert [choose_device(asked, HIDDEN, whole) for asked in ("auto", "cuda", "cpu")] == [
+    assert [choose_device(asked, backend, HIDDEN, whole) for asked in ("auto", "cuda", "cpu")] == [
         "cuda",
         "cuda",
         "cpu",
@@ -60,9 +61,9 @@ def test_a_whole_machine_is_taken(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path, lacking: dict[str, object], said: str) -> None:
     lacks = machine(tmp_path, **lacking)  # type: ignore[arg-type]  # of several types
     with pytest.raises(ConfigError, match=f"^--device cuda: .*{said}") as refused:
-        choose_device("cuda", HIDDEN, lacks)
+        choose_device("cuda", "mooncake", HIDDEN, lacks)
     assert "\n" not in str(refused.value)
-    assert choose_device("auto", HIDDEN, lacks) == "cpu"
+    assert choose_device("auto", "mooncake", HIDDEN, lacks) == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -79,9 +80,17 @@ def test_what_is_missing_is_named(tmp_path: Path, lacking: dict[str, object], sa
 def test_nvcc_is_looked_for_where_mooncake_does(
     tmp_path: Path, environment: dict[str, str], nvcc: str
 ) -> None:
-    assert choose_device("cuda", HIDDEN, machine(tmp_path, environment=environment, nvcc=nvcc)) == "cuda"
+    assert (
+        choose_device("cuda", "mooncake", HIDDEN, machine(tmp_path, environment=environment, nvcc=nvcc))
+        == "cuda"
+    )
+
+
+def test_peers_memory_needs_nothing_of_mooncake(tmp_path: Path) -> None:
+    bare = machine(tmp_path, installed={"torch": "2.11.0"}, verbs=False, nvcc="")
+    assert choose_device("cuda", "peer-memory", 100, bare) == "cuda"
 
 
 def test_a_hidden_size_that_the_exchange_cannot_carry(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"hidden size 100.*multiple of 128"):
-        choose_device("cuda", 100, machine(tmp_path))
+        choose_device("cuda", "mooncake", 100, machine(tmp_path))

@@ -38,7 +38,7 @@ CONFIG = RankConfig(
 def test_without_a_gpu_it_is_one_line_and_a_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(devices.Machine, "why_not_cuda", lambda self: "no NVIDIA GPU here")
+    monkeypatch.setattr(devices.Machine, "why_not_cuda", lambda self, backend: "no NVIDIA GPU here")
     assert main(["--ranks", "1", "--device", "cuda"]) == USAGE_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("--device cuda: no NVIDIA GPU here")

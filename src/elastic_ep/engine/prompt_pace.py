@@ -10,7 +10,8 @@ from collections import deque
 from statistics import median
 
 STRETCH = 2.0
-"""A step with chunks of prompts may take so many times as long as one of decodes alone."""
+"""A step with chunks of prompts may take so many times as long as one of decodes alone; or as one with the smallest
+chunks, if these alone make it slower than that: few decodes read few of the experts, any chunk reads them all."""
 _PLAIN = 64
 """Steps of decodes alone that are remembered."""
 _LOOK = 8
@@ -55,11 +56,12 @@ class PromptPace:
         if plain is None:
             return self.sizes[0] if self._steps % _LOOK else 0
         seen = [self._slowest(size) for size in self.sizes]
+        limit = STRETCH * max(plain, self._fastest(self.sizes[0]) or plain)
         place = 0
         while place + 1 < len(self.sizes):
             beyond = seen[place + 1]
             expected = self._expected(place, seen, plain) if beyond is None else beyond
-            if expected is None or expected > STRETCH * plain:
+            if expected is None or expected > limit:
                 break
             place += 1
         return self.sizes[place]
@@ -83,5 +85,10 @@ class PromptPace:
 
     def _slowest(self, size: int) -> float | None:
         """None: not known, or not any more."""
-        recent = [duration for step, duration in self._seen[size] if step > self._steps - _FORGET]
-        return max(recent, default=None)
+        return max(self._recent(size), default=None)
+
+    def _fastest(self, size: int) -> float | None:
+        return min(self._recent(size), default=None)
+
+    def _recent(self, size: int) -> list[int]:
+        return [duration for step, duration in self._seen[size] if step > self._steps - _FORGET]

@@ -52,14 +52,16 @@ class Format:
     """Whether a slot's rows come in the order of (source rank, token, k), or in any, which may differ from run to run."""
     zero_tail: bool
     """Whether the rows of `Received.packed` from a slot's count on are zero, or undefined."""
+    parts: int = 1
+    """A slot's rows lie in so many parts of C / parts rows each, and every part has a count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
     """Inputs of this rank's local slots.
 
-    `packed` [slots_per_rank, C, hidden] and `counts` [slots_per_rank], how many rows each slot has: all as `Format`
-    says. `packed` may be a view that the next `dispatch` overwrites.
+    `packed` [slots_per_rank, C, hidden] and `counts`, how many rows each slot has [slots_per_rank], or each part of
+    each slot [slots_per_rank, parts]: all as `Format` says. `packed` may be a view that the next `dispatch` overwrites.
     """
 
     packed: torch.Tensor

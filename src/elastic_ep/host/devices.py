@@ -44,7 +44,7 @@ class Machine:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
     find_program: Callable[[str], str | None] = shutil.which
 
-    def why_not_cuda(self) -> str | None:
+    def why_not_cuda(self, all2all_backend: str) -> str | None:
         """One line that says what is missing and what to do, or None."""
         if not any(self.root.glob("dev/nvidia[0-9]*")):
             return "no NVIDIA GPU here (no /dev/nvidia0); use --device cpu"
@@ -54,6 +54,9 @@ class Machine:
         torch = self.version_of("torch")
         if torch is None or "+cpu" in torch:
             return f"torch {torch or 'is missing; it'} has no CUDA: install a build of torch with CUDA 13"
+        return self._why_not_mooncake() if all2all_backend == "mooncake" else None
+
+    def _why_not_mooncake(self) -> str | None:
         if self.version_of(CUDA_WHEEL) is None:
             if self.version_of(CPU_WHEEL) is not None:
                 return f"{CPU_WHEEL} is installed, which has no EP: pip uninstall it, then pip install {CUDA_WHEEL}"
@@ -81,16 +84,16 @@ class Machine:
         return int(found.group(1)) if found else None
 
 
-def choose_device(asked: str, hidden_size: int, machine: Machine | None = None) -> str:
+def choose_device(asked: str, all2all_backend: str, hidden_size: int, machine: Machine | None = None) -> str:
     """ "cpu" or "cuda" for `--device`; auto takes a GPU only where all that it needs is there. Raises `ConfigError`."""
     machine = machine or Machine()
     if asked == "cpu":
         return "cpu"
-    missing = machine.why_not_cuda()
-    if missing is None and hidden_size % HIDDEN_MULTIPLE:
+    missing = machine.why_not_cuda(all2all_backend)
+    if missing is None and all2all_backend == "mooncake" and hidden_size % HIDDEN_MULTIPLE:
         missing = (
             f"the model's hidden size {hidden_size} is no multiple of {HIDDEN_MULTIPLE}, as Mooncake needs; "
-            "use --device cpu"
+            "leave --all2all-backend out"
         )
     if missing is None:
         return "cuda"

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from elastic_ep.engine.ops_cuda.kernels import (
     decode_attention,
+    dense,
     expert_ffn,
     gate,
     norm_rope,
@@ -21,6 +22,8 @@ from elastic_ep.engine.ops_cuda.kernels import (
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import DecodePlan
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Tiles, plan_for
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut
+from elastic_ep.exchange import peer_kernels
+from elastic_ep.kernel import power_of_2
 from tests.engine.kernels.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter's process")
@@ -96,18 +99,26 @@ def test_norms(norm: bool, clip: bool) -> None:
     compiled(norm_rope._norm_rope_kernel, types, constants, 4)
 
 
-def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool) -> Any:
-    types = dict.fromkeys(("x", "w", "y"), _NAMES[dtype]) | {"counts": "*i32", "capacity": "i32"}
+def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool, parts: int) -> Any:
+    types = dict.fromkeys(("x", "w", "y"), _NAMES[dtype]) | {"counts": "*i32", "part": "i32"}
     constants = {"H": 2048, "INNER": 768, "SLOTS": 40, "BLOCK_S": 64, "ROWS": tiles.rows, "FEW": tiles.few}
-    constants |= {"N": tiles.columns, "K": tiles.depth, "DOWN": down}
+    constants |= {
+        "N": tiles.columns,
+        "K": tiles.depth,
+        "DOWN": down,
+        "PARTS": parts,
+        "BLOCK_P": power_of_2(parts),
+    }
     return compiled(expert_ffn._experts_kernel, types, constants, tiles.warps, tiles.stages)
 
 
 @pytest.mark.parametrize("down", [False, True])
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 1), (torch.bfloat16, 1000), (torch.float32, 1)])
-def test_expert_ffn(dtype: torch.dtype, rows: int, down: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rows", "parts"), [(torch.bfloat16, 1, 3), (torch.bfloat16, 1000, 1), (torch.float32, 1, 1)]
+)
+def test_expert_ffn(dtype: torch.dtype, rows: int, down: bool, parts: int) -> None:
     plan = plan_for(rows, dtype)
-    result = compiled_experts(plan.down if down else plan.gate_up, dtype, down)
+    result = compiled_experts(plan.down if down else plan.gate_up, dtype, down, parts)
     assert uses_wgmma_alone(result) or dtype == torch.float32
 
 
@@ -140,5 +151,32 @@ def test_prefill_attention(dtype: torch.dtype) -> None:
     types |= {"scale": "fp32", "table_stride": "i32", "sequences": "i32"}
     constants = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": rows, "TOKENS": rows // 8, "PAGE": 16}
     constants |= {"SPLIT": CUT[dtype].split, "BLOCK": CUT[dtype].block, "BLOCK_B": 32}
-    result = compiled(prefill_attention._prefill_kernel, types, constants, 8 if rows == 64 else 4, 2)
+    result = compiled(prefill_attention._prefill_kernel, types, constants, 8 if rows == 128 else 4, 3)
     assert uses_wgmma_alone(result) or dtype == torch.float32
+
+
+@pytest.mark.parametrize(("rows", "out"), [(16, 5120), (4096, 5120)])
+def test_dense(rows: int, out: int) -> None:
+    plan = dense.plan_of(rows, out, torch.bfloat16)
+    types = {"x": "*bf16", "w": "*bf16", "y": "*fp32", "parts": "*fp32", "ended": "*i32", "rows": "i32"}
+    constants = {"IN": 4096, "OUT": out, "R": plan.rows, "N": plan.columns, "K": plan.depth}
+    constants |= {"PIECE": dense.PIECE, "PARTED": plan.parted}
+    assert uses_wgmma_alone(compiled(dense._dense_kernel, types, constants, plan.warps, plan.stages))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_exchange_through_peers_memory(ranks: int) -> None:
+    pointers = {"x": "*bf16", "rows": "*bf16", "y": "*bf16", "weights": "*fp32"}
+    pointers |= dict.fromkeys(("places", "sent", "done", "counts"), "*i32")
+    pointers |= dict.fromkeys(("chosen", "words", "peers", "base", "ready", "masks", "told"), "*i64")
+    numbers = dict.fromkeys(("operation", "me", "tokens"), "i32") | {"limit_ns": "i64"}
+    every = pointers | numbers
+    constants = {"H": 2048, "K": 8, "SLOTS": 36, "RANKS": ranks, "PARTS": 36 * ranks, "BLOCK": 1024}
+    constants |= {"BLOCK_H": 2048, "BLOCK_K": 8, "BLOCK_E": 128}
+    kernels = peer_kernels._send_kernel, peer_kernels._arrive_kernel, peer_kernels._ready_kernel
+    for kernel in (*kernels, peer_kernels._done_kernel, peer_kernels._fetch_kernel):
+        names: list[str] = kernel.arg_names  # type: ignore[attr-defined]  # Triton's own
+        known = {name: kind for name, kind in every.items() if name in names}
+        result = compiled(kernel, known, {name: constants[name] for name in names if name in constants}, 4)
+        if kernel in (peer_kernels._send_kernel, peer_kernels._fetch_kernel):
+            assert ".v4.b32" in result.asm["ptx"], "rows go in pieces of 16 bytes"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from elastic_ep.config import EngineLimits, RankConfig
-from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
+from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS
 from elastic_ep.engine.ops_cuda.memory import Budget, Share, needs_of
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.engine.step_runner import StreamMemory
 from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.exchange.device import BufferExchange
 from elastic_ep.exchange.mooncake import MooncakeExchange, buffer_bytes
+from elastic_ep.exchange.peer_memory import PeerMemoryExchange, block_bytes
 from elastic_ep.exchange.step_barrier import StepBarrier
 from elastic_ep.exchange.store import Store
 from elastic_ep.guided.masks import MaskMaker
@@ -36,7 +39,7 @@ def build_cuda_engine(
     opened: Callable[[], None],
     memory: StreamMemory,
     masks: MaskMaker | None = None,
-) -> tuple[CudaRunner, MooncakeExchange]:
+) -> tuple[CudaRunner, BufferExchange[Any]]:
     """The ranks leave each other their buffers' addresses in `store`; `opened` is called before the first kernel.
 
     Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user; the runner's warm-up the latter too.
@@ -44,11 +47,13 @@ def build_cuda_engine(
     spec = load_spec(Path(config.model))
     placement, limits = config.placement, config.limits
     shape = exchange_shape(spec, limits, placement)
-    size = buffer_bytes(shape)  # refuses a machine that cannot do it before anything touches a device
+    mooncake = config.all2all_backend == "mooncake"
+    # Mooncake refuses a machine that cannot do it before anything touches a device.
+    size = buffer_bytes(shape) if mooncake else block_bytes(shape)
     device = torch.device("cuda", config.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))
-    needs = needs_of(spec, limits, placement, shape, size)
+    needs = needs_of(spec, limits, placement, shape, size, copies_rows=mooncake)
     budget = Budget(needs, limits, placement, device, _share(config), _patience_s(config))
     torch.cuda.mem_get_info(device)  # makes the device's context, if nothing has made it
     opened()
@@ -82,14 +87,15 @@ def _build(
     budget: Budget,
     memory: StreamMemory,
     masks: MaskMaker | None,
-) -> tuple[CudaRunner, MooncakeExchange]:
+) -> tuple[CudaRunner, BufferExchange[Any]]:
     # The step barrier is a file that all ranks map, so all of them are on one host.
-    directory = Path(config.directory) / "mooncake"
+    directory = Path(config.directory) / "barrier"
     directory.mkdir(mode=0o700, exist_ok=True)
     barrier = StepBarrier(directory, config.placement.num_ranks, config.rank)
     member = Member(config.rank, config.incarnation)
     timing = config.timing
-    exchange = MooncakeExchange(
+    kind = MooncakeExchange if config.all2all_backend == "mooncake" else PeerMemoryExchange
+    exchange: BufferExchange[Any] = kind(
         shape,
         member,
         store,

@@ -11,8 +11,11 @@ import numpy.typing as npt
 import torch
 
 from elastic_ep.config import EngineLimits
+from elastic_ep.engine.ops_cuda.kernels.dense import ROW_CLASSES
 from elastic_ep.engine.scheduler import Chunk
 
+TILE_ROWS = 16
+"""Rows that are computed at least: the fewest that a product is as fast for as for one."""
 GRAPH_ROWS = 256
 """Steps of more rows are computed eagerly: there the device is busy long enough to hide the launches."""
 _ALIGN = 32
@@ -37,10 +40,11 @@ class StepShape:
 
 def ladder(most: int, tile: int) -> list[int]:
     """The rows that graphs are captured for, where a step has `most` at most: each capture makes a return longer, and a
-    step is padded to the next. Twice as many a rung: at worst the dense half of a step is done twice."""
+    step is padded to the next. Up to four tiles all cost the time of reading the weights; then a rung is twice the
+    last."""
     top = min(most, GRAPH_ROWS)
-    rungs = [tile << power for power in range(top.bit_length()) if tile << power < top]
-    return [*rungs, top]
+    rungs = [tile, *(tile << power for power in range(2, top.bit_length()))]
+    return [*(rung for rung in rungs if rung < top), top]
 
 
 class StepInputs:
@@ -113,10 +117,15 @@ class StepInputs:
         ]
 
     def largest(self) -> list[StepShape]:
-        """The two largest shapes: what a step has at work at most."""
+        """The two largest shapes: what a step has at work at most. And one for each other way to cut the products of an
+        eager step, which the first step that needs it would have to compile."""
+        eager = {min(rows, self.max_rows) for rows in (*ROW_CLASSES, self.max_rows) if rows > GRAPH_ROWS}
         return [
             StepShape(self.max_sequences, decode=True),
-            StepShape(self.max_rows, decode=False, sequences=self.max_sequences),
+            *(
+                StepShape(rows, decode=False, sequences=min(rows, self.max_sequences))
+                for rows in sorted(eager, reverse=True)
+            ),
         ]
 
     def _padded(self, rows: int, rungs: list[int]) -> int:

@@ -11,11 +11,10 @@ import torch
 
 from elastic_ep.config import CannotRun, EngineLimits
 from elastic_ep.engine.ops_cuda import draws
-from elastic_ep.engine.ops_cuda.inputs import ladder
-from elastic_ep.engine.ops_cuda.kernels.launch import power_of_2
+from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, ladder
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT
-from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
 from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.kernel import power_of_2
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement
 
@@ -61,12 +60,18 @@ class Needs:
 
 
 def needs_of(
-    spec: ModelSpec, limits: EngineLimits, placement: Placement, shape: ExchangeShape, exchange_bytes: int
+    spec: ModelSpec,
+    limits: EngineLimits,
+    placement: Placement,
+    shape: ExchangeShape,
+    exchange_bytes: int,
+    *,
+    copies_rows: bool,
 ) -> Needs:
-    """`exchange_bytes` is the size of the exchange's own buffer.
+    """`exchange_bytes` is the size of the exchange's own buffer; `copies_rows`: what dispatch returns is no part of it.
 
     What is at work in a layer is as large in every step, for the exchange may deliver every peer's tokens to every
-    slot: what dispatch returns, what lies between the experts' two products, and what they return, all at once. It is
+    slot: what dispatch returns, which the experts' results replace, and what lies between their two products. It is
     there twice: the graphs have a memory pool of their own, and some steps are eager. So are attention's parts. Then the
     logits, of an eager step and of every graph, which keeps its own, and what drawing tokens from them takes. All else
     is taken to fit into `_WORKING_BYTES`.
@@ -78,7 +83,7 @@ def needs_of(
         kv_page=spec.kv_page_bytes("cuda", limits.page_size),
         kv_pages=limits.cache_pages,
         exchange=exchange_bytes,
-        working=2 * rows * (2 * spec.hidden_size + spec.moe.inner) * _ITEM
+        working=2 * rows * (spec.hidden_size * copies_rows + spec.moe.inner) * _ITEM
         + 2 * _parts(spec, limits)
         + _rows_of_logits(limits) * spec.vocab_size * _WIDE_ITEM
         + draws.WORKING_BYTES

@@ -12,11 +12,11 @@ from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cpu.layers import rotary_angles
 from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
+from elastic_ep.engine.ops_cuda.kernels.dense import dense
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.gate import gate
 from elastic_ep.engine.ops_cuda.kernels.norm_rope import add_rms_norm, norm_rope_write
 from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
-from elastic_ep.engine.ops_cuda.linear import linear, wide_linear
 from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.exchange.base import Received
 from elastic_ep.models.spec import ModelSpec, QkNorm
@@ -33,7 +33,6 @@ class CudaOps:
         inputs: StepInputs,
         num_ranks: int,
         slots: int,
-        tile: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -41,7 +40,6 @@ class CudaOps:
         self.routing = RoutingTable(spec.moe_layers, spec.moe.experts, device)
         self._spec = spec
         self._inputs = inputs
-        self._tile = tile
         self._rows_per_expert = num_ranks * spec.moe.top_k / spec.moe.experts
         kind = spec.attention
         size = (limits.cache_pages, kind.kv_heads, limits.page_size, kind.head_dim)
@@ -51,7 +49,7 @@ class CudaOps:
         self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
         self.load = torch.zeros(spec.moe_layers, slots, dtype=torch.int32, device=device)
         self._counts: list[torch.Tensor] = []
-        """Of the step's layers so far: the rows [slots] that this rank's experts had."""
+        """Of the step's layers so far: the rows [slots] or [slots, parts] that this rank's experts had."""
         self._shape = StepShape(0, decode=True)
 
     def resize(self, pages: int) -> None:
@@ -76,7 +74,7 @@ class CudaOps:
         return add_rms_norm(x, residual, weight, self._spec.rms_norm_eps)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return linear(x, weight, self._tile)
+        return dense(x, weight)
 
     def rope_and_write(self, qkv: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
         inputs, rows, kind = self._inputs, self._shape.rows, self._spec.layers[index].attention
@@ -115,7 +113,7 @@ class CudaOps:
     def gate(self, h: torch.Tensor, layer: Parts, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         ffn = self._spec.layers[index].ffn
         return gate(
-            wide_linear(h, layer["gate"], self._tile),
+            dense(h, layer["gate"], out_dtype=torch.float32),
             self.routing.physical[index],
             ffn.top_k,
             renormalise=ffn.renormalise,
@@ -128,14 +126,19 @@ class CudaOps:
     def experts(self, received: Received, layer: Parts, index: int) -> torch.Tensor:
         self._counts.append(received.counts)
         expected = max(1, round(self._shape.rows * self._rows_per_expert))
+        packed = received.packed  # the results take the places of the rows
         return expert_ffn(
-            received.packed, received.counts, layer["gate_up"], layer["down"], expected_rows=expected
+            packed, received.counts, layer["gate_up"], layer["down"], expected_rows=expected, out=packed
         )
 
     def logits(self, h: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """Row i is of the last token of sequence i; rows of no sequence are undefined."""
-        self.load += torch.stack(self._counts)
+        """Row i is of the last token of sequence i; rows of no sequence are undefined.
+
+        Sums are not rounded to the weights' type before they are compared; nor are the gate's.
+        """
+        counts = torch.stack(self._counts)
+        self.load += counts if counts.dim() == 2 else counts.sum(-1, dtype=torch.int32)
         last = h
         if not self._shape.decode:
             last = h.index_select(0, self._inputs.last_rows[: self._shape.sequences])
-        return wide_linear(last, head, self._tile)
+        return dense(last, head, out_dtype=torch.float32)

@@ -15,8 +15,7 @@ from elastic_ep.config import EngineLimits
 from elastic_ep.engine.interrupted import CountedCarrier
 from elastic_ep.engine.ops_cuda.draws import Drawn, Draws
 from elastic_ep.engine.ops_cuda.graphs import StepGraphs
-from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
-from elastic_ep.engine.ops_cuda.linear import TILE_ROWS
+from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.load import DeviceLoad
 from elastic_ep.engine.ops_cuda.memory import Budget, needed_by_graphs
 from elastic_ep.engine.ops_cuda.ops import CudaOps
@@ -86,7 +85,6 @@ class CudaRunner(StepRunner):
             self._inputs,
             placement.num_ranks,
             placement.slots_per_rank,
-            tile,
             weights.embed.dtype,
             device,
         )

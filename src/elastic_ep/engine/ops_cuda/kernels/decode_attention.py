@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from elastic_ep.engine.ops_cuda.kernels.launch import jit, power_of_2
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut, attend_split, exponent_scale, merge
+from elastic_ep.kernel import jit, power_of_2
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
 from elastic_ep.engine.ops_cuda.kernels.expert_tiles import down_tile, gate_up_tile, store_tile
-from elastic_ep.engine.ops_cuda.kernels.launch import jit, power_of_2
+from elastic_ep.kernel import jit, power_of_2
 
 
 @jit
@@ -32,14 +32,36 @@ def _find_tile(
 ) -> tl.tensor:
     """Slot, first row, number of rows left, column tile; rows of a slot and a column tile are neighbours.
 
-    `end` [slots] is the running sum of the slots' tiles.
+    `counts` [slots] are the slots' rows, `end` [slots] the running sum of their tiles.
     """
     slot = tl.sum((end <= tile).to(tl.int32), axis=0)
     tile -= tl.max(tl.where(end <= tile, end, 0), axis=0)
-    count = tl.load(counts + slot).to(tl.int32)
+    count = tl.sum(tl.where(tl.arange(0, end.shape[0]) == slot, counts, 0), axis=0)
     row_tiles = (count + ROWS - 1) // ROWS
     first = tile % row_tiles * ROWS
     return slot, first, count - first, tile // row_tiles
+
+
+@jit
+def _rows_of(
+    counts: tl.tensor,
+    slot: tl.tensor,
+    first: tl.tensor,
+    part: tl.tensor,
+    R: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+) -> tl.tensor:
+    """Where in its slot each of the rows from `first` on lies [R] int32: one part of it after the other is filled."""
+    row = first + tl.arange(0, R)
+    if PARTS > 1:
+        index = tl.arange(0, BLOCK_P)
+        count = tl.load(counts + slot * PARTS + index, mask=index < PARTS, other=0).to(tl.int32)
+        end = tl.cumsum(count, axis=0)
+        mine = tl.sum((row[:, None] >= end[None, :]).to(tl.int32), axis=1)
+        before = tl.sum(tl.where(index[None, :] == mine[:, None], (end - count)[None, :], 0), axis=1)
+        row = mine * part + row - before
+    return row
 
 
 @jit
@@ -47,13 +69,16 @@ def _tile(
     x: tl.tensor,
     w: tl.tensor,
     y: tl.tensor,
-    capacity: tl.tensor,
+    counts: tl.tensor,
+    part: tl.tensor,
     slot: tl.tensor,
     first: tl.tensor,
     left: tl.tensor,
     column: tl.tensor,
     H: tl.constexpr,
     INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -61,14 +86,17 @@ def _tile(
 ) -> None:
     IN: tl.constexpr = INNER if DOWN else H
     OUT: tl.constexpr = H if DOWN else INNER
-    row = slot.to(tl.int64) * capacity + first
+    begin = slot.to(tl.int64) * part * PARTS
+    packed = first + tl.arange(0, R)
+    strewn = _rows_of(counts, slot, first, part, R, PARTS, BLOCK_P)
     if DOWN:
         w_slot = w + slot.to(tl.int64) * (INNER * H)
-        value = down_tile(x + row * IN, w_slot, left, column, H, INNER, R, N, K)
+        value = down_tile(x + begin * IN, packed, w_slot, left, column, H, INNER, R, N, K)
+        store_tile(y + begin * OUT, strewn, value, left, column, OUT, R, N)
     else:
         w_slot = w + slot.to(tl.int64) * (H * 2 * INNER)
-        value = gate_up_tile(x + row * IN, w_slot, left, column, H, INNER, R, N, K)
-    store_tile(y + row * OUT, value, left, column, OUT, R, N)
+        value = gate_up_tile(x + begin * IN, strewn, w_slot, left, column, H, INNER, R, N, K)
+        store_tile(y + begin * OUT, packed, value, left, column, OUT, R, N)
 
 
 @jit
@@ -77,11 +105,13 @@ def _experts_kernel(
     w: tl.tensor,
     y: tl.tensor,
     counts: tl.tensor,
-    capacity: tl.tensor,
+    part: tl.tensor,
     H: tl.constexpr,
     INNER: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     ROWS: tl.constexpr,
     FEW: tl.constexpr,
     N: tl.constexpr,
@@ -91,18 +121,25 @@ def _experts_kernel(
     OUT: tl.constexpr = H if DOWN else INNER
     COLUMN_TILES: tl.constexpr = (OUT + N - 1) // N
     slots = tl.arange(0, BLOCK_S)
-    count = tl.load(counts + slots, mask=slots < SLOTS, other=0).to(tl.int32)
+    parts = tl.arange(0, BLOCK_P)
+    real = (slots < SLOTS)[:, None] & (parts < PARTS)[None, :]
+    of_parts = tl.load(counts + slots[:, None] * PARTS + parts[None, :], mask=real, other=0)
+    count = tl.sum(of_parts.to(tl.int32), axis=1)
     size = (count + ROWS - 1) // ROWS * COLUMN_TILES
     end = tl.cumsum(size, axis=0)
     for tile in range(tl.program_id(0), tl.sum(size, axis=0), tl.num_programs(0)):
-        slot, first, left, column = _find_tile(tile, counts, end, ROWS)
+        slot, first, left, column = _find_tile(tile, count, end, ROWS)
         column *= N
         if FEW == ROWS:  # one body then: two would have shared memory each
-            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN)
+            _tile(
+                x, w, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, ROWS, N, K, DOWN
+            )
         elif left <= FEW:
-            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, FEW, N, K, DOWN)
+            _tile(x, w, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, FEW, N, K, DOWN)
         else:
-            _tile(x, w, y, capacity, slot, first, left, column, H, INNER, ROWS, N, K, DOWN)
+            _tile(
+                x, w, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, ROWS, N, K, DOWN
+            )
 
 
 @cache
@@ -122,6 +159,7 @@ def _launch(
 ) -> None:
     """One of the two products: y [S, C, OUT] of x [S, C, IN]."""
     slots, capacity, width = x.shape
+    parts = counts.numel() // slots
     most = slots * -(-capacity // tiles.rows) * -(-y.shape[-1] // tiles.columns)
     programs = min(_processors(x.device) * tiles.per_processor, most)
     _experts_kernel[(programs,)](
@@ -129,11 +167,13 @@ def _launch(
         weights,
         y,
         counts,
-        capacity,
+        capacity // parts,
         H=y.shape[-1] if down else width,
         INNER=width if down else y.shape[-1],
         SLOTS=slots,
         BLOCK_S=power_of_2(slots),
+        PARTS=parts,
+        BLOCK_P=power_of_2(parts),
         ROWS=tiles.rows,
         FEW=tiles.few,
         N=tiles.columns,
@@ -153,21 +193,22 @@ def expert_ffn(
     *,
     expected_rows: int | None = None,
     plan: Plan | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(silu(x Wg) * (x Wu)) Wd of each slot's rows: [S, C, H] like `packed`; rows from `counts` on are undefined.
+    """(silu(x Wg) * (x Wu)) Wd of each slot's rows: [S, C, H] like `packed`; its other rows are undefined.
 
     `packed` [S, C, H] and `counts` [S] (int32 or int64, at most C) as a dispatch leaves them; what rows from `counts`
-    on hold does not matter. `gate_up` [S, H, 2 I] (gate first), `down` [S, I, H]: as weights/bank.py has them, which
-    suits the GPU too: both are read along their last dimension. All contiguous, all of one dtype. The product between
-    is rounded to that dtype.
+    on hold does not matter. With `counts` [S, P] each slot has P parts of C / P rows, and a count for each.
+    `gate_up` [S, H, 2 I] (gate first), `down` [S, I, H]: as weights/bank.py has them, which suits the GPU too: both are
+    read along their last dimension. All contiguous, all of one dtype. The product between is rounded to that dtype.
 
     `expected_rows` a slot (C if not given) chooses the tiles, unless a `plan` is given: it makes the call fast, not
-    right, so a graph captured for a few rows also serves a step in which a peer sends many.
+    right, so a graph captured for a few rows also serves a step in which a peer sends many. `out` may be `packed`.
     """
     slots, capacity, _ = packed.shape
     plan = plan or plan_for(capacity if expected_rows is None else expected_rows, packed.dtype)
     between = packed.new_empty(slots, capacity, down.shape[1])
-    y = torch.empty_like(packed)
+    y = torch.empty_like(packed) if out is None else out
     _launch(plan.gate_up, packed, gate_up, between, counts, down=False)
     _launch(plan.down, between, down, y, counts, down=True)
     return y

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from elastic_ep.engine.ops_cuda.kernels.launch import jit, power_of_2
+from elastic_ep.kernel import jit, power_of_2
 
 _HEADS = 8
 """Heads of one program."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton.language as tl
 
-from elastic_ep.engine.ops_cuda.kernels.launch import dot, jit
+from elastic_ep.kernel import dot, jit
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,67 @@ def attend_split(
         weight = tl.fma(weight, tl.broadcast_to(fade[None, :], [BLOCK, R]), p)
         acc = dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :])
         top = new_top
-    return acc, top, tl.sum(weight, axis=0)
+    return acc, top, exact_sum(weight, 0)
+
+
+@jit
+def exact_sum(weight: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
+    """Over one axis, in integers: the same whatever the order, hence whatever the layout. 0 <= weight < 2 ** 31."""
+    return tl.sum((weight * 4294967296.0).to(tl.int64), axis=AXIS).to(tl.float32) * 2.3283064365386963e-10
+
+
+@jit
+def attend_rows(
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    table: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    last_seen: tl.tensor,
+    scale: tl.tensor,
+    page_stride: tl.tensor,
+    acc: tl.tensor,
+    weight: tl.tensor,
+    top: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALL_SEEN: tl.constexpr,
+) -> tl.tensor:
+    """Goes on with keys first..end, many rows of queries on the left: q and acc [R, BLOCK_D], weight [R, BLOCK], top [R].
+
+    With `ALL_SEEN` there are whole blocks, of which every row sees every key. The numbers are those of `attend_split`:
+    products with sides exchanged, sums in the same order.
+    """
+    lane = tl.arange(0, BLOCK_D)
+    page = _pages(table, first, end, PAGE, BLOCK)
+    for start in range(first, end, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        exists = key < end
+        at = (page.to(tl.int64) * page_stride + key % PAGE * D)[:, None] + lane[None, :]
+        if ALL_SEEN and D == BLOCK_D:
+            k = tl.load(keys + at)
+            v = tl.load(values + at)
+        else:
+            real = exists[:, None] & (lane < D)[None, :]
+            k = tl.load(keys + at, mask=real, other=0.0)
+            v = tl.load(values + at, mask=real, other=0.0)
+        page = _pages(table, start + BLOCK, end, PAGE, BLOCK)
+        score = dot(q, tl.trans(k), tl.zeros([R, BLOCK], tl.float32)) * scale
+        if not ALL_SEEN:
+            seen = exists[None, :] & (key[None, :] <= last_seen[:, None])
+            score = tl.where(seen, score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        fade = tl.exp2(top - base)
+        p = tl.exp2(score - base[:, None])
+        weight = tl.fma(weight, tl.broadcast_to(fade[:, None], [R, BLOCK]), p)
+        acc = dot(p.to(v.dtype), v, acc * fade[:, None])
+        top = new_top
+    return acc, weight, top
 
 
 @jit

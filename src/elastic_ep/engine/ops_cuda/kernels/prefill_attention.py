@@ -9,10 +9,17 @@ import torch
 import triton
 import triton.language as tl
 
-from elastic_ep.engine.ops_cuda.kernels.launch import jit, power_of_2
-from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut, attend_split, exponent_scale, merge
+from elastic_ep.engine.ops_cuda.kernels.paged_attention import (
+    CUT,
+    Cut,
+    attend_rows,
+    exact_sum,
+    exponent_scale,
+    merge,
+)
+from elastic_ep.kernel import jit, power_of_2
 
-_ROWS = {torch.bfloat16: 64, torch.float32: 16}
+_ROWS = {torch.bfloat16: 128, torch.float32: 16}
 """Of a tile: tokens times the heads that share a key-value head. Two sums of that many rows must fit the registers."""
 
 
@@ -40,7 +47,7 @@ def _prefill_kernel(
     BLOCK_B: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
-    tile = tl.program_id(1)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # those with the longest contexts first
     sequence = tl.arange(0, BLOCK_B)
     known = sequence < sequences
     begin = tl.load(bounds + sequence, mask=known, other=0).to(tl.int32)
@@ -63,33 +70,35 @@ def _prefill_kernel(
         q_row = (begin_token + token).to(tl.int64) * (HK * G) + head * G + row % G
         at = q_row[:, None] * D + lane[None, :]
         mask = real[:, None] & (lane < D)[None, :]
-        query = tl.trans(tl.load(q + at, mask=mask, other=0.0))
+        query = tl.load(q + at, mask=mask, other=0.0)
         last_seen = tl.where(real, position, -1)
 
-        acc = tl.zeros([BLOCK_D, R], tl.float32)
-        top = tl.full([1, R], -float("inf"), tl.float32)
-        total = tl.zeros([1, R], tl.float32)
+        acc = tl.zeros([R, BLOCK_D], tl.float32)
+        top = tl.full([R, 1], -float("inf"), tl.float32)
+        total = tl.zeros([R, 1], tl.float32)
         seen = length - tokens + tl.minimum(offset + TOKENS, tokens)
+        seen_by_all = (length - tokens + offset + 1) // BLOCK * BLOCK
+        head_keys = keys + head.to(tl.int64) * (PAGE * D)
+        head_values = values + head.to(tl.int64) * (PAGE * D)
+        table = tables + mine.to(tl.int64) * table_stride
         for first in range(0, seen, SPLIT):
-            new_acc, new_top, new_total = attend_split(
-                query,
-                keys + head.to(tl.int64) * (PAGE * D),
-                values + head.to(tl.int64) * (PAGE * D),
-                tables + mine.to(tl.int64) * table_stride,
-                first,
-                tl.minimum(first + SPLIT, seen),
-                last_seen,
-                scale,
-                HK * PAGE * D,
-                D,
-                BLOCK_D,
-                R,
-                PAGE,
-                BLOCK,
-            )
-            acc, top, total = merge(acc, top, total, new_acc, new_top[None, :], new_total[None, :])
+            stop = tl.minimum(first + SPLIT, seen)
+            middle = tl.minimum(tl.maximum(seen_by_all, first), stop)
+            new_acc = tl.zeros([R, BLOCK_D], tl.float32)
+            weight = tl.zeros([R, BLOCK], tl.float32)
+            new_top = tl.full([R], -float("inf"), tl.float32)
+            new_acc, weight, new_top = attend_rows(
+                query, head_keys, head_values, table, first, middle, last_seen, scale, HK * PAGE * D,
+                new_acc, weight, new_top, D, BLOCK_D, R, PAGE, BLOCK, True,
+            )  # fmt: skip
+            new_acc, weight, new_top = attend_rows(
+                query, head_keys, head_values, table, middle, stop, last_seen, scale, HK * PAGE * D,
+                new_acc, weight, new_top, D, BLOCK_D, R, PAGE, BLOCK, False,
+            )  # fmt: skip
+            new_total = exact_sum(weight, 1)
+            acc, top, total = merge(acc, top, total, new_acc, new_top[:, None], new_total[:, None])
         result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
-        tl.store(out + at, tl.trans(result.to(out.dtype.element_ty)), mask=mask)
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
 
 
 def prefill_attention(
@@ -141,7 +150,7 @@ def prefill_attention(
         BLOCK=cut.block,
         BLOCK_B=power_of_2(sequences),
         num_warps=8 if q.dtype == torch.bfloat16 else 4,
-        num_stages=2,
+        num_stages=3 if q.dtype == torch.bfloat16 else 2,
         enable_fp_fusion=False,
     )
     return out

@@ -1,0 +1,161 @@
+"""Ours beside other engines, and beside an older commit: the same GPUs, the same model shape, the same load, in turns.
+
+    python -m bench.peers --old TREE
+    python -m bench.peers --peer 'vllm=PYTHONPATH=SITE vllm serve {model} --load-format dummy --port {port} ...'
+
+Every side is started, loaded with each case, and stopped before the next is started: a GPU has room for one. Weights are
+random, of Qwen3-30B-A3B's shape with `--layers` layers. A `--peer` is a name and a shell command; {model} and {port} are
+filled in, {name} is what the model must be called. `--cases`: streams:prompt:tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.kit.served import MODEL, ROOT, server, write_result
+
+from bench.kit.closed_load import Case, put_on
+from bench.kit.command_line import command_line
+from bench.kit.sections import gpu
+from bench.kit.sides import add_side_options, context_for, server_arguments, side
+
+PEER_START_S = 400.0
+POLL_S = 0.5
+STOP_S = 30.0
+CASES = ("1:128:256", "16:128:256", "64:128:256", "256:128:256", "8:4096:32", "4:15000:32")
+
+
+@contextmanager
+def peer(command: str, model: Path, port: int, log: Path) -> Iterator[str]:
+    """Its URL, when it is ready."""
+    line = command.format(model=model, port=port, name=MODEL)
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["bash", "-c", line], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        limit = time.monotonic() + PEER_START_S
+        while not _is_ready(url):
+            if process.poll() is not None or time.monotonic() > limit:
+                raise RuntimeError(f"the peer does not come up: {log.read_text(errors='replace')[-2000:]}")
+            time.sleep(POLL_S)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def loaded(url: str, options: argparse.Namespace, ready_s: float) -> dict[str, Any]:
+    rows = []
+    for case in options.cases:
+        row = asyncio.run(
+            put_on(
+                url,
+                MODEL,
+                case,
+                vocabulary=options.prompt_vocabulary,
+                warm_s=options.warm,
+                seconds=options.seconds,
+            )
+        )
+        print(f"    {row}", flush=True)
+        rows.append(row)
+    return {"start_s": round(ready_s, 1), "cases": rows}
+
+
+def ours(
+    name: str, tree: Path, arguments: list[str], options: argparse.Namespace, scratch: Path
+) -> dict[str, Any]:
+    one = side(name, arguments, tree)
+    with server(one.arguments, scratch / "runs", tree=tree) as target:
+        return {**one.described(), **loaded(target.url, options, target.ready_s)}
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    arguments = [*server_arguments(options, scratch), *options.server_flags.split()]
+    model = scratch / "model" if options.config_only else options.model
+    result: dict[str, Any] = {}
+    trees = {"old": options.old.resolve()} if options.old else {}
+    for name, tree in {**trees, "new": ROOT}.items():
+        print(name, flush=True)
+        result[name] = ours(name, tree, arguments, options, scratch)
+    for given in options.peer:
+        name, command = given.split("=", 1)
+        print(name, flush=True)
+        began = time.monotonic()
+        with peer(command, model, options.port, scratch / f"{name}.log") as url:
+            result[name] = {"command": command, **loaded(url, options, time.monotonic() - began)}
+    result["ratios"] = {
+        name: ratios(result["new"]["cases"], value["cases"])
+        for name, value in result.items()
+        if name != "new"
+    }
+    return result
+
+
+def ratios(new: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of this commit to another side, case by case."""
+    return [
+        {
+            **{name: a[name] for name in ("streams", "prompt_tokens", "tokens")},
+            "tokens_per_s": round(a["tokens_per_s"] / b["tokens_per_s"], 3) if b["tokens_per_s"] else None,
+            "first_token_p50": round(a["first_token_ms"]["p50"] / b["first_token_ms"]["p50"], 3),
+            "gap_p50": round(a["gap_ms"]["p50"] / b["gap_ms"]["p50"], 3),
+        }
+        for a, b in zip(new, other, strict=True)
+    ]
+
+
+def _case(text: str) -> Case:
+    streams, prompt, tokens = map(int, text.split(":"))
+    return Case(streams, prompt, tokens)
+
+
+def main() -> None:
+    parser = command_line(__doc__, "peers", ranks=1)
+    add_side_options(parser)
+    parser.set_defaults(device="cuda", config_only=True)
+    add = parser.add_argument
+    add("--peer", action="append", default=[], metavar="NAME=COMMAND")
+    add("--port", type=int, default=8002, help="of peers")
+    add("--cases", type=_case, nargs="+", default=[_case(case) for case in CASES])
+    add("--prompt-vocabulary", type=int, default=400, help="prompts are of tokens below this")
+    add("--warm", type=float, default=3.0, help="seconds before those that count, of each case")
+    add("--seconds", type=float, default=10.0)
+    options = parser.parse_args()
+    context_for(options, max(case.prompt + case.tokens for case in options.cases))
+    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+        result = measure(options, Path(scratch))
+    write_result(options.out, {"gpu": gpu(), "layers": options.layers, "ranks": options.ranks, **result})
+    for name, rows in result["ratios"].items():
+        for row in rows:
+            print(f"new / {name}: {row}")
+
+
+if __name__ == "__main__":
+    main()
