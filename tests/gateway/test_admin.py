@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,11 @@ async def test_load_is_what_is_being_answered(start: Start) -> None:
     async with running.http.post(f"{running.url}/v1/completions", json=asked) as response:
         await response.content.readline()
         assert await load() == 1
+    running.backend.reply = says("one")
+    assert (await running.post("/v1/completions", {"prompt": "Count"}))[0] == 200
+    async with asyncio.timeout(10):
+        await running.backend.streams[0].cancelled.wait()
+    assert await load() == 0
 
 
 async def test_several_names(start: Start) -> None:

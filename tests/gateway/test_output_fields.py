@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from elastic_ep.gateway.generate import ChoiceReader
 from elastic_ep.gateway.jobs import Output
 from tests.gateway.conftest import Running, Start
-from tests.gateway.fakes import FakeBackend, Submitted, byte_tokens, sample_text, tokens_of
+from tests.gateway.fakes import FakeBackend, Submitted, byte_tokens, sample_text, says, tokens_of
 
 pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"
@@ -219,3 +219,30 @@ async def test_what_many_choices_have_to_show_is_made_some_a_turn(
         ) in response.content.iter_any():  # to parse it all would hold up the loop, which is the test's too
             ended += piece.count(b'"finish_reason":"len')
     assert ended > choices / 2
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_ended_it(start: Start, path: str, stream: bool) -> None:
+    """In vLLM's words and in SGLang's."""
+    running = await start(FakeBackend(says("one two three")))
+    end, last = (sample_text().encode(text)[-1] for text in ("<|im_end|>", "one two three"))
+    asked: dict[str, Any] = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 50}
+    del asked["messages" if path == "/v1/completions" else "prompt"]
+    for more, reason, matched in (
+        ({"stop": ["w", "tw"]}, "tw", "tw"),
+        ({}, None, end),
+        ({"stop_token_ids": [end]}, end, end),
+        ({"max_tokens": 1}, None, None),
+        ({"stop_token_ids": [last], "max_tokens": 1}, None, None),
+    ):
+        body = asked | more | {"stream": stream}
+        async with running.http.post(running.url + path, json=body) as response:
+            said = await response.text()
+        if stream:
+            chunks = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
+            choice = chunks[-1]["choices"][0]
+            assert all("stop_reason" not in chunk["choices"][0] for chunk in chunks[:-1])
+        else:
+            choice = json.loads(said)["choices"][0]
+        assert (choice["stop_reason"], choice["matched_stop"]) == (reason, matched)

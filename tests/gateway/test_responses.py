@@ -123,6 +123,7 @@ async def test_events_come_in_sequence(client: openai.AsyncOpenAI) -> None:
         assert told == OUTPUT[place][1]
         assert mine[-1].item == made
         assert {getattr(event, "item_id", made.id) for event in mine} == {made.id}
+    assert await client.responses.retrieve(last.response.id) == last.response
 
 
 async def test_helpers_of_the_client_read_the_stream(client: openai.AsyncOpenAI) -> None:

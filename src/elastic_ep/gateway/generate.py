@@ -27,7 +27,7 @@ class ChoiceReader:
     """
 
     __slots__ = (
-        "_include_stop", "_length", "_min_tokens", "_peek", "_push", "_rest", "_stops", "_text", "finish",
+        "_include_stop", "_length", "_min_tokens", "_peek", "_push", "_rest", "_stops", "_text", "ended_by", "finish",
         "generated", "keep_tokens", "stopped_by", "tokens",
     )  # fmt: skip
 
@@ -49,6 +49,8 @@ class ChoiceReader:
         self.finish: str | None = None
         self.stopped_by: str | None = None
         """The stop string that was met."""
+        self.ended_by: int | None = None
+        """The token that ended it, if one did."""
 
     def feed(self, batch: tuple[Token, ...]) -> str:
         """The text that may be shown now."""
@@ -81,6 +83,7 @@ class ChoiceReader:
         piece = self._push(token.token) if self._include_stop or finish != "stop" else ""
         piece += self._rest()
         self.finish = finish
+        self.ended_by = token.token if finish == "stop" else None
         if self._stops is None:
             return piece
         if self.generated <= self._min_tokens:

@@ -64,6 +64,8 @@ class Output:
     """What is shown of the generated tokens. `stop` counts from the token after the `min_tokens`-th on."""
 
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """Of the client's own."""
     min_tokens: int = 0
     include_stop: bool = False
     skip_special_tokens: bool = True
@@ -486,6 +488,7 @@ def _job(
         stream=values.stream,
         output=Output(
             stop=tuple(values.stop),
+            stop_token_ids=tuple(values.stop_token_ids),
             min_tokens=values.min_tokens,
             include_stop=values.include_stop_str_in_output or values.no_stop_trim,
             skip_special_tokens=values.skip_special_tokens and not (form and form.shows_special),

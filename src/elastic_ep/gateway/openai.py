@@ -109,7 +109,12 @@ class OpenAiHandlers:
 
     async def _whole_choice(self, shape: Shape, run: Run, prompt_ids: Json | None) -> Json:
         reader, echo, output = run.reader, run.part.echo, run.output
-        pieces = [echo, *[text async for text in run.texts()]]
+        pieces, message = [echo], Message(output.form)
+        async for text in run.texts():
+            if output.form is None:
+                pieces.append(text)
+            else:
+                message.push(text)  # as it comes: of a long answer it would take long at the end
         finish = run.finished()
         logprobs = None
         if output.logprobs is not None:
@@ -119,11 +124,9 @@ class OpenAiHandlers:
             if output.form is None:
                 choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
             else:
-                message = Message(output.form)
-                for piece in pieces:
-                    message.push(piece)
                 message.finish()
                 choice = shape.message(run.index, message, logprobs, message.reason(finish))
+            choice |= _stopped(run)
             if output.token_ids:
                 choice["token_ids"] = [one.token.token for one in reader.tokens]
             if shape.prompt_ids_of_choice and prompt_ids is not None:
@@ -172,7 +175,8 @@ class OpenAiHandlers:
         def full(text: str, finish: str | None) -> bytes:
             logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, len(echo))
             ids = [one.token.token for one in reader.tokens] if output.token_ids else None
-            return chunks.full(text, reader.generated, logprobs, finish, ids)
+            stopped = None if finish is None else _stopped(run)
+            return chunks.full(text, reader.generated, logprobs, finish, ids, stopped)
 
         text = ""
         async for text in run.texts():
@@ -201,10 +205,19 @@ class OpenAiHandlers:
             logprobs = None if output.logprobs is None else shape.logprobs(reader.tokens, 0)
             ids = [one.token.token for one in reader.tokens] if output.token_ids else None
             reader.tokens.clear()
-            return chunks.delta(delta, reader.generated, logprobs, finish, ids)
+            stopped = None if finish is None else _stopped(run)
+            return chunks.delta(delta, reader.generated, logprobs, finish, ids, stopped)
 
         async for deltas in run.deltas(message):
             await write(opening + b"".join([chunk(delta_json(delta, message), None) for delta in deltas]))
             opening = b""
         assert reader.finish is not None
         await write(opening + chunk({}, message.reason(reader.finish)))
+
+
+def _stopped(run: Run) -> dict[str, Any]:
+    """By which stop string or token the choice ended: for vLLM one that the client gave, for SGLang any."""
+    reader = run.reader
+    met = reader.ended_by if reader.stopped_by is None else reader.stopped_by
+    given = isinstance(met, str) or met in run.output.stop_token_ids
+    return {"stop_reason": met if given else None, "matched_stop": met}

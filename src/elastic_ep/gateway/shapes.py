@@ -240,8 +240,12 @@ class ChunkWriter:
         logprobs: Any,
         finish: str | None,
         token_ids: Sequence[int] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> bytes:
+        """`more`: members of the choice beside these."""
         ids = "" if token_ids is None else f',"token_ids":{_dumps(list(token_ids))}'
+        if more:
+            ids += f",{_dumps(more)[1:-1]}"
         rest = f'{self._after},"logprobs":{_dumps(logprobs)},"finish_reason":{_dumps(finish)}{ids}}}]'
         return f"{self._before}{_escape(text)}{rest}{self._end or self._usage(generated)}".encode("ascii")
 
@@ -252,11 +256,13 @@ class ChunkWriter:
         logprobs: Any,
         finish: str | None,
         token_ids: Sequence[int] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> bytes:
         """A chunk of a message that is not content alone."""
         choice = {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         if token_ids is not None:
             choice["token_ids"] = list(token_ids)
+        choice |= more or {}
         return f"{self._head}{_dumps(choice)}]{self._end or self._usage(generated)}".encode("ascii")
 
     def _first(self, start: str, shape: Shape, prompt_ids: Json | None) -> bytes:

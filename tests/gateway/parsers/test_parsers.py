@@ -158,9 +158,9 @@ def test_what_is_no_call_is_content_as_it_is(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["hermes", "mistral", "deepseek_v31", "openai"])
 def test_arguments_are_told_as_they_come(name: str) -> None:
-    """Of a call that is cut off the client has what there is."""
+    """While a call is written the client has what there is of it."""
     cut = WRITTEN[name].index('"days"')
-    found = read([WRITTEN[name][:cut]], form(name))
+    found = told(MessageReader(form(name)).push(WRITTEN[name][:cut]))
     assert found["calls"] == [("weather", ARGUMENTS[: ARGUMENTS.index('"days"')])]
 
 

@@ -193,11 +193,12 @@ class TextReader:
 
     def _goes_on(self, *marks: str) -> Reading[str]:
         """Which of `marks` the text goes on with, taken; empty if with none, and nothing is taken."""
+        longest = max(map(len, marks))
         while True:
             for mark in marks:
                 if self._text.startswith(mark, self._at):
                     return self._take(len(mark))
-            rest = self._text[self._at :]
+            rest = self._text[self._at : self._at + longest]
             if self._ended or not any(mark.startswith(rest) for mark in marks):
                 return ""
             yield
