@@ -132,6 +132,16 @@ def test_with_many_streams_those_that_moved_are_shown() -> None:
     assert scene["streams_left_out"] == 50
 
 
+def test_a_scene_holds_no_more_tokens_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = next(story for story in map(tell, SEEDS) if story.losses)
+    (before, *_) = made(story)["scenes"]
+    assert before["streams_left_out"] == 0
+    monkeypatch.setattr("elastic_ep.film.data.MOST_TOKENS", 50)
+    (scene, *_) = made(story)["scenes"]
+    assert 0 < sum(len(stream["tokens"]) for stream in scene["streams"]) <= 50
+    assert scene["streams_left_out"] == len(before["streams"]) - len(scene["streams"]) > 0
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_a_cut_or_forged_log_makes_a_film_that_says_so(data: st.DataObject) -> None:

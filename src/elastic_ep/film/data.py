@@ -6,6 +6,7 @@ the run began. Nothing of a client's text is in it.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ NOT_BACK_MS = 10_000.0
 LONGEST_MS = 120_000.0
 MOST_STREAMS = 300
 """In a scene: those that moved first, then those that were silent for longest."""
+MOST_TOKENS = 200_000
+"""In a scene: of streams that would take it beyond, none is shown."""
 MOST_MARKS = 2_000
 _OWN_WORDS = ("exception", "protocol")
 """Causes whose reason may quote what a client has sent."""
@@ -66,7 +69,7 @@ class _Stream:
     began_ms: float | None
     """None: before what was read."""
     owners: list[tuple[float, int]] = field(default_factory=list)
-    tokens: list[float] = field(default_factory=list)
+    tokens: array[float] = field(default_factory=lambda: array("d"))
     end_ms: float | None = None
     end: str = ""
 
@@ -261,6 +264,13 @@ def _scene(reel: _Reel, begin: float, end: float, losses: list[_Loss]) -> dict[s
     lost_ms = losses[0].at_ms
     streams = [shown for each in reel.streams.values() if (shown := _cut(each, begin, end, lost_ms))]
     streams.sort(key=lambda each: (not each["moved"], -each["silence"]["ms"]))
+    taken: list[dict[str, Any]] = []
+    room = MOST_TOKENS
+    for stream in streams[:MOST_STREAMS]:
+        room -= len(stream["tokens"])
+        if room < 0:
+            break
+        taken.append(stream)
     marks = sorted(mark for mark in reel.marks if begin <= mark[0] <= end)
     return {
         "from": begin,
@@ -269,8 +279,8 @@ def _scene(reel: _Reel, begin: float, end: float, losses: list[_Loss]) -> dict[s
         "states": [[rank, _span(moves, begin, end)] for rank, moves in sorted(reel.states.items())],
         "group": _span(reel.group, begin, end),
         "marks": marks[:MOST_MARKS],
-        "streams": sorted(streams[:MOST_STREAMS], key=lambda each: each["id"]),
-        "streams_left_out": max(0, len(streams) - MOST_STREAMS),
+        "streams": sorted(taken, key=lambda each: each["id"]),
+        "streams_left_out": len(streams) - len(taken),
     }
 
 
@@ -293,7 +303,7 @@ def _cut(stream: _Stream, begin: float, end: float, lost_ms: float) -> dict[str,
         "from": first,
         "owners": owners,
         "moved": any(owner >= 0 for _, owner in owners[:-1]),
-        "tokens": tokens,
+        "tokens": tokens.tolist(),
         "to": stream.end_ms if stream.end_ms is not None and stream.end_ms <= end else None,
         "end": stream.end if stream.end_ms is not None and stream.end_ms <= end else "",
         "silence": _silence(stream, begin, end, lost_ms),
