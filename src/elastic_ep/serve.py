@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
+import anyio.to_thread
 import structlog
 from aiohttp import web
 
@@ -166,7 +167,7 @@ class RunProcess:
             wire = ControllerWire(directory)
             stack.callback(wire.close)
             # Before the launcher, so that it ends after all ranks.
-            environment = stack.enter_context(mps_daemon()) if self._config.mps else {}
+            environment = self._daemon(stack) if self._config.mps else {}
             options = LaunchOptions(
                 entry=self._rank_entry,
                 preload=_PRELOAD[self._plan.device],
@@ -203,6 +204,17 @@ class RunProcess:
             tasks.cancel_scope.cancel()
             return status
         raise AssertionError("unreachable")
+
+    def _daemon(self, stack: AsyncExitStack) -> Mapping[str, str]:
+        """The daemon takes half a second to end: that is waited for in a thread."""
+        daemon = mps_daemon()
+        environment = daemon.__enter__()
+
+        async def leave(*error: Any) -> bool | None:
+            return await anyio.to_thread.run_sync(daemon.__exit__, *error)
+
+        stack.push_async_exit(leave)
+        return environment
 
     async def _serve_until_stopped(self, parts: Parts, url: str) -> int:
         controller = parts.controller
