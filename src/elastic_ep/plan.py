@@ -22,6 +22,7 @@ from elastic_ep.host.mps import find_program
 from elastic_ep.kv.shelf_file import ShelfLayout
 from elastic_ep.machine_memory import available_memory, total_memory
 from elastic_ep.models.config_json import CheckpointError
+from elastic_ep.models.fused import unknown_to_fused
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
@@ -148,7 +149,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         if device != "cuda":
             raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
         find_program()
-    fused, notices = _fused_build(device)
+    fused, notices = _fused_build(device, model)
     redundant = config.ep_num_redundant_experts
     redundant = model.moe.experts if redundant is None else redundant
     limits = engine_limits(config, model, device)
@@ -174,11 +175,13 @@ def make_plan(config: ServeConfig) -> ServePlan:
     )
 
 
-def _fused_build(device: str) -> tuple[str, tuple[str, ...]]:
+def _fused_build(device: str, model: ModelSpec) -> tuple[str, tuple[str, ...]]:
     """What ranks on a processor compute with, and what is to be said of it."""
     if device != "cpu":
         return "", ()
     try:
+        if unknown := unknown_to_fused(model):
+            raise Unavailable(f"the engine in C++ does not know this model's {unknown}")
         return best_build(), ()
     except Unavailable as reason:
         return "", (f"ranks compute in plain torch, which is several times slower: {reason}",)

@@ -13,7 +13,7 @@ from elastic_ep.plan import make_plan
 from elastic_ep.run import BUNDLED_MODEL
 from tests.kit.fused import needs_fused
 
-V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+V3 = {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
 V4 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 

@@ -15,7 +15,7 @@ _FOLDER = Path(__file__).parent
 _ADDRESS, _INTEGER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _NEEDS = {
     "_v4": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
-    "_v3": frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
+    "_v3": frozenset({"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
 }
 """Builds, the best first, and the flags in /proc/cpuinfo that the processor has to have beside those of the next."""
 
