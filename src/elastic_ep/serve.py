@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
-import anyio.to_thread
 import structlog
 from aiohttp import web
 
@@ -211,7 +210,7 @@ class RunProcess:
         environment = daemon.__enter__()
 
         async def leave(*error: Any) -> bool | None:
-            return await anyio.to_thread.run_sync(daemon.__exit__, *error)
+            return await asyncio.to_thread(daemon.__exit__, *error)
 
         stack.push_async_exit(leave)
         return environment
