@@ -9,17 +9,20 @@ import re
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elastic_ep.gateway.page.feed import KEPT_SAMPLES, MOST_PAGES, Feed, TooManyPages
+from elastic_ep.gateway.page.films import Films, FilmUnavailable
 from elastic_ep.gateway.page.routes import ACTIONS, ASSETS, OPEN_PATHS
 from elastic_ep.group.history import MOST_LOSSES, MOST_MOVES, History
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import EngineStatus, Loss
 from tests.gateway.conftest import Running, Start
 from tests.gateway.fakes import FakeBackend
+from tests.test_replay import log as log  # a fixture
 
 pytestmark = pytest.mark.anyio
 DEADLINE_S = 10.0
@@ -296,3 +299,31 @@ async def test_without_an_event_log_there_are_no_films_and_it_says_why(start: St
     async with running.http.get(running.url + "/page/film/3/1") as response:
         assert response.status == 404
         assert "--event-log" in (await response.json())["error"]["message"]
+
+
+# Films: made by a process of their own, of a log that a run has written
+
+
+async def test_a_film_is_made_of_the_log_and_kept_when_nothing_more_can_come(log: Path) -> None:
+    films = Films(log.parent)
+    just_lost, long_back = loss(1), loss(1)._replace(back_after_s=1.0)
+    first = json.loads(await films.of(just_lost))
+    assert [each["rank"] for scene in first["scenes"] for each in scene["losses"]] == [1]
+    assert json.loads(await films.of(long_back)) == first
+    others = Films(log.parent)
+    await others.of(just_lost)
+    await asyncio.to_thread(log.unlink)
+    assert json.loads(await films.of(long_back)) == first
+    with pytest.raises(FilmUnavailable, match="no event log here"):
+        await others.of(just_lost)
+
+
+async def test_a_film_that_nobody_waits_for_any_more_is_not_made_on(log: Path) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        films = Films(log.parent)
+        asking = asyncio.create_task(films.of(loss(1)))
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert json.loads(await films.of(loss(1)))["scenes"]

@@ -124,6 +124,16 @@ def test_each_loss_is_told_once_counted_once_and_kept(seed: int) -> None:
             assert any(
                 line["event"] == "rank is back" and line["rank"] == str(record.member) for line in lines
             )
+    # Who looks on has the same, and each change of a state.
+    history = group.controller.history
+    seen = [loss() for loss in history.losses]
+    assert sorted(f"{loss.rank}.{loss.incarnation}" for loss in seen) == sorted(line["rank"] for line in told)
+    assert Counter(loss.cause for loss in seen) == expected
+    moved = [(*move.member, move.state) for move in group.log.effects(ev.RankMoved)]
+    assert [move[2:] for move in history.moves if move.rank >= 0] == moved
+    numbers = [move.number for move in history.moves]
+    assert numbers == list(range(1, history.number + 1))
+
     served = [up for up in group.log.effects(ev.MemberUp) if up.member.incarnation > 1]
     returns = [line["rank"] for line in lines if line["event"] == "rank is back"]
     assert sorted(returns) == sorted(str(up.member) for up in served if str(up.member) in returns)
