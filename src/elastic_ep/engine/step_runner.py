@@ -21,7 +21,7 @@ from elastic_ep.engine.sampler import Sampled
 from elastic_ep.engine.scheduler import Chunk, Scheduler, Sequence
 from elastic_ep.exchange.base import Exchange
 from elastic_ep.guided.masks import Asked, MaskMaker
-from elastic_ep.guided.text import GuidedText, Words
+from elastic_ep.guided.text import ANY, GuidedText, Words
 from elastic_ep.kv.copier import PageCopier, PageMover, Shelf
 from elastic_ep.kv.names import NO_PAGE, PageName
 from elastic_ep.machines.rank.bisection import Bisection
@@ -32,8 +32,6 @@ from elastic_ep.wire.slot_messages import SlotSum
 
 log = structlog.get_logger()
 _REASON_CHARACTERS = 300
-_ANY = np.uint32(0xFFFFFFFF)
-"""A word of a mask with which all tokens may come."""
 _Appended = tuple[int, int, Sampled, str | None]
 """Request, index, what was sampled, and finish as in `Token`."""
 
@@ -356,7 +354,7 @@ class StepRunner(ABC):
         asked = []
         for row, sequence in enumerate(sequences):
             if sequence.guided is None:
-                masks[row] = _ANY
+                masks[row] = ANY
             else:
                 asked.append(Asked(sequence.guided, sequence.tokens, sequence.prompt_len, row))
         self._mask_maker.start(asked, masks)

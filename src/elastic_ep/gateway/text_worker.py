@@ -273,7 +273,8 @@ def _spawn(socket_fd: int, life_fd: int) -> subprocess.Popen[bytes]:
 
 def _too_long() -> ApiError:
     return ApiError(
-        f"Reading this request's text took more than {READ_S:g} s. Send less text, or a simpler template.",
+        f"Reading this request's text took more than {READ_S:g} s. Send less text, or a simpler template or "
+        "grammar.",
         code="text_too_costly",
     )
 

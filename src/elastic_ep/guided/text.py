@@ -15,6 +15,8 @@ LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
 """HAZARD: verbose errors hold the grammar and the text, which are the client's."""
 Words = npt.NDArray[np.uint32]
 """Masks: bit t % 32 of word t // 32 says whether token t may come next."""
+ANY = np.uint32(0xFFFFFFFF)
+"""A word with which all may."""
 
 
 def can_begin(matcher: LLMatcher) -> bool:

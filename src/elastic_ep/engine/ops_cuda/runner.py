@@ -27,7 +27,7 @@ from elastic_ep.engine.step_runner import NO_SHELF, StepResult, StepRunner, Stre
 from elastic_ep.engine.transformer import Transformer
 from elastic_ep.exchange.base import DeviceExchange, Work, check_rows
 from elastic_ep.guided.masks import MaskMaker
-from elastic_ep.guided.text import Words
+from elastic_ep.guided.text import ANY, Words
 from elastic_ep.placement import Placement
 from elastic_ep.weights.bank import Weights
 from elastic_ep.wire.messages import SamplingParams
@@ -174,7 +174,10 @@ class CudaRunner(StepRunner):
         logits, tokens = self._body(shape)
         self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         if draw:
-            Draws(_EXAMPLES[: len(logits)], self._device).run(logits).to_host()
+            examples = _EXAMPLES[: len(logits)]
+            words = -(-logits.shape[1] // 32)
+            self._mask_memory(len(examples), words)[:] = ANY
+            Draws(examples, self._device).run(logits, self._mask_rows).to_host()
         self._device_exchange.read_masks()
         self._exchange.end_step()
 
