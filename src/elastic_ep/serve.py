@@ -76,7 +76,7 @@ EXAMPLE_QUESTION = (
     "How many apples does Tom have now?"
 )
 RANK_ENTRY = "elastic_ep.rank.process:main"
-_OF_ALL = ("torch", "elastic_ep.rank.process")
+_OF_ALL = ("torch", "elastic_ep.rank.process", "elastic_ep.guided.shared")
 _OF_GPUS = ("elastic_ep.engine.ops_cuda.build", "elastic_ep.engine.ops_cuda.preload")
 _PRELOAD = {"cpu": _OF_ALL, "cuda": _OF_ALL + _OF_GPUS}
 """What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""

@@ -6,6 +6,7 @@ from concurrent.futures import wait
 
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.guided.masks import MaskMaker
+from elastic_ep.guided.shared import Guide
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.wire.messages import Token
 from tests.engine.solo import TINY, drain
@@ -20,7 +21,7 @@ VOCABULARY = Vocabulary(
 
 
 def mask_maker() -> MaskMaker:
-    return MaskMaker(VOCABULARY)
+    return MaskMaker(Guide.of(VOCABULARY))
 
 
 def opened(runner: StepRunner) -> StepRunner:

@@ -14,6 +14,7 @@ from elastic_ep.engine.ops_cpu.runner import ModelRunner
 from elastic_ep.engine.step_runner import StepResult
 from elastic_ep.guided import grammars
 from elastic_ep.guided.masks import MaskMaker
+from elastic_ep.guided.shared import Guide
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.placement import launch_placement
 from elastic_ep.wire.messages import Assign, Bias, Grammar, GrammarKind
@@ -47,7 +48,7 @@ def guided_runner(
     vocabulary: Vocabulary = VOCABULARY,
 ) -> ModelRunner:
     placement = launch_placement(1, TINY.moe_layers, TINY.moe.experts, 0)
-    makers.append(mask_maker() if vocabulary is VOCABULARY else MaskMaker(vocabulary))
+    makers.append(mask_maker() if vocabulary is VOCABULARY else MaskMaker(Guide.of(vocabulary)))
     weights = dummy_weights(TINY, placement)
     return ModelRunner(
         limits, weights, placement, 0, exchange or SoloExchange(TINY.moe.experts), masks=makers[-1]

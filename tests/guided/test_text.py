@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,11 @@ from llguidance import LLMatcher, LLTokenizer
 from elastic_ep.guided import grammars
 from elastic_ep.guided.grammars import to_lark
 from elastic_ep.guided.masks import Asked, MaskMaker
+from elastic_ep.guided.shared import Guide
 from elastic_ep.guided.text import LIMITS, GuidedText
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.wire.messages import Grammar
+from tests.kit.bound import run
 from tests.kit.schemas import is_valid, schemas
 
 END, OTHER_END, TAG = 0, 1, 2
@@ -157,7 +161,7 @@ def test_a_vocabulary_with_which_it_cannot_go_on_is_noticed() -> None:
 
 
 def test_masks_of_many_texts_are_those_of_each() -> None:
-    maker = MaskMaker(VOCABULARY)
+    maker = MaskMaker(Guide.of(VOCABULARY))
     try:
         texts = [
             maker.open(grammar, (), stops=(END,)).result(10)
@@ -184,7 +188,23 @@ def test_masks_of_many_texts_are_those_of_each() -> None:
         maker.close()
 
 
-def test_the_vocabulary_travels_in_a_file(tmp_path: Any) -> None:
+def test_the_vocabulary_travels_in_a_file(tmp_path: Path) -> None:
     assert Vocabulary.read(tmp_path) is None
     VOCABULARY.write(tmp_path)
     assert Vocabulary.read(tmp_path) == VOCABULARY
+
+
+def test_the_fork_server_makes_what_ranks_need_and_no_thread(tmp_path: Path) -> None:
+    VOCABULARY.write(tmp_path)
+    code = f"""
+import os
+from pathlib import Path
+from elastic_ep.guided.shared import shared
+from elastic_ep.host.fork_server import preload
+preload(("elastic_ep.guided.shared",), Path({str(tmp_path)!r}))
+assert len(os.listdir("/proc/self/task")) == 1
+os.remove({str(tmp_path / "vocabulary")!r})
+assert shared(Path({str(tmp_path)!r})).words == {VOCABULARY.mask_words}
+assert shared(Path("/nowhere")) is None
+"""
+    assert run([sys.executable, "-c", code], 60).returncode == 0

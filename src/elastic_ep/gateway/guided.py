@@ -34,7 +34,7 @@ def _schema_like(given: Any) -> Any:
 Schema = Annotated[
     Any,
     AfterValidator(_schema_like),
-    WithJsonSchema({"type": ["object", "boolean", "string"]}),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "string"}]}),
     Field(description="A JSON Schema; its JSON as a string will do, too."),
 ]
 Choices = Annotated[list[Text], Array(most=10_000)]
@@ -81,8 +81,15 @@ class StructuredOutputs(_Whole):
 class Guiding(Body):
     """At most one grammar."""
 
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="{type: text or json_object}, or {type: json_schema, json_schema: {schema}}: what the answer is.",
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None,
+        description="vLLM's: one of json, json_object, regex, choice and grammar; beside JSON whitespace_pattern or "
+        "disable_any_whitespace.",
+    )
     guided_json: Schema = Field(None, description="As structured_outputs.json, and so are the others.")
     guided_regex: Text = ""
     guided_choice: Choices = Field(default_factory=list)

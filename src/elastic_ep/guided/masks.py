@@ -15,8 +15,8 @@ import numpy as np
 from llguidance import LLMatcher
 
 from elastic_ep.guided.grammars import to_lark
+from elastic_ep.guided.shared import Guide
 from elastic_ep.guided.text import LIMITS, GuidedText, Words
-from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.wire.messages import Grammar
 
 WAIT_S = 10.0
@@ -35,12 +35,12 @@ class Asked(NamedTuple):
 
 
 class MaskMaker:
-    """HAZARD: making one makes llguidance's tokenizer, which holds the interpreter lock: before anybody waits."""
+    """Its threads begin with the first grammar."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.words = vocabulary.mask_words
-        self._tokenizer = vocabulary.tokenizer()
-        self._special = frozenset(vocabulary.special)
+    def __init__(self, guide: Guide) -> None:
+        self.words = guide.words
+        self._tokenizer = guide.tokenizer
+        self._special = guide.special
         self._compiler = ThreadPoolExecutor(1, "grammars")
         self._masks = ThreadPoolExecutor(1, "masks")
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()

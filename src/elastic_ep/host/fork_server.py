@@ -172,10 +172,15 @@ class ForkServer:
         return status
 
 
-def preload(modules: tuple[str, ...]) -> None:
-    """Import `modules`; what they made is left out of garbage collection, so that ranks share its pages."""
+def preload(modules: tuple[str, ...], directory: Path) -> None:
+    """Import `modules`, and have those with a `before_forks` make what all ranks of the run in `directory` need.
+
+    What they made is left out of garbage collection, so that ranks share its pages.
+    """
     for module in modules:
-        importlib.import_module(module)
+        prepare = getattr(importlib.import_module(module), "before_forks", None)
+        if prepare is not None:
+            prepare(directory)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     gc.collect()
@@ -202,7 +207,7 @@ def main(control_fd: int) -> int:
     make_ordinary()  # whatever the launcher's thread has asked for
     # An import takes seconds, and nothing is sent to us before we say that we are ready.
     life_line.bind(control_fd)
-    preload(options.preload)
+    preload(options.preload, Path(options.directory))
     life_line.release(control_fd)
     server = ForkServer(options, control, mutexes, SharedFiles(*shared))
     try:

@@ -17,7 +17,7 @@ from elastic_ep.exchange.shm import ShmExchange
 from elastic_ep.exchange.store import Store
 from elastic_ep.fused.library import load
 from elastic_ep.guided.masks import MaskMaker
-from elastic_ep.guided.vocabulary import Vocabulary
+from elastic_ep.guided.shared import shared
 from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.kv.names import root
 from elastic_ep.kv.shelf import Shelf
@@ -98,8 +98,8 @@ def stream_memory(config: RankConfig, shelf_fd: int) -> StreamMemory:
 
 def mask_maker(config: RankConfig) -> MaskMaker | None:
     """None where nothing can be guided: see `Vocabulary`."""
-    vocabulary = Vocabulary.read(Path(config.directory))
-    return MaskMaker(vocabulary) if vocabulary is not None else None
+    guide = shared(Path(config.directory))
+    return MaskMaker(guide) if guide is not None else None
 
 
 def weights_from_checkpoint(config: RankConfig, spec: ModelSpec) -> Weights:
