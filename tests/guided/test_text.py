@@ -91,7 +91,7 @@ GRAMMARS = {
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 2**32), cut=st.floats(0, 1))
 def test_a_mask_is_all_tokens_that_can_come_next(name: str, seed: int, cut: float) -> None:
     tokens = walk(GRAMMARS[name], seed, most=60)
@@ -101,7 +101,7 @@ def test_a_mask_is_all_tokens_that_can_come_next(name: str, seed: int, cut: floa
     assert mask(text) == by_trying(GRAMMARS[name], tokens)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schemas, st.integers(0, 2**32), st.booleans())
 def test_a_finished_text_fits_its_schema_and_replayed_is_as_stepped(
     schema: dict[str, Any], seed: int, compact: bool
