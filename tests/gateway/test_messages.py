@@ -6,14 +6,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import anthropic
 import anthropic.resources
 import pytest
 
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from tests.gateway.conftest import Running, Start, served_once
-from tests.gateway.fakes import MODEL, FakeBackend, never_ends, says
+from tests.gateway.fakes import MODEL, TEMPLATE, FakeBackend, byte_level_tokenizer, never_ends, says
 from tests.gateway.test_responses import prompt_of
 from tests.gateway.test_tools import ANSWER, ARGUMENTS, PARSING, TOOLS, begin, tool_text
 
@@ -31,8 +33,15 @@ def connect(url: str, key: str = "none") -> anthropic.AsyncAnthropic:
     return anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, http_client=plain)
 
 
+@cache
+def thinking_text() -> ChatTokenizer:
+    return ChatTokenizer(byte_level_tokenizer(), TEMPLATE + "{{ enable_thinking }}", {})
+
+
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
+    thinking_text()
+
     async def ask(url: str) -> None:
         async with connect(url) as client:
             await client.messages.create(model=MODEL, max_tokens=900, messages=ASKED, tools=FLAT)
@@ -205,6 +214,7 @@ async def test_a_failure_is_told_within_the_stream(
             pass
 
 
+CALLED = {"type": "tool_use", "id": "1", "name": "weather", "input": {}}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("max_tokens", {"max_tokens": None}),
@@ -221,6 +231,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("thinking.type", {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
     ("temperature", {"temperature": 1.5}),
     ("container", {"container": "x"}),
+    ("messages", {"messages": [*ASKED, {"role": "assistant", "content": [CALLED]}]}),
     ("output_config.effort", {"output_config": {"effort": "high"}}),
     ("model", {"model": "another"}),
 ]
@@ -241,11 +252,7 @@ async def test_what_cannot_be_honoured(running: Running, param: str, change: dic
 
 
 async def test_thinking_is_turned_off_where_the_template_can(start: Start) -> None:
-    from elastic_ep.gateway.text.tokenizer import ChatTokenizer
-    from tests.gateway.fakes import TEMPLATE, byte_level_tokenizer
-
-    text = ChatTokenizer(byte_level_tokenizer(), TEMPLATE + "{{ enable_thinking }}", {})
-    running = await start(FakeBackend(says("Yes.")), text)
+    running = await start(FakeBackend(says("Yes.")), thinking_text())
     for kind, shown in (("disabled", "False"), ("enabled", "True"), ("adaptive", "")):
         asked = {"model": MODEL, "max_tokens": 9, "messages": ASKED, "thinking": {"type": kind}}
         status, _ = await running.post("/v1/messages", asked)

@@ -91,7 +91,10 @@ class Chat(ChatPrompt, Generating):
     max_completion_tokens: Annotated[int | None, Integer(1)] = None
     logprobs: bool = False
     top_logprobs: int = 0
-    tool_choice: ToolChoice | None = Field(None, description="Default auto if there are tools.")
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="Default auto if there are tools. A grammar makes a call certain, and reasoning has no place then.",
+    )
     parallel_tool_calls: bool = Field(True, description="False: of several calls the first.")
     include_reasoning: bool = Field(True, description="False: reasoning is left out.")
     separate_reasoning: bool = Field(True, description="SGLang's. False: reasoning is part of the content.")

@@ -19,6 +19,7 @@ from elastic_ep.gateway.settings import ApiSettings
 RENAMED = {
     "max_completion_tokens": "max_tokens", "stop": "stop_sequences", "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format", "chat_template_kwargs": "thinking",
+    "continue_final_message": "messages",
 }  # fmt: skip
 """Fields of a conversation by the names that they have here."""
 _SAME = ("model", "temperature", "top_p", "top_k", "max_tokens")
