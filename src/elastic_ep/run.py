@@ -10,7 +10,8 @@ import structlog
 
 from elastic_ep import logs
 from elastic_ep.command_line import Help, Parser, add_flags, read
-from elastic_ep.config import ConfigError, EventLogMode, LogConfig, ServeConfig
+from elastic_ep.config import PRELOAD, ConfigError, EventLogMode, LogConfig, ServeConfig
+from elastic_ep.host.server_process import ServerProcess, begun
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "model"
 FAILED = 1
@@ -49,10 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     logs.configure(LogConfig())
     try:
         config = parse(arguments)
-        # Imported late: --help and wrong flags answer at once.
-        from elastic_ep.serve import serve
-
-        return serve(config)
+        if config.mps:  # which its children must be told of: they begin when its daemon runs
+            return _serve(config, None)
+        with begun(PRELOAD) as server:
+            return _serve(config, server)
     except ConfigError as error:
         structlog.get_logger().error(str(error))
         return USAGE_ERROR
@@ -72,6 +73,13 @@ def command(arguments: list[str] | None = None) -> int:
         file=sys.stdout if asked else sys.stderr,
     )
     return 0 if asked else USAGE_ERROR
+
+
+def _serve(config: ServeConfig, server: ServerProcess | None) -> int:
+    # Imported late: --help and wrong flags answer at once, and the fork server imports meanwhile.
+    from elastic_ep.serve import serve
+
+    return serve(config, server=server)
 
 
 if __name__ == "__main__":

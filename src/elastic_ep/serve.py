@@ -24,7 +24,7 @@ import structlog
 from aiohttp import web
 
 from elastic_ep import logs, titles
-from elastic_ep.config import ConfigError, EventLogMode, RankLog, ServeConfig
+from elastic_ep.config import PRELOAD, ConfigError, EventLogMode, RankLog, ServeConfig
 from elastic_ep.event_log.files import RANKS, make_private
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.exchange.windows import Windows, WindowsError
@@ -54,6 +54,7 @@ from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.launcher import ForkServerFailed, Launcher
 from elastic_ep.host.mps import mps_daemon
 from elastic_ep.host.scheduling import make_prompt
+from elastic_ep.host.server_process import ServerProcess
 from elastic_ep.kv.shelf_file import ShelfError
 from elastic_ep.loop_watch import HeldReport, make_loop
 from elastic_ep.machines.experts.repair import RepairMachine
@@ -76,10 +77,9 @@ EXAMPLE_QUESTION = (
     "How many apples does Tom have now?"
 )
 RANK_ENTRY = "elastic_ep.rank.process:main"
-_OF_ALL = ("torch", "elastic_ep.rank.process", "elastic_ep.guided.shared")
 _OF_GPUS = ("elastic_ep.engine.ops_cuda.build", "elastic_ep.engine.ops_cuda.preload")
-_PRELOAD = {"cpu": _OF_ALL, "cuda": _OF_ALL + _OF_GPUS}
-"""What the fork server imports for the ranks. Nothing of it may touch a device or start a thread."""
+_PRELOAD = {"cpu": PRELOAD, "cuda": PRELOAD + _OF_GPUS}
+"""What the fork server imports for the ranks, as `config.PRELOAD`."""
 _RANKS_PART = 8
 """Of what the event log may take on the disk all ranks' machines together get one in so many."""
 NOTHING_SERVES, START_FAILED = 1, 2
@@ -89,17 +89,17 @@ FAREWELL_S = 5.0
 log = structlog.get_logger()
 
 
-def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY) -> int:
+def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY, server: ServerProcess | None = None) -> int:
     """Serve until told to stop; the exit status. Raises `ConfigError` before anything is started.
 
-    `rank_entry` is what each rank runs, "module:function".
+    `rank_entry` is what each rank runs, "module:function"; `server` a fork server's process that was begun already.
     """
     logs.configure(config.log)
     plan = make_plan(config)
     for notice in plan.notices:
         log.warning(notice)
     event_log = open_log(config)
-    process = RunProcess(plan, event_log, rank_entry)
+    process = RunProcess(plan, event_log, rank_entry, server)
     titles.show("run", "eep-run")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     make_prompt()
@@ -139,10 +139,17 @@ class Parts(NamedTuple):
 class RunProcess:
     """Owns all parts."""
 
-    def __init__(self, plan: ServePlan, event_log: EventLog, rank_entry: str = RANK_ENTRY) -> None:
+    def __init__(
+        self,
+        plan: ServePlan,
+        event_log: EventLog,
+        rank_entry: str = RANK_ENTRY,
+        server: ServerProcess | None = None,
+    ) -> None:
         self._plan = plan
         self._log = event_log
         self._rank_entry = rank_entry
+        self._server = server
         self._config = plan.config
         self._metrics = Metrics()
         self._api_settings = self._make_api_settings()
@@ -177,7 +184,7 @@ class RunProcess:
             guard = None
             if self._config.mps:
                 guard = stack.enter_context(DeviceGuard(self._config.timing.drain_ms / 1000, self._log.note))
-            launcher = await stack.enter_async_context(Launcher(options, files, environment))
+            launcher = await stack.enter_async_context(Launcher(options, files, environment, self._server))
             told = replace(self._plan.rank_config(directory), event_log=self._rank_log())
             processes = RankProcesses(told, launcher, guard, watched=self._config.fault_tolerance)
             parts = self._parts(wire, processes)

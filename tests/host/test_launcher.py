@@ -24,6 +24,7 @@ from elastic_ep.host.launcher_events import (
     ServerReady,
 )
 from elastic_ep.host.private_directory import NotPrivate
+from elastic_ep.host.server_process import begun
 from elastic_ep.timing import Timing
 from elastic_ep.wire.messages import Member
 from tests.kit.bound import Bound
@@ -270,7 +271,39 @@ def test_a_fork_server_that_is_told_nothing_goes() -> None:
         command = [sys.executable, "-m", "elastic_ep.host.fork_server", str(theirs.fileno())]
         with Bound(command, pass_fds=(theirs.fileno(),)) as server:
             ours.close()
-            assert server.wait(DEADLINE_S) == 0
+            assert server.wait(DEADLINE_S) in (0, -signal.SIGKILL), "by itself, or while it imports"
+
+
+def test_a_fork_server_that_was_begun_early_is_the_first_one(directory: Path) -> None:
+    with begun(("json",)) as server:
+        assert server is not None
+        first = server.popen.pid
+
+        async def body(run: Run) -> None:
+            assert (await run.up(A))["parent"] == run.launcher.server_pid == first
+            os.kill(first, signal.SIGKILL)
+            await run.expect(ServerLost)
+            assert (await run.up(B))["parent"] == run.launcher.server_pid != first
+
+        with_launcher(directory, body, begun=server)
+    assert not alive(first)
+
+
+def test_a_fork_server_that_was_begun_early_ends_if_nobody_takes_it() -> None:
+    with begun(("never_there",)) as server:
+        assert server is not None
+    assert server.popen.returncode is not None
+
+
+def test_a_fork_server_that_cannot_import_fails_the_start(
+    directory: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def body(run: Run) -> None:
+        raise AssertionError("not reached")
+
+    with begun(("never_there",)) as server, pytest.raises(ForkServerFailed):
+        with_launcher(directory, body, begun=server)
+    assert "never_there" in capfd.readouterr().err
 
 
 def test_a_bad_entry_fails_the_rank_only(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:

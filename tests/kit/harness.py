@@ -16,6 +16,7 @@ import anyio
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.launcher import Launcher
 from elastic_ep.host.launcher_events import Launched, LauncherEvent
+from elastic_ep.host.server_process import ServerProcess
 from elastic_ep.wire.messages import Member
 
 DEADLINE_S = 20.0
@@ -85,13 +86,16 @@ class Run:
 
 
 @asynccontextmanager
-async def running(directory: Path, **options: Any) -> AsyncIterator[Run]:
+async def running(
+    directory: Path, *, begun: ServerProcess | None = None, **options: Any
+) -> AsyncIterator[Run]:
     hellos = Hellos()
     run = Run(hellos)
     settings = {"entry": "rank_entries:main", "preload": (), **options}
     try:
         options_ = LaunchOptions(directory=str(directory), **settings)
-        async with Launcher(options_, SharedFiles(hellos.write_end, hellos.write_end)) as run.launcher:
+        files = SharedFiles(hellos.write_end, hellos.write_end)
+        async with Launcher(options_, files, begun=begun) as run.launcher:
             with anyio.fail_after(60):
                 await run.launcher.start(run.on_event)
             yield run

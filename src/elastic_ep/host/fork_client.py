@@ -6,9 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 
 from elastic_ep.host.fork_messages import (
@@ -16,45 +14,36 @@ from elastic_ep.host.fork_messages import (
     Exited,
     Fork,
     FromServer,
+    Imported,
     LaunchOptions,
     status_text,
 )
+from elastic_ep.host.server_process import ServerProcess
 from elastic_ep.wire.codec import decode, encode
-
-# A library that starts threads at import would make the fork server unfit to fork, and each rank computes with
-# one thread anyway.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class ForkClient:
     """One running fork server, which is killed if it is not ready or does not answer in time.
 
     Callbacks come from the event loop; after `on_exit` there are none. `files` are the mutexes' and the `SharedFiles`.
-    Raises OSError when it cannot be started.
     """
 
     def __init__(
         self,
         options: LaunchOptions,
         files: tuple[int, ...],
-        environment: Mapping[str, str],
+        process: ServerProcess,
         on_message: Callable[[FromServer, list[int]], None],
         on_exit: Callable[[str], None],
     ) -> None:
+        self._options = options
+        self._files = files
         self._timing = options.timing
         self._on_message = on_message
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            self._process = _start(theirs.fileno(), environment)
-        except OSError:
-            self._control.close()
-            raise
-        finally:
-            theirs.close()
-        with suppress(BrokenPipeError):  # it has died already: `on_exit` says so
-            socket.send_fds(self._control, [encode(options)], files)
+        process.taken = True
+        self._control, self._process = process.control, process.popen
         self._control.setblocking(False)
         self.ready = False
         self._timer = self._loop.call_later(self._timing.server_ready_ms / 1000, self.kill)
@@ -99,10 +88,17 @@ class ForkClient:
                 self._loop.remove_reader(self._control)
                 return
             message: FromServer = decode(data, FromServer)
+            if isinstance(message, Imported):
+                self._tell_options()
+                continue
             if not isinstance(message, Exited):
                 self._timer.cancel()
                 self.ready = True
             self._on_message(message, fds)
+
+    def _tell_options(self) -> None:
+        with suppress(BrokenPipeError):  # it has died already: `on_exit` says so
+            socket.send_fds(self._control, [encode(self._options)], self._files)
 
     def _exited(self) -> None:
         self._receive()  # what it said before it died
@@ -114,13 +110,3 @@ class ForkClient:
             self._loop.remove_reader(self._control)
             self._control.close()
         self._on_exit(status_text(self._process.wait()))
-
-
-def _start(control_fd: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "elastic_ep.host.fork_server", str(control_fd)],
-        pass_fds=(control_fd,),
-        stdin=subprocess.DEVNULL,
-        process_group=0,  # not a session: see the fork server
-        env={**os.environ, **_ONE_THREAD, **environment},
-    )

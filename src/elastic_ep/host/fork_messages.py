@@ -1,8 +1,8 @@
 """What the launcher and the fork server say to each other: a message a packet, over a SEQPACKET socket.
 
-To the fork server its `LaunchOptions` first, with the file of the mutexes and the `SharedFiles`, and then `Fork`s. It
-says `ServerReady` once; `Launched`, with a pidfd taken before the child could be reaped, or `LaunchFailed` to each
-`Fork`; and `Exited` of each child.
+The fork server says `Imported` first. To it go its `LaunchOptions` then, with the file of the mutexes and the
+`SharedFiles`, and `Fork`s. It says `ServerReady` once; `Launched`, with a pidfd taken before the child could be reaped,
+or `LaunchFailed` to each `Fork`; and `Exited` of each child.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class LaunchOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Imported:
+    """What the command line names is imported. Nothing may be sent to the fork server before: see `life_line.bind`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fork:
     """Become this rank. Travels with the read end of the rank's life line, and a file with its configuration.
 
@@ -68,7 +73,7 @@ class Exited:
     status: str
 
 
-FromServer = ServerReady | Launched | LaunchFailed | Exited
+FromServer = Imported | ServerReady | Launched | LaunchFailed | Exited
 
 
 def status_text(returncode: int) -> str:

@@ -1,6 +1,7 @@
 """The fork server: imports what ranks need once, then forks them in milliseconds.
 
-``python -m elastic_ep.host.fork_server``, started by the launcher. It stays single-threaded and never touches
+``python -m elastic_ep.host.fork_server CONTROL_FD MODULE...``: imports the modules, then asks for what else it must know
+(see `server_process.py`). It stays single-threaded and never touches
 a device, so its forks are sound. It ends when the launcher's end of the control socket closes; then it kills its
 ranks and removes the run's private directory.
 """
@@ -30,6 +31,7 @@ from elastic_ep.host.fork_messages import (
     Exited,
     Fork,
     FromServer,
+    Imported,
     LaunchOptions,
     SharedFiles,
     status_text,
@@ -187,9 +189,17 @@ def preload(modules: tuple[str, ...], directory: Path) -> None:
     gc.freeze()
 
 
-def main(control_fd: int) -> int:
+def main(control_fd: int, modules: tuple[str, ...]) -> int:
     control = socket.socket(fileno=control_fd)
     control.set_inheritable(False)
+    make_ordinary()  # whatever the launcher's thread has asked for
+    # Nothing is sent to us before we say that this is done.
+    life_line.bind(control_fd)
+    for module in modules:
+        importlib.import_module(module)
+    life_line.release(control_fd)
+    with suppress(BrokenPipeError):  # the launcher is gone, which the next line sees
+        control.send(encode(Imported()))
     told, files, _, _ = socket.recv_fds(control, PACKET_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
     if not told:
         return 0  # the launcher is gone
@@ -204,7 +214,6 @@ def main(control_fd: int) -> int:
     except NotPrivate as error:
         log.error(str(error))
         return 2
-    make_ordinary()  # whatever the launcher's thread has asked for
     # An import takes seconds, and nothing is sent to us before we say that we are ready.
     life_line.bind(control_fd)
     preload(options.preload, Path(options.directory))
@@ -218,4 +227,4 @@ def main(control_fd: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), tuple(sys.argv[2:])))

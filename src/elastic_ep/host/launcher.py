@@ -42,6 +42,7 @@ from elastic_ep.host.launcher_events import (
 from elastic_ep.host.peer_notices import NoticeSender
 from elastic_ep.host.private_directory import Janitor
 from elastic_ep.host.robust_mutex import RobustMutexes
+from elastic_ep.host.server_process import ServerProcess
 from elastic_ep.wire.messages import Member
 
 UNKNOWN_STATUS = "unknown"
@@ -70,17 +71,23 @@ class _Process:
 class Launcher:
     """``async with Launcher(options, files) as launcher: await launcher.start(on_event)``.
 
-    Ranks inherit `files`, and all children have `environment` besides this process's. On exit all ranks are killed,
+    Ranks inherit `files`, and all children have `environment` besides this process's. `begun` is the first fork server's
+    process if there is one already, in that environment. On exit all ranks are killed,
     and everything that was started is gone. Raises `NotPrivate` for a bad directory.
     """
 
     def __init__(
-        self, options: LaunchOptions, files: SharedFiles, environment: Mapping[str, str] | None = None
+        self,
+        options: LaunchOptions,
+        files: SharedFiles,
+        environment: Mapping[str, str] | None = None,
+        begun: ServerProcess | None = None,
     ) -> None:
         self._options = options
         self._timing = options.timing
         self._files = files
         self._environment = environment or {}
+        self._begun = begun
         self._on_event: Callable[[LauncherEvent], None] = _nobody_listens
         self._processes: dict[Member, _Process] = {}
         self._queue: deque[_Process] = deque()
@@ -197,12 +204,12 @@ class Launcher:
     def _start_server(self) -> None:
         files = (self._mutex_fd, *self._files)
         try:
-            self._server = ForkClient(
-                self._options, files, self._environment, self._on_message, self._on_server_exit
-            )
+            process = self._begun or ServerProcess(self._options.preload, self._environment)
+            self._begun = None
+            self._server = ForkClient(self._options, files, process, self._on_message, self._on_server_exit)
         except OSError as error:
-            for process in list(self._queue):
-                self._loop.call_soon(self._fail, process, f"no fork server: {error}")
+            for waiting in list(self._queue):
+                self._loop.call_soon(self._fail, waiting, f"no fork server: {error}")
 
     def _on_message(self, message: FromServer, fds: list[int]) -> None:
         match message:
