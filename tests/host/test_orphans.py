@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.kit.bound import Bound
@@ -76,7 +77,10 @@ def test_a_fork_server_that_is_still_importing(directory: Path, tmp_path: Path) 
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"},
     ) as process:
         fifo.read_text()
-        assert len(mentioning(directory)) == 3  # the run process, the janitor, the fork server
+        assert len(mentioning(directory)) == 2  # the run process, the janitor; it has not been told of it yet
+        children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        assert len(children) == 2  # the janitor, the fork server
         process.kill()
+    wait_until(lambda: not any(map(alive, children)), LIMIT_S, "no child left")
     wait_until(lambda: not mentioning(directory), LIMIT_S, "no process left")
     wait_until(lambda: not directory.exists(), LIMIT_S, "the private directory removed")
