@@ -26,7 +26,7 @@ from elastic_ep.gateway.guided import vocabulary
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.guided import grammars
-from elastic_ep.guided.text import LIMITS
+from elastic_ep.guided.grammars import LIMITS
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.run import BUNDLED_MODEL
 

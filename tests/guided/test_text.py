@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from elastic_ep.guided import grammars
-from elastic_ep.guided.grammars import to_lark
+from elastic_ep.guided.grammars import LIMITS, to_lark
 from elastic_ep.guided.masks import Asked, MaskMaker
 from elastic_ep.guided.shared import Guide
-from elastic_ep.guided.text import LIMITS, GuidedText
+from elastic_ep.guided.text import GuidedText
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.wire.messages import Grammar
 from tests.kit.bound import run

@@ -11,8 +11,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from elastic_ep.guided.grammars import BadGrammar, to_lark
-from elastic_ep.guided.text import LIMITS, can_begin
+from elastic_ep.guided.grammars import LIMITS, BadGrammar, to_lark
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.wire.messages import Grammar, GrammarKind
 
@@ -50,7 +49,7 @@ class GrammarChecker:
         matcher = LLMatcher(self._tokenizer, to_lark(grammar), log_level=0, limits=LIMITS)
         if matcher.is_error():
             return self._explained(grammar, matcher.get_error())
-        if not can_begin(matcher):
+        if not _can_begin(matcher):
             return BadGrammar("leaves no text that the model could begin with")
         if time.thread_time() - began > MAX_CPU_S:
             return BadGrammar("takes too long to compile: make it smaller")
@@ -113,3 +112,9 @@ def _first_line(error: str) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _can_begin(matcher: LLMatcher) -> bool:
+    """Whether any text follows its grammar, as far as the first token shows."""
+    matcher.compute_bitmask()
+    return not matcher.is_error()

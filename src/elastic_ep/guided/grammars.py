@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llguidance import regex_to_lark
+from llguidance import LLParserLimits, regex_to_lark
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from elastic_ep.wire.messages import Grammar, GrammarKind
@@ -24,6 +24,8 @@ MAX_CHARACTERS = 64 << 10
 """Of a grammar. Compiling takes time, and every rank that gets the request does it again."""
 MAX_RULES = 500
 """Of one in EBNF: turning it into Lark takes the square of it."""
+LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
+"""HAZARD: verbose errors hold the grammar and the text, which are the client's."""
 HEADER = '%llguidance {"no_forcing": true}\n'
 """HAZARD: otherwise, where only one text can follow, its usual tokens are forced: a mask would depend on a tokenizer,
 and masks would not be all that may come."""

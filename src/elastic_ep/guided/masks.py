@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from llguidance import LLMatcher
 
-from elastic_ep.guided.grammars import to_lark
+from elastic_ep.guided.grammars import LIMITS, to_lark
 from elastic_ep.guided.shared import Guide
-from elastic_ep.guided.text import LIMITS, GuidedText, Words
+from elastic_ep.guided.text import GuidedText, Words
 from elastic_ep.wire.messages import Grammar
 
 WAIT_S = 10.0

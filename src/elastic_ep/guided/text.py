@@ -9,20 +9,12 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher
 
-LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
-"""HAZARD: verbose errors hold the grammar and the text, which are the client's."""
 Words = npt.NDArray[np.uint32]
 """Masks: bit t % 32 of word t // 32 says whether token t may come next."""
 ANY = np.uint32(0xFFFFFFFF)
 """A word with which all may."""
-
-
-def can_begin(matcher: LLMatcher) -> bool:
-    """Whether any text follows its grammar, as far as the first token shows."""
-    matcher.compute_bitmask()
-    return not matcher.is_error()
 
 
 class GuidedText:
