@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.kit.bound import Bound
 from tests.kit.served import MODEL, ROOT, server, write_result
 
 from bench.kit.closed_load import Case, put_on
@@ -43,9 +44,7 @@ def peer(command: str, model: Path, port: int, log: Path) -> Iterator[str]:
     line = command.format(model=model, port=port, name=MODEL)
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            ["bash", "-c", line], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = Bound(["bash", "-c", line], stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         limit = time.monotonic() + PEER_START_S
         while not _is_ready(url):

@@ -199,7 +199,7 @@ BAD_CHATS: list[tuple[str, dict[str, Any]]] = [
     ("max_completion_tokens", {"max_completion_tokens": 0}),
     ("max_tokens", {"max_tokens": 257}),
     ("tools[0].function", {"tools": [{"type": "function"}]}),
-    ("response_format", {"response_format": {"type": "json_object"}}),
+    ("response_format.type", {"response_format": {"type": "xml"}}),
     ("chat_template_kwargs", {"chat_template_kwargs": [1]}),
     ("stream_options.include_usage", {"stream": True, "stream_options": {"include_usage": 1}}),
 ]
@@ -259,7 +259,7 @@ async def test_chat_without_a_template(start: Start, monkeypatch: pytest.MonkeyP
         ("PUT", CHAT, 405),
         ("POST", "/metrics", 405),
         ("GET", "/v1/nothing", 404),
-        ("POST", "/", 404),
+        ("POST", "/", 405),
         ("POST", "/v1/completions/", 404),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import ssl
-import subprocess
 from asyncio import to_thread
 from pathlib import Path
 
@@ -16,6 +15,9 @@ from elastic_ep.gateway.tls import server_context
 from elastic_ep.group.metrics import Metrics
 from tests.gateway.conftest import settings
 from tests.gateway.fakes import FakeBackend, sample_text
+from tests.kit.bound import run
+
+OPENSSL_S = 20.0
 
 pytestmark = pytest.mark.anyio
 
@@ -31,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     made = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     files = ["-keyout", str(key), "-out", str(certificate)]
     create_app(FakeBackend(), settings(), sample_text(), Metrics(), sample_text)  # not first on a loop
-    subprocess.run(["openssl", "req", "-x509", *made, *names, *files], check=True, capture_output=True)
+    run(["openssl", "req", "-x509", *made, *names, *files], OPENSSL_S).check_returncode()
     return str(key), str(certificate)
 
 

@@ -254,9 +254,13 @@ def _format(form: Format) -> dict[str, Any]:
     return {"type": form.type, "json_schema": form.model_extra or {}}
 
 
+_REPEATED = {"parallel_tool_calls", "temperature", "top_p", "reasoning", "text"}
+"""HAZARD: of the others some hold, where nothing was given, what is not of their field's type."""
+
+
 def head(values: Responses, settings: ApiSettings) -> str:
     """What a response repeats of its request, as members of a JSON object."""
-    given = values.model_dump(exclude_none=True)
+    given = values.model_dump(exclude_none=True, include=_REPEATED)
     plain = {
         "instructions": values.instructions,
         "tools": [dict(tool) for tool in values.tools],
