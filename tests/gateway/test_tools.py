@@ -62,6 +62,12 @@ PARSING: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def made() -> None:
+    """Not first on a loop."""
+    tool_text()
+
+
 async def begin(start: Start, answer: str = ANSWER, **settings: Any) -> Running:
     chosen = PARSING | settings
     return await start(FakeBackend(says(answer)), tool_text(), **chosen)
