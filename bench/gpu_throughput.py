@@ -33,7 +33,7 @@ from tests.kit.shapes import QWEN3_30B
 
 from bench.kit import transformers_side
 from bench.kit.command_line import command_line
-from bench.kit.decode import BF16, Engine, full_rate, mooncake_works_alone, weight_bytes
+from bench.kit.decode import BF16, Engine, full_rate, weight_bytes
 from bench.kit.sections import Rows, Sections
 from elastic_ep.config import EngineLimits
 from elastic_ep.models import qwen3_moe
@@ -101,7 +101,7 @@ class Bench:
         self._plan = plan
         self._sections = sections
         self._scratch = scratch
-        """For Mooncake; None: without it."""
+        """For the exchange; None: in plain torch."""
         self._copy_tb_s = float("nan")
         self._first: dict[int, list[list[int]]] = {}
         self._rates: dict[int, dict[str, float]] = {batch: {} for batch in plan.batches}
@@ -266,12 +266,9 @@ def main() -> None:
     options = parser.parse_args()
     plan = Plan.of(options)
     with tempfile.TemporaryDirectory(prefix="throughput-") as name:
-        scratch = Path(name)
-        (scratch / "probe").mkdir()
-        mooncake = not options.smoke and mooncake_works_alone(scratch / "probe")
-        exchange = "mooncake" if mooncake else "plain torch"
+        exchange = "plain torch" if options.smoke else "peer memory"
         sections = Sections(options.out, options.commit, exchange=exchange)
-        Bench(plan, sections, scratch if mooncake else None).run()
+        Bench(plan, sections, None if options.smoke else Path(name)).run()
     if sections.failed:
         sys.exit(1)
 

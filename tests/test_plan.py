@@ -43,21 +43,27 @@ def test_the_size_of_a_step_that_nobody_gave_suits_what_was_given(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "redundant", "eplb", "device", "slots"),
+    ("ranks", "redundant", "eplb", "backend", "slots"),
     [
-        (3, 1, False, "cpu", 43),
-        (3, 1, False, "cuda", 44),
-        (3, 4, False, "cuda", 44),
-        (3, 4, True, "cuda", 46),
-        (4, 4, False, "cuda", 33),
+        (3, 1, False, "peer-memory", 43),
+        (3, 1, False, "mooncake", 44),
+        (3, 4, False, "mooncake", 44),
+        (3, 4, True, "mooncake", 46),
+        (4, 4, False, "mooncake", 33),
     ],
 )
-def test_a_gpu_gets_an_even_number_of_physical_experts(
-    ranks: int, redundant: int, eplb: bool, device: str, slots: int
+def test_mooncake_gets_an_even_number_of_physical_experts(
+    ranks: int, redundant: int, eplb: bool, backend: str, slots: int
 ) -> None:
     model = qwen3_moe.spec(replace(QWEN3_30B, num_hidden_layers=1))
-    config = replace(CONFIG, ranks=ranks, enable_eplb=eplb)
-    assert first_placement(config, model, redundant, device).slots_per_rank == slots
+    config = replace(CONFIG, ranks=ranks, enable_eplb=eplb, all2all_backend=backend)
+    assert first_placement(config, model, redundant, "cuda").slots_per_rank == slots
+    assert first_placement(config, model, redundant, "cpu").slots_per_rank <= slots
+
+
+def test_what_carries_rows_between_gpus_is_refused_where_there_are_none() -> None:
+    with pytest.raises(ConfigError, match="--all2all-backend mooncake: the ranks run on the CPU"):
+        make_plan(replace(CONFIG, device="cpu", all2all_backend="mooncake"))
 
 
 MODEL = qwen3_moe.spec(QWEN3_30B)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tests.kit.bound import tied
 from tests.kit.file_store import FileStore
 from tests.kit.served import percentile
 from tests.kit.solo_exchange import SoloDeviceExchange
@@ -20,8 +16,7 @@ from bench.kit.sections import quartiles
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda.build import exchange_shape
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
-from elastic_ep.exchange.base import DeviceExchange, ExchangeShape
-from elastic_ep.exchange.mooncake import MooncakeExchange
+from elastic_ep.exchange.base import DeviceExchange
 from elastic_ep.exchange.peer_memory import PeerMemoryExchange
 from elastic_ep.placement import launch_placement
 from elastic_ep.timing import USUAL
@@ -29,48 +24,8 @@ from elastic_ep.weights.bank import Weights
 from elastic_ep.wire.messages import Assign, Member, SamplingParams
 
 BF16 = torch.bfloat16
-_PROBE_S = 60.0
 _SETTLE_STEPS = 8
 _REPLAYS = 30
-
-
-def mooncake_works_alone(directory: Path) -> bool:
-    """Whether one rank may use it. Tried in a process of its own, as a fault is the end of one; touches no device."""
-    child = multiprocessing.get_context("fork").Process(target=tied, args=(_probe, directory))
-    child.start()
-    child.join(_PROBE_S)
-    if child.is_alive():
-        child.kill()
-        child.join()
-    return child.exitcode == 0
-
-
-def _probe(directory: Path) -> None:
-    status = 1
-    try:
-        torch.cuda.set_device(0)
-        torch.cuda.set_stream(torch.cuda.Stream(0))
-        shape = ExchangeShape(1, 256, 2048, 2, 128, operations_per_step=2)
-        exchange = MooncakeExchange(
-            shape,
-            Member(0, 0),
-            FileStore(directory),
-            timeout_ms=20_000,
-            connect_timeout_ms=USUAL.store_get_ms,
-        )
-        x = torch.randn(16, 2048, dtype=BF16, device="cuda")
-        chosen = torch.arange(32, device="cuda").view(16, 2)
-        weights = torch.full((16, 2), 0.5, device="cuda")
-        for step in range(2):
-            exchange.begin_step(step)
-            out = exchange.combine(exchange.dispatch(x, chosen).packed, weights)
-            lost = exchange.end_step()
-            assert not lost, lost
-            assert torch.equal(out, x), "not what was sent"
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    os._exit(status)
 
 
 class Engine:

@@ -108,7 +108,7 @@ class Plane:
         exchange, case = self.exchange, self.case
         if not isinstance(exchange, MooncakeExchange):
             return exchange.dispatch(self.x, self.chosen[layer])
-        packed, counts, self._handle, _, _ = exchange._open_buffer.dispatch(
+        packed, counts, self._handle, _, _ = exchange._buffer.dispatch(
             self.x, self.chosen[layer], case.max_tokens, case.ranks * case.slots, use_fp8=False
         )
         return Received(packed, counts)
@@ -118,7 +118,5 @@ class Plane:
         if not isinstance(exchange, MooncakeExchange):
             return exchange.combine(y, self.mixing[layer])
         combined: torch.Tensor
-        combined, _, _ = exchange._open_buffer.combine(
-            y, self.chosen[layer], self.mixing[layer], self._handle
-        )
+        combined, _, _ = exchange._buffer.combine(y, self.chosen[layer], self.mixing[layer], self._handle)
         return combined

@@ -6,8 +6,10 @@ Masks are never made of scalars alone: Triton 3.9's interpreter refuses to widen
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
+import torch
 import triton
 import triton.language as tl
 
@@ -36,6 +38,18 @@ def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+COUNTERS = 1 << 16
+
+
+@cache
+def counters(device: torch.device) -> torch.Tensor:
+    """[COUNTERS] int32 of zeros, for programs that share work: whoever counts last sets its counter to zero again.
+
+    HAZARD: of one device there is one, so launches that use it must follow one another.
+    """
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def power_of_2(value: int) -> int:

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from elastic_ep.config import MOST_MODEL_LEN, ConfigError, EngineLimits, RankConfig, ServeConfig
+from elastic_ep.config import (
+    ALL2ALL_BACKENDS,
+    MOST_MODEL_LEN,
+    ConfigError,
+    EngineLimits,
+    RankConfig,
+    ServeConfig,
+)
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
 from elastic_ep.fused.library import Unavailable, best_build
@@ -145,6 +152,10 @@ def make_plan(config: ServeConfig) -> ServePlan:
         raise ConfigError(
             "--gpu-memory-utilization: the ranks run on the CPU: how large a KV cache is says --num-gpu-blocks-override"
         )
+    if device == "cpu" and config.all2all_backend != ALL2ALL_BACKENDS[0]:
+        raise ConfigError(
+            f"--all2all-backend {config.all2all_backend}: the ranks run on the CPU, through shared memory: leave it out"
+        )
     if config.mps:
         if device != "cuda":
             raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
@@ -236,10 +247,11 @@ def _content_form(config: ServeConfig) -> ContentForm | None:
 
 
 def first_placement(config: ServeConfig, model: ModelSpec, redundant: int, device: str) -> Placement:
-    """With a spare slot on every rank for rebalancing, and with one where GPUs' even number of experts takes it."""
+    """With a spare slot on every rank for rebalancing, and with one where Mooncake's even number of experts takes it."""
     spare = int(config.enable_eplb)
     slots = -(-(model.moe.experts + redundant) // config.ranks) + spare
-    if device == "cuda" and config.ranks * slots % EXPERTS_MULTIPLE:
+    mooncake = device == "cuda" and config.all2all_backend == "mooncake"
+    if mooncake and config.ranks * slots % EXPERTS_MULTIPLE:
         spare += 1
     return launch_placement(config.ranks, model.moe_layers, model.moe.experts, redundant, num_spare=spare)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,9 +29,7 @@ def open_peer_memory(shape: ExchangeShape, member: Member, place: str) -> Device
     return _open(PeerMemoryExchange, shape, member, place)
 
 
-def _open(
-    kind: type[BufferExchange[Any]], shape: ExchangeShape, member: Member, place: str
-) -> DeviceExchange:
+def _open(kind: type[BufferExchange], shape: ExchangeShape, member: Member, place: str) -> DeviceExchange:
     device = torch.device("cuda", member.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))

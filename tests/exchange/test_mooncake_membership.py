@@ -120,7 +120,7 @@ class End:
             timeout_ms=20_000,
             connect_timeout_ms=CONNECT_TIMEOUT_MS,
         )
-        self.buffer: Buffer = self.exchange._open_buffer
+        self.buffer: Buffer = self.exchange._buffer
 
     def expected_by(self, peer: Member) -> None:
         """`peer` has left its address already."""

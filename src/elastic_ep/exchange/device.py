@@ -1,7 +1,7 @@
 """An exchange on GPUs, whatever carries the rows: who takes part, connecting, masks, and how a step begins and ends.
 
-Who takes part is a mask in device memory that the kernels read while they wait. So a mask written on another stream ends
-a kernel that spins on a dead peer, and a captured graph survives every change of membership.
+Who takes part is a mask that kernels read while they wait. So masking ends a kernel that spins on a dead peer, and a
+captured graph survives every change of membership.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -20,30 +19,7 @@ from elastic_ep.exchange.store import IncarnationStore, PeerGone, Store
 from elastic_ep.wire.messages import Member
 
 
-class Buffer(Protocol):
-    """Device memory that peers reach. The names are those of Mooncake's."""
-
-    def connect_ranks(self, ranks: list[int], activate: bool) -> None:
-        """Exchange addresses by the store; `activate` is False. Raises what the store raises."""
-        ...
-
-    def disconnect_ranks(self, ranks: list[int]) -> None: ...
-
-    def update_mask_buffer(self, rank: int, masked: bool) -> None:
-        """On the current stream."""
-        ...
-
-    def query_mask_buffer(self, masks: torch.Tensor) -> None:
-        """masks [ranks] int32, on the current stream."""
-        ...
-
-    def destroy(self) -> None: ...
-
-
-BufferT = TypeVar("BufferT", bound=Buffer)
-
-
-class BufferExchange(ABC, Generic[BufferT]):
+class BufferExchange(ABC):
     """`DeviceExchange` on the current CUDA device.
 
     Nothing between `meet` and `end_step` waits for anything, so a step may be captured in a CUDA graph (`dispatch` and
@@ -90,25 +66,44 @@ class BufferExchange(ABC, Generic[BufferT]):
         self._connecting = threading.Lock()
         self._masking = threading.Lock()
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._side = torch.cuda.Stream(self._device, priority=-1)
         self._masks = torch.zeros(shape.num_ranks, dtype=torch.int32, device=self._device)
         self._masks_host = torch.zeros(shape.num_ranks, dtype=torch.int32, pin_memory=True)
         self._masks_read = torch.cuda.Event()
         self._reading = False
         self._operations = 0
-        self._buffer: BufferT | None = self._open(timeout_ms, connect_timeout_ms)
+        self._closed = False
+        self._open(timeout_ms, connect_timeout_ms)
 
+    @abstractmethod
     def _check(self, shape: ExchangeShape) -> None:
         """Before anything touches a device. Raises ValueError for a shape that cannot be carried."""
 
     @abstractmethod
-    def _open(self, timeout_ms: int, connect_timeout_ms: int) -> BufferT: ...
+    def _open(self, timeout_ms: int, connect_timeout_ms: int) -> None:
+        """Make the own buffer, and `format`."""
 
-    @property
-    def _open_buffer(self) -> BufferT:
-        if self._buffer is None:
-            raise RuntimeError("the exchange is closed")
-        return self._buffer
+    @abstractmethod
+    def _connect(self, rank: int) -> None:
+        """Exchange addresses with this rank, by `self._store`. Raises what the store raises."""
+
+    @abstractmethod
+    def _disconnect(self, rank: int) -> None:
+        """It is masked, and its next incarnation is about to be connected."""
+
+    @abstractmethod
+    def _admit(self, rank: int) -> None:
+        """Kernels wait for it and send to it from the next step on. At a boundary."""
+
+    @abstractmethod
+    def _exclude(self, rank: int) -> None:
+        """Kernels no longer wait for it, those that run included. Any thread."""
+
+    @abstractmethod
+    def _query(self, masks: torch.Tensor) -> None:
+        """Queue: whom kernels take for masked, masks [ranks] int32."""
+
+    @abstractmethod
+    def _destroy(self) -> None: ...
 
     @abstractmethod
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received: ...
@@ -157,9 +152,9 @@ class BufferExchange(ABC, Generic[BufferT]):
                 raise PeerGone(f"{member} is gone")
             if known >= 0:
                 del self._connected[rank]
-                self._open_buffer.disconnect_ranks([rank])
+                self._disconnect(rank)
             self._store.incarnations[rank] = incarnation
-            self._open_buffer.connect_ranks([rank], activate=False)
+            self._connect(rank)
             self._connected[rank] = incarnation
             self._taken_in = False
 
@@ -168,23 +163,18 @@ class BufferExchange(ABC, Generic[BufferT]):
             return
         with self._masking:
             self._peers.activate(member)
-            if not self._peers.live[member.rank]:
-                return
-            with torch.cuda.stream(self._side):
-                self._open_buffer.update_mask_buffer(member.rank, False)
-            torch.cuda.current_stream(self._device).wait_stream(self._side)
+            if self._peers.live[member.rank]:
+                self._admit(member.rank)
 
     def mask(self, member: Member) -> None:
-        """Does not wait for the device, but in the step in which a peer was connected (see the HAZARD above)."""
         with self._masking:
             was = self._peers.live[member.rank]
             self._peers.mask(member)  # a wait for it in `connect` ends by this
             if was and not self._peers.live[member.rank]:
-                with torch.cuda.device(self._device), torch.cuda.stream(self._side):
-                    self._open_buffer.update_mask_buffer(member.rank, True)
+                self._exclude(member.rank)
 
     def begin_step(self, step: int) -> None:
-        """Tells the others. The kernels number operations by themselves."""
+        """Tells the others."""
         self._peers.begin_step()
         self._reading = False
         if not self._taken_in:
@@ -209,7 +199,7 @@ class BufferExchange(ABC, Generic[BufferT]):
 
     def read_masks(self) -> None:
         """Queue a copy of the masks to the host on the current stream."""
-        self._open_buffer.query_mask_buffer(self._masks)
+        self._query(self._masks)
         self._masks_host.copy_(self._masks, non_blocking=True)
         self._masks_read.record()
         self._reading = True
@@ -233,7 +223,7 @@ class BufferExchange(ABC, Generic[BufferT]):
         return newest <= member.incarnation and not self._peers.is_masked(member)
 
     def close(self) -> None:
-        if self._buffer is not None:
+        if not self._closed:
+            self._closed = True
             torch.cuda.synchronize(self._device)
-            buffer, self._buffer = self._buffer, None
-            buffer.destroy()
+            self._destroy()

@@ -81,8 +81,11 @@ def _explain(error: ImportError) -> str:
     return f"Mooncake does not load: {error}"
 
 
-class MooncakeExchange(BufferExchange[Any]):
-    """`DeviceExchange` over Mooncake EP. Raises ValueError for a shape that it cannot carry, and MooncakeUnavailable."""
+class MooncakeExchange(BufferExchange):
+    """`DeviceExchange` over Mooncake EP. Raises ValueError for a shape that it cannot carry, and MooncakeUnavailable.
+
+    `mask` waits for the device in the step in which a peer was connected (see the HAZARD above).
+    """
 
     def _check(self, shape: ExchangeShape) -> None:
         if shape.hidden % HIDDEN_MULTIPLE:
@@ -93,7 +96,7 @@ class MooncakeExchange(BufferExchange[Any]):
                 f"needs a multiple of {EXPERTS_MULTIPLE}, give each rank an empty slot more"
             )
 
-    def _open(self, timeout_ms: int, connect_timeout_ms: int) -> Any:
+    def _open(self, timeout_ms: int, connect_timeout_ms: int) -> None:
         shape = self.shape
         self.format = Format(
             self._device, torch.bfloat16, torch.int32, tile=None, ordered=False, zero_tail=False
@@ -102,15 +105,36 @@ class MooncakeExchange(BufferExchange[Any]):
         self._padding = _padded(shape.hidden) - shape.hidden
         self._handle: tuple[Any, ...] | None = None
         self._chosen: torch.Tensor | None = None
-        buffer = load_buffer_class().create_elastic(
+        self._side = torch.cuda.Stream(self._device, priority=-1)
+        self._buffer = load_buffer_class().create_elastic(
             rank=self.member.rank,
             tcp_store_group=self._store,
             timeout_ms=timeout_ms,
             metadata_timeout_ms=connect_timeout_ms,
             explicitly_destroy=True,
         )
-        buffer.update_memory_buffers(shape.num_ranks, shape.slots_per_rank, buffer_bytes(shape))
-        return buffer
+        self._buffer.update_memory_buffers(shape.num_ranks, shape.slots_per_rank, buffer_bytes(shape))
+
+    def _connect(self, rank: int) -> None:
+        self._buffer.connect_ranks([rank], activate=False)
+
+    def _disconnect(self, rank: int) -> None:
+        self._buffer.disconnect_ranks([rank])
+
+    def _admit(self, rank: int) -> None:
+        with torch.cuda.stream(self._side):
+            self._buffer.update_mask_buffer(rank, False)
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+    def _exclude(self, rank: int) -> None:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._side):
+            self._buffer.update_mask_buffer(rank, True)
+
+    def _query(self, masks: torch.Tensor) -> None:
+        self._buffer.query_mask_buffer(masks)
+
+    def _destroy(self) -> None:
+        self._buffer.destroy()
 
     def _take_in(self) -> None:
         """Repeat a mask as it is: that of a rank that takes no part, or none if all do, as they were activated since."""
@@ -118,11 +142,10 @@ class MooncakeExchange(BufferExchange[Any]):
         with self._masking:
             idle = next((rank for rank in sorted(self._connected) if not self._peers.live[rank]), None)
             if idle is not None:
-                with torch.cuda.stream(self._side):
-                    self._open_buffer.update_mask_buffer(idle, True)
+                self._exclude(idle)
 
     def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
-        packed, counts, self._handle, _, _ = self._open_buffer.dispatch(
+        packed, counts, self._handle, _, _ = self._buffer.dispatch(
             self._pad(x), physical_experts, self.shape.max_tokens, self._experts, use_fp8=False
         )
         self._chosen = physical_experts
@@ -131,7 +154,7 @@ class MooncakeExchange(BufferExchange[Any]):
     def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self._handle is None or self._chosen is None:
             raise RuntimeError("dispatch and combine must alternate")
-        combined, _, _ = self._open_buffer.combine(self._pad(y), self._chosen, weights, self._handle)
+        combined, _, _ = self._buffer.combine(self._pad(y), self._chosen, weights, self._handle)
         self._handle = self._chosen = None
         return self._cut(combined)
 

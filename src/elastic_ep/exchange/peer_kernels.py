@@ -35,7 +35,7 @@ else:
 
 
 _EPOCHS = tl.constexpr(0x7FFFFFFF)
-LOOKS = tl.constexpr(32)
+_LOOKS = tl.constexpr(32)
 """A waiting kernel looks at the host's memory once in so many rounds: that takes longer than a round."""
 
 
@@ -111,7 +111,7 @@ def _send_kernel(
     if tl.atomic_add(done, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
         every = tl.arange(0, BLOCK_E)
         exists = every < SLOTS * RANKS
-        count = tl.atomic_xchg(sent + every, 0, mask=exists)
+        count = tl.minimum(tl.atomic_xchg(sent + every, 0, mask=exists), tokens)
         tl.store(done, 0)
         if RANKS == 1:
             tl.store(counts + every, count, mask=exists)
@@ -170,7 +170,7 @@ def _wait(
         masked = tl.load(masks + source, mask=exists, other=1, volatile=True)
         missing = exists & ((word >> SHIFT) != epoch) & (masked == 0)
         late = tl.sum(missing.to(tl.int32), axis=0)
-        if looks % LOOKS == 0:
+        if looks % _LOOKS == 0:
             host = tl.load(told + source, mask=missing, other=0, volatile=True)
             gone = missing & ((host != 0) | (globaltimer() - began > limit_ns))
             tl.store(masks + source, tl.full(at.shape, 1, tl.int64), mask=gone)
@@ -241,10 +241,8 @@ def _fetch_kernel(
             rank = tl.maximum(tl.load(chosen + token * K + k).to(tl.int32), 0) // SLOTS
             real = real & (tl.load(masks + rank) == 0)
         block = tl.multiple_of(tl.load(peers + rank) // 2, 16)
-        row = tl.load(rows + block + place.to(tl.int64) * H + lane, mask=exists & real, other=0.0).to(
-            tl.float32
-        )
-        total += tl.load(weights + token * K + k) * row
+        row = tl.load(rows + block + place.to(tl.int64) * H + lane, mask=exists & real, other=0.0)
+        total += tl.load(weights + token * K + k) * row.to(tl.float32)
     tl.store(y + token * H + lane, total.to(y.dtype.element_ty), mask=exists)
 
 
@@ -302,8 +300,15 @@ class Ends:
         self._told_masks[rank] = 1
 
     def send(self, x: torch.Tensor, chosen: torch.Tensor, operation: int) -> None:
-        """x [T, hidden], chosen [T, K] int64 physical experts, each at most once a token, or -1; both contiguous."""
+        """x [T, hidden], chosen [T, K] int64 physical experts, each at most once a token, or -1; both contiguous.
+
+        Raises ValueError for what there is no room for: what lies beyond belongs to somebody else.
+        """
         layout = self.layout
+        if x.shape[1] != layout.hidden or chosen.shape != (len(x), self._places.shape[1]):
+            raise ValueError(f"rows {tuple(x.shape)}, experts {tuple(chosen.shape)} for {layout}")
+        if len(x) > layout.tokens:
+            raise ValueError(f"{len(x)} tokens, but there is room for {layout.tokens}")
         if not len(x):  # somebody must say so
             x, chosen = x.new_zeros(1, layout.hidden), chosen.new_full((1, chosen.shape[1]), -1)
         _send_kernel[(len(x),)](

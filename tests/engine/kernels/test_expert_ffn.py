@@ -65,6 +65,31 @@ def test_is_the_reference(
     check("expert_ffn", received(y, received_rows), received(exact, received_rows))
 
 
+@pytest.mark.parametrize("out_of_place", [False, True])
+@pytest.mark.parametrize("expected_rows", [1, 1000])
+def test_rows_in_parts_give_what_they_give_packed(
+    device: torch.device, out_of_place: bool, expected_rows: int
+) -> None:
+    """Parts that are empty, full, and neither; results in the places of the rows, or beside them."""
+    parts, size, hidden = 3, 20, 128
+    layer = Layer(device, torch.bfloat16, (3, hidden, 64))
+    counts = torch.tensor([[0, 20, 3], [7, 0, 1], [0, 0, 0]], dtype=torch.int32, device=device)
+    strewn = torch.full((3, parts * size, hidden), torch.nan, dtype=torch.bfloat16, device=device)
+    packed = strewn.clone()
+    here = (torch.arange(size, device=device) < counts[:, :, None]).view(3, parts * size)
+    for slot in range(3):
+        rows = torch.randn(int(counts[slot].sum()), hidden, device=device).bfloat16()
+        strewn[slot, here[slot]] = packed[slot, : len(rows)] = rows
+    whole = counts.sum(dim=1, dtype=torch.int32)
+    expected = expert_ffn(packed, whole, layer.gate_up, layer.down, expected_rows=expected_rows)
+    y = expert_ffn(
+        strewn, counts, layer.gate_up, layer.down,
+        expected_rows=expected_rows, out=None if out_of_place else strewn,
+    )  # fmt: skip
+    for slot in range(3):
+        assert torch.equal(y[slot, here[slot]], expected[slot, : int(whole[slot])])
+
+
 def test_no_rows_at_all(device: torch.device) -> None:
     layer = Layer(device, torch.bfloat16, (3, 64, 64))
     counts = torch.zeros(3, dtype=torch.int32, device=device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,7 +38,7 @@ def build_cuda_engine(
     opened: Callable[[], None],
     memory: StreamMemory,
     masks: MaskMaker | None = None,
-) -> tuple[CudaRunner, BufferExchange[Any]]:
+) -> tuple[CudaRunner, BufferExchange]:
     """The ranks leave each other their buffers' addresses in `store`; `opened` is called before the first kernel.
 
     Raises MooncakeUnavailable or NotEnoughMemory, each with one line for the user; the runner's warm-up the latter too.
@@ -87,7 +86,7 @@ def _build(
     budget: Budget,
     memory: StreamMemory,
     masks: MaskMaker | None,
-) -> tuple[CudaRunner, BufferExchange[Any]]:
+) -> tuple[CudaRunner, BufferExchange]:
     # The step barrier is a file that all ranks map, so all of them are on one host.
     directory = Path(config.directory) / "barrier"
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -95,7 +94,7 @@ def _build(
     member = Member(config.rank, config.incarnation)
     timing = config.timing
     kind = MooncakeExchange if config.all2all_backend == "mooncake" else PeerMemoryExchange
-    exchange: BufferExchange[Any] = kind(
+    exchange: BufferExchange = kind(
         shape,
         member,
         store,

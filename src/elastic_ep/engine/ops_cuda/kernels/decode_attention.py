@@ -8,14 +8,13 @@ tell who did it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut, attend_split, exponent_scale, merge
-from elastic_ep.kernel import jit, power_of_2
+from elastic_ep.kernel import COUNTERS, counters, jit, power_of_2
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +122,6 @@ def _merge_group(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=real & (lane < D)[None, :])
 
 
-COUNTERS = 1 << 16
-
-
-@cache
-def _ended(device: torch.device) -> torch.Tensor:
-    """[COUNTERS] int32 of zeros, and zeros again after each call: calls of one device must follow one another."""
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-
-
 def decode_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -174,7 +164,7 @@ def decode_attention(
         tops,
         totals,
         out,
-        _ended(q.device),
+        counters(q.device),
         exponent_scale(dim),
         block_tables.stride(0),
         splits,

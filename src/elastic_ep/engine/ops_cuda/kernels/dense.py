@@ -11,17 +11,15 @@ the same bits; tests/engine/kernels/ checks that on the GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-from elastic_ep.kernel import dot, jit
+from elastic_ep.kernel import COUNTERS, counters, dot, jit
 
 PIECE = 1024
 """Of the inner dimension: a product's bits depend on it."""
-COUNTERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +117,9 @@ def _dense_kernel(
         tl.store(y + at, tl.trans(total_t.to(y.dtype.element_ty)), mask=real)
 
 
-@cache
-def _ended(device: torch.device) -> torch.Tensor:
-    """[COUNTERS] int32 of zeros, and zeros again after each call: calls of one device must follow one another."""
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-
-
 _FLOAT32 = DensePlan(rows=16, columns=32, depth=32, warps=4, stages=2, parted=False)
-
-
 _NARROW, _WIDE = 512, 16384
 """Outputs: of a gate and less, of a vocabulary and more."""
-
-
 ROW_CLASSES = (16, 128, 256, 512, 1024)
 """Up to so many rows are cut alike, and all that are more."""
 
@@ -157,7 +145,10 @@ def plan_of(rows: int, out: int, dtype: torch.dtype) -> DensePlan:
 def dense(
     x: torch.Tensor, w: torch.Tensor, *, out_dtype: torch.dtype | None = None, plan: DensePlan | None = None
 ) -> torch.Tensor:
-    """x [R, in] @ w [in, out], both contiguous and of one dtype: [R, out] of `out_dtype`, that of x if not given."""
+    """x [R, in] @ w [in, out], both contiguous and of one dtype: [R, out] of `out_dtype`, that of x if not given.
+
+    Raises ValueError for a `plan` in which programs share more than `COUNTERS` tiles.
+    """
     rows, inner = x.shape
     out = w.shape[1]
     y = x.new_empty(rows, out, dtype=out_dtype or x.dtype)
@@ -167,13 +158,15 @@ def dense(
     pieces = triton.cdiv(inner, PIECE)
     parted = plan.parted and pieces > 1
     grid = (triton.cdiv(rows, plan.rows), triton.cdiv(out, plan.columns), pieces if parted else 1)
+    if parted and grid[0] * grid[1] > COUNTERS:
+        raise ValueError(f"{grid[0] * grid[1]} tiles to share are more than {COUNTERS}")
     parts = x.new_empty(pieces if parted else 0, rows, out, dtype=torch.float32)
     _dense_kernel[grid](
         x,
         w,
         y,
         parts,
-        _ended(x.device),
+        counters(x.device),
         rows,
         IN=inner,
         OUT=out,

@@ -3,12 +3,15 @@
 A context is cut into splits, a split into blocks of keys, as `CUT` says, whatever the batch. A split is an
 online softmax over its blocks (FlashAttention-2); the splits' results are merged one after the other, first to last.
 Decode does the splits in parallel and merges them when all are done (flash-decoding); prefill does them in a row and
-merges as it goes. Both go through the same two functions, `attend_split` and `merge`, and what a query may not see
-adds exact zeros. So a token's result depends on its query and its context alone: not on its batch, nor on whether it
-was computed in a prompt of any cutting or one by one, which is what a request that moves to another rank relies on.
+merges as it goes. What a query may not see adds exact zeros, and the sum of the weights is exact. So a token's result
+depends on its query and its context alone: not on its batch, nor on whether it was computed in a prompt of any cutting
+or one by one, which is what a request that moves to another rank relies on.
 
-The products are transposed, as in expert_ffn.py: keys and values are the left operand, the query rows (tokens times
-the heads that share a key-value head) the right one, as few as 16. Block tables are vLLM's (PagedAttention).
+In decode the products are transposed, as in expert_ffn.py (`attend_split`): keys and values are the left operand, the
+query rows (tokens times the heads that share a key-value head) the right one, as few as 16. In prefill there are many
+rows, which are on the left (`attend_rows`), so that the weights need not go through shared memory. With sides exchanged
+the tensor cores add up the same products in the same order; tests/engine/kernels/ compares the bits on the GPU. Block
+tables are vLLM's (PagedAttention).
 """
 
 from __future__ import annotations
