@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -147,14 +148,15 @@ def test_the_memory_of_one_that_is_gone_is_unmapped_between_steps_alone(
     tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     mine, theirs = end(tmp_path, ME), end(tmp_path, PEER)
+    block: Any = mine._block
     connect(mine, theirs, threads)
     mine.activate(PEER)
     mine.begin_step(0)
     mine.mask(PEER)
     connect(mine, end(tmp_path, NEXT), threads)
-    assert mine._block.unmapped == []
+    assert block.unmapped == []
     mine.end_step()
-    assert mine._block.unmapped == [theirs._block.address]
+    assert block.unmapped == [theirs._block.address]
 
 
 def test_a_handle_that_could_not_be_used_is_there_for_the_next_try(

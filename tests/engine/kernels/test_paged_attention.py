@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_ep.engine.ops_cuda.kernels.decode_attention import COUNTERS, DecodePlan, decode_attention
+from elastic_ep.engine.ops_cuda.kernels.decode_attention import DecodePlan, decode_attention
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut
 from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
+from elastic_ep.kernel import COUNTERS
 from tests.engine.kernels.errors import check
 from tests.kit import plain_kernels
 
