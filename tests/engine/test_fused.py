@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,14 +13,16 @@ from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cpu import fused_runner as runner_module
+from elastic_ep.engine.ops_cpu.fused_runner import FusedRunner
 from elastic_ep.engine.sampler import Sampled, sample
-from elastic_ep.engine.scheduler import Sequence
+from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.engine.step_runner import StepRunner
-from elastic_ep.fused.library import usable_builds
+from elastic_ep.fused.library import best_build, load, usable_builds
 from elastic_ep.guided.text import Words
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Weights, dummy_source
-from tests.engine.solo import SoloExchange, assign, drain, ids, solo_runner
+from elastic_ep.wire.messages import SamplingParams
+from tests.engine.solo import SoloExchange, assign, drain, dummy_weights, ids, solo_runner
 from tests.engine.test_invariance import (
     NEW_TOKENS,
     SPECS,
@@ -152,7 +156,7 @@ def test_a_poisoned_step_leaves_no_trace(requests: list[tuple[int, float, float]
     assert run(poisoned=True) == run(poisoned=False)
 
 
-@pytest.mark.parametrize("place", ["make_batch", "sample", "step"])
+@pytest.mark.parametrize("place", ["make_batch", "sample", "step", "range"])
 def test_a_request_that_raises_fails_alone(place: str) -> None:
     """Its steps perform all their operations."""
     runner, exchange = fused_runner(weights_of("tiny"), EngineLimits(max_model_len=400, num_pages=200))
@@ -178,7 +182,10 @@ def with_fault(
         in_batch = any(chunk.sequence.request_id == bad for chunk in chunks)
         if in_batch and place == "make_batch":
             raise ArithmeticError(place)
-        return make(chunks)
+        batch = make(chunks)
+        if in_batch and place == "range":
+            batch.words[-1] = len(batch.words)  # sampled: a token that is not there
+        return batch
 
     def computing(batch: object, peers: object) -> torch.Tensor:
         if in_batch and place == "step":
@@ -209,6 +216,109 @@ def with_fault(
                 texts.setdefault(token.request_id, []).append(token.token)
     assert not runner.has_work
     return texts, failed
+
+
+def _token_beyond(sequence: Sequence) -> None:
+    sequence.tokens[3] = SPECS["tiny"].vocab_size
+
+
+def _negative_token(sequence: Sequence) -> None:
+    sequence.tokens[3] = -1
+
+
+def _page_beyond(sequence: Sequence) -> None:
+    sequence.pages[1] = LIMITS.cache_pages
+
+
+def _negative_page(sequence: Sequence) -> None:
+    sequence.pages[0] = -1
+
+
+def _page_missing(sequence: Sequence) -> None:
+    sequence.pages.pop()
+
+
+@pytest.mark.parametrize(
+    "spoil", [_token_beyond, _negative_token, _page_beyond, _negative_page, _page_missing]
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_batch_that_reaches_outside_of_the_memory_is_not_computed(
+    spoil: Callable[[Sequence], None], place: int
+) -> None:
+    runner, _ = fused_runner(weights_of("tiny"), LIMITS)
+    model = runner._model
+    chunks = [_chunk(number, LIMITS.page_size + 5) for number in range(3)]
+    assert torch.isfinite(model.try_out(model.make_batch(chunks))).all()
+    spoil(chunks[place].sequence)
+    with pytest.raises(RuntimeError, match="out of range"):
+        model.try_out(model.make_batch(chunks))
+
+
+@pytest.mark.parametrize(
+    ("limits", "lengths"),
+    [
+        (replace(LIMITS, max_num_batched_tokens=9, max_num_seqs=9), [5, 5]),
+        (replace(LIMITS, max_num_seqs=1), [5, 5]),
+        (replace(LIMITS, max_model_len=20), [21]),
+    ],
+    ids=["tokens", "sequences", "positions"],
+)
+def test_a_batch_that_is_too_large_is_not_computed(limits: EngineLimits, lengths: list[int]) -> None:
+    runner, _ = fused_runner(weights_of("tiny"), limits)
+    model = runner._model
+    chunks = [_chunk(number, length) for number, length in enumerate(lengths)]
+    with pytest.raises(RuntimeError, match="out of range"):
+        model.try_out(model.make_batch(chunks))
+    for chunk in chunks:
+        chunk.sequence.tokens.pop()
+    fits = [_chunk(0, lengths[0] - 1)]
+    assert torch.isfinite(model.try_out(model.make_batch(fits))).all()
+
+
+def _chunk(number: int, length: int) -> Chunk:
+    pages = [10 * number + page for page in range(-(-length // LIMITS.page_size))]
+    sequence = Sequence(number, [7] * length, length, SamplingParams(max_tokens=1), 0, 0, pages=pages)
+    return Chunk(sequence, 0, length)
+
+
+def test_a_sequence_to_the_last_position_in_steps_of_all_tokens() -> None:
+    """As many pages, tokens and positions as there are, and not one more."""
+    limits = EngineLimits(max_model_len=32, max_num_batched_tokens=16, max_num_seqs=16, num_pages=2)
+    spec, weights = SPECS["tiny"], weights_of("tiny")
+    fused, _ = fused_runner(weights, limits)
+    plain = solo_runner(spec, limits=limits, weights=weights)
+    for runner in (fused, plain):
+        runner.add(assign(TARGET, TARGET_PROMPT[:17], max_tokens=500))
+    texts = [ids(drain(runner)[TARGET]) for runner in (fused, plain)]
+    assert texts[0] == texts[1] and len(texts[0]) == limits.max_model_len - 17
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "hidden", "top_k", "slots_per_rank", "operations_per_step"])
+def test_an_exchange_of_another_shape_is_refused(field: str) -> None:
+    weights = weights_of("tiny")
+    spec, name = weights.spec, best_build()
+    placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
+    shape = spec.exchange_shape(LIMITS.max_num_batched_tokens, placement)
+    other = FusedAlone(replace(shape, **{field: getattr(shape, field) * 2}), weights, name)
+    with pytest.raises(ValueError, match="expected"):
+        FusedRunner(load(name), LIMITS, weights, placement, 0, other)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda weights: weights.layers[1].update(gate=weights.layers[1]["gate"].bfloat16()),
+        lambda weights: weights.layers[1].update(down=weights.layers[1]["down"].transpose(1, 2)),
+        lambda weights: setattr(weights, "lm_head", weights.lm_head.double()),
+        lambda weights: setattr(weights, "embed", weights.embed.half()),
+    ],
+)
+def test_weights_that_lie_otherwise_are_refused(spoil: Callable[[Weights], None]) -> None:
+    spec = SPECS["tiny"]
+    weights = dummy_weights(spec, launch_placement(1, spec.moe_layers, spec.moe.experts, 0))
+    spoil(weights)
+    with pytest.raises(ValueError, match="expected"):
+        fused_runner(weights, LIMITS)
 
 
 def test_rows_are_counted_as_the_slots_load() -> None:

@@ -87,7 +87,7 @@ class FusedExchange(ShmExchange):
             )
         if tokens > shape.max_tokens:
             raise ValueError(f"{tokens} tokens, but max_tokens is {shape.max_tokens}")
-        x, chosen = x.contiguous(), physical_experts.to(torch.int32).contiguous()
+        x, chosen = _floats(x), physical_experts.to(torch.int32).contiguous()
         if not self._fused.dispatch(self.at, x.data_ptr(), chosen.data_ptr(), tokens):
             raise ValueError("a physical expert out of range")
         counts = np.diff(self._firsts)
@@ -103,7 +103,7 @@ class FusedExchange(ShmExchange):
             raise ValueError(f"weights {tuple(weights.shape)}: expected {(tokens, shape.top_k)}")
         if y.shape[::2] != (shape.slots_per_rank, shape.hidden) or capacity < np.diff(self._firsts).max():
             raise ValueError(f"y {tuple(y.shape)} is not shaped like what dispatch gave")
-        y, weights, out = y.contiguous(), weights.contiguous(), torch.empty(tokens, shape.hidden)
+        y, weights, out = _floats(y), _floats(weights), torch.empty(tokens, shape.hidden)
         self._fused.combine(self.at, y.data_ptr(), capacity, weights.data_ptr(), out.data_ptr())
         return out
 
@@ -112,3 +112,10 @@ class FusedExchange(ShmExchange):
             raise RuntimeError("more operations than operations_per_step, or no step begun")
         if self.state.number % 2 != combine:
             raise RuntimeError("dispatch and combine must alternate")
+
+
+def _floats(rows: torch.Tensor) -> torch.Tensor:
+    """As C++ reads them."""
+    if rows.dtype is not torch.float32:
+        raise ValueError(f"{rows.dtype}: float32 expected")
+    return rows.contiguous()

@@ -17,7 +17,7 @@ struct Layer {
 
 struct Model {
     int64_t layer_count, hidden, vocab, heads, kv_heads, head_dim, qk_norm, experts, top_k, inner, renormalise, slots;
-    int64_t page_size, pages, halves;
+    int64_t page_size, pages, halves, max_tokens, max_samples, positions;
     double eps, clip;
     const void *embed, *lm_head;
     const float *final_norm, *cosines, *sines;
@@ -26,18 +26,18 @@ struct Model {
     float *x, *h, *mixture, *weights;
     int32_t* chosen;
     float* logits;   // [max_sequences, vocab]
-    float *wide, *narrow, *line;  // scratch: see library.py
+    float *wide, *narrow, *line;  // scratch: see fused_model.py
     int64_t mixed;   // layers of the step whose experts are done
 };
 
 // A step's batch: `chunks` runs of consecutive tokens, each of one sequence.
 struct Batch {
-    int64_t tokens, chunks, samples;
+    int64_t tokens, chunks, samples, listed;
     const int64_t* ids;        // [tokens]
     const int64_t* starts;     // [chunks]: position of the first token
     const int64_t* lengths;    // [chunks]
     const int64_t* tables;     // [chunks]: where in `pages` the sequence's begin
-    const int64_t* pages;
+    const int64_t* pages;      // [listed]
     const int64_t* sampled;    // [samples]: tokens whose logits are wanted
 };
 
@@ -48,6 +48,26 @@ static void product(const Model& m, const float* x, int64_t rows, int64_t inner,
         linear(x, rows, inner, static_cast<const Half*>(w) + skipped, width, y);
     else
         linear(x, rows, inner, static_cast<const float*>(w) + skipped, width, y);
+}
+
+// Whether nothing of the batch is outside of what there is memory for.
+static bool fits(const Model& m, const Batch& b) {
+    if (b.tokens > m.max_tokens || b.samples > m.max_samples) return false;
+    for (int64_t i = 0; i < b.tokens; ++i)
+        if (b.ids[i] < 0 || b.ids[i] >= m.vocab) return false;
+    for (int64_t i = 0; i < b.listed; ++i)
+        if (b.pages[i] < 0 || b.pages[i] >= m.pages) return false;
+    for (int64_t i = 0; i < b.samples; ++i)
+        if (b.sampled[i] < 0 || b.sampled[i] >= b.tokens) return false;
+    int64_t tokens = 0;
+    for (int64_t chunk = 0; chunk < b.chunks; ++chunk) {
+        int64_t start = b.starts[chunk], length = b.lengths[chunk], table = b.tables[chunk];
+        int64_t next = chunk + 1 < b.chunks ? b.tables[chunk + 1] : b.listed;
+        if (start < 0 || length < 0 || start > m.positions - length) return false;
+        if (table < 0 || next > b.listed || start + length > (next - table) * m.page_size) return false;
+        tokens += length;
+    }
+    return tokens == b.tokens;
 }
 
 static void embed(const Model& m, int64_t token, float* x) {
@@ -102,10 +122,12 @@ extern "C" {
 // What this was built from.
 const char* fused_sources() { return SOURCES; }
 
-// x [tokens, hidden] and no mixture yet.
-void fused_begin(Model* m, const Batch* b) {
+// x [tokens, hidden] and no mixture yet. 0 if the batch does not fit.
+int64_t fused_begin(Model* m, const Batch* b) {
     m->mixed = 0;
+    if (!fits(*m, *b)) return 0;
     for (int64_t i = 0; i < b->tokens; ++i) embed(*m, b->ids[i], m->x + i * m->hidden);
+    return 1;
 }
 
 // From x and the mixture of the layer before to x, h, chosen and weights of this one.
@@ -170,9 +192,9 @@ void fused_logits(Model* m, const Batch* b) {
     product(*m, m->h, b->samples, hidden, m->lm_head, m->vocab, m->logits);
 }
 
-// A whole step; of no tokens, too. 0 if an expert is out of range.
+// A whole step; of no tokens, too. 0 if the batch does not fit, or an expert is out of range.
 int64_t fused_forward(Model* m, const Batch* b, Exchange* e) {
-    fused_begin(m, b);
+    if (!fused_begin(m, b)) return 0;
     for (int64_t index = 0; index < m->layer_count; ++index) {
         if (b->tokens) fused_attention(m, b, index);
         if (!fused_mixture(m, e, index, b->tokens)) return 0;

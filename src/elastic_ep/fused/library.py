@@ -53,7 +53,7 @@ class ModelState(ctypes.Structure):
         *_fields(
             {
                 _INTEGER: "layer_count hidden vocab heads kv_heads head_dim qk_norm experts top_k inner renormalise "
-                "slots page_size pages halves"
+                "slots page_size pages halves max_tokens max_samples positions"
             }
         ),
         *_fields({_REAL: "eps clip"}),
@@ -67,13 +67,15 @@ class BatchState(ctypes.Structure):
     """`Batch` in engine.cpp."""
 
     _fields_ = (
-        *_fields({_INTEGER: "tokens chunks samples"}),
+        *_fields({_INTEGER: "tokens chunks samples listed"}),
         *_fields({_ADDRESS: "ids starts lengths tables pages sampled"}),
     )
 
 
 class Fused:
-    """The library's functions. None of them holds the interpreter lock; all trust what they are given."""
+    """The library's functions. None of them holds the interpreter lock. They check a batch's and a token's numbers, and trust
+    addresses and sizes: who makes a structure checks these.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if it is not there, or was built from other sources than these."""
@@ -90,7 +92,7 @@ class Fused:
             return found
 
         self.forward = function("forward", _INTEGER, model, batch, exchange)
-        self.begin = function("begin", None, model, batch)
+        self.begin = function("begin", _INTEGER, model, batch)
         self.attention = function("attention", None, model, batch, index)
         self.mixture = function("mixture", _INTEGER, model, exchange, index, count)
         self.logits = function("logits", None, model, batch)

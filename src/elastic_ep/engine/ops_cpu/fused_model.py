@@ -40,7 +40,8 @@ class FusedBatch:
 
 
 class FusedModel:
-    """Forward thread only. Raises ValueError for pages of a size that it does not know.
+    """Forward thread only. Raises ValueError for pages of a size that it does not know, and for weights that are not laid
+    out as it takes them.
 
     Weights are float32, or bfloat16 if they were stored so: that changes no bit. They stay where they are in memory as
     long as this lives.
@@ -49,6 +50,9 @@ class FusedModel:
     def __init__(self, fused: Fused, weights: Weights, limits: EngineLimits, slots: int) -> None:
         if limits.page_size % KEYS:
             raise ValueError(f"page size {limits.page_size} is no multiple of {KEYS}")
+        matrices = weights.embed.dtype
+        if matrices not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"weights in {matrices}: float32 or bfloat16 expected")
         spec, kind, moe = weights.spec, weights.spec.attention, weights.spec.moe
         device = torch.device("cpu")
         self._fused = fused
@@ -84,6 +88,7 @@ class FusedModel:
             "narrow": torch.zeros(tokens, max(attention, moe.experts, moe.inner, hidden)),
             "line": torch.zeros(limits.sequence_pages * limits.page_size),
         }
+        kinds = {"embed": matrices, "lm_head": matrices, "chosen": torch.int32}
         self._layer_parts: list[Parts] = []
         """Kept, as the library has their addresses."""
         self._layer_states = (LayerState * spec.moe_layers)(
@@ -104,11 +109,14 @@ class FusedModel:
             slots=slots,
             page_size=limits.page_size,
             pages=limits.cache_pages,
-            halves=weights.embed.dtype is torch.bfloat16,
+            halves=matrices is torch.bfloat16,
+            max_tokens=tokens,
+            max_samples=limits.max_num_seqs,
+            positions=limits.max_model_len,
             eps=spec.rms_norm_eps,
             clip=float("inf") if kind.clip_qkv is None else kind.clip_qkv,
             layers=ctypes.addressof(self._layer_states),
-            **{name: _contiguous(part).data_ptr() for name, part in self._kept.items()},
+            **{name: _address(part, kinds.get(name, torch.float32)) for name, part in self._kept.items()},
         )
         self._at = ctypes.pointer(self._state)
         self._nothing = BatchState()
@@ -117,10 +125,14 @@ class FusedModel:
         parts = dict(self._weights.layers[index])
         parts |= {name: parts[name].float() for name in _NORMS & parts.keys()}
         self._layer_parts.append(parts)
+        matrices = self._weights.embed.dtype
         return LayerState(
-            **{name: _contiguous(part).data_ptr() for name, part in parts.items()},
-            cache=self.caches[index].data_ptr(),
-            physical=self.routing.physical[index].data_ptr(),
+            **{
+                name: _address(part, torch.float32 if name in _NORMS else matrices)
+                for name, part in parts.items()
+            },
+            cache=_address(self.caches[index], torch.float32),
+            physical=_address(self.routing.physical[index], torch.int64),
             load=self.loads[index].buffer_info()[0],
         )
 
@@ -144,10 +156,13 @@ class FusedModel:
         places = [at]
         for size in (tokens, count, count, count, len(pages)):
             places.append(places[-1] + size * _WORD)
-        return FusedBatch(BatchState(tokens, count, len(sampled), *places), words)
+        return FusedBatch(BatchState(tokens, count, len(sampled), len(pages), *places), words)
 
     def forward(self, batch: FusedBatch | None, exchange: FusedExchange) -> torch.Tensor:
-        """Logits [samples, V] float32, until the next step. None: of no tokens."""
+        """Logits [samples, V] float32, until the next step. None: of no tokens.
+
+        Raises RuntimeError, with the step's operations to be completed, for what is out of range.
+        """
         state = self._nothing if batch is None else batch.state
         self._done(self._fused.forward(self._at, state, exchange.at))
         return self._logits[: state.samples]
@@ -164,7 +179,7 @@ class FusedModel:
     def try_out(self, batch: FusedBatch) -> torch.Tensor:
         """A forward pass without peers, to which experts add nothing."""
         self._kept["mixture"].zero_()
-        self._fused.begin(self._at, batch.state)
+        self._done(self._fused.begin(self._at, batch.state))
         for index in range(self._layers):
             self._fused.attention(self._at, batch.state, index)
         self._fused.logits(self._at, batch.state)
@@ -172,9 +187,12 @@ class FusedModel:
 
     def _done(self, performed: int) -> None:
         if not performed:
-            raise RuntimeError("a physical expert out of range")
+            raise RuntimeError("a token, a position, a page or a physical expert out of range")
 
 
-def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    assert tensor.is_contiguous()
-    return tensor
+def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    if tensor.dtype is not dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"{tensor.dtype} with strides {tensor.stride()} of {tuple(tensor.shape)}: contiguous {dtype} expected"
+        )
+    return tensor.data_ptr()

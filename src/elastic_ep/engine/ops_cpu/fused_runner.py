@@ -13,7 +13,6 @@ from elastic_ep.engine.ops_cpu.pages import CpuPages
 from elastic_ep.engine.sampler import Sampled, sample
 from elastic_ep.engine.scheduler import Chunk, Sequence
 from elastic_ep.engine.step_runner import NO_SHELF, StepRunner, StreamMemory
-from elastic_ep.exchange.base import check_rows
 from elastic_ep.exchange.fused import FusedExchange
 from elastic_ep.fused.library import Fused
 from elastic_ep.guided.masks import MaskMaker
@@ -24,7 +23,7 @@ from elastic_ep.wire.messages import SamplingParams
 
 
 class FusedRunner(StepRunner):
-    """Forward thread only.
+    """Forward thread only. Raises ValueError if limits, weights, placement and exchange do not fit together.
 
     What a poisoned step leaves in the cache harms nobody: no key is read before its own token has been computed.
     """
@@ -40,7 +39,9 @@ class FusedRunner(StepRunner):
         memory: StreamMemory = NO_SHELF,
         masks: MaskMaker | None = None,
     ) -> None:
-        check_rows(exchange, torch.float32)
+        shape = weights.spec.exchange_shape(limits.max_num_batched_tokens, placement)
+        if exchange.shape != shape:
+            raise ValueError(f"an exchange of {exchange.shape}: {shape} expected")
         self._model = FusedModel(fused, weights, limits, placement.slots_per_rank)
         self._peers = exchange
         load = ExpertLoad(placement, rank, self._model.loads)
