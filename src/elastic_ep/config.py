@@ -25,7 +25,7 @@ REASONING_PARSERS = (
 )  # fmt: skip
 ALL2ALL_BACKENDS = ("peer-memory", "mooncake")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-PRELOAD = ("torch", "elastic_ep.rank.process", "elastic_ep.guided.shared")
+PRELOAD = ("torch", "elastic_ep.rank.process", "elastic_ep.guided.shared", "elastic_ep.fused.library")
 """What the fork server imports for all ranks. Nothing of it may touch a device or start a thread."""
 
 

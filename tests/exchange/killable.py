@@ -13,8 +13,10 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from elastic_ep.exchange.base import NO_EXPERT, ExchangeShape
+from elastic_ep.exchange.base import NO_EXPERT, ExchangeShape, Received
+from elastic_ep.exchange.fused import FusedExchange
 from elastic_ep.exchange.shm import ShmExchange
+from elastic_ep.fused.library import best_build, load
 from elastic_ep.wire.messages import Member
 from tests.exchange.group import Batch, Routing, random_batch, reference, run_step
 
@@ -69,7 +71,7 @@ class Done:
     poisoned: dict[int, frozenset[int]] = field(default_factory=dict)
 
 
-class DyingExchange(ShmExchange):
+class DyingShm(ShmExchange):
     """Kills its own process at the appointed moment."""
 
     death: Death | None = None
@@ -105,11 +107,46 @@ class DyingExchange(ShmExchange):
             self._boxes.view(np.float32).reshape(-1, self.shape.hidden)[self._target] = np.nan
 
 
-def rank_main(pipe: Connection, windows: str, shape: ExchangeShape, me: Member) -> None:
+class DyingFused(FusedExchange):
+    """So does this. C++ cannot be stopped between two of its writes: the step in which it dies is performed by `DyingShm`, which
+    writes the same into the same windows. Those who see it die are in C++.
+    """
+
+    def __init__(self, fd: int, shape: ExchangeShape, member: Member) -> None:
+        super().__init__(fd, shape, member, load(best_build()))
+        self.death: Death | None = None
+        self._end = DyingShm(fd, shape, member)
+        self._ends = False
+
+    def activate(self, member: Member) -> None:
+        super().activate(member)
+        self._end.activate(member)
+
+    def mask(self, member: Member) -> None:
+        super().mask(member)
+        self._end.mask(member)
+
+    def begin_step(self, step: int) -> None:
+        super().begin_step(step)
+        self._ends = self.death is not None and self.death.step == step
+        if self._ends:
+            self._end.death = self.death
+            self._end.begin_step(step)
+
+    def dispatch(self, x: torch.Tensor, physical_experts: torch.Tensor) -> Received:
+        if self._ends:
+            return self._end.dispatch(x, physical_experts)
+        return super().dispatch(x, physical_experts)
+
+    def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self._end.combine(y, weights) if self._ends else super().combine(y, weights)
+
+
+def rank_main(pipe: Connection, windows: str, shape: ExchangeShape, me: Member, *, fused: bool) -> None:
     """`windows` is the path of the shared memory."""
     torch.set_num_threads(1)
     fd = os.open(windows, os.O_RDWR)
-    exchange = DyingExchange(fd, shape, me)
+    exchange = DyingFused(fd, shape, me) if fused else DyingShm(fd, shape, me)
     os.close(fd)
     work: SimpleQueue[Start | Run | None] = SimpleQueue()
     gone: set[int] = set(range(shape.num_ranks)) - {me.rank}
@@ -144,7 +181,7 @@ def rank_main(pipe: Connection, windows: str, shape: ExchangeShape, me: Member) 
             pipe.send(_run(exchange, message, batches, routing, gone))
 
 
-def _run(exchange: DyingExchange, run: Run, batches: list[Batch], routing: Routing, gone: set[int]) -> Done:
+def _run(exchange: DyingShm | DyingFused, run: Run, batches: list[Batch], routing: Routing, gone: set[int]) -> Done:
     shape, rank = exchange.shape, exchange.member.rank
     good, wrong, poisoned = 0, [], {}
     expected: dict[tuple[int, frozenset[int]], torch.Tensor] = {}

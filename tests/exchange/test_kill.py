@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -21,6 +22,7 @@ from elastic_ep.wire.messages import Member
 from tests.exchange.group import DEADLINE_S
 from tests.exchange.killable import Death, Done, Lost, Moment, Run, Start, rank_main
 from tests.kit.bound import tied
+from tests.kit.fused import needs_fused
 
 SHAPE = ExchangeShape(
     num_ranks=4, max_tokens=48, hidden=256, top_k=2, slots_per_rank=2, operations_per_step=4
@@ -49,25 +51,27 @@ class RankProcess:
 
 
 class Processes:
-    def __init__(self, shape: ExchangeShape) -> None:
+    def __init__(self, shape: ExchangeShape, *, fused: bool) -> None:
         self.shape = shape
+        self._fused = fused
         self.ranks: dict[int, RankProcess] = {}
         self.step = 0
         self._fd = Windows.create(shape)
         # Forked from a server that has imported torch once, and that has no threads.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "elastic_ep.exchange.shm"])
+        self._context.set_forkserver_preload(["torch", "elastic_ep.exchange.fused"])
         self._incarnations = [0] * shape.num_ranks
 
     def join(self, *joiners: int) -> None:
         """New incarnations of `joiners` take part from `self.step` on."""
+        windows = f"/proc/{os.getpid()}/fd/{self._fd}"
         for rank in joiners:
             self._incarnations[rank] += 1
             member = Member(rank, self._incarnations[rank])
             mine, theirs = self._context.Pipe()
             process = self._context.Process(
                 target=tied,
-                args=(rank_main, theirs, f"/proc/{os.getpid()}/fd/{self._fd}", self.shape, member),
+                args=(partial(rank_main, fused=self._fused), theirs, windows, self.shape, member),
             )
             process.start()
             theirs.close()
@@ -105,9 +109,9 @@ class Processes:
         os.close(self._fd)
 
 
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    group = Processes(SHAPE)
+@pytest.fixture(params=[pytest.param(False, id="shm"), pytest.param(True, id="fused", marks=needs_fused())])
+def processes(request: pytest.FixtureRequest) -> Iterator[Processes]:
+    group = Processes(SHAPE, fused=request.param)
     yield group
     group.close()
 

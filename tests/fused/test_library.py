@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from elastic_ep.config import ServeConfig
 from elastic_ep.fused import library
 from elastic_ep.fused.library import Unavailable, best_build, usable_builds
+from elastic_ep.host import fork_server
 from elastic_ep.plan import make_plan
 from elastic_ep.run import BUNDLED_MODEL
+from elastic_ep.serve import _PRELOAD
 from tests.kit.fused import needs_fused
 
 V3 = {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
@@ -47,6 +50,20 @@ def test_what_was_built_from_other_sources_is_not_used(monkeypatch: pytest.Monke
     library.load.cache_clear()
     with pytest.raises(Unavailable, match="make setup"):
         best_build()
+
+
+@needs_fused()
+def test_a_rank_that_is_forked_later_has_the_build_of_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever the fork server has imported goes with it, and is not read again either."""
+    monkeypatch.setattr(fork_server, "gc", mock.Mock())
+    build = best_build()
+    library.load.cache_clear()
+    fork_server.preload(_PRELOAD["cpu"], tmp_path)
+    monkeypatch.setattr(library, "_path", tmp_path.joinpath)
+    monkeypatch.setattr(library, "_digest", lambda: "another")
+    assert library.load(build).forward
 
 
 @needs_fused()

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import sysconfig
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -137,6 +138,14 @@ def best_build() -> str:
     except OSError as error:
         raise Unavailable(f"the engine in C++ cannot be used: {error}") from error
     return built
+
+
+def before_forks(directory: Path) -> None:
+    """See host/fork_server.py: ranks have the build that there is now, whatever becomes of its file, as they have the
+    Python that goes with it. No thread is started.
+    """
+    with suppress(Unavailable):
+        best_build()
 
 
 def _digest() -> str:
