@@ -290,7 +290,8 @@ def test_a_sequence_to_the_last_position_in_steps_of_all_tokens() -> None:
     for runner in (fused, plain):
         runner.add(assign(TARGET, TARGET_PROMPT[:17], max_tokens=500))
     texts = [ids(drain(runner)[TARGET]) for runner in (fused, plain)]
-    assert texts[0] == texts[1] and len(texts[0]) == limits.max_model_len - 17
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == limits.max_model_len - 17
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "hidden", "top_k", "slots_per_rank", "operations_per_step"])

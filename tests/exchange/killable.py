@@ -108,8 +108,8 @@ class DyingShm(ShmExchange):
 
 
 class DyingFused(FusedExchange):
-    """So does this. C++ cannot be stopped between two of its writes: the step in which it dies is performed by `DyingShm`, which
-    writes the same into the same windows. Those who see it die are in C++.
+    """So does this. C++ cannot be stopped between two of its writes: the step in which it dies is performed by
+    `DyingShm`, which writes the same into the same windows. Those who see it die are in C++.
     """
 
     def __init__(self, fd: int, shape: ExchangeShape, member: Member) -> None:
@@ -181,7 +181,9 @@ def rank_main(pipe: Connection, windows: str, shape: ExchangeShape, me: Member, 
             pipe.send(_run(exchange, message, batches, routing, gone))
 
 
-def _run(exchange: DyingShm | DyingFused, run: Run, batches: list[Batch], routing: Routing, gone: set[int]) -> Done:
+def _run(
+    exchange: DyingShm | DyingFused, run: Run, batches: list[Batch], routing: Routing, gone: set[int]
+) -> Done:
     shape, rank = exchange.shape, exchange.member.rank
     good, wrong, poisoned = 0, [], {}
     expected: dict[tuple[int, frozenset[int]], torch.Tensor] = {}

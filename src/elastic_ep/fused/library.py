@@ -74,8 +74,8 @@ class BatchState(ctypes.Structure):
 
 
 class Fused:
-    """The library's functions. None of them holds the interpreter lock. They check a batch's and a token's numbers, and trust
-    addresses and sizes: who makes a structure checks these.
+    """The library's functions. None of them holds the interpreter lock. They check a batch's and a token's numbers, and
+    trust addresses and sizes: who makes a structure checks these.
     """
 
     def __init__(self, path: Path) -> None:
