@@ -68,10 +68,26 @@ def test_what_no_text_follows_is_refused(text: str) -> None:
     assert "leaves no text" in str(fault(grammars.lark(text)))
 
 
-def test_options_are_not_taken_from_clients() -> None:
-    for text in ('%llguidance {"no_forcing": false}\nstart: "a"', 'start: "a"\n  %llguidance { "x": 1 }'):
+@pytest.mark.parametrize("before", ["", "\n", "\n  ", " \t"])
+@pytest.mark.parametrize("between", ["", " ", "\n", "\r\n\n ", " // {}\n"])
+@pytest.mark.parametrize("options", ['{"no_forcing": false}', '{ "x": 1 }', '{\n"no_forcing": false}'])
+@pytest.mark.parametrize("after", ["", "\n"])
+def test_options_are_not_taken_from_clients(before: str, between: str, options: str, after: str) -> None:
+    rules = 'start: "a"'
+    for text in (
+        f"{before}%llguidance{between}{options}\n{rules}",
+        f"{rules}\n{before}%llguidance{between}{options}{after}",
+    ):
         with pytest.raises(BadGrammar, match="options"):
             grammars.ebnf(text)
+
+
+def test_no_options_are_none() -> None:
+    for text in ('%llguidance {}\nstart: "a"', 'start: "a"\n%llguidance\n{ }'):
+        checker().check(grammars.ebnf(text))
+
+
+def test_options_of_a_schema_are_not_taken_from_clients() -> None:
     with pytest.raises(BadGrammar) as raised:
         grammars.json_schema({"x-guidance": {"lenient": True}})
     assert raised.value.place == ".x-guidance"

@@ -33,7 +33,8 @@ WHITESPACE = r"( |\r?\n[ \t]{0,40})?"
 """Between the parts of a JSON text: a blank, or a new line, indented or not. With more a model at a loss would go on
 with blanks until its tokens are used up."""
 _OPTIONS = "x-guidance"
-_HEADERS = re.compile(r"^[ \t]*%llguidance\b(.*)$", re.MULTILINE)
+_HEADERS = re.compile(r"^[ \t]*%llguidance\b(?!\s*\{\s*\}\s*$)", re.MULTILINE)
+"""One with options, wherever they are: they need not stand on its line."""
 
 
 class BadGrammar(ValueError):
@@ -94,7 +95,7 @@ def ebnf(text: str) -> Grammar:
 
 def lark(text: str) -> Grammar:
     """Raises `BadGrammar`."""
-    if any(options.strip() not in ("", "{}") for options in _HEADERS.findall(text)):
+    if _HEADERS.search(text):
         raise BadGrammar("sets options with %llguidance, which are not taken from clients")
     return Grammar(GrammarKind.LARK, _short(text))
 
