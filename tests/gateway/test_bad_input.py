@@ -49,12 +49,13 @@ RAW_BODIES = {
     "deep lists": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep objects": b'{"prompt": "A", "x": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
     "lone surrogate": b'{"prompt": "\\ud800"}',
+    "a number beyond all doubles": b'{"x": [{"y": -1e999}]}',
 }
 
 
 @pytest.mark.parametrize("raw", RAW_BODIES.values(), ids=RAW_BODIES.keys())
 async def test_raw_body(running: Running, raw: bytes) -> None:
-    for path in (COMPLETIONS, CHAT, "/tokenize", "/detokenize"):
+    for path in (COMPLETIONS, CHAT, "/v1/responses", "/tokenize", "/detokenize"):
         async with running.http.post(running.url + path, data=raw) as response:
             assert response.status == 400
             check_error(await response.json())
@@ -62,11 +63,25 @@ async def test_raw_body(running: Running, raw: bytes) -> None:
 
 
 RAW_VALUES = {
-    "infinite number": b'{"prompt": "A", "temperature": 1e999}',
     "huge integer": b'{"prompt": "A", "max_tokens": 1' + b"0" * 400 + b"}",
     "lone surrogate in model": b'{"model": "\\udfff", "prompt": "A"}',
     "lone surrogate in stop": b'{"prompt": "A", "stop": ["\\ud83d"]}',
 }
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", '"input": "A", "tools": [{"type": "function", "name": "f", "parameters": {"maximum": 1e999}}]'),
+        ("/v1/responses", '"input": [{"role": "user", "content": "A", "x": 1e999}]'),
+        (CHAT, '"messages": [{"role": "user", "content": "A"}], "x": 1e999'),
+    ],
+)  # fmt: skip
+async def test_what_is_told_again_is_json(running: Running, path: str, body: str) -> None:
+    """An infinity would be told as no JSON value."""
+    async with running.http.post(running.url + path, data=f"{{{body}}}".encode()) as response:
+        assert response.status == 400
+        assert "beyond every double" in check_error(await response.json())["message"]
 
 
 @pytest.mark.parametrize("raw", RAW_VALUES.values(), ids=RAW_VALUES.keys())

@@ -7,6 +7,7 @@ OpenAI, vLLM and SGLang know, with what cannot be honoured as `Refused`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -181,7 +182,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
+def _finite(written: str) -> float:
+    """An infinity could not be told again: not to a chat template, and not in an answer."""
+    number = float(written)
+    if math.isinf(number):
+        raise ValueError(f"{written[:_LONGEST_NAME]} is beyond every double")
+    return number
+
+
+_parse = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).decode
 
 
 def refusal(error: ValidationError) -> ApiError:
