@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from elastic_ep.gateway import unsupported
 from elastic_ep.gateway.conversation import ChatPrompt, Message, ToolChoice
-from elastic_ep.gateway.fields import Array, Body, Integer, Text, fault
+from elastic_ep.gateway.fields import Array, Body, Integer, Refused, Text, fault
 from elastic_ep.gateway.guided import Guiding
 from elastic_ep.gateway.settings import ApiSettings, Sampling
 from elastic_ep.wire.messages import Bias
@@ -161,6 +161,25 @@ def detokenize_body(settings: ApiSettings) -> type[Detokenize]:
     return create_model(
         "Detokenize", __base__=Detokenize, tokens=(_token_ids(settings, settings.max_model_len), ...)
     )
+
+
+def of_chat_alone(
+    settings: ApiSettings, offered: Collection[str], renamed: Mapping[str, str]
+) -> dict[str, Refused]:
+    """What another endpoint for conversations, with the fields `offered`, refuses of those that /v1/chat/completions has.
+
+    `renamed`: fields by the names that they have there.
+    """
+    chat = chat_body(settings)
+    refused = {name: one for name, one in chat.refused.items() if name not in offered}
+    for name in chat.model_fields.keys() - refused.keys() - set(offered):
+        field = chat.model_fields[name]
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        empty = isinstance(default, list | tuple) and not default
+        neutral = ([], {}) if empty else () if default is None else (default,)
+        why = f"see '{renamed[name]}'" if name in renamed else "it is a field of /v1/chat/completions"
+        refused[name] = Refused(neutral, why)
+    return dict(sorted(refused.items()))
 
 
 def _bounded(settings: ApiSettings) -> dict[str, Any]:

@@ -139,6 +139,8 @@ RESPONSES = {
     **_refused("texts are not rated", moderation=()),
     **_refused("it is a field of vendors' services", access_programs=(), background_options=()),
     **_refused(_MEDIA, image=()),
+    **_refused("give it as 'input', or see 'previous_response_id'", previous_input_messages=([],)),
+    **_refused("'output' holds what was generated", enable_response_messages=False),
 }  # fmt: skip
 RESPONSES_REASONING = _refused("reasoning is told whole: see 'summary'", generate_summary=())
 RESPONSES_TEXT = _refused("how long an answer gets is the model's affair", verbosity="medium")
@@ -148,6 +150,14 @@ MESSAGES = {
     **_refused("tools are called by the client", container=(), mcp_servers=([],)),
     **_refused("a conversation is never cut", context_management={}),
     **_refused("it is a field of the vendor's service", inference_geo=(), workspace_id=(), diagnostics=()),
+    **_refused("see 'output_config.format'", output_format={}),
+    **_refused("see 'stop_sequences'", stop=([], "")),
 }  # fmt: skip
+MESSAGES_OUTPUT = _refused("it is a field of the vendor's service", task_budget=())
+MESSAGES_TOOL = {
+    **_refused("all tools are shown to the model", defer_loading=False),
+    **_refused("tools are called by the model alone", allowed_callers=(["direct"], [])),
+    **_refused("chat templates know no examples: say them in the description", input_examples=([],)),
+}
 
 STREAM_OPTIONS = _refused("chunks are not padded", include_obfuscation=False)

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, create_model
 from typing_extensions import TypedDict
 
 from elastic_ep.gateway import unsupported
-from elastic_ep.gateway.bodies import Stops
+from elastic_ep.gateway.bodies import Stops, labels, of_chat_alone
 from elastic_ep.gateway.conversation import MOST_TOOLS, Content, Effort, Name
 from elastic_ep.gateway.fields import Array, Body, Integer, Refused, Text, bad_value
 from elastic_ep.gateway.fields import unsupported as refusal
@@ -78,7 +78,6 @@ class Prompt(Body):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: Any = Field(None, description="Accepted. It never changes an answer.")
-    metadata: Any = Field(None, description="Accepted. It never changes an answer.")
     user_profile_id: Any = Field(None, description="Accepted. It never changes an answer.")
 
 
@@ -93,14 +92,14 @@ class Messages(Prompt):
 
 @cache
 def messages_body(settings: ApiSettings) -> type[Messages]:
-    made = create_model("Messages", __base__=Messages)
-    made.refused = Messages.refused
+    made = create_model("Messages", __base__=Messages, **labels())
+    made.refused = of_chat_alone(settings, made.model_fields, RENAMED) | Messages.refused
     return made
 
 
 @cache
 def count_body(settings: ApiSettings) -> type[Prompt]:
-    made = create_model("CountTokens", __base__=Prompt)
+    made = create_model("CountTokens", __base__=Prompt, **labels())
     made.refused = Prompt.refused
     return made
 

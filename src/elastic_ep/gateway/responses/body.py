@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, create_model
 from typing_extensions import TypedDict
 
 from elastic_ep.gateway import unsupported
-from elastic_ep.gateway.bodies import chat_body, labels
+from elastic_ep.gateway.bodies import chat_body, labels, of_chat_alone
 from elastic_ep.gateway.conversation import MOST_TOOLS, Effort, Function, Name
 from elastic_ep.gateway.fields import Array, Body, Integer, Refused, Text, bad_value
 from elastic_ep.gateway.fields import unsupported as refusal
@@ -120,10 +120,7 @@ def responses_body(settings: ApiSettings) -> type[Responses]:
             kind = Annotated[kind, one]
         same[name] = (kind, Field(None, description=known.description))
     made = create_model("Responses", __base__=Responses, **same, **labels())
-    made.refused = {
-        **Responses.refused,
-        **{name: of_chat.refused[name] for name in SAME if name in of_chat.refused},
-    }
+    made.refused = of_chat_alone(settings, made.model_fields, RENAMED) | Responses.refused
     return made
 
 
