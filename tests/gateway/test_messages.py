@@ -35,7 +35,8 @@ def connect(url: str, key: str = "none") -> anthropic.AsyncAnthropic:
 
 @cache
 def thinking_text() -> ChatTokenizer:
-    return ChatTokenizer(byte_level_tokenizer(), TEMPLATE + "{{ enable_thinking }}", {})
+    told = "{{ enable_thinking }}{{ thinking_budget }}{{ messages[-1].is_error }}{# tool_calls #}"
+    return ChatTokenizer(byte_level_tokenizer(), TEMPLATE + told, {})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -228,7 +229,15 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("tools[0].input_schema", {"tools": [{"name": "x"}]}),
     ("tool_choice.name", {"tools": FLAT, "tool_choice": {"type": "tool"}}),
     ("tool_choice", {"tools": FLAT, "tool_choice": {"type": "tool", "name": "no_such"}}),
-    ("thinking.type", {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+    ("thinking.type", {"thinking": {"type": "enabled", "budget_tokens": 8}}),
+    ("thinking.type", {"thinking": {"type": "disabled"}}),
+    ("thinking.budget_tokens", {"thinking": {"type": "enabled", "budget_tokens": 9}}),
+    ("thinking.budget_tokens", {"thinking": {"type": "adaptive", "budget_tokens": 8}}),
+    ("tools[0].defer_loading", {"tools": [FLAT[0] | {"defer_loading": True}]}),
+    ("tools[0].allowed_callers", {"tools": [FLAT[0] | {"allowed_callers": ["code_execution"]}]}),
+    ("tools[0].input_examples", {"tools": [FLAT[0] | {"input_examples": [{"days": 3}]}]}),
+    ("output_config.task_budget", {"output_config": {"task_budget": {"total": 9}}}),
+    ("output_format", {"output_format": {"type": "json_schema", "schema": {}}}),
     ("temperature", {"temperature": 1.5}),
     ("container", {"container": "x"}),
     ("messages", {"messages": [*ASKED, {"role": "assistant", "content": [CALLED]}]}),
@@ -258,3 +267,39 @@ async def test_thinking_is_turned_off_where_the_template_can(start: Start) -> No
         status, _ = await running.post("/v1/messages", asked)
         assert status == 200
         assert prompt_of(running).endswith(f"assistant\n{shown}")
+
+
+async def test_what_a_template_knows_is_told(start: Start) -> None:
+    running = await start(FakeBackend(says("Yes.")), thinking_text())
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "none", "is_error": True}
+    messages = [
+        *ASKED,
+        {"role": "assistant", "content": [CALLED]},
+        {"role": "user", "content": [result]},
+    ]
+    asked = {"model": MODEL, "max_tokens": 9, "messages": ASKED}
+    await running.post("/v1/messages", asked | {"thinking": {"type": "enabled", "budget_tokens": 8}})
+    assert prompt_of(running).endswith("assistant\nTrue8")
+    status, body = await running.post("/v1/messages", asked | {"messages": messages})
+    assert status == 200, body
+    assert prompt_of(running).endswith("assistant\nTrue")
+
+
+async def test_reasoning_may_be_omitted(client: anthropic.AsyncAnthropic, start: Start) -> None:
+    omitted: Any = {"type": "adaptive", "display": "omitted"}
+    message = await client.messages.create(
+        model=MODEL, max_tokens=900, messages=ASKED, tools=FLAT, thinking=omitted
+    )
+    assert plain(message) == OUTPUT[1:]
+    unread = await start(FakeBackend(says("Yes.")), tool_text())
+    status, body = await unread.post(
+        "/v1/messages", {"model": MODEL, "max_tokens": 9, "messages": ASKED, "thinking": omitted}
+    )
+    assert (status, "'thinking.display'" in body["error"]["message"]) == (400, True), body
+
+
+async def test_a_model_that_does_not_reason_need_not_be_told(start: Start) -> None:
+    running = await start(FakeBackend(says("Yes.")), tool_text())
+    asked = {"model": MODEL, "max_tokens": 9, "messages": ASKED, "thinking": {"type": "disabled"}}
+    status, _ = await running.post("/v1/messages", asked)
+    assert status == 200

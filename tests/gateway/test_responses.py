@@ -11,6 +11,7 @@ import openai.resources.responses
 import pytest
 
 from elastic_ep.gateway.errors import ApiError
+from elastic_ep.gateway.responses.body import conversation
 from elastic_ep.gateway.responses.store import ResponseStore, Stored
 from tests.gateway.conftest import Running, Start, served_once
 from tests.gateway.fakes import MODEL, FakeBackend, never_ends, says
@@ -278,6 +279,13 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("conversation", {"conversation": "x"}),
     ("reasoning.effort", {"reasoning": {"effort": "high"}}),
     ("text.verbosity", {"text": {"verbosity": "low"}}),
+    ("text.format.schema", {"text": {"format": {"type": "json_object", "schema": {}}}}),
+    ("text.format.grammar", {"text": {"format": {"type": "json_schema", "schema": {}, "grammar": "x"}}}),
+    (
+        "input[0].encrypted_content",
+        {"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]},
+    ),
+    ("previous_input_messages", {"previous_input_messages": [{}]}),
     ("max_output_tokens", {"max_output_tokens": 5000}),
     ("temperature", {"temperature": 3}),
     ("background", {"background": True, "store": False}),
@@ -297,6 +305,17 @@ async def test_a_template_that_fails_is_about_the_input(running: Running) -> Non
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "no object"}
     status, body = await running.post("/v1/responses", {"input": [call]})
     assert (status, body["error"]["param"]) == (400, "input")
+
+
+def test_no_reasoning_is_dropped() -> None:
+    def part(kind: str, said: str) -> Any:
+        return {"type": kind, "role": "assistant", "content": [{"type": "text", "text": said}]}
+
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    items = [part("reasoning", "One."), part("message", "Two."), part("reasoning", "Three."), call]
+    (message,) = conversation(None, items)
+    assert message["reasoning_content"] == "One.Three."
+    assert (message["content"], len(message["tool_calls"])) == ("Two.", 1)
 
 
 def test_the_oldest_are_given_up() -> None:

@@ -136,7 +136,9 @@ class ChatPrompt(Body):
         None, description="For chat templates that look at it; medium for all others."
     )
     tools: Annotated[list[FunctionTool], Array(most=MOST_TOOLS)] = Field(
-        [], description="For chat templates that show them; and what may be called."
+        [],
+        description="For chat templates that show them; and what may be called. Strict or not, a call is sure to fit its "
+        "parameters where tool_choice makes it certain; else it is as the model writes it.",
     )
     documents: Annotated[list[dict[str, Any]], Array()] | None = Field(
         None, description="For chat templates that show documents."

@@ -26,8 +26,8 @@ from elastic_ep.gateway.errors import ApiError, prompt_too_long, unknown_model
 from elastic_ep.gateway.fields import LONE_SURROGATE, Body, bad_value, is_encodable, read, unsupported
 from elastic_ep.gateway.guided import GrammarReader, certain_arguments, certain_calls
 from elastic_ep.gateway.messages.body import RENAMED as MESSAGES_NAMES
+from elastic_ep.gateway.messages.body import Model, count_body, messages_body
 from elastic_ep.gateway.messages.body import as_chat as messages_as_chat
-from elastic_ep.gateway.messages.body import count_body, messages_body
 from elastic_ep.gateway.parsers.base import Tool
 from elastic_ep.gateway.parsers.registry import NAMED, REQUIRED, MessageForm, begins_within
 from elastic_ep.gateway.responses.body import RENAMED as RESPONSES_NAMES
@@ -180,14 +180,14 @@ class JobReader:
 
     def messages(self, body: dict[str, Any]) -> Job:
         values = read(self._messages_body, body)
-        job = self._as_chat(messages_as_chat(body, values, self._thinks), MESSAGES_NAMES)
+        job = self._as_chat(messages_as_chat(body, values, self._model), MESSAGES_NAMES)
         return replace(job, unknown=_names(values))
 
     def count(self, body: dict[str, Any]) -> int:
         """Tokens of the prompt that a body of /v1/messages makes."""
         values = read(self._count_body, body)
         with _renamed(MESSAGES_NAMES):
-            chat = read(self._chat_body, messages_as_chat(body, values, self._thinks))
+            chat = read(self._chat_body, messages_as_chat(body, values, self._model))
             self._check_model(chat.model)
             return len(self._prompt(chat)[1])
 
@@ -199,9 +199,13 @@ class JobReader:
         return self._prompt(values)[1]
 
     @property
-    def _thinks(self) -> bool:
-        """Whether a conversation can say if the model is to reason."""
-        return self._text.has_chat_template and self._text.template_uses("enable_thinking")
+    def _model(self) -> Model:
+        text = self._text
+        told = [
+            text.has_chat_template and text.template_uses(name)
+            for name in ("enable_thinking", "thinking_budget")
+        ]
+        return Model(*told, reasons=self._settings.reasoning_parser is not None)
 
     def _as_chat(self, body: dict[str, Any], names: Mapping[str, str]) -> Job:
         """The job of a conversation that another endpoint asked for; faults are told by that one's `names`."""

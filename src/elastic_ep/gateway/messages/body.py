@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, create_model
 from typing_extensions import TypedDict
 
-from elastic_ep.gateway import unsupported
+from elastic_ep.gateway import blocks, unsupported
 from elastic_ep.gateway.bodies import Stops, labels, of_chat_alone
 from elastic_ep.gateway.conversation import MOST_TOOLS, Content, Effort, Name
 from elastic_ep.gateway.fields import Array, Body, Integer, Refused, Text, bad_value
@@ -19,7 +20,7 @@ from elastic_ep.gateway.settings import ApiSettings
 RENAMED = {
     "max_completion_tokens": "max_tokens", "stop": "stop_sequences", "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format", "chat_template_kwargs": "thinking",
-    "continue_final_message": "messages",
+    "include_reasoning": "thinking.display", "continue_final_message": "messages",
 }  # fmt: skip
 """Fields of a conversation by the names that they have here."""
 _SAME = ("model", "temperature", "top_p", "top_k", "max_tokens")
@@ -42,6 +43,9 @@ class Tool(TypedDict):
     type: NotRequired[Annotated[Any, Refused(("custom",), "tools are called by the client")]]
     description: NotRequired[Text | None]
     input_schema: dict[str, Any]
+    defer_loading: NotRequired[Annotated[Any, unsupported.MESSAGES_TOOL["defer_loading"]]]
+    allowed_callers: NotRequired[Annotated[Any, unsupported.MESSAGES_TOOL["allowed_callers"]]]
+    input_examples: NotRequired[Annotated[Any, unsupported.MESSAGES_TOOL["input_examples"]]]
 
 
 class ToolChoice(Body):
@@ -52,7 +56,7 @@ class ToolChoice(Body):
 
 class Thinking(Body):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int | None, Integer(1)] = Field(None, description="Taken for a hint.")
+    budget_tokens: Annotated[int | None, Integer(1)] = None
     display: Literal["summarized", "omitted"] | None = None
 
 
@@ -62,6 +66,7 @@ class Format(Body):
 
 
 class OutputConfig(Body):
+    refused = unsupported.MESSAGES_OUTPUT
     effort: Effort | None = None
     format: Format | None = None
 
@@ -75,7 +80,11 @@ class Prompt(Body):
     system: Content | None = None
     tools: Annotated[list[Tool], Array(most=MOST_TOOLS)] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
-    thinking: Thinking | None = None
+    thinking: Thinking | None = Field(
+        None,
+        description="budget_tokens is for chat templates that know thinking_budget; what bounds an answer with its "
+        "reasoning is max_tokens.",
+    )
     output_config: OutputConfig | None = None
     cache_control: Any = Field(None, description="Accepted. It never changes an answer.")
     user_profile_id: Any = Field(None, description="Accepted. It never changes an answer.")
@@ -104,11 +113,17 @@ def count_body(settings: ApiSettings) -> type[Prompt]:
     return made
 
 
-def as_chat(body: dict[str, Any], values: Prompt, thinks: bool) -> dict[str, Any]:
-    """The body of a conversation that asks for the same. `thinks`: the chat template can be told whether to reason.
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a conversation can tell the model: whether to reason, for how long, and whether it may reason untold."""
 
-    Raises `ApiError`.
-    """
+    thinks_if_told: bool
+    knows_budget: bool
+    reasons: bool
+
+
+def as_chat(body: dict[str, Any], values: Prompt, model: Model) -> dict[str, Any]:
+    """The body of a conversation that asks for the same. Raises `ApiError`."""
     chat = {name: body[name] for name in _SAME if body.get(name) is not None}
     messages = [{"role": "system", "content": values.system}] if values.system else []
     for place, message in enumerate(values.messages):
@@ -118,7 +133,7 @@ def as_chat(body: dict[str, Any], values: Prompt, thinks: bool) -> dict[str, Any
         chat["continue_final_message"] = True
     if values.tools:
         chat["tools"] = [_chat_tool(tool) for tool in values.tools]
-    chat |= _choice(values.tool_choice) | _thinking(values.thinking, thinks)
+    chat |= _choice(values.tool_choice) | _thinking(values.thinking, body.get("max_tokens"), model)
     if values.output_config is not None:
         chat |= _config(values.output_config)
     if isinstance(values, Messages):
@@ -139,16 +154,32 @@ def _choice(choice: ToolChoice | None) -> dict[str, Any]:
     }
 
 
-def _thinking(thinking: Thinking | None, thinks: bool) -> dict[str, Any]:
-    if thinking is None or thinking.type == "adaptive":
+def _thinking(thinking: Thinking | None, max_tokens: Any, model: Model) -> dict[str, Any]:
+    """`max_tokens` has not been looked at yet, and may be of any type."""
+    if thinking is None:
         return {}
-    wanted = thinking.type == "enabled"
-    if thinks:
-        return {"chat_template_kwargs": {"enable_thinking": wanted}}
-    if wanted:
+    budget, variables = thinking.budget_tokens, {}
+    if budget is not None and thinking.type != "enabled":
+        raise bad_value("thinking.budget_tokens", "needs 'thinking.type' to be \"enabled\".")
+    if budget is not None and type(max_tokens) is int and budget >= max_tokens:
+        raise bad_value("thinking.budget_tokens", "must be less than 'max_tokens'.")
+    if budget is not None and model.knows_budget:
+        variables["thinking_budget"] = budget
+    if thinking.type != "adaptive":
+        variables |= _told(thinking.type == "enabled", model)
+    shown = {"include_reasoning": False} if thinking.display == "omitted" else {}
+    return shown | ({"chat_template_kwargs": variables} if variables else {})
+
+
+def _told(wanted: bool, model: Model) -> dict[str, Any]:
+    """A model that does not reason is not told to stop."""
+    if model.thinks_if_told:
+        return {"enable_thinking": wanted}
+    if wanted or model.reasons:
         raise refusal(
             "thinking.type",
-            'cannot be honoured here with "enabled": the chat template leaves it to the model: see "adaptive".',
+            f'cannot be honoured here with "{"enabled" if wanted else "disabled"}": the chat template leaves it to the '
+            'model: see "adaptive".',
         )
     return {}
 
@@ -182,16 +213,20 @@ def _as_messages(message: MessageParam, where: str) -> list[dict[str, Any]]:
         at = f"{where}.content[{place}]"
         match block.get("type"), message["role"]:
             case "text", _:
-                texts.append(_string(block, "text", at))
+                texts.append(blocks.string(block, "text", at))
             case "thinking", "assistant":
-                made["reasoning_content"] = made.get("reasoning_content", "") + _string(block, "thinking", at)
+                made["reasoning_content"] = made.get("reasoning_content", "") + blocks.string(
+                    block, "thinking", at
+                )
             case "tool_use", "assistant":
                 made.setdefault("tool_calls", []).append(_call(block, at))
             case "tool_result", "user":
-                name = _string(block, "tool_use_id", at)
-                results.append({"role": "tool", "tool_call_id": name, "content": _result(block, at)})
+                name = blocks.string(block, "tool_use_id", at)
+                result = blocks.text(block.get("content") or "", f"{at}.content", ("text",))
+                failed = {"is_error": True} if block.get("is_error") else {}  # a template may know it
+                results.append({"role": "tool", "tool_call_id": name, "content": result, **failed})
             case _:
-                raise refusal(f"{at}.type", "cannot be honoured here: it takes and gives text alone.")
+                raise blocks.text_alone(f"{at}.type")
     if texts or not results:
         made["content"] = "\n".join(texts) if texts or "tool_calls" not in made else None
         return [*results, made]
@@ -202,28 +237,8 @@ def _call(block: dict[str, Any], at: str) -> dict[str, Any]:
     arguments = block.get("input")
     if not isinstance(arguments, dict):
         raise bad_value(f"{at}.input", "must be an object.")
-    function = {"name": _string(block, "name", at), "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return {"id": _string(block, "id", at), "type": "function", "function": function}
-
-
-def _result(block: dict[str, Any], at: str) -> str:
-    content = block.get("content") or ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_value(f"{at}.content", "must be a string or an array of blocks.")
-    texts = []
-    for place, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise refusal(
-                f"{at}.content[{place}].type", "cannot be honoured here: it takes and gives text alone."
-            )
-        texts.append(_string(part, "text", f"{at}.content[{place}]"))
-    return "\n".join(texts)
-
-
-def _string(block: dict[str, Any], name: str, at: str) -> str:
-    found = block.get(name)
-    if not isinstance(found, str):
-        raise bad_value(f"{at}.{name}", "must be a string.")
-    return found
+    function = {
+        "name": blocks.string(block, "name", at),
+        "arguments": json.dumps(arguments, ensure_ascii=False),
+    }
+    return {"id": blocks.string(block, "id", at), "type": "function", "function": function}

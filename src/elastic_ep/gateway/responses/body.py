@@ -6,15 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, create_model
+from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from typing_extensions import TypedDict
 
-from elastic_ep.gateway import unsupported
+from elastic_ep.gateway import blocks, unsupported
 from elastic_ep.gateway.bodies import chat_body, labels, of_chat_alone
 from elastic_ep.gateway.conversation import MOST_TOOLS, Effort, Function, Name
-from elastic_ep.gateway.fields import Array, Body, Integer, Refused, Text, bad_value
+from elastic_ep.gateway.fields import Array, Body, Integer, Refused, Text, bad_value, fault
 from elastic_ep.gateway.fields import unsupported as refusal
 from elastic_ep.gateway.settings import ApiSettings
 
@@ -61,6 +61,15 @@ class Reasoning(Body):
 
 class Format(Body):
     type: Literal["text", "json_object", "json_schema"] = "text"
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        """As of every field that says what a text has to be: none is ignored."""
+        of_schema = ("name", "description", "schema", "strict") if self.type == "json_schema" else ()
+        for name in self.model_extra or ():
+            if name not in of_schema:
+                raise fault("unsupported_parameter", "is not known here.", inside=f".{name[:40]}")
+        return self
 
 
 class TextOptions(Body):
@@ -166,19 +175,23 @@ def conversation(
             case "message":
                 _add_message(messages, item, where)
             case "reasoning":
-                parts = item.get("content") or item.get("summary") or []
-                _assistant(messages)["reasoning_content"] = _text(parts, f"{where}.content")
+                said = _assistant(messages)
+                said["reasoning_content"] = said.get("reasoning_content", "") + _reasoning(item, where)
             case "function_call":
                 function = {
-                    "name": _string(item, "name", where),
-                    "arguments": _string(item, "arguments", where),
+                    "name": blocks.string(item, "name", where),
+                    "arguments": blocks.string(item, "arguments", where),
                 }
-                call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
+                call = {"id": blocks.string(item, "call_id", where), "type": "function", "function": function}
                 _assistant(messages).setdefault("tool_calls", []).append(call)
             case "function_call_output":
-                content = _text(item.get("output"), f"{where}.output")
+                content = blocks.text(item.get("output"), f"{where}.output", _TEXTS)
                 messages.append(
-                    {"role": "tool", "tool_call_id": _string(item, "call_id", where), "content": content}
+                    {
+                        "role": "tool",
+                        "tool_call_id": blocks.string(item, "call_id", where),
+                        "content": content,
+                    }
                 )
             case _:
                 raise refusal(
@@ -188,11 +201,18 @@ def conversation(
     return messages
 
 
+def _reasoning(item: Item, where: str) -> str:
+    parts = item.get("content") or item.get("summary") or []
+    if not parts and item.get("encrypted_content"):
+        raise refusal(f"{where}.encrypted_content", "cannot be honoured here: reasoning is read as text.")
+    return blocks.text(parts, f"{where}.content", _TEXTS)
+
+
 def _add_message(messages: list[dict[str, Any]], item: Item, where: str) -> None:
     role = item.get("role")
     if role not in _ROLES:
         raise bad_value(f"{where}.role", f"must be one of {', '.join(_ROLES)}.")
-    content = _text(item.get("content"), f"{where}.content")
+    content = blocks.text(item.get("content"), f"{where}.content", _TEXTS)
     role = "system" if role == "developer" else role
     if role == "assistant" and messages and _open(messages[-1]):
         messages[-1]["content"] = content
@@ -213,27 +233,6 @@ def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant"})
     return messages[-1]
-
-
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_value(where, "must be a string or an array of parts.")
-    pieces = []
-    for place, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in _TEXTS:
-            raise refusal(f"{where}[{place}].type", "cannot be honoured here: it takes and gives text alone.")
-        pieces.append(_string(part, "text", f"{where}[{place}]"))
-    return "\n".join(pieces)
-
-
-def _string(item: Item, name: str, where: str) -> str:
-    found = item.get(name)
-    if not isinstance(found, str):
-        raise bad_value(f"{where}.{name}", "must be a string.")
-    return found
 
 
 def _chat_tool(tool: Any) -> dict[str, Any]:
