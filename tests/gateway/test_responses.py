@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import openai
@@ -13,6 +14,7 @@ import pytest
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.responses.body import conversation
 from elastic_ep.gateway.responses.store import ResponseStore, Stored
+from elastic_ep.gateway.serving import Run, Serving
 from tests.gateway.conftest import Running, Start, served_once
 from tests.gateway.fakes import MODEL, FakeBackend, never_ends, says
 from tests.gateway.test_tools import ANSWER, ARGUMENTS, PARSING, TOOLS, begin, tool_text
@@ -321,13 +323,74 @@ def test_no_reasoning_is_dropped() -> None:
 def test_the_oldest_are_given_up() -> None:
     store = ResponseStore(1000)
     for name in "abc":
-        store.put(name, Stored("", "x" * 400, ""))
+        store.put(name, Stored((), "x" * 400, ""))
         if name == "b":
             store.get("a")
     with pytest.raises(ApiError):
         store.get("b")
+    store.put("huge", Stored((), "x" * 1001, ""))
+    store.get("c")
     store.get("a")
-    store.put("d", Stored("", "x" * 400, "", over=False))
-    store.put("e", Stored("", "x" * 1000, ""))
+    with pytest.raises(ApiError):
+        store.get("huge")
+    store.put("d", Stored((), "x" * 400, "", over=False))
+    store.put("e", Stored((), "x" * 1000, ""))
     store.get("d")
-    assert store._bytes == 400, "what is larger than all is not kept, what is being made is"
+    assert store._bytes == 400, "what there is no room for is not kept, what is being made is"
+
+
+async def test_items_are_listed_as_asked(client: openai.AsyncOpenAI) -> None:
+    given: Any = [{"role": "user", "content": str(place), "id": f"mine{place}"} for place in range(30)]
+    del given[7]["id"]
+    made = await client.responses.create(model=MODEL, input=given)
+    names = [item.get("id", "item_7") for item in given]
+    for order, expected in (("asc", names), ("desc", names[::-1])):
+        for limit in (1, 7, 100):
+            page = await client.responses.input_items.list(made.id, order=order, limit=limit)  # type: ignore[arg-type]
+            assert [item.id for item in page.data] == expected[:limit]
+            assert [item.id async for item in page] == expected, "its client asks for the next ones"
+    first = await client.responses.input_items.list(made.id)
+    assert [item.id for item in first.data] == names[::-1][:20], "as OpenAI has it"
+
+
+@pytest.mark.parametrize(
+    ("param", "query"),
+    [("limit", "limit=0"), ("limit", "limit=101"), ("limit", "limit=x"), ("order", "order=up"), ("after", "after=x")],
+)  # fmt: skip
+async def test_items_that_cannot_be_listed(running: Running, param: str, query: str) -> None:
+    _, made = await running.post("/v1/responses", {"input": "x"})
+    url = f"{running.url}/v1/responses/{made['id']}/input_items?{query}"
+    async with running.http.get(url) as response:
+        assert (response.status, (await response.json())["error"]["param"]) == (400, param)
+
+
+async def test_a_server_that_keeps_nothing_says_so(start: Start) -> None:
+    running = await begin(start, "Yes.", responses_store_bytes=0)
+    status, made = await running.post("/v1/responses", {"input": "x"})
+    assert (status, made["store"]) == (200, False)
+    for wish in ({"store": True}, {"background": True}):
+        status, body = await running.post("/v1/responses", {"input": "x"} | wish)
+        assert (status, body["error"]["param"]) == (400, next(iter(wish)))
+
+
+async def test_a_client_that_leaves_before_it_has_an_id(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody could ask for what is made then: it ends."""
+    waiting, given_up = asyncio.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def runs(self: Serving, *args: Any, **more: Any) -> AsyncIterator[list[Run]]:
+        try:
+            waiting.set()
+            await asyncio.Event().wait()
+            yield []
+        finally:
+            given_up.set()
+
+    monkeypatch.setattr(Serving, "runs", runs)
+    asked = asyncio.create_task(running.post("/v1/responses", {"input": "x", "background": True}))
+    async with asyncio.timeout(10):
+        await waiting.wait()
+        asked.cancel()
+        await given_up.wait()

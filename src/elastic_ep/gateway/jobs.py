@@ -31,7 +31,7 @@ from elastic_ep.gateway.messages.body import as_chat as messages_as_chat
 from elastic_ep.gateway.parsers.base import Tool
 from elastic_ep.gateway.parsers.registry import NAMED, REQUIRED, MessageForm, begins_within
 from elastic_ep.gateway.responses.body import RENAMED as RESPONSES_NAMES
-from elastic_ep.gateway.responses.body import About, head, items_of, responses_body
+from elastic_ep.gateway.responses.body import About, Named, head, items_of, responses_body
 from elastic_ep.gateway.responses.body import as_chat as responses_as_chat
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import CannotContinue, ChatTemplateError, ChatTokenizer, PromptTooLong
@@ -163,6 +163,10 @@ class JobReader:
     def responses(self, body: dict[str, Any], before: str | None) -> Job | Previous:
         """`before`: the conversation that it goes on with, if it does."""
         values = read(self._responses_body, body)
+        if values.store and "store" in values.model_fields_set and not self._settings.responses_store_bytes:
+            raise unsupported(
+                "store", "cannot be honoured here: this server keeps none (--responses-store-mib)."
+            )
         if values.previous_response_id is not None and before is None:
             return Previous(values.previous_response_id)
         earlier = json.loads(before) if before else []
@@ -172,7 +176,7 @@ class JobReader:
         about = About(
             head(values, self._settings),
             json.dumps(items),
-            json.dumps(asked),
+            tuple(Named.of(item, place) for place, item in enumerate(asked)),
             values.store,
             values.background,
         )

@@ -10,6 +10,7 @@ from elastic_ep.gateway.bodies import Relaunch, chat_body, completion_body, deto
 from elastic_ep.gateway.fields import Body, Schema, Schemas
 from elastic_ep.gateway.messages.body import count_body, messages_body
 from elastic_ep.gateway.responses.body import responses_body
+from elastic_ep.gateway.responses.store import MOST_LISTED
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.group import port
 
@@ -64,8 +65,13 @@ def _generating_paths(settings: ApiSettings) -> dict[str, Any]:
             "post": _by_id("End a response that is made in the background.", 400, 404),
         },
         "/v1/responses/{id}/input_items": {
-            "parameters": [_id("id")],
-            **_get("What it was asked.", _object(object={"const": "list"}), 404),
+            "parameters": [
+                _id("id"),
+                _query("limit", {"type": "integer", "minimum": 1, "maximum": MOST_LISTED}),
+                _query("order", {"enum": ["asc", "desc"]}),
+                _query("after", _STRING),
+            ],
+            **_get("What it was asked.", _object(object={"const": "list"}), 400, 404),
         },
         "/v1/messages": _generating(
             "Answer in a conversation, by Anthropic's API.",
@@ -179,6 +185,10 @@ def _get(summary: str, schema: Schema, *errors: int) -> dict[str, Any]:
 def _by_id(summary: str, *errors: int) -> dict[str, Any]:
     kept = _object(id=_STRING, object={"const": "response"})
     return {"summary": summary, "responses": {"200": _json(summary, kept), **_errors(401, *errors)}}
+
+
+def _query(name: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "query", "schema": schema}
 
 
 def _id(name: str) -> dict[str, Any]:

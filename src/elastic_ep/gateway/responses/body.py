@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from typing_extensions import TypedDict
@@ -101,17 +101,30 @@ class Responses(Body):
     metadata: dict[str, Text] | None = None
 
 
+class Named(NamedTuple):
+    """An item of a request. One that its client did not name has a name of its place."""
+
+    id: str
+    json: str
+
+    @classmethod
+    def of(cls, item: Item, place: int) -> Named:
+        given = item.get("id")
+        name = given if isinstance(given, str) and given else f"item_{place}"
+        return cls(name, json.dumps({**item, "id": name}))
+
+
 @dataclass(frozen=True, slots=True)
 class About:
     """What an answer needs of its request. Picklable.
 
-    `head`: JSON members that the response repeats. `items`: the conversation so far, and `asked` those of this request,
-    a JSON array each.
+    `head`: JSON members that the response repeats. `items`: the conversation so far, a JSON array. `asked`: those of it
+    that are of this request.
     """
 
     head: str
     items: str
-    asked: str
+    asked: tuple[Named, ...]
     store: bool
     background: bool
 
@@ -269,7 +282,7 @@ def head(values: Responses, settings: ApiSettings) -> str:
         "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},
         "text": {"format": {"type": "text"}, **given.get("text", {})},
         "metadata": values.metadata or {},
-        "store": values.store,
+        "store": values.store and settings.responses_store_bytes > 0,
         "background": values.background,
         "truncation": "disabled",
         "top_logprobs": 0,

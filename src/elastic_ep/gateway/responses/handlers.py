@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from aiohttp import web
@@ -15,13 +16,14 @@ from elastic_ep.gateway.fields import bad_value
 from elastic_ep.gateway.jobs import Job
 from elastic_ep.gateway.message import Message
 from elastic_ep.gateway.reading import Reading
-from elastic_ep.gateway.responses.body import About
+from elastic_ep.gateway.responses.body import About, Named
 from elastic_ep.gateway.responses.events import ResponseWriter
-from elastic_ep.gateway.responses.store import ResponseStore, Stored
+from elastic_ep.gateway.responses.store import MOST_LISTED, ResponseStore, Stored
 from elastic_ep.gateway.serving import EVENT_STREAM, Run, Serving, send, usage_of
 from elastic_ep.gateway.settings import ApiSettings
 
-_MOST_LISTED = 100
+_LISTED = 20
+"""Items of a request at once, unless another limit is asked for."""
 
 
 class ResponsesHandlers:
@@ -87,9 +89,15 @@ class ResponsesHandlers:
         return web.Response(body=stored.response.encode("ascii"), content_type="application/json")
 
     async def input_items(self, request: web.Request) -> web.StreamResponse:
-        asked = self._store.get(request.match_info["id"]).asked
-        body = f'{{"object":"list","data":{asked},"has_more":false}}'
-        return await send(request, [body])
+        stored = self._store.get(request.match_info["id"])
+        query = {name: value for name, value in request.query.items() if value}
+        limit = query.get("limit", str(_LISTED))
+        if not limit.isdecimal() or not 1 <= int(limit[:9]) <= MOST_LISTED:
+            raise bad_value("limit", f"must be an integer from 1 to {MOST_LISTED}.")
+        order = query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise bad_value("order", 'must be "asc" or "desc".')
+        return await send(request, listed(stored.asked, int(limit[:9]), order, query.get("after")))
 
     async def close(self) -> None:
         """End what runs in the background."""
@@ -102,7 +110,7 @@ class ResponsesHandlers:
         """Of the response that a request goes on with. Raises `ApiError`."""
         stored = self._store.get(name, "previous_response_id")
         if not stored.items:
-            raise bad_value("previous_response_id", f"names {name[:80]}, which has not come to an end.")
+            raise bad_value("previous_response_id", f"names {name[:80]}, which has no end to go on from.")
         return stored.items
 
     async def _events(self, job: Job, writer: ResponseWriter, run: Run) -> AsyncGenerator[list[bytes], None]:
@@ -149,7 +157,11 @@ class ResponsesHandlers:
         stored.response = writer.response()
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         stored.task = asyncio.create_task(self._run_background(job, about, writer, stored, started, admitted))
-        await admitted  # a server that has no room for it says so
+        try:
+            await admitted  # a server that has no room for it says so
+        except asyncio.CancelledError:
+            stored.task.cancel()  # its client has gone, and nobody knows its id
+            raise
         self._store.put(writer.id, stored)
         if job.stream:
             return await self._follow(request, stored, 0)
@@ -195,6 +207,21 @@ class ResponsesHandlers:
             await response.write(event)
         await response.write_eof()
         return response
+
+
+def listed(asked: Sequence[Named], limit: int, order: str, after: str | None) -> list[str]:
+    """In pieces, at most `limit` of the items, those behind the one named `after`. Raises `ApiError`."""
+    items = asked if order == "asc" else asked[::-1]
+    if after is not None:
+        names = [item.id for item in items]
+        if after not in names:
+            raise bad_value("after", "names none of the items.")
+        items = items[names.index(after) + 1 :]
+    page = items[:limit]
+    ends = {"first_id": page[0].id, "last_id": page[-1].id} if page else {"first_id": None, "last_id": None}
+    rest = json.dumps({**ends, "has_more": len(items) > limit})
+    data = [piece for item in page for piece in (",", item.json)][1:]
+    return ['{"object":"list","data":[', *data, f"],{rest[1:]}"]
 
 
 async def _stop(stored: Stored) -> None:

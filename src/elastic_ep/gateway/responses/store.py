@@ -8,6 +8,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from elastic_ep.gateway.errors import ApiError
+from elastic_ep.gateway.responses.body import Named
+
+MOST_LISTED = 100
+"""Items of a request at once."""
 
 
 @dataclass(eq=False)
@@ -17,7 +21,7 @@ class Stored:
     One that nobody waits for has its `events` kept as well, and a `task` that makes them.
     """
 
-    asked: str
+    asked: tuple[Named, ...]
     response: str = ""
     items: str = ""
     events: list[bytes] = field(default_factory=list)
@@ -48,7 +52,8 @@ class Stored:
 
     @property
     def size(self) -> int:
-        return len(self.asked) + len(self.response) + len(self.items) + sum(map(len, self.events))
+        asked = sum(len(one.json) for one in self.asked)
+        return asked + len(self.response) + len(self.items) + sum(map(len, self.events))
 
 
 class ResponseStore:
@@ -60,9 +65,11 @@ class ResponseStore:
         self._kept: OrderedDict[str, Stored] = OrderedDict()
 
     def put(self, name: str, stored: Stored) -> None:
-        """Anew, or again after it has grown."""
+        """Anew, or again after it has grown. One without room even alone is not kept, nor costs others theirs."""
         self.remove(name)
         stored._size = stored.size
+        if stored.over and stored._size > self._most:
+            return
         self._bytes += stored._size
         self._kept[name] = stored
         # One that is still being made is not given up: its client has nothing else.
