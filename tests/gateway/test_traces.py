@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,19 +18,19 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from elastic_ep.gateway.app import Server, create_app, serve
 from elastic_ep.gateway.jobs import prepare
-from elastic_ep.gateway.traces import SPAN, Traces, TracesUnavailable, to_endpoint
+from elastic_ep.gateway.traces import GIVEN_UP, SPAN, Traces, TracesUnavailable, to_endpoint
 from elastic_ep.group.metrics import ChoiceLife, Metrics
 from tests.gateway.conftest import settings
-from tests.gateway.fakes import MODEL, FakeBackend, sample_text, says
+from tests.gateway.fakes import MODEL, FakeBackend, never_ends, sample_text, says
 
 pytestmark = pytest.mark.anyio
 DEADLINE_S = 20.0
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-async def traced(traces: Traces) -> Server:
+async def traced(traces: Traces, backend: FakeBackend | None = None) -> Server:
     await asyncio.to_thread(prepare, settings())
-    backend = FakeBackend(reply=says("Secret words."))
+    backend = backend or FakeBackend(reply=says("Secret words."))
     app = create_app(backend, settings(), sample_text(), Metrics(), sample_text, traces=traces)
     return await serve(app, "127.0.0.1", 0, grace_s=0.1)
 
@@ -94,6 +95,48 @@ async def test_what_moved_is_told_and_what_failed_is_an_error() -> None:
     assert (moved.status.is_ok, failed.status.is_ok) == (True, False)
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses", "messages"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_choice_whose_client_leaves_has_one_too(path: str, stream: bool) -> None:
+    """With the time at which a rank had it, and the tokens that were made, as far as it got."""
+    exporter, backend = InMemorySpanExporter(), FakeBackend(reply=never_ends("Secret words."))
+    server = await traced(Traces(exporter, MODEL, "1"), backend)
+    asked = {
+        "completions": {"prompt": "Secret prompt", "n": 2},
+        "responses": {"input": "Secret prompt"},
+    }.get(path, {"messages": [{"role": "user", "content": "Secret prompt"}]})
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
+    body = {"model": MODEL, limit: 90, "stream": stream, **asked}
+    choices = 2 if path == "completions" else 1
+    async with asyncio.timeout(DEADLINE_S):
+        async with aiohttp.ClientSession(headers={"traceparent": PARENT}) as http:
+            asking = asyncio.create_task(_read(http, f"{server.url}/v1/{path}", body))
+            streams = [await backend.arrived.get() for _ in range(choices)]
+            for one in streams:
+                await one.idle.wait()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            for one in streams:
+                await one.cancelled.wait()
+        await server.close()
+    spans = exporter.get_finished_spans()
+    assert len(spans) == choices
+    for span in spans:
+        assert [event.name for event in span.events] == ["assigned", "first_token", "done"]
+        attributes = dict(span.attributes or {})
+        assert attributes["gen_ai.response.finish_reasons"] == (GIVEN_UP,)
+        assert attributes["gen_ai.usage.completion_tokens"]
+        assert (span.status.is_ok, span.status.is_unset) == (True, True)
+        assert span.context is not None
+        assert f"{span.context.trace_id:032x}" == PARENT.split("-")[1]
+        assert "ecret" not in json.dumps(json.loads(span.to_json()))
+
+
+async def _read(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
+    async with http.post(url, json=body) as response:
+        await response.read()
+
+
 @pytest.fixture
 async def collector(
     anyio_backend: str,
@@ -138,6 +181,32 @@ async def test_a_collector_that_is_away_is_nobodys_affair() -> None:
     for _ in range(3):
         assert await ask(server.url) == 200
     await server.close()
+
+
+class Hangs(SpanExporter):
+    """A collector that takes a connection, and then nothing."""
+
+    def __init__(self) -> None:
+        self.asked, self.free = threading.Event(), threading.Event()
+
+    def export(self, spans: Any) -> Any:
+        self.asked.set()
+        self.free.wait()
+
+
+async def test_a_collector_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what comes after the server: the loop joins the threads of its executor."""
+    monkeypatch.setattr("elastic_ep.gateway.traces.SEND_S", 0.2)
+    exporter = Hangs()
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            server = await traced(Traces(exporter, MODEL, "1"))
+            assert await ask(server.url) == 200
+            await server.close()
+            assert await asyncio.to_thread(exporter.asked.wait, DEADLINE_S)
+            await asyncio.get_running_loop().shutdown_default_executor()
+    finally:
+        exporter.free.set()
 
 
 @pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector", ""])

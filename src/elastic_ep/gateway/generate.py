@@ -98,13 +98,15 @@ class ChoiceReader:
 class Clock:
     """Records time to first token and between batches of one choice."""
 
-    __slots__ = ("_first", "_last", "_metrics", "_started")
+    __slots__ = ("_first", "_last", "_metrics", "_started", "over")
 
     def __init__(self, metrics: Metrics, started: float) -> None:
         """`started` is when the HTTP request was read, `time.monotonic()` seconds."""
         self._metrics = metrics
         self._started = started
         self._first = self._last = 0.0
+        self.over = False
+        """The choice has ended."""
 
     def batch(self, tokens: int) -> None:
         now = monotonic()
@@ -115,12 +117,10 @@ class Clock:
             self._first = now
         self._last = now
 
-    def finished(
-        self, reason: str, stream: Stream, prompt: int, generated: int, max_tokens: int
-    ) -> ChoiceLife:
-        """The choice has ended; lengths are tokens."""
+    def life(self, stream: Stream, prompt: int, generated: int, max_tokens: int) -> ChoiceLife:
+        """Of a choice that ends now; lengths are tokens."""
         given_s = stream.assigned_s
-        life = ChoiceLife(
+        return ChoiceLife(
             started_s=self._started,
             queued_s=None if given_s is None else given_s - self._started,
             first_s=self._first or None,
@@ -131,8 +131,10 @@ class Clock:
             max_tokens=max_tokens,
             moved_s=stream.moved_s,
         )
+
+    def finished(self, reason: str, life: ChoiceLife) -> None:
+        self.over = True
         self._metrics.finished(reason, life)
-        return life
 
 
 async def submit(backend: Backend, job: Job) -> list[Stream]:

@@ -18,9 +18,9 @@ from elastic_ep.gateway.message import Message
 from elastic_ep.gateway.parsers.base import Delta
 from elastic_ep.gateway.shapes import Usage
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
-from elastic_ep.gateway.traces import Traces
+from elastic_ep.gateway.traces import GIVEN_UP, Traces
 from elastic_ep.gateway.turns import Turns
-from elastic_ep.group.metrics import Metrics
+from elastic_ep.group.metrics import ChoiceLife, Metrics
 from elastic_ep.group.port import Backend, Failure, Stream
 from elastic_ep.wire.messages import FailureCode
 
@@ -67,13 +67,22 @@ class Run:
         """The finish reason of a choice that has ended. Raises `ApiError` if it was aborted."""
         finish = self.reader.finish
         self.stream.cancel()
-        lengths = (len(self.part.prompt), self.reader.generated, self.part.params.max_tokens)
-        life = self.clock.finished(finish or "abort", self.stream, *lengths)
+        life = self._life()
+        self.clock.finished(finish or "abort", life)
         if self.traces is not None:
             self.traces.ended(finish or "abort", life)
         if finish is None or finish == "abort":
             raise failed(self.stream.failure or Failure(FailureCode.ABORTED, "the reason is unknown"))
         return finish
+
+    def given_up(self) -> None:
+        """Nobody wants it any longer; of no effect on a choice that has ended."""
+        if self.traces is not None and not self.clock.over:
+            self.traces.ended(GIVEN_UP, self._life())
+
+    def _life(self) -> ChoiceLife:
+        lengths = (len(self.part.prompt), self.reader.generated, self.part.params.max_tokens)
+        return self.clock.life(self.stream, *lengths)
 
 
 class Serving:
@@ -104,13 +113,11 @@ class Serving:
         self._unknown.note(path, job.unknown)
         streams = await submit(self._backend, job)
         self.load += 1
+        runs: list[Run] = []
         try:
             self.metrics.prompt_tokens(sum(len(part.prompt) for part in job.parts))
-            make = self._run
-            runs = [
-                await self.turns.run(partial(make, job, place, one, started))
-                for place, one in enumerate(streams)
-            ]
+            for place, one in enumerate(streams):
+                runs.append(await self.turns.run(partial(self._run, job, place, one, started)))
             yield runs
         # The cancellation at a client's disconnect included.
         except (ConnectionError, asyncio.CancelledError):
@@ -119,6 +126,8 @@ class Serving:
             raise
         finally:
             self.load -= 1
+            for run in runs:
+                run.given_up()
             # Those that wait first: else each that runs would make room for one of them.
             for stream in reversed(streams):
                 stream.cancel()

@@ -8,8 +8,10 @@ away costs spans, and makes nobody wait.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 SPAN = "llm_request"
+GIVEN_UP = "cancelled"
+"""The reason of a choice whose client has left, or of which another choice of its request has failed."""
 SEND_S = 3.0
-"""For one batch of spans, and at the end for what is left."""
+"""For one batch of spans, and at the end for all that is left."""
 _PARENT: ContextVar[Any] = ContextVar("parent of this request's spans", default=None)
 
 
@@ -92,7 +96,18 @@ class Traces:
     async def life(self, app: web.Application) -> AsyncIterator[None]:
         """For `Application.cleanup_ctx`: what is left is sent, for a while."""
         yield
-        await asyncio.to_thread(self._provider.shutdown)
+        # HAZARD: with a collector that takes nothing each batch that is left waits anew, as does whoever joins the
+        # thread: a daemon's is not joined when the process ends.
+        loop, sent = asyncio.get_running_loop(), asyncio.Event()
+
+        def send() -> None:
+            self._provider.shutdown()
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(sent.set)
+
+        threading.Thread(target=send, name="last spans", daemon=True).start()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(sent.wait(), SEND_S)
 
 
 def to_endpoint(endpoint: str, model_name: str, version: str) -> Traces:
