@@ -34,8 +34,8 @@ from elastic_ep.gateway.app import serve as serve_http
 from elastic_ep.gateway.backend import GroupBackend
 from elastic_ep.gateway.cors import Cors
 from elastic_ep.gateway.guided import vocabulary
-from elastic_ep.gateway.jobs import prepare
 from elastic_ep.gateway.page.films import Films
+from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.router import Router
 from elastic_ep.gateway.settings import ApiSettings

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from elastic_ep.gateway.app import Server, create_app, serve
-from elastic_ep.gateway.jobs import prepare
+from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.group.metrics import Metrics
 from tests.gateway.conftest import settings

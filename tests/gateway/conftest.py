@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import aiohttp
 import pytest
+from pydantic._internal._generate_schema import GenerateSchema
 
+import elastic_ep
 from elastic_ep.gateway.app import READING, Server, create_app, serve
-from elastic_ep.gateway.jobs import prepare
+from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker
@@ -36,6 +41,34 @@ class Running:
 Start = Callable[..., Coroutine[Any, Any, Running]]
 
 
+_OURS = str(Path(elastic_ep.__file__).parent)
+
+
+@pytest.fixture(autouse=True)
+def no_schema_is_made_on_a_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pydantic takes tens of milliseconds for each: `prepare` makes them all before a loop runs, or on a thread."""
+    made: list[str] = []
+    generate = GenerateSchema.generate_schema
+
+    def noted(self: GenerateSchema, kind: Any) -> Any:
+        if asyncio._get_running_loop() is not None and (where := _by_us(sys._getframe(1))):
+            made.append(f"{kind} at {where}")
+        return generate(self, kind)
+
+    monkeypatch.setattr(GenerateSchema, "generate_schema", noted)
+    yield
+    assert not made, f"a schema was made on an event loop: {made[:3]}"
+
+
+def _by_us(frame: FrameType | None) -> str:
+    """Where the product asked for it; empty: it did not, but a client that a test uses."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_OURS):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
@@ -53,6 +86,7 @@ async def served_once(
 ) -> None:
     """`ask` of a server: clients import and make much at their first request. For a loop that nobody watches."""
     chosen = settings(**changes)
+    prepare(chosen)
     app = create_app(backend, chosen, text, Metrics(), sample_text)
     server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
     try:

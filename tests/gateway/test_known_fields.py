@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from elastic_ep.gateway.app import READING, create_app, serve
 from elastic_ep.gateway.bodies import Chat, Completion, chat_body, completion_body
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.fields import read
+from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.group.metrics import Metrics
 from tests.gateway.conftest import Running, settings
@@ -186,6 +188,7 @@ async def running(anyio_backend: str) -> Any:
     answer = '<think>is</think>The <|im_start|>answer is 7.<tool_call>{"name": "f"}</tool_call>'
     backend = FakeBackend(says(answer))
     metrics = Metrics()
+    await asyncio.to_thread(prepare, PARSING)
     app = create_app(backend, PARSING, sensitive_text(), metrics, sensitive_text)
     server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
     async with aiohttp.ClientSession(headers={"X-Request-Id": "fixed"}) as http:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.gateway.generate import ChoiceReader
-from elastic_ep.gateway.jobs import Output
+from elastic_ep.gateway.job import Output
 from tests.gateway.conftest import Running, Start
 from tests.gateway.fakes import FakeBackend, Submitted, byte_tokens, sample_text, says, tokens_of
 

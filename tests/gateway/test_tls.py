@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from elastic_ep.gateway.app import create_app, serve
+from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.tls import server_context
 from elastic_ep.group.metrics import Metrics
 from tests.gateway.conftest import settings
@@ -32,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     made = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     files = ["-keyout", str(key), "-out", str(certificate)]
-    create_app(FakeBackend(), settings(), sample_text(), Metrics(), sample_text)  # not first on a loop
+    prepare(settings())
     run(["openssl", "req", "-x509", *made, *names, *files], OPENSSL_S).check_returncode()
     return str(key), str(certificate)
 

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from elastic_ep.gateway.app import Server, create_app, serve
-from elastic_ep.gateway.jobs import prepare
+from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.traces import GIVEN_UP, SPAN, Traces, TracesUnavailable, to_endpoint
 from elastic_ep.group.metrics import ChoiceLife, Metrics
 from tests.gateway.conftest import settings
@@ -101,10 +101,11 @@ async def test_a_choice_whose_client_leaves_has_one_too(path: str, stream: bool)
     """With the time at which a rank had it, and the tokens that were made, as far as it got."""
     exporter, backend = InMemorySpanExporter(), FakeBackend(reply=never_ends("Secret words."))
     server = await traced(Traces(exporter, MODEL, "1"), backend)
-    asked = {
+    bodies: dict[str, dict[str, Any]] = {
         "completions": {"prompt": "Secret prompt", "n": 2},
         "responses": {"input": "Secret prompt"},
-    }.get(path, {"messages": [{"role": "user", "content": "Secret prompt"}]})
+    }
+    asked = bodies.get(path, {"messages": [{"role": "user", "content": "Secret prompt"}]})
     limit = "max_output_tokens" if path == "responses" else "max_tokens"
     body = {"model": MODEL, limit: 90, "stream": stream, **asked}
     choices = 2 if path == "completions" else 1

@@ -176,7 +176,7 @@ def of_chat_alone(
         field = chat.model_fields[name]
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         empty = isinstance(default, list | tuple) and not default
-        neutral = ([], {}) if empty else () if default is None else (default,)
+        neutral: tuple[Any, ...] = ([], {}) if empty else () if default is None else (default,)
         why = f"see '{renamed[name]}'" if name in renamed else "it is a field of /v1/chat/completions"
         refused[name] = Refused(neutral, why)
     return dict(sorted(refused.items()))

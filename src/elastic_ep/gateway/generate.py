@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from time import monotonic
 
-from elastic_ep.gateway.jobs import Job, Output
+from elastic_ep.gateway.job import Job, Output
 from elastic_ep.gateway.shapes import SpelledToken
 from elastic_ep.gateway.text.stop_strings import StopStrings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from elastic_ep.gateway.errors import unknown_model
-from elastic_ep.gateway.jobs import Job
+from elastic_ep.gateway.job import Job
 from elastic_ep.gateway.message import Message
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.request_id import request_id

@@ -141,10 +141,14 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
         "/tokenizer_info": _get("The tokenizer.", _object(vocab_size=_INTEGER, special_tokens=_OBJECT)),
         "/metrics": {"get": {"summary": "Prometheus metrics.", "responses": {"200": _text("text/plain")}}},
         "/tokenize": _post(
-            "A text or a conversation to token ids.", tokenize_body(settings), _json("Token ids.", tokenized)
+            "A text or a conversation to token ids.",
+            tokenize_body(settings),
+            _json("Token ids.", tokenized),
+            404,
+            429,
         ),
         "/detokenize": _post(
-            "Token ids to text.", detokenize_body(settings), _json("Text.", _object(prompt=_STRING))
+            "Token ids to text.", detokenize_body(settings), _json("Text.", _object(prompt=_STRING)), 429
         ),
     }
 

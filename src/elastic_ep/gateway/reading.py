@@ -11,10 +11,11 @@ import json
 from collections.abc import Callable
 from typing import Any, Literal
 
-from elastic_ep.gateway.bodies import detokenize_body, tokenize_body
 from elastic_ep.gateway.fields import bad_value, parse_object, read
 from elastic_ep.gateway.guided import asks_for_grammar
-from elastic_ep.gateway.jobs import Job, JobReader, Previous
+from elastic_ep.gateway.job import Job, Previous
+from elastic_ep.gateway.jobs import JobReader
+from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import SHORT_BYTES, Found, TextWorker
@@ -35,8 +36,7 @@ class BodyReader:
         self._settings = settings
         self._text = text
         self._jobs = JobReader(settings, text)
-        self._tokenize_body = tokenize_body(settings)
-        self._detokenize_body = detokenize_body(settings)
+        self._bodies = prepare(settings)
 
     def read(self, task: str, raw: bytes, before: str | None = None) -> Found:
         """A job for a `JobTask`, or whose conversation is missing for it; for an `AnswerTask` the whole answer as JSON.
@@ -69,14 +69,14 @@ class BodyReader:
         raise ValueError(task)
 
     def _tokenize(self, body: dict[str, Any]) -> bytes:
-        values = read(self._tokenize_body, body)
+        values = read(self._bodies.tokenize, body)
         if (values.prompt is None) == (values.messages is None):
             raise bad_value("prompt", "or 'messages' must be given, and not both.")
         if values.prompt is None:
             tokens = [*self._jobs.chat_tokens(body)]
         else:
             special = values.add_special_tokens is not False
-            tokens = self._jobs.encode(values.prompt, "prompt", add_special_tokens=special)
+            tokens = self._jobs.prompts.encode(values.prompt, "prompt", add_special_tokens=special)
         longest = self._settings.max_model_len
         found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": longest}
         if values.return_token_strs:
@@ -84,7 +84,7 @@ class BodyReader:
         return _json(found)
 
     def _detokenize(self, body: dict[str, Any]) -> bytes:
-        values = read(self._detokenize_body, body)
+        values = read(self._bodies.detokenize, body)
         return _json({"prompt": self._text.decode(values.tokens)})
 
 

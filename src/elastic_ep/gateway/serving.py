@@ -13,13 +13,14 @@ from aiohttp import web
 
 from elastic_ep.gateway.errors import ApiError, failed, tell, translate, unexpected
 from elastic_ep.gateway.generate import ChoiceReader, Clock, submit
-from elastic_ep.gateway.jobs import Job, Output, Part, UnknownNames
+from elastic_ep.gateway.job import Job, Output, Part
 from elastic_ep.gateway.message import Message
 from elastic_ep.gateway.parsers.base import Delta
 from elastic_ep.gateway.shapes import Usage
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.traces import GIVEN_UP, Traces
 from elastic_ep.gateway.turns import Turns
+from elastic_ep.gateway.unknown import UnknownNames
 from elastic_ep.group.metrics import ChoiceLife, Metrics
 from elastic_ep.group.port import Backend, Failure, Stream
 from elastic_ep.wire.messages import FailureCode

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from elastic_ep.gateway.jobs import Output
+from elastic_ep.gateway.job import Output
 from elastic_ep.gateway.message import Call, Message
 from elastic_ep.gateway.parsers.base import CallArguments, CallBegin, Content, Delta, Reasoning
 from elastic_ep.gateway.turns import Turns

@@ -17,7 +17,7 @@ from typing import Any
 
 from elastic_ep import titles
 from elastic_ep.gateway.errors import ApiError
-from elastic_ep.gateway.jobs import Job
+from elastic_ep.gateway.job import Job
 from elastic_ep.gateway.reading import BodyReader
 from elastic_ep.gateway.text_worker import LENGTH, Failed, JobBegin, WorkerSetup
 from elastic_ep.host import life_line

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic_ep.gateway.errors import ApiError
-from elastic_ep.gateway.jobs import Job, Part, Previous
+from elastic_ep.gateway.job import Job, Part, Previous
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.group.port import Busy

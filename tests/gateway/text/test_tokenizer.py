@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elastic_ep.gateway.generate import ChoiceReader
-from elastic_ep.gateway.jobs import Output
+from elastic_ep.gateway.job import Output
 from elastic_ep.gateway.text.detokenize import (
     ByteDetokenizer,
     Detokenizer,

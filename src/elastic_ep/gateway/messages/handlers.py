@@ -8,7 +8,7 @@ import time
 from aiohttp import web
 
 from elastic_ep.gateway.errors import messages_body
-from elastic_ep.gateway.jobs import Job
+from elastic_ep.gateway.job import Job
 from elastic_ep.gateway.message import Message
 from elastic_ep.gateway.messages.events import MessageWriter, event
 from elastic_ep.gateway.reading import Reading

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from elastic_ep.gateway.errors import ApiError, translate
 from elastic_ep.gateway.fields import bad_value
-from elastic_ep.gateway.jobs import Job
+from elastic_ep.gateway.job import Job
 from elastic_ep.gateway.message import Message
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.responses.body import About, Named

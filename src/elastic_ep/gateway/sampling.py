@@ -1,0 +1,52 @@
+"""How tokens are drawn, as a request wants it."""
+
+from __future__ import annotations
+
+import random
+
+from elastic_ep.gateway.bodies import Generating
+from elastic_ep.gateway.fields import unsupported
+from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.wire.messages import Grammar, SamplingParams
+
+# Below this the division by the temperature leaves one candidate anyway, or overflows: greedy, as in vLLM.
+_GREEDY_BELOW = 1e-5
+
+
+def sampling(
+    settings: ApiSettings, values: Generating, max_tokens: int, logprobs: int | None, grammar: Grammar | None
+) -> SamplingParams:
+    temperature = values.temperature
+    ends = () if values.ignore_eos else settings.eos_token_ids
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
+        top_p=values.top_p,
+        top_k=max(values.top_k, 0),
+        min_p=values.min_p,
+        repetition_penalty=values.repetition_penalty,
+        presence_penalty=values.presence_penalty,
+        frequency_penalty=values.frequency_penalty,
+        ignore_eos=values.ignore_eos,
+        stop_token_ids=(*values.stop_token_ids, *ends),
+        logprobs=logprobs,
+        min_tokens=values.min_tokens,
+        logit_bias=values.logit_bias,
+        allowed_token_ids=tuple(values.allowed_token_ids),
+        grammar=grammar,
+    )
+
+
+def alone(values: Generating, grammar: Grammar) -> Grammar:
+    """`grammar`, beside which nothing else says what may come. Raises `ApiError`."""
+    for name in ("ignore_eos", "allowed_token_ids"):
+        if getattr(values, name):
+            raise unsupported(
+                name,
+                "cannot be honoured with a grammar, which says by itself what may come and what ends.",
+            )
+    return grammar
+
+
+def seed(given: int | None) -> int:
+    return random.getrandbits(63) if given is None else given & (2**63 - 1)
