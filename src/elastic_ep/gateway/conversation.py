@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
-from elastic_ep.gateway.fields import Array, Body, Refused, Text, fault
+from elastic_ep.gateway.fields import Array, Body, Refused, Text, as_written, fault
 from elastic_ep.gateway.text.chat_template import RESERVED
 
 _OLD = "the format before 'tools': say it as 'tool_calls'"
 _OF_THE_REQUEST = sorted(RESERVED | {"chat_template", "continue_final_message"})
 
 
+@as_written
 class TextPart(TypedDict):
     """What is not listed stays as it is, here and in a message: a chat template may know it."""
-
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
 
     type: Annotated[Any, Refused(("text",))]
     text: Text
@@ -34,48 +33,42 @@ Name = Annotated[Text, Field(min_length=1, max_length=256)]
 """Of a tool."""
 
 
+@as_written
 class FunctionCall(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
-
     name: Name
     arguments: NotRequired[Text | None]
 
 
+@as_written
 class ToolCall(TypedDict):
     """What the model called before. The template gets its arguments as an object, which is what templates want."""
-
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
 
     id: NotRequired[Text | None]
     type: NotRequired[Annotated[Any, Refused(("function",), "tools are functions here")]]
     function: FunctionCall
 
 
+@as_written
 class Function(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
-
     name: Name
     description: NotRequired[Text | None]
     parameters: NotRequired[dict[str, Any] | None]
     strict: NotRequired[bool | None]
 
 
+@as_written
 class FunctionTool(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
-
     type: Annotated[Any, Refused(("function",), "tools are functions here")]
     function: Function
 
 
+@as_written
 class NamedFunction(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
-
     name: Name
 
 
+@as_written
 class NamedTool(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
-
     type: Annotated[Any, Refused(("function",), "a choice is a word or names a function")]
     function: NamedFunction
 
@@ -86,9 +79,8 @@ ToolChoice = Annotated[
 ]
 
 
+@as_written
 class Message(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
-
     role: Annotated[Text, Field(min_length=1, max_length=64)]
     content: NotRequired[Content | None]
     name: NotRequired[Text | None]

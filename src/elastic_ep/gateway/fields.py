@@ -21,6 +21,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     ValidationError,
     model_validator,
+    with_config,
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
@@ -115,10 +116,15 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
+_CONFIG = ConfigDict(strict=True, extra="allow")
+as_written = with_config(_CONFIG)
+"""For a `TypedDict` within a body: what it does not list stays as it is."""
+
+
 class Body(BaseModel):
     """A JSON object; its unknown fields are in `model_extra`."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = _CONFIG
     refused: ClassVar[Mapping[str, Refused]] = {}
     """Fields that are known and not honoured."""
 

@@ -125,7 +125,7 @@ class OpenAiHandlers:
                 choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
             else:
                 message.finish()
-                choice = shape.message(run.index, message, logprobs, message.reason(finish))
+                choice = self._chat.message(run.index, message, logprobs, message.reason(finish))
             choice |= _stopped(run)
             if output.token_ids:
                 choice["token_ids"] = [one.token.token for one in reader.tokens]

@@ -86,10 +86,6 @@ class Shape(Protocol):
         """A choice of a response that is not streamed."""
         ...
 
-    def message(self, index: int, message: Message, logprobs: Any, finish: str) -> dict[str, Any]:
-        """The same of an answer that is told into reasoning, content and calls."""
-        ...
-
     def opening(self, index: int) -> str | None:
         """A choice to stream before any text, as JSON but for its end."""
         ...
@@ -111,9 +107,6 @@ class CompletionShape:
 
     def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-    def message(self, index: int, message: Message, logprobs: Any, finish: str) -> dict[str, Any]:
-        raise NotImplementedError  # only conversations have messages
 
     def opening(self, index: int) -> str | None:
         return None
@@ -149,6 +142,7 @@ class ChatShape:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     def message(self, index: int, message: Message, logprobs: Any, finish: str) -> dict[str, Any]:
+        """A choice whose answer is told into reasoning, content and calls."""
         content, reasoning = "".join(message.content), "".join(message.reasoning)
         plain: dict[str, Any] = {"role": "assistant", "content": content or None, "refusal": None}
         if not message.calls:

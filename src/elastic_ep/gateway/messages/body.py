@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, create_model
+from pydantic import Discriminator, Field, Tag, create_model
 from typing_extensions import TypedDict
 
 from elastic_ep.gateway import blocks, unsupported
 from elastic_ep.gateway.bodies import Stops, labels, of_chat_alone
 from elastic_ep.gateway.conversation import MOST_TOOLS, Content, Effort, Name
-from elastic_ep.gateway.fields import Array, Body, Integer, Refused, Text, bad_value
+from elastic_ep.gateway.fields import Array, Body, Integer, Refused, Text, as_written, bad_value
 from elastic_ep.gateway.fields import unsupported as refusal
 from elastic_ep.gateway.settings import ApiSettings
 
@@ -26,9 +26,8 @@ RENAMED = {
 _SAME = ("model", "temperature", "top_p", "top_k", "max_tokens")
 
 
+@as_written
 class MessageParam(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
-
     role: Literal["user", "assistant", "system"]
     content: Annotated[
         Annotated[Text, Tag("|text")] | Annotated[list[dict[str, Any]], Array(), Tag("|blocks")],
@@ -36,9 +35,8 @@ class MessageParam(TypedDict):
     ]
 
 
+@as_written
 class Tool(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # where pydantic looks for it
-
     name: Name
     type: NotRequired[Annotated[Any, Refused(("custom",), "tools are called by the client")]]
     description: NotRequired[Text | None]

@@ -7,6 +7,7 @@ stream that goes on elsewhere after the loss of its rank is told as if nothing h
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -86,7 +87,7 @@ def _types(schema: Any) -> frozenset[str]:
     return frozenset(one for one in named if isinstance(one, str)).union(*(_types(one) for one in inner))
 
 
-class TextReader:
+class TextReader(ABC):
     """A parser is a subclass with `_read`. When that has returned, all other text is content."""
 
     def __init__(self) -> None:
@@ -125,8 +126,9 @@ class TextReader:
         if not self._calls and self._space_held:
             self._tell("content", 0, self._space_held)
 
+    @abstractmethod
     def _read(self) -> Reading[None]:
-        raise NotImplementedError
+        """Take from the text what is of the parser's format, and tell it."""
 
     # What is told
 
