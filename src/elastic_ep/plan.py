@@ -29,7 +29,7 @@ from elastic_ep.host.mps import find_program
 from elastic_ep.kv.shelf_file import ShelfLayout
 from elastic_ep.machine_memory import available_memory, total_memory
 from elastic_ep.models.config_json import CheckpointError
-from elastic_ep.models.fused import unknown_to_fused
+from elastic_ep.models.known import CUDA, FUSED, unknown
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
@@ -148,6 +148,8 @@ def make_plan(config: ServeConfig) -> ServePlan:
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(_model_fault(folder, error)) from error
     device = choose_device(config.device, config.all2all_backend, model.hidden_size)
+    if device == "cuda" and (what := unknown(model, CUDA)):
+        raise ConfigError(f"--device cuda: its kernels do not know this model's {what}: give --device cpu")
     if device == "cpu" and config.gpu_memory_utilization is not None:
         raise ConfigError(
             "--gpu-memory-utilization: the ranks run on the CPU: how large a KV cache is says --num-gpu-blocks-override"
@@ -191,8 +193,8 @@ def _fused_build(device: str, model: ModelSpec) -> tuple[str, tuple[str, ...]]:
     if device != "cpu":
         return "", ()
     try:
-        if unknown := unknown_to_fused(model):
-            raise Unavailable(f"the engine in C++ does not know this model's {unknown}")
+        if what := unknown(model, FUSED):
+            raise Unavailable(f"the engine in C++ does not know this model's {what}")
         return best_build(), ()
     except Unavailable as reason:
         return "", (f"ranks compute in plain torch, which is several times slower: {reason}",)

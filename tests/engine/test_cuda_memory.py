@@ -101,7 +101,7 @@ def test_the_parts_of_long_contexts_are_counted_as_they_are_allocated(
             return lambda *tensors, **options: parts.append(sum(part.nbytes for part in tensors[5:8]))
 
     monkeypatch.setattr(decode_attention, "_decode_kernel", Kernel())
-    kind = TINY.attention
+    kind = TINY.grouped
     queries = torch.empty(16, kind.heads, kind.head_dim, dtype=torch.bfloat16)
     keys = torch.empty(2, kind.kv_heads, 16, kind.head_dim, dtype=torch.bfloat16)
     for longest in (320, 40_000):

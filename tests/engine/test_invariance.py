@@ -20,6 +20,7 @@ from elastic_ep.engine.sampler import Sampled, sample
 from elastic_ep.engine.scheduler import Sequence
 from elastic_ep.guided.text import Words
 from elastic_ep.models import mixtral, olmoe, qwen3_moe
+from elastic_ep.models.spec import Rotary
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Weights
 from tests.engine.solo import TINY, TINY_CONFIG, SoloExchange, assign, drain, dummy_weights, ids, solo_runner
@@ -185,7 +186,7 @@ def test_row_operations_do_not_see_other_rows(tiles: int, row: int, width: int, 
     position = ROWS * (tiles - 1) + row
     first[0], last[position] = one, one
     weight, matrix = torch.randn(width, generator=generator), torch.randn(width, 72, generator=generator)
-    rope = Rope(width, 1e4, 50, torch.device("cpu"))
+    rope = Rope(Rotary(width, 1e4), 50, torch.device("cpu"))
     angles = torch.full((ROWS,), 33), torch.full((ROWS * tiles,), 33)
 
     operations: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {

@@ -139,7 +139,7 @@ def test_a_lost_rank_costs_its_streams_no_bit_and_at_most_a_page(lost_after: int
 def test_pages_move_between_cache_and_memory_unchanged() -> None:
     one = runner(StreamMemory())
     caches = one._ops.caches
-    layout = CacheLayout(TINY.attention.heads, TINY.attention.kv_heads, LIMITS.page_size, LIMITS.cache_pages)
+    layout = CacheLayout.of(TINY.attention, LIMITS.page_size, LIMITS.cache_pages)
     for cache in caches:
         cache.normal_()
     mover = CpuPages(caches, layout)

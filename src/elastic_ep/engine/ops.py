@@ -36,35 +36,50 @@ class Ops(Protocol[StepT]):
         ...
 
     def add_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
+        self, x: torch.Tensor, residual: torch.Tensor | None, parts: Parts, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """RMSNorm of x + residual, and that sum: [R, H] each. x may lack padding rows; `residual` may be overwritten."""
+        """The norm `name` of x + residual, and that sum: [R, H] each.
+
+        x may lack padding rows; `residual` may be overwritten.
+        """
         ...
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [R, in] @ weight [in, out]"""
+    def linear(self, x: torch.Tensor, parts: Parts, name: str) -> torch.Tensor:
+        """x [R, in] @ the matrix `name` [in, out], and its bias if it has one."""
         ...
 
-    def rope_and_write(self, qkv: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
-        """Queries, normed as the spec says and rotated; keys and values go to the cache of layer `index`."""
+    def project(self, h: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
+        """What `attend` takes: queries, normed and rotated as the spec says. What a token is to be remembered by goes to
+        the cache of layer `index`.
+        """
         ...
 
-    def attend(self, queries: torch.Tensor, index: int) -> torch.Tensor:
-        """[R, Hq D], of what `rope_and_write` returned, over all that the cache of layer `index` has of each sequence."""
+    def attend(self, queries: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
+        """[R, Hq Dv], of what `project` returned, over what layer `index` sees of each sequence's cache."""
         ...
 
-    def gate(self, h: torch.Tensor, layer: Parts, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Physical experts of the step's tokens and their weights, [tokens, K] each."""
+    def feed_forward(self, h: torch.Tensor, layer: Parts) -> torch.Tensor:
+        """[R, H] of a layer without experts."""
+        ...
+
+    def gate(self, h: torch.Tensor, layer: Parts, mixture: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Physical experts of the step's tokens and their weights, [tokens, K] each, in a layer that mixes experts: the
+        `mixture`th of those.
+        """
         ...
 
     def tokens(self, h: torch.Tensor) -> torch.Tensor:
         """What of h [R, H] is dispatched; as many rows as `gate` gives."""
         ...
 
-    def experts(self, received: Received, layer: Parts, index: int) -> torch.Tensor:
+    def experts(self, received: Received, layer: Parts, mixture: int) -> torch.Tensor:
         """Each slot's expert on its rows, shaped like `received.packed`. Counts the rows as the slots' load."""
         ...
 
-    def logits(self, h: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    def add_shared(self, mixed: torch.Tensor, h: torch.Tensor, layer: Parts, mixture: int) -> torch.Tensor:
+        """`mixed`, which combine gave, and the shared expert's part of the same tokens, if there is one."""
+        ...
+
+    def logits(self, h: torch.Tensor, outside: Parts) -> torch.Tensor:
         """[S, V] float32 of the rows that are sampled from."""
         ...

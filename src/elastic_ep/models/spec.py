@@ -28,8 +28,68 @@ class QkNorm(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """All frequencies are divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Waves longer than `original` / `low` positions are stretched, those shorter than `original` / `high` are not."""
+
+    factor: float
+    low: float
+    high: float
+    original: int
+    """Positions that the model was first trained with."""
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """Frequencies that turn fewer than `slow` times in `original` positions are stretched, from `fast` times on none."""
+
+    factor: float
+    fast: float
+    slow: float
+    original: int
+    truncate: bool
+    """The ramp between them begins and ends at whole frequencies."""
+    attention: float
+    """Of cosines and sines."""
+
+
+@dataclass(frozen=True, slots=True)
+class LongScaling:
+    """LongRoPE: a divisor for each frequency, and what cosines and sines are multiplied by.
+
+    The long ones are for engines that serve more than `original` positions, and then for all of these: a token's
+    numbers do not depend on how long its text becomes.
+    """
+
+    original: int
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    short_attention: float
+    long_attention: float
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongScaling
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary embeddings of the first `dim` numbers of a head, pairs (i, i + dim/2), or `interleaved` (2i, 2i + 1)."""
+
+    dim: int
+    theta: float
+    interleaved: bool = False
+    scaling: Scaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query attention with rotary embeddings, the rotate-half form: pairs are (i, i + D/2)."""
+    """Grouped-query attention with rotary embeddings."""
 
     heads: int
     kv_heads: int
@@ -38,11 +98,59 @@ class Attention:
     qk_norm: QkNorm
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to plus and minus this, after the norm."""
+    rotary_dim: int | None = None
+    """None: all of a head is rotated."""
+    interleaved: bool = False
+    scaling: Scaling | None = None
+    window: int | None = None
+    """A token sees so many tokens, itself included."""
+    sinks: bool = False
+    """A score for each query head that takes probability from all keys: parameter `sinks` [Hq]."""
+    scale: float | None = None
+    """Of scores; None: 1 / sqrt(head_dim)."""
 
     @property
     def kv_elements(self) -> int:
         """Numbers in the KV cache for each token."""
         return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def rotary(self) -> Rotary:
+        dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        return Rotary(dim, self.rope_theta, self.interleaved, self.scaling)
+
+    @property
+    def score_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """MLA (DeepSeek): keys and values of all heads are products of one latent a token, which is what the cache holds.
+
+    A head's key is [`nope`] of the latent and [`rope`] that all heads share and that alone is rotated. Parameters:
+    `latents` [H, (q_rank or Hq (nope + rope)) + kv_rank + rope], with `q_rank` `q_norm` and `q_b`
+    [q_rank, Hq (nope + rope)], `kv_norm`, and `kv_b` [Hq (nope + value), kv_rank], which is not turned.
+    """
+
+    heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope: int
+    rope: int
+    value: int
+    rotary: Rotary
+    score_scale: float
+    norm_eps: float
+    """Of the latents' norms."""
+    window: int | None = None
+
+    @property
+    def kv_elements(self) -> int:
+        return self.kv_rank + self.rope
+
+
+AnyAttention = Attention | LatentAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +172,8 @@ class Piece:
     stacked: Stacked | None = None
     repeat: int = 1
     """It stands so many times in the parameter, one below the other."""
+    alternating: bool = False
+    """Its columns in the parameter alternate in the checkpoint, gate and up: here those of the gate come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +185,8 @@ class Parameter:
     pieces: tuple[Piece, ...]
     turned: bool = True
     """A matrix lies [in, out], and its pieces in the checkpoint [out, in]."""
+    exact: bool = False
+    """It is float32 whatever the weights are."""
 
     @property
     def elements(self) -> int:
@@ -93,8 +205,74 @@ def _of_expert(piece: Piece, expert: int) -> Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Clamped:
+    """gpt-oss's activation: (up + 1) * gate * sigmoid(`alpha` * gate), clamped at `limit` (up on both sides)."""
+
+    alpha: float
+    limit: float
+
+
+class Scores(Enum):
+    """What becomes of a gate's logits."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+    SOFTMAX_OF_CHOSEN = "softmax of the chosen"
+    """The highest logits are chosen, and the softmax is theirs alone."""
+    SPARSE_MIXER = "sparse mixer"
+    """PhiMoE: two are chosen, each with its share among the logits that come within twice `jitter` of it."""
+
+
+class GroupScores(Enum):
+    """By what a group of experts is chosen, and what its neighbours' scores are then."""
+
+    HIGHEST = "highest"
+    """DeepSeek-V2: its best expert; 0 outside."""
+    TWO_HIGHEST = "two highest"
+    """DeepSeek-V3: the sum of its two best; minus infinity outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """How experts are chosen and weighed. Parameters: `gate` [H, E], and what is said here."""
+
+    scores: Scores = Scores.SOFTMAX
+    bias: bool = False
+    """`gate_bias` [E] is added to the logits."""
+    correction: bool = False
+    """`gate_correction` [E] is added to the scores for the choice alone."""
+    groups: int = 1
+    top_groups: int = 1
+    """Of the `groups` of neighbouring experts only so many are chosen from."""
+    group_scores: GroupScores = GroupScores.TWO_HIGHEST
+    least_sum: float = 0.0
+    """Renormalised weights are divided by this at least."""
+    added_to_sum: float = 0.0
+    """Renormalised weights are divided by their sum plus this."""
+    factor: float = 1.0
+    """Of the weights, in the end."""
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """An FFN that every token passes beside its experts. Parameters as of `Dense`, with `shared_` before their names."""
+
+    inner: int
+    gated: bool = False
+    """It is multiplied by sigmoid(x @ `shared_gate` [H, 1])."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """An FFN without experts. Parameters `gate_up` [H, 2 I] and `down` [I, H]."""
+
+    inner: int
+
+
+@dataclass(frozen=True, slots=True)
 class Moe:
-    """A softmax gate picks `top_k` of `experts`; each is a SwiGLU of width `inner`."""
+    """A gate picks `top_k` of `experts`; each is a gated FFN of width `inner`."""
 
     experts: int
     top_k: int
@@ -103,19 +281,32 @@ class Moe:
     """The chosen experts' weights are scaled to sum to one."""
     parts: tuple[Parameter, ...]
     """Of one expert, in the order in which checksums run over their bytes."""
+    gate: Gate = Gate()
+    shared: Shared | None = None
+    activation: Clamped | None = None
+    """None: silu(gate) * up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    attention: Attention
-    ffn: Moe
+    attention: AnyAttention
+    ffn: Moe | Dense
     dense: tuple[Parameter, ...]
-    """What every rank has of it."""
+    """What every rank has of it. A bias is named after its matrix: `qkv_bias`, `out_bias`, `gate_up_bias`."""
+
+
+class Norm(Enum):
+    RMS = "rms"
+    LAYER = "layer"
+    """With a bias, named after the weight: `input_norm_bias`, `post_norm_bias`, `final_norm_bias`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """All layers mix experts, as many in each."""
+    """Layers that mix experts are alike in sizes; layers differ in attention by window and rotary embedding at most.
+
+    Slots, loads and exchange operations are those of `mixtures`: a number that says which counts these alone.
+    """
 
     family: str
     vocab_size: int
@@ -124,21 +315,45 @@ class ModelSpec:
     rms_norm_eps: float
     eos_token_ids: tuple[int, ...]
     dense: tuple[Parameter, ...]
-    """What belongs to no layer: `embed` [V, H], `final_norm` [H], `lm_head` [H, V]."""
+    """What belongs to no layer: `embed` [V, H], `final_norm` [H], `lm_head` [H, V], and what else the family has."""
     layers: tuple[Layer, ...]
+    norm: Norm = Norm.RMS
+    embed_factor: float = 1.0
+    """Of embeddings."""
+    branch_factor: float = 1.0
+    """Of what attention and FFN add to the residual."""
+    logits_divisor: float = 1.0
+
+    @property
+    def mixtures(self) -> tuple[int, ...]:
+        """The layers that mix experts."""
+        return tuple(index for index, layer in enumerate(self.layers) if isinstance(layer.ffn, Moe))
 
     @property
     def moe_layers(self) -> int:
-        return len(self.layers)
+        return len(self.mixtures)
 
     @property
-    def attention(self) -> Attention:
-        """The same in every layer."""
+    def attention(self) -> AnyAttention:
+        """That of the first layer: the others have as many heads, of the same sizes."""
         return self.layers[0].attention
 
     @property
+    def grouped(self) -> Attention:
+        """The same, of a model that has no other kind."""
+        kind = self.attention
+        assert isinstance(kind, Attention), "who needs this refuses other kinds (models/known.py)"
+        return kind
+
+    @property
     def moe(self) -> Moe:
-        return self.layers[0].ffn
+        """The first: the others have as many experts, of the same sizes."""
+        return self.moe_of(0)
+
+    def moe_of(self, mixture: int) -> Moe:
+        ffn = self.layers[self.mixtures[mixture]].ffn
+        assert isinstance(ffn, Moe)
+        return ffn
 
     def kv_page_bytes(self, device: str, page_size: int) -> int:
         """Of a page of the KV cache, all layers."""
@@ -172,6 +387,7 @@ class ModelSpec:
         for layer in self.layers:
             for part in layer.dense:
                 yield from part.pieces
-            for expert in range(layer.ffn.experts):
-                for part in layer.ffn.parts:
-                    yield from part.of_expert(expert).pieces
+            if isinstance(layer.ffn, Moe):
+                for expert in range(layer.ffn.experts):
+                    for part in layer.ffn.parts:
+                        yield from part.of_expert(expert).pieces

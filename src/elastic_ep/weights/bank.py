@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from isal.isal_zlib import crc32
 
-from elastic_ep.models.spec import ModelSpec, Parameter, Piece
+from elastic_ep.models.spec import Layer, ModelSpec, Moe, Parameter, Piece
 from elastic_ep.placement import EMPTY, Placement
 from elastic_ep.weights.checkpoint import TensorEntry, validate_checkpoint
 
@@ -30,7 +30,7 @@ Parts = dict[str, torch.Tensor]
 
 class Weights:
     """`embed` [V, H], `final_norm` [H], `lm_head` [H, V]; `layers[i]` the dense parts of a layer and those of its
-    experts, these stacked by slot.
+    experts, these stacked by slot. Where slots are named, layers are counted among those that mix experts.
     """
 
     def __init__(
@@ -48,33 +48,41 @@ class Weights:
         self._device = device
         self.from_peers = 0
         """Experts that did not come from `source`."""
-        self._outside: Parts = {part.name: self._dense(part) for part in spec.dense}
-        self.embed, self.final_norm, self.lm_head = self._outside.values()
+        self.outside: Parts = {part.name: self._dense(part) for part in spec.dense}
+        self.embed, self.final_norm, self.lm_head = (
+            self.outside[name] for name in ("embed", "final_norm", "lm_head")
+        )
         slots = placement.slots_per_rank
         self.layers: list[Parts] = [
             {part.name: self._dense(part) for part in layer.dense}
-            | {part.name: self._zeros(slots, *part.shape) for part in layer.ffn.parts}
+            | {part.name: self._zeros(slots, *part.shape) for part in expert_parts(layer)}
             for layer in spec.layers
         ]
+        self._mixtures = spec.mixtures
         for layer in range(spec.moe_layers):
             for slot, logical in enumerate(placement.on_rank(layer, rank)):
                 self.load_expert(layer, slot, logical)
 
     def slot(self, layer: int, slot: int) -> list[torch.Tensor]:
         """The parts of the expert in a slot, in the order in which checksums run over them."""
-        return [self.layers[layer][part.name][slot] for part in self.spec.layers[layer].ffn.parts]
+        parts = self.spec.moe_of(layer).parts
+        return [self.mixture(layer)[part.name][slot] for part in parts]
+
+    def mixture(self, layer: int) -> Parts:
+        """All parts of a layer that mixes experts."""
+        return self.layers[self._mixtures[layer]]
 
     def load_expert(self, layer: int, slot: int, logical: int) -> None:
         """Overwrite `slot` with logical expert `logical`, or with zeros for `EMPTY`. No step may be using it."""
-        for part, target in zip(self.spec.layers[layer].ffn.parts, self.slot(layer, slot), strict=True):
+        for part, target in zip(self.spec.moe_of(layer).parts, self.slot(layer, slot), strict=True):
             if logical == EMPTY:
                 target.zero_()
                 continue
             start = 0
             for piece in part.of_expert(logical).pieces:
-                value = self.source(piece.tensor).t()
-                target[:, start : start + value.shape[1]].copy_(value)
-                start += value.shape[1]
+                value = _arranged(self.source(piece.tensor), piece, part)
+                target[..., start : start + value.shape[-1]].copy_(value)
+                start += value.shape[-1]
 
     def checksum(self, layer: int, slot: int) -> int:
         """CRC-32 of the slot's bytes as they lie in memory: the same for every copy of an expert."""
@@ -85,7 +93,7 @@ class Weights:
 
     def dense(self) -> Parts:
         """Everything but the experts, by name: contiguous, and always in the same order."""
-        tensors = dict(self._outside)
+        tensors = dict(self.outside)
         for index, (layer, parts) in enumerate(zip(self.spec.layers, self.layers, strict=True)):
             tensors |= {f"layers.{index}.{part.name}": parts[part.name] for part in layer.dense}
         return tensors
@@ -103,13 +111,25 @@ class Weights:
         return whole.contiguous().view(part.shape)
 
     def _piece(self, piece: Piece, part: Parameter) -> torch.Tensor:
-        value = self.source(piece.tensor).to(self._dtype).to(self._device)
-        if value.dim() == 1:
-            return value.repeat(piece.repeat)
-        return value.t() if part.turned else value
+        dtype = torch.float32 if part.exact else self._dtype
+        return _arranged(self.source(piece.tensor).to(dtype).to(self._device), piece, part)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+
+def expert_parts(layer: Layer) -> tuple[Parameter, ...]:
+    """Of one expert; none in a layer without experts."""
+    return layer.ffn.parts if isinstance(layer.ffn, Moe) else ()
+
+
+def _arranged(value: torch.Tensor, piece: Piece, part: Parameter) -> torch.Tensor:
+    """A tensor of the checkpoint as it lies in the parameter."""
+    if value.dim() == 1:
+        value = value.repeat(piece.repeat)
+    elif part.turned:
+        value = value.t()
+    return torch.cat((value[..., ::2], value[..., 1::2]), dim=-1) if piece.alternating else value
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -189,7 +209,7 @@ def dummy_source(spec: ModelSpec, seed: int, device: torch.device | str = "cpu")
 
     def make(name: str) -> torch.Tensor:
         shape = shapes[name]
-        if len(shape) == 1:
+        if len(shape) == 1 and "norm" in name:
             return torch.ones(shape, device=device)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))

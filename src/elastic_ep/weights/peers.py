@@ -47,9 +47,9 @@ class Pulled:
 def publish(plane: TransferPlane, weights: Weights) -> StateAddress:
     """Let peers read all of `weights`, which must stay where they are."""
     tensors = dict(weights.dense())
-    for index, layer in enumerate(weights.spec.layers):
-        for part in layer.ffn.parts:
-            tensors[expert_region(index, part.name)] = weights.layers[index][part.name]
+    for layer in range(weights.spec.moe_layers):
+        for part in weights.spec.moe_of(layer).parts:
+            tensors[expert_region(layer, part.name)] = weights.mixture(layer)[part.name]
     regions = tuple(Region(name, tensor.data_ptr(), tensor.nbytes) for name, tensor in tensors.items())
     plane.register(regions)
     return StateAddress(plane.session, regions)

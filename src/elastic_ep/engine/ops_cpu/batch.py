@@ -10,6 +10,7 @@ batch. Work items are the P * Hk (pair, key-value head).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import torch
 from elastic_ep.engine.ops_cpu.layers import padded
 from elastic_ep.engine.scheduler import Chunk
 from elastic_ep.kv.page_table import NULL_PAGE
+from elastic_ep.models.spec import AnyAttention, LatentAttention
 
 QUERY_TILE = 2
 KEY_BLOCK = 64
@@ -29,17 +31,32 @@ _Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """How a layer's KV cache is laid out: rows [2 (keys, values), Hk, pages, page_size] of D elements, flattened."""
+    """How a layer's KV cache is laid out: rows [2 (keys, values), Hk, pages, page_size] of D elements, flattened.
+
+    With `latent` [1, 1, pages, page_size]: a row is the key that all heads share, and begins with their value.
+    """
 
     num_heads: int
     num_kv_heads: int
     page_size: int
     total_pages: int
     """The null page included."""
+    latent: bool = False
+
+    @staticmethod
+    def of(kind: AnyAttention, page_size: int, total_pages: int) -> CacheLayout:
+        if isinstance(kind, LatentAttention):
+            return CacheLayout(kind.heads, 1, page_size, total_pages, latent=True)
+        return CacheLayout(kind.heads, kind.kv_heads, page_size, total_pages)
+
+    @property
+    def planes(self) -> int:
+        """Rows that a token has."""
+        return 1 if self.latent else 2 * self.num_kv_heads
 
     @property
     def rows(self) -> int:
-        return 2 * self.num_kv_heads * self.total_pages * self.page_size
+        return self.planes * self.total_pages * self.page_size
 
     @property
     def group(self) -> int:
@@ -59,13 +76,13 @@ class Batch:
     positions: torch.Tensor
     """[Tp]"""
     write_rows: torch.Tensor
-    """[Tp * 2 * Hk] cache rows of each token's keys and values; padding goes to the null page"""
+    """[Tp * planes] cache rows of each token's keys and values; padding goes to the null page"""
     query_rows: torch.Tensor
     """[P * Hk * QUERY_TILE * G] rows of [Tp * (Hq + Hk)]"""
     context: torch.Tensor
-    """[2 * P * Hk * KEY_BLOCK / page_size] cache pages of each pair's keys and values"""
-    bias: torch.Tensor
-    """[P * Hk, QUERY_TILE * G, KEY_BLOCK] 0 where the query may look, else -inf"""
+    """[planes * P * KEY_BLOCK / page_size] cache pages of each pair's keys and values"""
+    biases: dict[int | None, torch.Tensor]
+    """Of each window, None for no window: [P * Hk, QUERY_TILE * G, KEY_BLOCK] 0 where the query may look, else -inf"""
     score_rows: torch.Tensor
     """[P * Hk * QUERY_TILE * G] rows of the scores when joined: [N * Hk * QUERY_TILE * G * B]"""
     part_rows: torch.Tensor
@@ -79,12 +96,15 @@ class Batch:
 class BatchMaker:
     """Keeps what does not change from step to step."""
 
-    def __init__(self, layout: CacheLayout, device: torch.device) -> None:
+    def __init__(
+        self, layout: CacheLayout, device: torch.device, windows: Collection[int | None] = (None,)
+    ) -> None:
         kv_heads, group = layout.num_kv_heads, layout.group
         self._layout = layout
         self._device = device
         self._block_pages = KEY_BLOCK // layout.page_size
-        self._planes: _Ints = np.arange(2 * kv_heads) * layout.total_pages
+        self._windows = windows
+        self._planes: _Ints = np.arange(layout.planes) * layout.total_pages
         self._heads: _Ints = np.arange(layout.num_heads).reshape(kv_heads, 1, group)
         self._lanes: _Ints = np.arange(QUERY_TILE)
         self._kv_heads: _Ints = np.arange(kv_heads)
@@ -138,6 +158,7 @@ class BatchMaker:
         samples = [int(end) - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]
         samples += [0] * (padded(len(samples)) - len(samples))
         most = int(blocks.max())
+        seen_of_block = seen[pair_tile] - (pair_block * KEY_BLOCK)[:, None]
         item = pair_tile[:, None] * layout.num_kv_heads + self._kv_heads
         score_rows = (item[:, :, None] * len(self._rows) + self._rows) * most + pair_block[:, None, None]
         part_rows = pair_block[:, None] * (len(blocks) * layout.num_kv_heads) + item
@@ -150,7 +171,7 @@ class BatchMaker:
             write_rows=self._tensor(write_rows),
             query_rows=self._tensor(query_rows),
             context=self._tensor(self._context(table, tile_chunk[pair_tile], pair_block)),
-            bias=self._bias_of(seen[pair_tile] - (pair_block * KEY_BLOCK)[:, None]).to(self._device),
+            biases={window: self._bias_of(seen_of_block, window) for window in self._windows},
             score_rows=self._tensor(score_rows),
             part_rows=self._tensor(part_rows),
             output_rows=self._tensor(output_rows),
@@ -168,16 +189,22 @@ class BatchMaker:
         return np.array(rows, dtype=np.int64)
 
     def _context(self, table: _Ints, chunk: _Ints, block: _Ints) -> _Ints:
-        """The pages of block `block[p]` of chunk `chunk[p]`: [2, P, Hk, pages of a block]."""
+        """The pages of block `block[p]` of chunk `chunk[p]`: [planes / Hk, P, Hk, pages of a block]."""
         blocks = table.reshape(-1, self._block_pages)
         pages = blocks[chunk * (table.shape[1] // self._block_pages) + block]
-        context: _Ints = self._planes.reshape(2, 1, -1, 1) + pages[:, None, :]
+        context: _Ints = self._planes.reshape(-1, 1, self._layout.num_kv_heads, 1) + pages[:, None, :]
         return context
 
-    def _bias_of(self, seen: _Ints) -> torch.Tensor:
-        """`seen` [P, QUERY_TILE]: how many of the block's keys each query may see, clipped to none and all of them."""
+    def _bias_of(self, seen: _Ints, window: int | None) -> torch.Tensor:
+        """`seen` [P, QUERY_TILE]: how many keys from the block's first on each query may see without `window`."""
         layout = self._layout
         shape = (len(seen), layout.num_kv_heads, QUERY_TILE, layout.group)
-        rows = np.broadcast_to(seen.clip(0, KEY_BLOCK)[:, None, :, None], shape).flatten()
-        bias = self._bias.index_select(0, torch.from_numpy(rows))
-        return bias.view(-1, QUERY_TILE * layout.group, KEY_BLOCK)
+
+        def rows(counts: _Ints) -> _Ints:
+            return np.broadcast_to(counts.clip(0, KEY_BLOCK)[:, None, :, None], shape).flatten()
+
+        bias = self._bias.index_select(0, torch.from_numpy(rows(seen)))
+        if window is not None:
+            hidden = torch.from_numpy(np.arange(KEY_BLOCK) < rows(seen - window)[:, None])
+            bias.masked_fill_(hidden, -torch.inf)
+        return bias.view(-1, QUERY_TILE * layout.group, KEY_BLOCK).to(self._device)

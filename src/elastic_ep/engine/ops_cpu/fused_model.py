@@ -53,7 +53,7 @@ class FusedModel:
         matrices = weights.embed.dtype
         if matrices not in (torch.float32, torch.bfloat16):
             raise ValueError(f"weights in {matrices}: float32 or bfloat16 expected")
-        spec, kind, moe = weights.spec, weights.spec.attention, weights.spec.moe
+        spec, kind, moe = weights.spec, weights.spec.grouped, weights.spec.moe
         device = torch.device("cpu")
         self._fused = fused
         self._weights = weights
@@ -64,7 +64,7 @@ class FusedModel:
         """Of each layer, rows as `CacheLayout` orders them."""
         self.loads = [array("q", bytes(slots * _WORD)) for _ in spec.layers]
         """[layers][slots]: the rows that each slot has computed are added to it."""
-        rope = Rope(kind.head_dim, kind.rope_theta, limits.max_model_len, device)
+        rope = Rope(kind.rotary, limits.max_model_len, device)
         tokens, hidden, attention = (
             limits.max_num_batched_tokens,
             spec.hidden_size,

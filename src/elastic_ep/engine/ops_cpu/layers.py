@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from elastic_ep.engine.rotary import rotary_table
+from elastic_ep.models.spec import Rotary
+
 ROWS = 8
 """Rows of a tile. Divides the exchange's tile. More would waste work: a rank decodes a handful of sequences."""
 
@@ -28,17 +31,34 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing > 0 else x
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [R, in] @ weight [in, out], R a multiple of `ROWS`."""
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [R, in] @ weight [in, out] + bias [out], R a multiple of `ROWS`."""
+    y = _product(x, weight)
+    return y if bias is None else y + bias
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     rows, width = x.shape[0], weight.shape[1]
     if width < NARROW:
-        return linear(x, widened(weight))[:, :width]
+        return _product(x, widened(weight))[:, :width]
     if rows == ROWS:
         return torch.mm(x, weight)
     y = x.new_empty(rows, width)
     for start in range(0, rows, ROWS):
         torch.mm(x[start : start + ROWS], weight, out=y[start : start + ROWS])
     return y
+
+
+def by_head(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x [R, heads, in] @ weights [heads, in, out], a matrix for each head: [R, heads, out]. R a multiple of `ROWS`."""
+    rows, heads, _ = x.shape
+    width = weights.shape[2]
+    if width < NARROW:
+        return by_head(x, widened(weights))[..., :width]
+    tiles = x.view(-1, ROWS, heads, x.shape[2]).transpose(1, 2)
+    return (
+        torch.stack([torch.bmm(tile, weights) for tile in tiles]).transpose(1, 2).reshape(rows, heads, width)
+    )
 
 
 class RmsNorm:
@@ -54,28 +74,40 @@ class RmsNorm:
         return (x * scale).mul_(weight)
 
 
-def rotary_angles(head_dim: int, theta: float, max_len: int) -> torch.Tensor:
-    """[max_len, head_dim / 2] float32: position times frequency."""
-    # Angles grow to thousands, so a rounding here is a visible angle there: this is the order that the
-    # checkpoint's own training code rounds in.
-    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    return torch.arange(max_len, dtype=torch.float32)[:, None] * frequencies
+class LayerNorm:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
+
+    def __init__(self, eps: float) -> None:
+        self._eps = eps
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, self._eps)
 
 
 class Rope:
-    """Rotary position embeddings, the rotate-half form: pairs are (i, i + D/2)."""
+    """Rotary position embeddings. Interleaved pairs come out as halves, of queries and keys alike."""
 
-    def __init__(self, head_dim: int, theta: float, max_len: int, device: torch.device) -> None:
-        angles = rotary_angles(head_dim, theta, max_len)
-        self._half = head_dim // 2
-        self.cosines = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device)
-        self.sines = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device)
+    def __init__(self, rotary: Rotary, max_len: int, device: torch.device) -> None:
+        cosines, sines = rotary_table(rotary, max_len)
+        self._dim = rotary.dim
+        self._half = rotary.dim // 2
+        self._interleaved = rotary.interleaved
+        self.cosines = torch.cat((cosines, cosines), dim=-1).to(device)
+        self.sines = torch.cat((-sines, sines), dim=-1).to(device)
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines for positions [T]: two [T, 1, D]. Once a step, for all layers."""
+    def at(self, positions: torch.Tensor) -> Rotation:
+        """Cosines and signed sines for positions [T]: two [T, 1, dim]. Once a step, for all layers."""
         cosines, sines = (table.index_select(0, positions) for table in (self.cosines, self.sines))
         return cosines.unsqueeze(1), sines.unsqueeze(1)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x [T, heads, D], cos and sin from `at`."""
+        rest = x[..., self._dim :]
+        if rest.shape[-1]:
+            return torch.cat((self.rotate(x[..., : self._dim], cos, sin), rest), dim=-1)
+        if self._interleaved:
+            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return torch.addcmul(x * cos, torch.roll(x, self._half, -1), sin)
+
+
+Rotation = tuple[torch.Tensor, torch.Tensor]

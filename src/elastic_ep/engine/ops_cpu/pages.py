@@ -16,16 +16,16 @@ STAGING_BYTES = 1 << 20
 class CpuPages:
     """`PageMover` for `caches`, one a layer, with rows as `CacheLayout` orders them.
 
-    A page's bytes are [layers, 2, Hk, page, D].
+    A page's bytes are [layers, planes, page, D].
     Pages that are read are full, and pages that are written nobody computes with: no step writes to either.
     """
 
     def __init__(self, caches: Sequence[torch.Tensor], layout: CacheLayout) -> None:
-        planes = 2 * layout.num_kv_heads
+        planes = layout.planes
         self._caches = [
             cache.numpy().view(np.uint8).reshape(planes, layout.total_pages, -1) for cache in caches
         ]
-        """[2 * Hk, pages, bytes]"""
+        """[planes, pages, bytes]"""
         width = self._caches[0].shape[2]
         self.page_bytes = len(caches) * planes * width
         self.most = max(1, STAGING_BYTES // self.page_bytes)

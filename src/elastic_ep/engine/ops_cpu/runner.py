@@ -46,10 +46,9 @@ class ModelRunner(StepRunner):
         check_rows(exchange, weights.embed.dtype)
         self._device = torch.device(device)
         spec = weights.spec
-        layout = CacheLayout(
-            spec.attention.heads, spec.attention.kv_heads, limits.page_size, limits.cache_pages
-        )
-        self._batches = BatchMaker(layout, self._device)
+        layout = CacheLayout.of(spec.attention, limits.page_size, limits.cache_pages)
+        windows = {layer.attention.window for layer in spec.layers}
+        self._batches = BatchMaker(layout, self._device, windows)
         load = ExpertLoad(placement, rank)
         self._ops = CpuOps(spec, layout, limits.max_model_len, self._device, load.by_slot)
         self._model = Transformer(weights, self._ops)

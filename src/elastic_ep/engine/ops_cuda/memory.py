@@ -93,7 +93,7 @@ def needs_of(
 
 def _parts(spec: ModelSpec, limits: EngineLimits) -> int:
     """Bytes of what the parts of the longest contexts come to, before they are merged (kernels/decode_attention.py)."""
-    kind, sequences = spec.attention, -(-limits.max_num_seqs // TILE_ROWS) * TILE_ROWS
+    kind, sequences = spec.grouped, -(-limits.max_num_seqs // TILE_ROWS) * TILE_ROWS
     splits = -(-limits.sequence_pages * limits.page_size // CUT[torch.bfloat16].split)
     return sequences * kind.heads * splits * (power_of_2(kind.head_dim) + 2) * _WIDE_ITEM
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.engine.ops_cpu.layers import rotary_angles
 from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.dense import dense
@@ -17,6 +16,7 @@ from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.gate import gate
 from elastic_ep.engine.ops_cuda.kernels.norm_rope import add_rms_norm, norm_rope_write
 from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
+from elastic_ep.engine.rotary import rotary_table
 from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.exchange.base import Received
 from elastic_ep.models.spec import ModelSpec, QkNorm
@@ -41,12 +41,13 @@ class CudaOps:
         self._spec = spec
         self._inputs = inputs
         self._rows_per_expert = num_ranks * spec.moe.top_k / spec.moe.experts
-        kind = spec.attention
+        kind = self._kind = spec.grouped
+        self._moes = [spec.moe_of(mixture) for mixture in range(spec.moe_layers)]
         size = (limits.cache_pages, kind.kv_heads, limits.page_size, kind.head_dim)
         self.caches = torch.zeros(len(spec.layers), 2, *size, dtype=dtype, device=device)
         """[layers, 2 (keys, values), pages, Hk, page size, D]"""
-        angles = rotary_angles(kind.head_dim, kind.rope_theta, limits.max_model_len)
-        self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
+        cosines, sines = rotary_table(kind.rotary, limits.max_model_len)
+        self._cos, self._sin = cosines.to(device), sines.to(device)
         self.load = torch.zeros(spec.moe_layers, slots, dtype=torch.int32, device=device)
         self._counts: list[torch.Tensor] = []
         """Of the step's layers so far: the rows [slots] or [slots, parts] that this rank's experts had."""
@@ -69,15 +70,16 @@ class CudaOps:
         return table.index_select(0, self._inputs.tokens[: self._shape.rows])
 
     def add_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
+        self, x: torch.Tensor, residual: torch.Tensor | None, parts: Parts, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return add_rms_norm(x, residual, weight, self._spec.rms_norm_eps)
+        return add_rms_norm(x, residual, parts[name], self._spec.rms_norm_eps)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return dense(x, weight)
+    def linear(self, x: torch.Tensor, parts: Parts, name: str) -> torch.Tensor:
+        return dense(x, parts[name])
 
-    def rope_and_write(self, qkv: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
-        inputs, rows, kind = self._inputs, self._shape.rows, self._spec.layers[index].attention
+    def project(self, h: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
+        inputs, rows, kind = self._inputs, self._shape.rows, self._kind
+        qkv = self.linear(h, layer, "qkv")
         keys, values = self.caches[index]
         norm = layer["qk_norm"] if kind.qk_norm is QkNorm.HEAD else None
         if kind.qk_norm is QkNorm.PROJECTION:
@@ -97,11 +99,12 @@ class CudaOps:
 
     def _norm_projections(self, qkv: torch.Tensor, weight: torch.Tensor, queries: int) -> torch.Tensor:
         q, k, v = qkv.split([queries, len(weight) - queries, qkv.shape[1] - len(weight)], dim=1)
-        q, _ = self.add_norm(q.contiguous(), None, weight[:queries])
-        k, _ = self.add_norm(k.contiguous(), None, weight[queries:])
+        eps = self._spec.rms_norm_eps
+        q, _ = add_rms_norm(q.contiguous(), None, weight[:queries], eps)
+        k, _ = add_rms_norm(k.contiguous(), None, weight[queries:], eps)
         return torch.cat((q, k, v), dim=1)
 
-    def attend(self, queries: torch.Tensor, index: int) -> torch.Tensor:
+    def attend(self, queries: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
         inputs, rows = self._inputs, self._shape.rows
         keys, values = self.caches[index]
         if self._shape.decode:
@@ -110,11 +113,14 @@ class CudaOps:
             out = prefill_attention(queries, keys, values, inputs.tables, inputs.bounds, inputs.lengths)
         return out.view(rows, -1)
 
-    def gate(self, h: torch.Tensor, layer: Parts, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ffn = self._spec.layers[index].ffn
+    def feed_forward(self, h: torch.Tensor, layer: Parts) -> torch.Tensor:
+        raise NotImplementedError
+
+    def gate(self, h: torch.Tensor, layer: Parts, mixture: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ffn = self._moes[mixture]
         return gate(
             dense(h, layer["gate"], out_dtype=torch.float32),
-            self.routing.physical[index],
+            self.routing.physical[mixture],
             ffn.top_k,
             renormalise=ffn.renormalise,
             num_tokens=self._inputs.count,
@@ -123,7 +129,7 @@ class CudaOps:
     def tokens(self, h: torch.Tensor) -> torch.Tensor:
         return h
 
-    def experts(self, received: Received, layer: Parts, index: int) -> torch.Tensor:
+    def experts(self, received: Received, layer: Parts, mixture: int) -> torch.Tensor:
         self._counts.append(received.counts)
         expected = max(1, round(self._shape.rows * self._rows_per_expert))
         packed = received.packed  # the results take the places of the rows
@@ -131,7 +137,10 @@ class CudaOps:
             packed, received.counts, layer["gate_up"], layer["down"], expected_rows=expected, out=packed
         )
 
-    def logits(self, h: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    def add_shared(self, mixed: torch.Tensor, h: torch.Tensor, layer: Parts, mixture: int) -> torch.Tensor:
+        return mixed
+
+    def logits(self, h: torch.Tensor, outside: Parts) -> torch.Tensor:
         """Row i is of the last token of sequence i; rows of no sequence are undefined.
 
         Sums are not rounded to the weights' type before they are compared; nor are the gate's.
@@ -141,4 +150,4 @@ class CudaOps:
         last = h
         if not self._shape.decode:
             last = h.index_select(0, self._inputs.last_rows[: self._shape.sequences])
-        return dense(last, head, out_dtype=torch.float32)
+        return dense(last, outside["lm_head"], out_dtype=torch.float32)

@@ -1,0 +1,86 @@
+"""Which models the engine in C++ and the kernels for GPUs compute: those whose spec says nothing they have not heard of.
+
+Plain torch (engine/ops_cpu) computes all that a spec can say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any
+
+from elastic_ep.models.spec import Attention, Layer, ModelSpec, Moe, Parameter
+
+_PLAIN: dict[type, frozenset[str]] = {
+    ModelSpec: frozenset(
+        {"family", "vocab_size", "hidden_size", "max_position_embeddings", "rms_norm_eps"}
+        | {"eos_token_ids", "dense", "layers"}
+    ),
+    Layer: frozenset({"attention", "ffn", "dense"}),
+    Attention: frozenset({"heads", "kv_heads", "head_dim", "rope_theta", "qk_norm", "clip_qkv"}),
+    Moe: frozenset({"experts", "top_k", "inner", "renormalise", "parts"}),
+}
+_LAYER = frozenset({"input_norm", "qkv", "qk_norm", "out", "post_norm", "gate"})
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Fields by the kind of spec that has them, and names of parameters."""
+
+    fields: Mapping[type, frozenset[str]]
+    outside: frozenset[str] = frozenset({"embed", "final_norm", "lm_head"})
+    layer: frozenset[str] = _LAYER
+    expert: frozenset[str] = frozenset({"gate_up", "down"})
+    several_kinds: bool = False
+    """Layers may differ."""
+
+
+FUSED = Known(_PLAIN)
+"""fused/engine.cpp"""
+CUDA = Known(_PLAIN)
+"""engine/ops_cuda"""
+
+
+def unknown(spec: ModelSpec, known: Known) -> str:
+    """What of the model is not known, "" if nothing.
+
+    HAZARD: it would be left out in silence. So whatever is added to a spec is unknown, unless it has its default, until
+    it is listed above.
+    """
+    for part in (spec, *(one for layer in spec.layers for one in (layer, layer.attention, layer.ffn))):
+        if said := _unknown_field(part, known):
+            return said
+    if said := _unknown_name(spec.dense, known.outside):
+        return said
+    for layer in spec.layers:
+        parts = layer.ffn.parts if isinstance(layer.ffn, Moe) else ()
+        if said := _unknown_name(layer.dense, known.layer) or _unknown_name(parts, known.expert):
+            return said
+    alike = {(layer.attention, _sizes(layer)) for layer in spec.layers}
+    return "" if known.several_kinds or len(alike) == 1 else "layers of several kinds"
+
+
+def _unknown_field(part: object, known: Known) -> str:
+    if type(part) not in known.fields:
+        return type(part).__name__
+    for field in fields(part):  # type: ignore[arg-type]  # all of a spec are dataclasses
+        if field.name not in known.fields[type(part)] and not _is_default(part, field):
+            return f"{type(part).__name__}.{field.name}"
+    return ""
+
+
+def _unknown_name(parts: tuple[Parameter, ...], known: frozenset[str]) -> str:
+    others = [part.name for part in parts if part.name not in known]
+    return f"parameter {others[0]}" if others else ""
+
+
+def _is_default(part: object, field: Field[Any]) -> bool:
+    value = getattr(part, field.name)
+    if field.default_factory is not MISSING:
+        return bool(value == field.default_factory())
+    return field.default is not MISSING and bool(value == field.default)
+
+
+def _sizes(layer: Layer) -> tuple[int, int, int, bool] | None:
+    ffn = layer.ffn
+    return (ffn.experts, ffn.top_k, ffn.inner, ffn.renormalise) if isinstance(ffn, Moe) else None
