@@ -67,20 +67,86 @@ def test_a_lost_rank_is_covered_by_many_others(num_ranks: int) -> None:
 
 
 @st.composite
+def hosts_of_a_group(draw: st.DrawFn) -> tuple[int, ...]:
+    """Of each rank, in any order; as many ranks on each."""
+    hosts, each = draw(st.integers(2, 5)), draw(st.integers(1, 4))
+    return tuple(draw(st.permutations([host for host in range(hosts) for _ in range(each)])))
+
+
+@given(hosts_of_a_group(), st.integers(1, 20), st.integers(0, 60), st.integers(0, 1))
+def test_launch_placement_keeps_copies_on_different_hosts(
+    hosts: tuple[int, ...], experts: int, redundant: int, spare: int
+) -> None:
+    ranks, total = range(len(hosts)), experts + redundant
+    placement = launch_placement(len(hosts), 1, experts, redundant, spare, hosts)
+    plain = launch_placement(len(hosts), 1, experts, redundant, spare)
+    held = hands(placement)
+    assert all(len(hand) == len(set(hand)) for hand in held), "two copies of an expert on one rank"
+    assert placement.copies(0, ranks) == plain.copies(0, ranks)
+    assert placement.slots_per_rank == plain.slots_per_rank
+    everywhere = min(len(set(hosts)), total // experts)
+    assert placement.tolerates_hosts(ranks) == everywhere - 1, "slots allow so many hosts"
+    for lost in set(hosts):
+        assert Coverage.of(placement).by(rank for rank in ranks if hosts[rank] != lost) or everywhere == 1
+
+
+@given(st.integers(1, 16), st.integers(1, 20), st.integers(0, 60), st.integers(0, 1))
+def test_with_one_host_the_launch_is_as_without(ranks: int, experts: int, redundant: int, spare: int) -> None:
+    named = launch_placement(ranks, 2, experts, redundant, spare, (7,) * ranks)
+    assert named.slots == launch_placement(ranks, 2, experts, redundant, spare).slots
+    assert named.tolerates_hosts(range(ranks)) == 0
+
+
+def test_what_a_lost_host_held_is_spread_over_all_others() -> None:
+    hosts = tuple(rank // 4 for rank in range(16))
+    placement = launch_placement(16, 1, 128, 128, hosts=hosts)
+    held = hands(placement)
+    for lost in range(4):
+        gone = {expert for rank in range(16) if hosts[rank] == lost for expert in held[rank]}
+        heirs = [len(gone & set(held[rank])) for rank in range(16) if hosts[rank] != lost]
+        assert max(heirs) - min(heirs) <= 4, "an even share would be 64 / 12"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "experts", "redundant", "tolerates"),
+    [
+        ((0, 0, 0, 1, 1), 4, 4, 1),  # the second host's ranks have more than an even share
+        ((0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2), 9, 18, 2),
+        ((0, 0, 0, 0, 1), 8, 8, 0),  # rank 4 cannot hold a copy of each
+    ],
+)
+def test_hosts_of_unequal_size_have_as_much_as_their_slots_allow(
+    hosts: tuple[int, ...], experts: int, redundant: int, tolerates: int
+) -> None:
+    placement = launch_placement(len(hosts), 1, experts, redundant, hosts=hosts)
+    assert placement.tolerates_hosts(range(len(hosts))) == tolerates
+    assert placement.spread(range(len(hosts)), (experts + redundant) // experts) == tolerates + 1
+
+
+def test_hosts_of_other_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="hosts of 3 ranks"):
+        launch_placement(4, 1, 4, 4, hosts=(0, 0, 1))
+
+
+@st.composite
 def placements(draw: st.DrawFn) -> Placement:
     num_ranks, slots_per_rank = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     experts = draw(st.integers(1, 4))
     size = num_ranks * slots_per_rank
     row = st.lists(st.integers(EMPTY, experts - 1), min_size=size, max_size=size).map(tuple)
     rows = draw(st.lists(row, min_size=1, max_size=2))
-    return Placement(0, num_ranks, slots_per_rank, experts, tuple(rows))
+    hosts = tuple(draw(st.lists(st.integers(0, 2), min_size=num_ranks, max_size=num_ranks)))
+    return Placement(0, num_ranks, slots_per_rank, experts, tuple(rows), draw(st.sampled_from([(), hosts])))
 
 
-def brute_force(placement: Placement, ranks: list[int]) -> int:
-    """The largest number of losses, whichever they are, after which every expert is still held; -1: not even now."""
-    for lost in range(len(ranks) + 1):
-        for gone in combinations(ranks, lost):
-            left = {rank for rank in ranks if rank not in gone}
+def brute_force(placement: Placement, units: list[list[int]]) -> int:
+    """The largest number of losses, whichever they are, after which every expert is still held; -1: not even now.
+
+    `units` of ranks that are lost together.
+    """
+    for lost in range(len(units) + 1):
+        for gone in combinations(units, lost):
+            left = {rank for unit in units if unit not in gone for rank in unit}
             for layer in range(len(placement.slots)):
                 held = {expert for rank in left for expert in placement.on_rank(layer, rank)}
                 if not set(range(placement.num_experts)) <= held:
@@ -91,7 +157,9 @@ def brute_force(placement: Placement, ranks: list[int]) -> int:
 @given(placements(), st.data())
 def test_tolerates_is_what_brute_force_says(placement: Placement, data: st.DataObject) -> None:
     ranks = sorted(data.draw(st.sets(st.integers(0, placement.num_ranks - 1))))
-    assert placement.tolerates(ranks) == brute_force(placement, ranks)
+    assert placement.tolerates(ranks) == brute_force(placement, [[rank] for rank in ranks])
+    hosts = list(placement.by_host(ranks).values())
+    assert placement.tolerates_hosts(ranks) == brute_force(placement, hosts)
     assert Coverage.of(placement).by(ranks) == (placement.tolerates(ranks) >= 0)
 
 

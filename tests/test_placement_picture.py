@@ -19,9 +19,9 @@ from elastic_ep.wire.messages import Member
 RANKS, EXPERTS = 4, 4
 
 
-def write_log(folder: Path, *, lose: bool) -> Path:
+def write_log(folder: Path, *, lose: bool, hosts: tuple[int, ...] = ()) -> Path:
     """Rank 3 of four is lost, what it held is copied onto the survivors, it comes back."""
-    placement = launch_placement(RANKS, 2, EXPERTS, 4, num_spare=1)
+    placement = launch_placement(RANKS, 2, EXPERTS, 4, num_spare=1, hosts=hosts)
     repair = RepairMachine(placement)
     log = EventLog(folder / "run")
     membership = MembershipMachine(RANKS, placement)
@@ -43,6 +43,14 @@ def write_log(folder: Path, *, lose: bool) -> Path:
     log.close()
     assert log.path
     return log.path
+
+
+def test_hosts_are_drawn_where_there_are_several(tmp_path: Path) -> None:
+    found = moments(write_log(tmp_path, lose=True, hosts=(0, 0, 1, 1)))
+    assert [moment.tolerates_hosts(0) for moment in found] == [1, 0, 0, 1], "one rank has no room for all"
+    _, facts, hosts, _, *_ = draw(found, 0).splitlines()
+    assert facts.split("   ")[1].strip() == "tolerates 1, hosts 1"
+    assert hosts.split() == ["host", *["aabb"] * 4]
 
 
 def test_moments_of_a_loss(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Which physical expert holds which logical expert.
 
-Physical expert `p` is slot `p % slots_per_rank` of rank `p // slots_per_rank`.
+Physical expert `p` is slot `p % slots_per_rank` of rank `p // slots_per_rank`. A rank is on a host, whose death is the
+death of all its ranks: so copies of an expert are on different ranks, and on different hosts as far as these allow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 EMPTY = -1
@@ -22,13 +24,17 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`slots[layer][physical]` is the logical expert there, or `EMPTY`. A new `version` for every change."""
+    """`slots[layer][physical]` is the logical expert there, or `EMPTY`. A new `version` for every change.
+
+    `hosts[rank]` is a number of the rank's host; nothing: all ranks are on one host.
+    """
 
     version: int
     num_ranks: int
     slots_per_rank: int
     num_experts: int
     slots: tuple[tuple[int, ...], ...]
+    hosts: tuple[int, ...] = ()
 
     def changed(self, version: int, changes: Iterable[Change]) -> Placement:
         """The placement with `changes` made. Layers without a change are shared with this one."""
@@ -42,6 +48,31 @@ class Placement:
 
     def rank_of(self, physical: int) -> int:
         return physical // self.slots_per_rank
+
+    def host_of(self, rank: int) -> int:
+        return self.hosts[rank] if self.hosts else 0
+
+    def by_host(self, ranks: Iterable[int]) -> dict[int, list[int]]:
+        """`ranks`, in their order, by the hosts that they are on."""
+        found: dict[int, list[int]] = {}
+        for rank in ranks:
+            found.setdefault(self.host_of(rank), []).append(rank)
+        return found
+
+    def host_copies(self, layer: int, ranks: Collection[int]) -> list[int]:
+        """How many hosts of `ranks` hold each logical expert there, shape [num_experts]."""
+        counts = [0] * self.num_experts
+        for there in self.by_host(ranks).values():
+            for expert in {e for rank in there for e in self.on_rank(layer, rank)} - {EMPTY}:
+                counts[expert] += 1
+        return counts
+
+    def spread(self, ranks: Collection[int], copies: int) -> int:
+        """On how many hosts each expert can be, if it has `copies` copies on `ranks`: at most, and at least 1."""
+        if not self.hosts:
+            return 1
+        rooms = [len(there) * self.slots_per_rank for there in self.by_host(ranks).values()]
+        return most_hosts(rooms, self.num_experts, copies)
 
     def copies(self, layer: int, ranks: Collection[int]) -> list[int]:
         """How many of `ranks` hold each logical expert, shape [num_experts]."""
@@ -59,6 +90,10 @@ class Placement:
     def tolerates(self, ranks: Collection[int]) -> int:
         """How many more of `ranks` can be lost, in the worst case, with every expert still alive; -1: held now."""
         return min(min(self.copies(layer, ranks)) for layer in range(len(self.slots))) - 1
+
+    def tolerates_hosts(self, ranks: Collection[int]) -> int:
+        """How many more of the hosts that `ranks` are on can be lost, likewise."""
+        return min(min(self.host_copies(layer, ranks)) for layer in range(len(self.slots))) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +138,22 @@ def _held(placement: Placement, rank: int) -> int:
     return held
 
 
+def most_hosts(rooms: Iterable[int], num_experts: int, copies: int) -> int:
+    """On how many hosts every expert can be, with `rooms` slots on each host and `copies` copies of each; at least 1.
+
+    A host has use for one copy of each expert. Whatever the rooms are, that is enough (Gale and Ryser's theorem).
+    """
+    useful = [min(room, num_experts) for room in rooms]
+    return max(1, min(copies, len(useful), sum(useful) // num_experts))
+
+
 def launch_placement(
-    num_ranks: int, num_layers: int, num_experts: int, num_redundant: int, num_spare: int = 0
+    num_ranks: int,
+    num_layers: int,
+    num_experts: int,
+    num_redundant: int,
+    num_spare: int = 0,
+    hosts: Sequence[int] = (),
 ) -> Placement:
     """The placement a group starts with, the same in every layer.
 
@@ -112,23 +161,107 @@ def launch_placement(
     rank is left out. An expert's copies go to the emptiest ranks, which keeps all ranks within one copy of each
     other, so that the slots always suffice. Among equally empty ranks those win that share the fewest experts, so
     that what a lost rank held is spread over many survivors. `num_spare` slots of every rank stay empty.
+
+    `hosts[rank]`: no two copies of an expert are on one host while there are hosts, and slots on them, enough. Ranks may
+    then differ by more than one copy, if hosts have unequally many ranks.
     """
     total = num_experts + num_redundant
     slots_per_rank = -(-total // num_ranks) + num_spare
+    copies = [
+        min(num_ranks, total // num_experts + (expert < total % num_experts)) for expert in range(num_experts)
+    ]
+    if hosts and len(hosts) != num_ranks:
+        raise ValueError(f"hosts of {len(hosts)} ranks, but there are {num_ranks}")
+    hands = _hands_on_hosts(copies, slots_per_rank - num_spare, hosts) if len(set(hosts)) > 1 else None
+    if hands is None:
+        hands = _hands(copies, num_ranks)
+    row = tuple(expert for hand in hands for expert in hand + [EMPTY] * (slots_per_rank - len(hand)))
+    return Placement(0, num_ranks, slots_per_rank, num_experts, (row,) * num_layers, tuple(hosts))
+
+
+def _hands(copies: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """What each rank is given, hosts not minded."""
     hands: list[list[int]] = [[] for _ in range(num_ranks)]
     shared = [[0] * num_ranks for _ in range(num_ranks)]
-    for expert in range(num_experts):
-        copies = total // num_experts + (expert < total % num_experts)
+    for expert, count in enumerate(copies):
         holders: list[int] = []
-        for _ in range(min(copies, num_ranks)):
+        for _ in range(count):
             others = [rank for rank in range(num_ranks) if rank not in holders]
             holders.append(min(others, key=lambda rank: (len(hands[rank]), _overlap(shared[rank], holders))))
         for rank in holders:
             hands[rank].append(expert)
             for other in holders:
                 shared[rank][other] += 1
-    row = tuple(expert for hand in hands for expert in hand + [EMPTY] * (slots_per_rank - len(hand)))
-    return Placement(0, num_ranks, slots_per_rank, num_experts, (row,) * num_layers)
+    return hands
+
+
+def _hands_on_hosts(copies: Sequence[int], slots: int, hosts: Sequence[int]) -> list[list[int]] | None:
+    """What each rank is given if copies keep to different hosts; None if this way of giving leaves one over.
+
+    Each copy goes to the host with most room left, which leaves room on as many hosts as can be for the next expert.
+    First each rank has room for its even share; if that keeps experts from hosts that slots would allow, for all its
+    slots. And what some experts have beyond the copies that all have on different hosts is given with these, or last.
+    """
+    wanted = most_hosts([slots * hosts.count(host) for host in set(hosts)], len(copies), min(copies))
+    most = len(hosts)
+    for rooms, stages in product(
+        (_even_shares(sum(copies), hosts), [slots] * len(hosts)), ((most,), (wanted, most))
+    ):
+        left = list(rooms)
+        hands: list[list[int]] = [[] for _ in hosts]
+        shared = [[0] * len(hosts) for _ in hosts]
+        holders: list[list[int]] = [[] for _ in copies]
+        for stage in stages:
+            for expert, count in enumerate(copies):
+                while len(holders[expert]) < min(count, stage):
+                    rank = _next_holder(holders[expert], left, hosts, shared)
+                    if rank is None:
+                        break
+                    left[rank] -= 1
+                    hands[rank].append(expert)
+                    for other in holders[expert]:
+                        shared[rank][other] += 1
+                        shared[other][rank] += 1
+                    holders[expert].append(rank)
+        if all(
+            len(given) == count and len({hosts[rank] for rank in given}) >= wanted
+            for given, count in zip(holders, copies, strict=True)
+        ):
+            return hands
+    return None
+
+
+def _next_holder(
+    holders: list[int], left: Sequence[int], hosts: Sequence[int], shared: Sequence[list[int]]
+) -> int | None:
+    """A rank with room `left` for one more copy: on a host without one, if there is one."""
+    rooms: dict[int, int] = {}
+    for host, room in zip(hosts, left, strict=True):
+        rooms[host] = rooms.get(host, 0) + room
+    taken = {hosts[holder] for holder in holders}
+    return min(
+        (rank for rank, room in enumerate(left) if room and rank not in holders),
+        key=lambda rank: (
+            hosts[rank] in taken,
+            -rooms[hosts[rank]],
+            -left[rank],
+            _overlap(shared[rank], holders),
+        ),
+        default=None,
+    )
+
+
+def _even_shares(total: int, hosts: Sequence[int]) -> list[int]:
+    """Of each rank, within one of each other; who has one more is spread over hosts."""
+    turns: dict[int, int] = {}
+    order = []
+    for rank, host in enumerate(hosts):
+        turns[host] = turns.get(host, 0) + 1
+        order.append((turns[host] / hosts.count(host), rank))
+    shares = [total // len(hosts)] * len(hosts)
+    for _, rank in sorted(order)[: total % len(hosts)]:
+        shares[rank] += 1
+    return shares
 
 
 def _overlap(shared: list[int], holders: list[int]) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 
 from elastic_ep.event_log.reader import Differs, Log, Unreadable
 from elastic_ep.machines.experts.events import MembersChanged, Replace
@@ -19,6 +20,8 @@ from elastic_ep.wire.codec import from_plain
 from elastic_ep.wire.messages import Member, PlacementChanged
 
 _LEGEND = "# rank (column) holds expert (row)   + copy made since the loss   x copy on a lost rank"
+
+_HOSTS = ascii_lowercase
 
 
 class NothingLost(Exception):
@@ -36,6 +39,9 @@ class Moment:
 
     def tolerates(self, layer: int) -> int:
         return max(0, min(self.placement.copies(layer, self.ranks)) - 1)
+
+    def tolerates_hosts(self, layer: int) -> int:
+        return max(0, min(self.placement.host_copies(layer, self.ranks)) - 1)
 
 
 @dataclass
@@ -115,7 +121,7 @@ def draw(found: list[Moment], layer: int) -> str:
     if not 0 <= layer < len(first.slots):
         raise ValueError(f"--layer {layer}: there are {len(first.slots)}, from 0")
     columns = [_column(moment, first, layer) for moment in found]
-    margin = ["", "", "", *map(str, range(first.num_experts))]
+    margin = ["", "", *(["host"] if first.hosts else []), "", *map(str, range(first.num_experts))]
     widths = [max(map(len, column)) for column in columns]
     rows = [
         f"{number:>4}  " + "   ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
@@ -129,9 +135,12 @@ def _column(moment: Moment, before: Placement, layer: int) -> list[str]:
     placement = moment.placement
     ranks = range(placement.num_ranks)
     when = "" if moment.title == "before" else f"{moment.at_ns / 1e6:+.0f} ms, "
+    hosts = f", hosts {moment.tolerates_hosts(layer)}" if placement.hosts else ""
+    named = ["".join(_HOSTS[placement.host_of(rank) % len(_HOSTS)] for rank in ranks)]
     return [
         moment.title,
-        f"{when}tolerates {moment.tolerates(layer)}",
+        f"{when}tolerates {moment.tolerates(layer)}{hosts}",
+        *(named if placement.hosts else []),
         "".join(str(rank % 10) for rank in ranks),
         *(
             "".join(_mark(expert, rank, moment, before, layer) for rank in ranks)

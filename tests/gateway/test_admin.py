@@ -75,6 +75,7 @@ async def test_status_is_as_the_issue_says(start: Start) -> None:
                 }
             ],
             "idle": False,
+            "tolerates_hosts": 0,
         }
 
 
@@ -175,10 +176,11 @@ def test_what_is_set_is_shown() -> None:
     metrics = Metrics()
     metrics.kv_cache({0: 0.5, 1: 0.25, 2: 0.9}, members=[0, 1])
     for expected in (2, 0):
-        metrics.group(GroupState.DEGRADED, idle=True, tolerates=expected)
+        metrics.group(GroupState.DEGRADED, idle=True, tolerates=expected, tolerates_hosts=expected - 1)
         lines = metrics.render().decode().splitlines()
         for line in (
             f"elastic_ep:tolerates {expected}.0",
+            f"elastic_ep:tolerates_hosts {expected - 1}.0",
             "elastic_ep:group_idle 1.0",
             'elastic_ep:group_state{state="Degraded"} 1.0',
             'elastic_ep:group_state{state="Serving"} 0.0',

@@ -28,7 +28,31 @@ def choose_plainly(placement: Placement, active: set[int], rank: int) -> list[li
         chosen = []
         for logical, living in enumerate(copies):
             own = [physical for physical in living if physical // width == rank]
-            at = (rank + logical) % len(living) if living else 0
-            chosen.append(own[0] if own else living[at] if living else NO_COPY)
+            pool = living
+            if placement.hosts and rank in active and len(set(placement.hosts)) > 1:
+                pool = _near_or_wanting(placement, living, active, rank, logical)
+            at = (rank + logical) % len(pool) if pool else 0
+            chosen.append(own[0] if own else pool[at] if pool else NO_COPY)
         rows.append(chosen)
     return rows
+
+
+def _near_or_wanting(
+    placement: Placement, living: list[int], active: set[int], rank: int, logical: int
+) -> list[int]:
+    """The copies that `rank` picks from: those of its host, if its turn there is within what they have to serve; else
+    those of hosts with fewer ranks than their copies have to serve, if there are any; else all."""
+    if not living:
+        return []
+    host, each = placement.host_of(rank), len(active) / len(living)
+    by_host: dict[int, list[int]] = {}
+    for physical in living:
+        by_host.setdefault(placement.host_of(placement.rank_of(physical)), []).append(physical)
+    users = placement.by_host(sorted(active))
+    turn = (users[host].index(rank) + logical) % len(users[host])
+    if host in by_host and turn + 0.5 <= len(by_host[host]) * each:
+        return by_host[host]
+    wanting = [
+        p for there, some in sorted(by_host.items()) if len(users[there]) < len(some) * each for p in some
+    ]
+    return sorted(wanting) or living

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_ep.machines.experts.moves import Layer
-from elastic_ep.placement import EMPTY, Placement, launch_placement
+from elastic_ep.placement import EMPTY, Change, Placement, launch_placement
 
 
 @st.composite
@@ -76,3 +76,10 @@ def test_experts_without_a_place_are_not_looked_for_one_by_one(monkeypatch: pyte
     lost = sum(count == 0 for count in placement.copies(0, range(3, 8)))
     assert 0 < len(placed) < lost
     assert looks.total() <= len(layer.slots) + 8 * lost
+
+
+def test_what_makes_way_does_not_leave_its_last_copy_on_a_host() -> None:
+    """Expert 0 should be on the second host, too, which is full; 1 could go, but would then be on the first alone."""
+    placement = Placement(0, 3, 2, 3, ((0, 1, 2, EMPTY, 1, 2),), (0, 0, 1))
+    layer = Layer(placement, 0, range(3), wanted=2, coming={}, given_up=(), closed=(), spread=2)
+    assert list(layer.restore()) == [Change(0, 3, 0)], "a second copy on the first host is all there can be"

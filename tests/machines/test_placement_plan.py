@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elastic_ep.machines.experts.balance import Board, Edit
 from elastic_ep.machines.experts.planner import PlanInput, plan
-from elastic_ep.placement import EMPTY, Placement, launch_placement
+from elastic_ep.placement import EMPTY, Placement, launch_placement, most_hosts
 from tests.kit.plain_routing import rank_loads
 
 FIRST_EXAMPLE = (90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86)
@@ -22,7 +22,7 @@ SECOND_EXAMPLE = (20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27)
 def planned(given: PlanInput) -> Placement:
     found = plan(given)
     placement = given.placement
-    return Placement(1, placement.num_ranks, placement.slots_per_rank, placement.num_experts, found.slots)
+    return replace(placement, version=1, slots=found.slots)
 
 
 @st.composite
@@ -32,7 +32,9 @@ def inputs(draw: st.DrawFn) -> PlanInput:
     redundant = draw(st.integers(0, 2 * experts))
     spare = draw(st.integers(0, 1))
     layers = draw(st.integers(1, 2))
-    placement = launch_placement(ranks, layers, experts, redundant, spare)
+    hosts = draw(st.lists(st.integers(0, 2), min_size=ranks, max_size=ranks))
+    hosts = draw(st.sampled_from([[], hosts]))
+    placement = launch_placement(ranks, layers, experts, redundant, spare, hosts)
     living = draw(st.sets(st.integers(0, ranks - 1), min_size=1))
     loads = draw(
         st.lists(
@@ -50,7 +52,9 @@ def held(placement: Placement, layer: int, rank: int) -> list[int]:
 
 @settings(deadline=None)
 @given(inputs())
-def test_every_expert_has_as_many_copies_as_slots_allow_and_no_two_on_a_rank(given: PlanInput) -> None:
+def test_every_expert_has_as_many_copies_and_hosts_as_slots_allow_and_no_two_on_a_rank(
+    given: PlanInput,
+) -> None:
     after = planned(given)
     room = len(given.ranks) * (after.slots_per_rank - given.spare)
     floor = min(len(given.ranks), room // after.num_experts)
@@ -60,6 +64,11 @@ def test_every_expert_has_as_many_copies_as_slots_allow_and_no_two_on_a_rank(giv
             assert len(experts) == len(set(experts))
             assert len(experts) <= after.slots_per_rank - given.spare
         assert min(after.copies(layer, given.ranks)) >= floor
+        rooms = [
+            len(there) * (after.slots_per_rank - given.spare) for there in after.by_host(given.ranks).values()
+        ]
+        if floor:
+            assert min(after.host_copies(layer, given.ranks)) >= most_hosts(rooms, after.num_experts, floor)
 
 
 @settings(deadline=None)
@@ -152,6 +161,29 @@ def test_input_that_makes_no_sense_is_refused(wrong: dict[str, object], match: s
     right = {"placement": launch_placement(8, 1, 16, 16), "ranks": tuple(range(8)), "loads": [[1.0] * 16]}
     with pytest.raises(ValueError, match=match):
         PlanInput(**{**right, **wrong})  # type: ignore[arg-type]  # that is the point
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**9), st.integers(2, 4), st.integers(1, 3))
+def test_balance_costs_no_expert_a_host(seed: int, hosts: int, each: int) -> None:
+    """A few experts have nearly all the load, and copies to spare lie anywhere."""
+    random, experts = Random(seed), 8
+    ranks = hosts * each
+    board = Board(
+        [random.choice([1.0, 5.0, 200.0]) for _ in range(experts)],
+        [2 * experts // each] * ranks,
+        [rank // each for rank in range(ranks)],
+    )
+    for expert in range(experts):
+        for rank in random.sample(range(ranks), random.randint(1, ranks)):
+            if board.has_room(rank):
+                board.place(expert, rank)
+    board.count_loads()
+    board.restore()
+    short = board.short
+    for _ in range(6):
+        board.balance(1.0, 3, 1)
+        assert board.short <= short
 
 
 @settings(deadline=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import settings
@@ -38,9 +38,17 @@ class Rank:
 class Group:
     """Ranks around a repair machine; everything they do is asked for one by one."""
 
-    def __init__(self, ranks: int, experts: int, redundant: int, layers: int = 1, spare: int = 0) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        experts: int,
+        redundant: int,
+        layers: int = 1,
+        spare: int = 0,
+        hosts: tuple[int, ...] = (),
+    ) -> None:
         self.machine = RepairMachine(
-            launch_placement(ranks, layers, experts, redundant, spare),
+            launch_placement(ranks, layers, experts, redundant, spare, hosts),
             RepairConfig(ranks_per_planned_copy=1),
         )
         self.ranks: dict[int, Rank] = {}
@@ -181,6 +189,20 @@ class Group:
     @property
     def tolerates(self) -> int:
         return self.machine.placement.tolerates(set(self.ranks))
+
+    @property
+    def is_spread(self) -> bool:
+        """Every expert is on as many hosts as the slots of those who live allow."""
+        placement, ranks = self.machine.placement, set(self.ranks)
+        if len(ranks) * placement.slots_per_rank < placement.num_experts:
+            return True
+        return all(
+            min(placement.host_copies(layer, ranks)) >= self.machine.spread(layer)
+            for layer in range(len(placement.slots))
+        )
+
+    def kill_host(self, host: int) -> None:
+        self.kill(*[rank for rank in self.ranks if self.machine.placement.host_of(rank) == host])
 
     @property
     def possible(self) -> int:
@@ -475,18 +497,60 @@ def test_a_plan_for_other_members_is_refused() -> None:
     assert group.ended == [ev.PlanEnded(0, 0)]
 
 
+HOSTS = (0, 0, 1, 1, 2, 2)
+
+
+def test_what_a_lost_host_held_is_made_again_on_two_hosts() -> None:
+    group = Group(ranks=6, experts=6, redundant=12, hosts=HOSTS)
+    assert group.machine.placement.tolerates_hosts(set(group.ranks)) == 2
+    group.kill_host(1)
+    group.settle()
+    assert group.machine.placement.tolerates_hosts(set(group.ranks)) == 1
+    assert group.tolerates == group.possible == 1
+
+
+def test_copies_that_share_a_host_part_when_another_host_is_back() -> None:
+    """Two of three hosts are lost, so what is made again lies on one; every slot is needed when they are back."""
+    group = Group(ranks=6, experts=9, redundant=9, hosts=HOSTS)
+    group.kill_host(0)
+    group.kill(2)
+    group.settle()
+    for rank in (0, 1, 2):
+        group.launch(rank)
+        group.change_members()
+    group.settle()
+    assert group.is_spread
+    assert group.machine.placement.tolerates_hosts(set(group.ranks)) == 1
+    group.check_memory()
+
+
+def test_an_expert_on_one_host_goes_to_another_though_every_slot_is_needed() -> None:
+    """Both experts 0 and 1 have two copies on their own host alone, and there is not one slot to spare."""
+    group = Group(ranks=4, experts=2, redundant=2, hosts=(0, 0, 1, 1))
+    placement = replace(group.machine.placement, slots=((0, 0, 1, 1),))
+    group.machine.placement = placement
+    for rank, held in enumerate(placement.slots[0]):
+        group.ranks[rank].placement, group.ranks[rank].slots = placement, [[held]]
+    assert placement.tolerates_hosts(range(4)) == 0
+    group.feed(ev.MembersChanged(tuple(sorted(rank.member for rank in group.ranks.values()))))
+    group.settle()
+    assert group.machine.placement.tolerates_hosts(range(4)) == 1
+    assert group.tolerates == 1
+
+
 class Repairs(RuleBasedStateMachine):
-    """Any order of deaths, returns, boundaries, copies, errors and wrong bytes."""
+    """Any order of deaths, returns, boundaries, copies, errors and wrong bytes, on one host or several."""
 
     @initialize(
         ranks=st.integers(2, 5),
         experts=st.integers(2, 6),
         redundant=st.integers(0, 12),
         spare=st.integers(0, 1),
+        hosts=st.sampled_from([(), (0, 0, 1, 1, 2), (0, 1, 2, 0, 1), (0, 1, 1, 1, 0)]),
     )
-    def begin(self, ranks: int, experts: int, redundant: int, spare: int) -> None:
+    def begin(self, ranks: int, experts: int, redundant: int, spare: int, hosts: tuple[int, ...]) -> None:
         self.total = ranks
-        self.group = Group(ranks, experts, redundant, layers=2, spare=spare)
+        self.group = Group(ranks, experts, redundant, layers=2, spare=spare, hosts=hosts[:ranks])
         for number in range(ranks):
             self.group.sum(number)
 
@@ -498,6 +562,12 @@ class Repairs(RuleBasedStateMachine):
         number = self.some(data, sorted(self.group.ranks))
         if number is not None and len(self.group.ranks) > 1:
             self.group.kill(number)
+
+    @rule(host=st.integers(0, 2))
+    def lose_host(self, host: int) -> None:
+        placement = self.group.machine.placement
+        if len(there := placement.by_host(self.group.ranks)) > 1 and host in there:
+            self.group.kill_host(host)
 
     @precondition(lambda self: len(self.group.ranks) < self.total)
     @rule(data=st.data())
@@ -536,9 +606,13 @@ class Repairs(RuleBasedStateMachine):
         """Any placement at all may be asked for, sensible or not."""
         placement = self.group.machine.placement
         experts = st.sets(st.integers(0, placement.num_experts - 1), max_size=placement.slots_per_rank)
-        held = self.group.tolerates
+        held, on_hosts = self.group.tolerates, placement.tolerates_hosts(self.group.ranks)
         self.group.plan(*[{n: data.draw(experts) for n in self.group.ranks} for _ in placement.slots])
-        assert self.group.tolerates >= min(held, self.group.possible), "a plan costs tolerance"
+        after = self.group.machine.placement
+        parting = len(set(placement.hosts)) > 1  # one copy may be given up, so that two do not share a host
+        assert self.group.tolerates >= min(held, self.group.possible) - parting, "a plan costs tolerance"
+        needed = min(self.group.machine.spread(layer) for layer in range(len(placement.slots))) - 1
+        assert after.tolerates_hosts(self.group.ranks) >= min(on_hosts, needed), "a plan costs a host"
 
     @rule(ms=st.integers(1, 15_000))
     def time_passes(self, ms: int) -> None:
@@ -553,6 +627,7 @@ class Repairs(RuleBasedStateMachine):
         if hasattr(self, "group"):
             self.group.settle()
             assert self.group.tolerates >= self.group.possible, "tolerance did not come back"
+            assert self.group.is_spread, "copies stay on one host that could be on more"
 
 
 TestRepairs = Repairs.TestCase

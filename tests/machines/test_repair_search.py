@@ -2,7 +2,8 @@
 
 Proved within the bounds of each case: no slot is written to that a member may address or that is being read from;
 what a published placement says is what lies in memory, but for the slot that was spoilt; tolerance is lost by deaths
-and found corruption only; and every path ends with the tolerance that the slots of the living allow.
+and found corruption only, of one copy at most where two part that share a host, and no expert comes to be on fewer hosts
+than it should; and every path ends with the tolerance that the slots of the living allow, in ranks and in hosts.
 """
 
 from __future__ import annotations
@@ -41,9 +42,15 @@ class Case:
     spare: int = 0
     turn: int = 0
     """There is a plan at the start: each rank is to hold what the rank so many further on holds."""
+    hosts: tuple[int, ...] = ()
+    swapped: bool = False
+    """At the start ranks 1 and 2 have changed hosts, as if copies had been made where only that was possible."""
 
     def start(self) -> Group:
-        group = Group(self.ranks, self.experts, self.redundant, spare=self.spare)
+        group = Group(self.ranks, self.experts, self.redundant, spare=self.spare, hosts=self.hosts)
+        if self.swapped:
+            first, second, third, fourth = self.hosts
+            group.machine.placement = replace(group.machine.placement, hosts=(first, third, second, fourth))
         group.machine.config = RepairConfig(copies_in_flight=1, ranks_per_planned_copy=2)
         for number in range(self.ranks):
             group.sum(number)
@@ -66,6 +73,10 @@ CASES = (
     Case("a plan, a death, a return", 3, 2, 2, Bounds(deaths=1, returns=1), spare=1, turn=1),
     Case("a plan that empties sources", 4, 2, 2, Bounds(), spare=1, turn=2),
     Case("a plan without room", 3, 3, 3, Bounds(deaths=1), turn=1),
+    Case("hosts, a death and a return", 4, 3, 3, Bounds(deaths=1, returns=1), hosts=(0, 0, 1, 1)),
+    Case("three hosts and two deaths", 4, 2, 4, Bounds(deaths=2), hosts=(0, 0, 1, 2)),
+    Case("copies part without room", 4, 2, 2, Bounds(deaths=1, returns=1), hosts=(0, 0, 1, 1), swapped=True),
+    Case("a plan that minds hosts", 4, 2, 2, Bounds(), spare=1, turn=1, hosts=(0, 0, 1, 1)),
 )
 
 
@@ -156,11 +167,17 @@ def perform(group: Group, move: str) -> None:
             group.tick(number)
 
 
-def check(group: Group, move: str, tolerated: int) -> None:
-    """`tolerated` before the move."""
+def hosts_tolerated(group: Group) -> int:
+    return group.machine.placement.tolerates_hosts(set(group.ranks))
+
+
+def check(group: Group, move: str, tolerated: int, hosts: int) -> None:
+    """`tolerated` ranks and `hosts` before the move."""
     group.check_memory()
     if move.split()[0] not in ("kill", "recheck"):
-        assert group.tolerates >= min(tolerated, group.possible), "tolerance is lost on the way"
+        parting = bool(group.machine.placement.hosts)
+        assert group.tolerates >= min(tolerated, group.possible) - parting, "tolerance is lost on the way"
+        assert hosts_tolerated(group) >= min(hosts, group.machine.spread(0) - 1), "a host is lost on the way"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -177,13 +194,14 @@ def test_every_interleaving(case: Case) -> None:
             if not possible:
                 ends += 1
                 assert group.tolerates >= group.possible, f"tolerance does not come back after {path}"
+                assert group.is_spread, f"copies share a host after {path}"
                 assert group.machine.pursuit is None, f"a plan never ends after {path}"
             for move, left in possible:
                 group = pickle.loads(state)
                 try:
-                    tolerated = group.tolerates
+                    tolerated, hosts = group.tolerates, hosts_tolerated(group)
                     perform(group, move)
-                    check(group, move, tolerated)
+                    check(group, move, tolerated, hosts)
                 except AssertionError as error:
                     raise AssertionError(f"{error}, after {(*path, move)}") from error
                 if (found := (key(group), left)) not in seen:

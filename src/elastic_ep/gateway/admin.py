@@ -121,6 +121,7 @@ class AdminHandlers:
             layers.append(json.dumps(asdict(layer)))
             await asyncio.sleep(0)
         head = f'"version": {found.version}, "tolerates": {found.tolerates}'
+        head += f', "tolerates_hosts": {found.tolerates_hosts}'
         return _json(f'{{{head}, "layers": [{", ".join(layers)}]}}'.encode("ascii"))
 
     async def verify(self, request: web.Request) -> web.StreamResponse:

@@ -104,6 +104,7 @@ class GroupBackend:
             tolerates=machine.tolerates,
             engines=tuple(self._engine_status(rank) for rank in sorted(machine.records)),
             idle=machine.idle,
+            tolerates_hosts=machine.tolerates_hosts,
         )
 
     def _engine_status(self, rank: int) -> EngineStatus:
@@ -135,7 +136,12 @@ class GroupBackend:
         machine = controller.machine
         metrics.requests(self._router.running, self._router.waiting)
         metrics.messages_dropped(controller.dropped)
-        metrics.group(machine.public_state, idle=machine.idle, tolerates=machine.tolerates)
+        metrics.group(
+            machine.public_state,
+            idle=machine.idle,
+            tolerates=machine.tolerates,
+            tolerates_hosts=machine.tolerates_hosts,
+        )
         pages = {rank: self._pages(record.member) for rank, record in machine.records.items()}
         for rank, record in machine.records.items():
             metrics.pages(record.member, pages[rank])

@@ -14,11 +14,13 @@ from elastic_ep.wire.messages import Member
 
 async def experts_status(placement: Placement, ranks: Collection[int], audit: Audit) -> ExpertsStatus:
     """`ranks` take part now. Others have their turn of the event loop between each two layers."""
-    layers = []
+    layers, hosts = [], []
     for layer in range(len(placement.slots)):
         layers.append(_layer(placement, layer, ranks, audit))
+        hosts.append(min(placement.host_copies(layer, ranks)))
         await anyio.lowlevel.checkpoint()
-    return ExpertsStatus(placement.version, min(layer.tolerates for layer in layers), tuple(layers))
+    tolerates = min(layer.tolerates for layer in layers)
+    return ExpertsStatus(placement.version, tolerates, tuple(layers), max(0, min(hosts) - 1))
 
 
 async def layer_status(placement: Placement, layer: int, ranks: Collection[int]) -> Layer | None:

@@ -175,6 +175,9 @@ class Metrics:
         self._group_state = self._gauge("group_state", "1 for the state that the group is in.", "state")
         self._group_idle = self._gauge("group_idle", "1 while there is nothing to do.")
         self._tolerates = self._gauge("tolerates", "More ranks that can be lost with every expert alive.")
+        self._tolerates_hosts = self._gauge(
+            "tolerates_hosts", "More hosts that can be lost with every expert alive; 0 if there is one host."
+        )
         self._kv_usage = self._gauge(
             "kv_cache_usage_perc", "Share of the serving ranks' KV cache in use; 1 is all."
         )
@@ -286,12 +289,13 @@ class Metrics:
         for other in RankState:
             self._rank_state.labels(str(rank), other.value).set(1.0 if other is state else 0.0)
 
-    def group(self, state: GroupState, *, idle: bool, tolerates: int) -> None:
+    def group(self, state: GroupState, *, idle: bool, tolerates: int, tolerates_hosts: int = 0) -> None:
         for other in GroupState:
             if other is not GroupState.PAUSED:  # to operators that is idle
                 self._group_state.labels(other.value).set(1.0 if other is state else 0.0)
         self._group_idle.set(idle)
         self._tolerates.set(tolerates)
+        self._tolerates_hosts.set(tolerates_hosts)
 
     def kv_cache(self, usage: Mapping[int, float], members: Sequence[int]) -> None:
         """`usage` of each rank, 0 to 1; `members` are those that serve."""

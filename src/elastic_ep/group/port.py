@@ -202,7 +202,8 @@ class FaultToleranceStatus:
     """The body of `GET /v1/fault_tolerance/status`.
 
     `state` is the group's lifecycle word, `tolerates` how many more ranks can be lost, in the worst case,
-    with every expert still alive. `idle`: there is nothing to do, so no steps are run; the next request starts them.
+    with every expert still alive, `tolerates_hosts` how many more hosts (0 if there is one). `idle`: there is nothing
+    to do, so no steps are run; the next request starts them.
     """
 
     state: str
@@ -211,6 +212,7 @@ class FaultToleranceStatus:
     tolerates: int
     engines: tuple[EngineStatus, ...]
     idle: bool = False
+    tolerates_hosts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +240,7 @@ class ExpertsStatus:
     version: int
     tolerates: int
     layers: tuple[LayerStatus, ...]
+    tolerates_hosts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

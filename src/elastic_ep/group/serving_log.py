@@ -30,7 +30,10 @@ class ServingLog:
         view = self._machine.view
         if answers and not self._answers:
             facts = {"ranks": len(view.seats), "of": self._machine.num_ranks}
-            log.info("the group serves", **facts, tolerates=self._machine.tolerates, after_s=self._elapsed())
+            facts["tolerates"] = self._machine.tolerates
+            if self._machine.placement.hosts:
+                facts["tolerates_hosts"] = self._machine.tolerates_hosts
+            log.info("the group serves", **facts, after_s=self._elapsed())
         elif state is GroupState.HOLDING:
             lost = without_copy(self._machine.placement, [seat.rank for seat in view.seats])
             log.warning("the group holds: experts have no copy", experts=lost, requests="wait")

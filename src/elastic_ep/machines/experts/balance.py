@@ -1,4 +1,4 @@
-"""Which rank holds which experts of one layer, and the changes that make it tolerant, then even.
+"""Which rank holds which experts of one layer, and the changes that make it tolerant, of lost hosts too, then even.
 
 A plan for a large model takes tens of thousands of changes: orders that a change leaves almost as they were are kept, and
 what many changes have in common is looked at once.
@@ -10,6 +10,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
+
+from elastic_ep.placement import most_hosts
 
 NEGLIGIBLE = 1e-3
 """A change that takes less than this share of the mean off the busiest rank is not worth its bytes."""
@@ -46,14 +48,20 @@ class Edit(NamedTuple):
 
 
 class Board:
-    """`room[rank]` slots. `least` copies of every expert are what slots allow."""
+    """`room[rank]` slots, on host `hosts[rank]` (nothing: all on one). `least` copies of every expert, on `spread` hosts,
+    are what slots allow."""
 
-    def __init__(self, loads: Sequence[float], room: Sequence[int]) -> None:
+    def __init__(self, loads: Sequence[float], room: Sequence[int], hosts: Sequence[int] = ()) -> None:
         self.loads = loads
         self.total = sum(loads)
         self.room = list(room)
         ranks = len(room)
         self.least = max(1, min(ranks, sum(room) // len(loads)))
+        self.hosts = list(hosts) or [0] * ranks
+        rooms = [
+            sum(n for n, on in zip(room, self.hosts, strict=True) if on == host) for host in set(self.hosts)
+        ]
+        self.spread = most_hosts(rooms, len(loads), self.least)
         self.holds: list[set[int]] = [set() for _ in range(ranks)]
         self.where: list[set[int]] = [set() for _ in loads]
         self.share = list(loads)
@@ -70,7 +78,7 @@ class Board:
         return imbalance_of(self.busy)
 
     def copy(self) -> Board:
-        other = Board(self.loads, self.room)
+        other = Board(self.loads, self.room, self.hosts)
         other.holds = [set(experts) for experts in self.holds]
         other.where = [set(ranks) for ranks in self.where]
         other.share = list(self.share)
@@ -87,6 +95,36 @@ class Board:
     def fits(self, expert: int, rank: int) -> bool:
         """Whether `rank` may get a copy."""
         return rank not in self.where[expert]
+
+    def hosts_of(self, expert: int) -> set[int]:
+        return {self.hosts[rank] for rank in self.where[expert]}
+
+    def is_short(self, expert: int) -> bool:
+        """Whether it has fewer copies, or is on fewer hosts, than slots allow."""
+        return len(self.where[expert]) < self.least or (
+            self.spread > 1 and len(self.hosts_of(expert)) < self.spread
+        )
+
+    @property
+    def short(self) -> int:
+        return sum(map(self.is_short, range(len(self.where))))
+
+    def can_spare(self, expert: int, rank: int) -> bool:
+        """Whether `rank` may drop its copy."""
+        if len(self.where[expert]) <= self.least:
+            return False
+        return self.spread == 1 or len(self._hosts_without(expert, rank)) >= self.spread
+
+    def may_move(self, expert: int, giver: int, taker: int) -> bool:
+        """Whether `taker` may get the copy of `giver`, as far as hosts are concerned: it is on as many as it should be,
+        or as it is now."""
+        if self.spread == 1 or self.hosts[giver] == self.hosts[taker]:
+            return True
+        after = self._hosts_without(expert, giver) | {self.hosts[taker]}
+        return len(after) >= min(self.spread, len(self.hosts_of(expert)))
+
+    def _hosts_without(self, expert: int, rank: int) -> set[int]:
+        return {self.hosts[other] for other in self.where[expert] if other != rank}
 
     def place(self, expert: int, rank: int) -> None:
         """`add` without the loads; `count_loads` then."""
@@ -148,53 +186,73 @@ class Board:
     # Tolerance
 
     def restore(self) -> None:
-        """Give every expert `least` copies where they can be had, and no rank more than it has room for."""
+        """Give every expert `least` copies on `spread` hosts where that can be, and no rank more than it has room for."""
         for rank in range(len(self.room)):
             while len(self.holds[rank]) > self.room[rank] and self._make_way(rank):
                 pass
-        needy = [expert for expert, ranks in enumerate(self.where) if len(ranks) < self.least]
+        needy = [expert for expert in range(len(self.where)) if self.is_short(expert)]
         for expert in sorted(
             needy, key=lambda expert: (len(self.where[expert]), -self.loads[expert], expert)
         ):
-            while len(self.where[expert]) < self.least and self._provide(expert):
+            while self.is_short(expert) and self._provide(expert):
                 pass
 
     def _make_way(self, rank: int) -> bool:
         """Drop what is most easily missed, or move it to a rank with room."""
-        surplus = [e for e in self.holds[rank] if len(self.where[e]) > self.least]
+        surplus = [e for e in self.holds[rank] if self.can_spare(e, rank)]
         if surplus:
             self.drop(min(surplus, key=lambda e: (self.share[e], e)), rank)
             return True
         for expert in sorted(self.holds[rank]):
             for taker in self._with_room():
-                if self.fits(expert, taker):
+                if self.fits(expert, taker) and self.may_move(expert, rank, taker):
                     self.move(expert, rank, taker)
                     return True
         return False
 
     def _provide(self, expert: int) -> bool:
-        """One more copy: into a free slot, in place of a copy that is not needed, or of one that finds another place."""
-        edit = next(self._ways_in(expert), None)
+        """One more copy: into a free slot, in place of a copy that is not needed, or of one that finds another place.
+
+        On one more host if it should be on more; else, or if that cannot be had, anywhere if copies are lacking. What it
+        has too many then it gives away.
+        """
+        apart = self.spread > 1 and len(self.hosts_of(expert)) < self.spread
+        edit = next(self._ways_in(expert, apart), None)
+        if edit is None and apart and len(self.where[expert]) < self.least:
+            edit = next(self._ways_in(expert, apart=False), None)
         if edit is None:
             return False
         self.apply(edit)
         return True
 
-    def _ways_in(self, expert: int) -> Iterator[Edit]:
+    def _ways_in(self, expert: int, apart: bool) -> Iterator[Edit]:
         by_load = sorted(range(len(self.room)), key=lambda rank: (self.busy[rank], rank))
-        takers = [rank for rank in by_load if self.fits(expert, rank)]
+        closed = self.hosts_of(expert) if apart else ()
+        takers = [rank for rank in by_load if self.fits(expert, rank) and self.hosts[rank] not in closed]
         for rank in takers:
             if self.has_room(rank):
                 yield Edit(add=((expert, rank),))
+        if apart and len(self.where[expert]) >= self.least:
+            yield from self._exchanges(expert, takers)
         for rank in takers:
             for other in sorted(self.holds[rank]):
-                if len(self.where[other]) > self.least:
+                if self.can_spare(other, rank):
                     yield Edit(drop=((other, rank),), add=((expert, rank),))
         for rank in takers:
             for other in sorted(self.holds[rank]):
                 for second in self._with_room():
-                    if self.fits(other, second):
+                    if self.fits(other, second) and self.may_move(other, rank, second):
                         yield Edit(move=((other, rank, second),), add=((expert, rank),))
+
+    def _exchanges(self, expert: int, takers: Sequence[int]) -> Iterator[Edit]:
+        """A copy that shares its host with another changes places with one on a host that has none: for nothing."""
+        for giver in sorted(self.where[expert]):
+            if self.hosts[giver] not in self._hosts_without(expert, giver):
+                continue
+            for taker in takers:
+                for other in sorted(self.holds[taker]):
+                    if self.fits(other, giver) and self.may_move(other, taker, giver):
+                        yield Edit(move=((expert, giver, taker), (other, taker, giver)))
 
     def _with_room(self) -> list[int]:
         free = [rank for rank, held in enumerate(self.holds) if len(held) < self.room[rank]]
@@ -249,6 +307,7 @@ class Board:
         HAZARD: here a plan spends most of its time; no call, and no order that does not matter, in the inner loops.
         """
         share, where, holds, room, busy = self.share, self.where, self.holds, self.room, self.busy
+        bound = self.spread > 1
         ours = [(share[expert], expert) for expert in mine]
         peak = busy[busiest]
         best, most = (0, 0, NOBODY), negligible
@@ -260,6 +319,8 @@ class Board:
                 for load, expert in ours:
                     gain = load if load < gap - load else gap - load
                     if gain > most and taker not in where[expert]:
+                        if bound and not self.may_move(expert, busiest, taker):
+                            continue
                         best, most = (expert, taker, NOBODY), gain
             if gap <= 4 * most:  # two experts move
                 continue
@@ -271,6 +332,10 @@ class Board:
                         break
                     gain = (shift if shift < gap - shift else gap - shift) / 2
                     if gain > most and taker not in where[expert] and busiest not in where[other]:
+                        if bound and not (
+                            self.may_move(expert, busiest, taker) and self.may_move(other, taker, busiest)
+                        ):
+                            continue
                         best, most = (expert, taker, other), gain
         expert, taker, other = best
         if most == negligible:
@@ -287,7 +352,8 @@ class Board:
                     eased = min(self.share[expert] - share, peak - self.busy[taker] - share)
                     yield eased, True, (), ((expert, taker),)
         for alone, other in self._spare[:REPLACED]:
-            for place in sorted(self.where[other], key=lambda rank: (self.busy[rank], rank))[:REPLACED]:
+            spared = (rank for rank in self.where[other] if self.can_spare(other, rank))
+            for place in sorted(spared, key=lambda rank: (self.busy[rank], rank))[:REPLACED]:
                 left = peak - self.busy[place] + self.share[other]
                 heir, least = self._heir(other, place, alone)
                 for expert, share in then[:REPLACED]:
@@ -303,7 +369,7 @@ class Board:
 
     def _replacements(self, busiest: int, mine: Sequence[int]) -> Iterator[_Idea]:
         """The busiest rank drops a copy that is not needed, for one more of an expert with less load a copy."""
-        surplus = [expert for expert in mine if len(self.where[expert]) > self.least]
+        surplus = [expert for expert in mine if self.can_spare(expert, busiest)]
         for expert in surplus[:REPLACED]:
             alone = self.loads[expert] / (len(self.where[expert]) - 1)
             heir, least = self._heir(expert, busiest, alone)

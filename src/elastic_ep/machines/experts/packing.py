@@ -34,7 +34,7 @@ def balanced(board: Board, max_moves: int) -> tuple[Board, int]:
             break
         candidate = board.copy() if limit is None else packed(board, limit) if limit else fresh
         moves = board.moves_to(candidate)
-        if moves > max_moves or 1 + PRICE * moves / slots >= least:
+        if moves > max_moves or 1 + PRICE * moves / slots >= least or candidate.short > board.short:
             continue
         candidate.balance(goal, max_moves - moves, EDITS * len(board.room))
         moves = board.moves_to(candidate)
@@ -56,7 +56,7 @@ def packed(board: Board, limit: float) -> Board:
     counts = _counts(board)
     shares = [load / count for load, count in zip(board.loads, counts, strict=True)]
     most = limit * board.total / len(board.room)
-    result = Board(board.loads, board.room)
+    result = Board(board.loads, board.room, board.hosts)
     load = [0.0] * len(board.room)
     order = sorted(range(len(shares)), key=lambda expert: (-shares[expert], expert))
     for expert in order:
@@ -65,7 +65,12 @@ def packed(board: Board, limit: float) -> Board:
         for rank in sorted(board.where[expert], key=lambda rank: (load[rank], rank)):
             if len(result.where[expert]) == counts[expert]:
                 break
-            if load[rank] + shares[expert] <= most and result.has_room(rank) and result.fits(expert, rank):
+            if (
+                load[rank] + shares[expert] <= most
+                and result.has_room(rank)
+                and result.fits(expert, rank)
+                and _far_enough(result, expert, rank, counts[expert])
+            ):
                 result.place(expert, rank)
                 load[rank] += shares[expert]
     queue = [(at, rank) for rank, at in enumerate(load) if result.has_room(rank)]
@@ -75,7 +80,7 @@ def packed(board: Board, limit: float) -> Board:
         holders = result.where[expert]
         while queue and len(holders) < counts[expert]:
             at, rank = heapq.heappop(queue)
-            if rank not in holders:
+            if rank not in holders and _far_enough(result, expert, rank, counts[expert]):
                 result.place(expert, rank)
                 at += shares[expert]
             if result.has_room(rank):
@@ -85,6 +90,14 @@ def packed(board: Board, limit: float) -> Board:
     result.count_loads()
     result.restore()
     return result
+
+
+def _far_enough(board: Board, expert: int, rank: int, copies: int) -> bool:
+    """Whether the expert may share the host of `rank` with itself: only as many of its `copies` as it need not spread."""
+    if board.spread == 1:
+        return True
+    hosts = board.hosts_of(expert)
+    return board.hosts[rank] not in hosts or len(board.where[expert]) - len(hosts) < copies - board.spread
 
 
 def _counts(board: Board) -> list[int]:

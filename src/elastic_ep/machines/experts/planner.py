@@ -1,9 +1,9 @@
 """The planner: which rank should hold which experts, given what they had to do of late. Pure, and deterministic.
 
-First tolerance: every expert has as many copies as the slots allow, no two on a rank. Then balance: what is left goes to
-the experts with the most load a copy, and copies change places until the busiest rank is no busier than in a placement
-made from nothing. It starts from what the ranks hold, and takes of all changes the one that gains most for each expert
-moved: a moved expert costs its bytes.
+First tolerance: every expert has as many copies as the slots allow, no two on a rank, nor on a host while there are hosts
+enough. Then balance: what is left goes to the experts with the most load a copy, and copies change places until the
+busiest rank is no busier than in a placement made from nothing. It starts from what the ranks hold, and takes of all
+changes the one that gains most for each expert moved: a moved expert costs its bytes.
 
 Replicating the busiest experts and packing them onto the least busy ranks is DeepSeek's idea (EPLB, 2025).
 """
@@ -86,7 +86,8 @@ def plan(given: PlanInput) -> Plan:
 def _board(given: PlanInput, layer: int) -> Board:
     placement = given.placement
     room = placement.slots_per_rank - given.spare
-    board = Board(given.loads[layer], [room] * len(given.ranks))
+    hosts = [placement.host_of(rank) for rank in given.ranks]
+    board = Board(given.loads[layer], [room] * len(given.ranks), hosts)
     for index, rank in enumerate(given.ranks):
         for expert in placement.on_rank(layer, rank):
             if expert != EMPTY:

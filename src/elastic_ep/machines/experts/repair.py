@@ -137,6 +137,10 @@ class RepairMachine(Machine[Event, Effect]):
         room = len(self.members) * self.placement.slots_per_rank // self.placement.num_experts
         return min(self.wanted[layer], max(1, room))
 
+    def spread(self, layer: int) -> int:
+        """Hosts that every expert of the layer should be on, as the slots of the living allow."""
+        return self.placement.spread([member.rank for member in self.members], self.floor(layer))
+
     # Events
 
     def _on_members(self, event: ev.MembersChanged) -> None:
@@ -264,14 +268,19 @@ class RepairMachine(Machine[Event, Effect]):
     def _move(self, layer: int) -> None:
         self._refused.pop(layer, None)
         ranks = {member.rank for member in self.members}
-        if not self.pursuit and min(self.placement.copies(layer, ranks)) >= self.floor(layer):
+        floor, spread = self.floor(layer), self.spread(layer)
+        enough = min(self.placement.copies(layer, ranks)) >= floor and (
+            spread == 1 or min(self.placement.host_copies(layer, ranks)) >= spread
+        )
+        if not self.pursuit and enough:
             return
         on_layer = {place[1]: copy for place, copy in self.copies.items() if place[0] == layer}
         board = Layer(
             self.placement,
             layer,
             ranks=ranks,
-            wanted=self.floor(layer),
+            wanted=floor,
+            spread=spread,
             coming={slot: copy.logical for slot, copy in on_layer.items()},
             given_up={slot for slot, copy in on_layer.items() if copy.overdue},
             closed={physical for at, physical in self.retry_at_ms if at == layer},

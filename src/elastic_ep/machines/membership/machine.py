@@ -101,6 +101,11 @@ class MembershipMachine(Machine[Event, Effect]):
         return max(0, self.placement.tolerates([seat.rank for seat in self.view.seats]))
 
     @property
+    def tolerates_hosts(self) -> int:
+        """0 with one host."""
+        return max(0, self.placement.tolerates_hosts([seat.rank for seat in self.view.seats]))
+
+    @property
     def can_serve(self) -> bool:
         """Whether a request could get a token now."""
         return bool(self.view.seats) and self.covered and not self.stopping and self.verdict is None
