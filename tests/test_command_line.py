@@ -25,7 +25,7 @@ REFUSED = """
     --tensor-parallel-size 2 | -tp 4 | --tp 8 | --tp-size=2 | --pipeline-parallel-size 2 | -pp 2 | --pp-size 2
     --data-parallel-size 8 | -dp 8 | --dp 8 | --dp-size 4 | --ep-size 8 | --ep 8 | --expert-parallel-size 8
     --mem-fraction-static 0.88 | --kv-cache-memory-bytes 1G | --max-total-tokens 1000
-    --dtype bfloat16 | --dtype float16 | --quantization fp8 | -q awq | --kv-cache-dtype fp8 | --enforce-eager
+    --dtype float64 | --quantization gguf | -q awq | --kv-cache-dtype fp8 | --enforce-eager
     --disable-cuda-graph | --disable-radix-cache | --disable-prefix-caching | --max-running-requests 64
     --context-length 4096 | --enable-sleep-mode
     --chunked-prefill-size 512 | --random-seed 1 | --watchdog-timeout 30 | --completion-template x.jinja
@@ -47,10 +47,10 @@ REFUSED = """
 ACCEPTED = """
     --enable-expert-parallel | -ep | --enable-ep-moe | --trust-remote-code | --enable-chunked-prefill
     --enable-prompt-tokens-details | --enable-cache-report | --enable-dp-attention | --tensor-parallel-size 1
-    -tp 1 | --tp=1 | --pipeline-parallel-size=1 | --dtype auto | --kv-cache-dtype auto | --enable-request-id-headers
+    -tp 1 | --tp=1 | --pipeline-parallel-size=1 | --kv-cache-dtype auto | --enable-request-id-headers
     --disable-log-requests | --disable-log-stats | --enable-metrics | --block-size 16 | --page-size 16 | --nnodes 1
     --distributed-executor-backend mp | --scheduling-policy fcfs | --task generate
-    --max-logprobs 20 | --swap-space 0 | --enable-elastic-ep | --disable-custom-all-reduce | --quantization none
+    --max-logprobs 20 | --swap-space 0 | --enable-elastic-ep | --disable-custom-all-reduce
     --elastic-ep-backend mooncake
 """
 """What they ask for is the case anyway."""

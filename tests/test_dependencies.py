@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
 """A folder, and what it may import besides itself: folders, and modules of the top level."""
 TOP = {
     "charts", "command_line", "config", "foreign_flags", "kernel", "logs", "loop_watch", "machine_memory", "placement",
-    "placement_picture", "plan", "replay", "run", "serve", "timing", "titles",
+    "placement_picture", "plan", "precision", "replay", "run", "serve", "timing", "titles",
 }  # fmt: skip
 """The commands, what they are made of, and what all may use."""
 BASE: dict[str, set[str]] = {

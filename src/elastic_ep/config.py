@@ -23,6 +23,8 @@ CALL_PARSERS = (
 REASONING_PARSERS = (
     "qwen3", "glm45", "deepseek_v3", "deepseek-v3", "deepseek_r1", "deepseek-r1", "openai_gptoss", "gpt-oss",
 )  # fmt: skip
+DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
+QUANTIZATIONS = ("auto", "none", "fp8", "mxfp4", "compressed-tensors")
 ALL2ALL_BACKENDS = ("peer-memory", "mooncake")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PRELOAD = ("torch", "elastic_ep.rank.process", "elastic_ep.guided.shared", "elastic_ep.fused.library")
@@ -103,6 +105,10 @@ class RankConfig:
     and a stream that moves must go on with the same ones."""
     halves: bool = False
     """Whether that keeps the weights in bfloat16, as the checkpoint has them."""
+    rounding: str = ""
+    """To what the weights are rounded, whatever holds them: "", bfloat16 or float16."""
+    widened: bool = False
+    """On a GPU: experts of a quantised checkpoint are numbers from the start, not computed from their codes."""
     all2all_backend: str = ALL2ALL_BACKENDS[0]
     """What carries rows between GPUs."""
     gpu_memory_utilization: float | None = None
@@ -217,6 +223,11 @@ class ServeConfig:
     eplb_rebalance_num_iterations: int = _flag(1000, "steps between two rebalances, with --enable-eplb",
         within=(1, 1 << 31))
     load_format: str = _flag("auto", "dummy: random weights", choices=("auto", "dummy"))
+    dtype: str = _flag("auto",
+        "what the weights are rounded to; auto: they stay as they are, on a GPU they are bfloat16", choices=DTYPES)
+    quantization: str = _flag("auto",
+        "how the checkpoint is quantised: its config.json says so, and must not say otherwise", other_name="-q",
+        choices=QUANTIZATIONS)
     tokenizer: str | None = _flag(None, "folder with the tokenizer and its chat template; the model's if not given",
         other_name="--tokenizer-path")
     generation_config: str = _flag("auto",

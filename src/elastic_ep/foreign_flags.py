@@ -108,7 +108,7 @@ _SWITCHES = {
 }
 _SPLIT = "cannot be honoured: no layer is split among ranks; give --ranks, and each serves its own share of the requests"
 _ONE_MACHINE = "cannot be honoured: all ranks are on one machine"
-_NUMBERS = "cannot be honoured: a CPU computes in float32, a GPU in bfloat16, whatever the checkpoint is in"
+_NUMBERS = "cannot be honoured: the KV cache is in float32 on a CPU, in bfloat16 on a GPU, and has no scales"
 _VALUES = {
     _SPLIT: (
         "--tensor-parallel-size=1 --tp-size=1 --tp=1 -tp=1 --pipeline-parallel-size=1 --pp-size=1 --pp=1 -pp=1 "
@@ -122,8 +122,7 @@ _VALUES = {
         "--api-server-count=1 -asc=1 --kv-transfer-config --ec-transfer-config --disaggregation-mode=null "
         "--disaggregation-transfer-backend --disaggregation-bootstrap-port --disaggregation-ib-device"
     ),
-    _NUMBERS: "--dtype=auto --kv-cache-dtype=auto --calculate-kv-scales",
-    "cannot be honoured: weights are not quantised": "--quantization=none,None -q=none,None --quantization-param-path",
+    _NUMBERS: "--kv-cache-dtype=auto --calculate-kv-scales --quantization-param-path",
     "cannot be honoured: the tokenizer is the model folder's": (
         "--tokenizer-mode=auto,hf --tokenizer-revision --tokenizer-worker-num=1"
     ),

@@ -33,6 +33,7 @@ from elastic_ep.models.known import CUDA, FUSED, unknown
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
+from elastic_ep.precision import Precision, precision
 from elastic_ep.weights.checkpoint import validate_checkpoint
 
 MACHINE_SHARE = 0.1
@@ -76,8 +77,8 @@ class ServePlan:
     tls: ssl.SSLContext | None
     shelf: ShelfLayout | None
     fused: str
-    halves: bool
-    """As in `RankConfig`, both."""
+    """As in `RankConfig`."""
+    precision: Precision
 
     @property
     def name(self) -> str:
@@ -118,7 +119,9 @@ class ServePlan:
             shelf=self.shelf,
             prefix_caching=self.config.enable_prefix_caching,
             fused=self.fused,
-            halves=self.halves,
+            halves=self.precision.halves,
+            rounding=self.precision.rounding,
+            widened=self.precision.widened,
             timing=self.config.timing,
             placement=self.placement,
             all2all_backend=self.config.all2all_backend,
@@ -163,6 +166,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
             raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")
         find_program()
     fused, notices = _fused_build(device, model)
+    numbers = precision(config, model, dtypes, device, fused=bool(fused))
     redundant = config.ep_num_redundant_experts
     redundant = model.moe.experts if redundant is None else redundant
     limits = engine_limits(config, model, device)
@@ -174,9 +178,9 @@ def make_plan(config: ServeConfig) -> ServePlan:
         text=text,
         defaults=defaults,
         text_fit=fit(text, model),
-        left_out=(*left_out, *notices),
+        left_out=(*left_out, *notices, *numbers.notices),
         fused=fused,
-        halves=bool(fused) and dtypes == {"BF16"},
+        precision=numbers,
         limits=limits,
         shelf=shelf_layout(config, model.kv_page_bytes(device, limits.page_size)),
         placement=first_placement(config, model, redundant, device),

@@ -1,4 +1,5 @@
-"""`python -m elastic_ep.run` with ranks whose memory can be made wrong: SIGUSR1 flips a bit of a rank's first expert.
+"""`python -m elastic_ep.run` with ranks whose memory can be made wrong: SIGUSR1 flips a bit of a rank's first expert,
+in what it has last: a matrix, or the scales of one.
 
 The second incarnation of rank 1 has it flipped from the start.
 """
@@ -25,7 +26,7 @@ BORN_SPOILT = (1, 2)
 
 def spoil(runner: StepRunner) -> None:
     layer, slot = SPOILT
-    runner.weights.layers[layer]["down"][slot].view(torch.int32)[0, 0] ^= 1
+    runner.weights.slot(layer, slot)[-1].view(-1).view(torch.uint8)[0] ^= 1
 
 
 def main(config_json: str, files: SharedFiles, life_fd: int) -> int:

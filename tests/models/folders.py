@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic_ep.models.registry import load_spec
+from elastic_ep.models.spec import ITEM_BYTES
 from elastic_ep.run import BUNDLED_MODEL
-from elastic_ep.weights.checkpoint import ITEM_BYTES
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -47,9 +47,10 @@ def tensors(folder: Path, dtype: str = "BF16") -> dict[str, dict[str, Any]]:
     """The header of a single file with all tensors that the configuration needs."""
     header: dict[str, dict[str, Any]] = {}
     end = 0
-    for piece in load_spec(folder).pieces():
-        begin, end = end, end + math.prod(piece.shape) * ITEM_BYTES[dtype]
-        header[piece.tensor] = {"dtype": dtype, "shape": list(piece.shape), "data_offsets": [begin, end]}
+    for need in (need for piece in load_spec(folder).pieces() for need in piece.needs):
+        held = dtype if dtype in need.dtypes else need.held
+        begin, end = end, end + math.prod(need.shape) * ITEM_BYTES[held]
+        header[need.tensor] = {"dtype": held, "shape": list(need.shape), "data_offsets": [begin, end]}
     return header
 
 

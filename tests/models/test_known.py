@@ -57,7 +57,7 @@ def test_a_model_that_it_does_not_know_is_computed_in_torch_and_a_line_says_so(
 ) -> None:
     monkeypatch.setattr(plan, "unknown", lambda spec, known: "window")
     made = make_plan(ServeConfig(model=str(BUNDLED_MODEL), device="cpu"))
-    assert (made.fused, made.halves) == ("", False)
+    assert (made.fused, made.precision.halves) == ("", False)
     assert sum("plain torch" in notice and "window" in notice for notice in made.notices) == 1
 
 

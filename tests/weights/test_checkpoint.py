@@ -244,7 +244,7 @@ def test_a_folder_without_weights(tmp_path: Path, refused: Callable[..., str]) -
 
 
 QUANTISED: list[dict[str, Any]] = [
-    {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
     {"quantization_config": {"quant_method": "awq", "bits": 4}},
     {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},

@@ -53,10 +53,10 @@ class ConfigFields:
         """`within`: what stands before the names, of an object inside another."""
         self.file = file
         self._plain = plain
-        self._within = within
+        self.within = within
 
     def error(self, name: str, fault: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: {self._within}{name} {fault}")
+        return CheckpointError(f"{self.file}: {self.within}{name} {fault}")
 
     def has(self, name: str) -> bool:
         return self._plain.get(name) is not None

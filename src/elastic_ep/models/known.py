@@ -14,7 +14,7 @@ from elastic_ep.models.spec import Attention, Layer, ModelSpec, Moe, Parameter
 _PLAIN: dict[type, frozenset[str]] = {
     ModelSpec: frozenset(
         {"family", "vocab_size", "hidden_size", "max_position_embeddings", "rms_norm_eps"}
-        | {"eos_token_ids", "dense", "layers"}
+        | {"eos_token_ids", "dense", "layers", "quantisation"}
     ),
     Layer: frozenset({"attention", "ffn", "dense"}),
     Attention: frozenset({"heads", "kv_heads", "head_dim", "rope_theta", "qk_norm", "clip_qkv"}),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from elastic_ep.models import mixtral, olmoe, qwen3_moe
-from elastic_ep.models.config_json import UNQUANTISED, CheckpointError, ConfigFields, read_json_object, shown
+from elastic_ep.models.config_json import ConfigFields, read_json_object, shown
 from elastic_ep.models.decoder import Reader
+from elastic_ep.models.quantisation import quantised
 from elastic_ep.models.spec import ModelSpec
 
 FAMILIES = (qwen3_moe, mixtral, olmoe)
@@ -20,7 +21,6 @@ def load_spec(folder: Path) -> ModelSpec:
     file = folder / "config.json"
     fields = ConfigFields(file, read_json_object(file))
     architecture = _architecture(fields)
-    _refuse_quantised(fields)
     fields.allow("dtype", *_DTYPES)
     fields.allow("torch_dtype", *_DTYPES)
     layers = fields.get("layer_types")
@@ -28,28 +28,11 @@ def load_spec(folder: Path) -> ModelSpec:
         not isinstance(layers, list) or any(one != "full_attention" for one in layers)
     ):
         raise fields.error("layer_types", f"is {shown(layers)}; only 'full_attention' is supported")
-    return ARCHITECTURES[architecture](fields)
+    return quantised(ARCHITECTURES[architecture](fields), fields)
 
 
 _DTYPES = (None, "auto", "float32", "float16", "bfloat16")
 """What `config.json` says that the weights are. How they are read is each tensor's own affair."""
-_QUANTISED = ("quantization_config", "compression_config", "quantization")
-_QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-
-
-def _refuse_quantised(fields: ConfigFields) -> None:
-    """Else codes and scales would be taken for weights, or scales be left out."""
-    for name in _QUANTISED:
-        asked = fields.get(name)
-        if asked:
-            method = (
-                asked.get("quant_method", asked.get("format", asked)) if isinstance(asked, dict) else asked
-            )
-            raise fields.error(name, f"says that the weights are quantised ({shown(method)}): {UNQUANTISED}")
-    for other in _QUANTISED_FILES:
-        file = fields.file.parent / other
-        if file.exists():
-            raise CheckpointError(f"{file} says that the weights are quantised: {UNQUANTISED}")
 
 
 def _architecture(fields: ConfigFields) -> str:

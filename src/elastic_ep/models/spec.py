@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.models.formats import PLAIN, Format, Need
+from elastic_ep.models.formats import Stacked as Stacked
 from elastic_ep.placement import Placement
 
 KV_ITEM = {"cpu": 4, "cuda": 2}
@@ -154,16 +156,6 @@ AnyAttention = Attention | LatentAttention
 
 
 @dataclass(frozen=True, slots=True)
-class Stacked:
-    """Where a checkpoint that stacks its experts has a tensor: expert e begins at element `offset` + e * `stride`."""
-
-    tensor: str
-    shape: tuple[int, ...]
-    offset: int = 0
-    stride: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Piece:
     """A tensor of the checkpoint. In a part of an expert its name has "{expert}" for the number."""
 
@@ -174,6 +166,11 @@ class Piece:
     """It stands so many times in the parameter, one below the other."""
     alternating: bool = False
     """Its columns in the parameter alternate in the checkpoint, gate and up: here those of the gate come first."""
+    format: Format = PLAIN
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return self.format.needs(self.tensor, self.shape, self.stacked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +189,48 @@ class Parameter:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def quantised(self) -> bool:
+        """Its pieces are codes and scales, all in one format."""
+        return self.pieces[0].format.quantised
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """What it is kept as, where codes stay codes."""
+        if not self.quantised:
+            return (Kept(self.name, self.shape),)
+        roles = zip(*(piece.needs for piece in self.pieces), strict=True)
+        return tuple(_kept(self.name, needs) for needs in roles)
+
     def of_expert(self, expert: int) -> Parameter:
         """Of a part of all experts: that of one."""
         pieces = tuple(_of_expert(piece, expert) for piece in self.pieces)
         return replace(self, pieces=pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes of an expert that a rank has: a parameter, or codes or scales of its pieces, one below the other."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    """None: as the rank's weights are."""
+    rows: tuple[int, ...] = ()
+    """How many are of each piece, of codes and scales."""
+
+    def nbytes(self, item: int) -> int:
+        """With weights of `item` bytes."""
+        return math.prod(self.shape) * (ITEM_BYTES[self.dtype] if self.dtype else item)
+
+
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I32": 4}
+"""Of a number, by the names that safetensors has for them."""
+
+
+def _kept(name: str, needs: tuple[Need, ...]) -> Kept:
+    rows = tuple(need.shape[0] for need in needs)
+    return Kept(f"{name}.{needs[0].role}", (sum(rows), *needs[0].shape[1:]), needs[0].held, rows)
 
 
 def _of_expert(piece: Piece, expert: int) -> Piece:
@@ -286,6 +321,11 @@ class Moe:
     activation: Clamped | None = None
     """None: silu(gate) * up."""
 
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """What the parts are kept as, in that order."""
+        return tuple(kept for part in self.parts for kept in part.kept)
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -323,6 +363,8 @@ class ModelSpec:
     branch_factor: float = 1.0
     """Of what attention and FFN add to the residual."""
     logits_divisor: float = 1.0
+    quantisation: str = ""
+    """As --quantization names it; some pieces have a format then."""
 
     @property
     def mixtures(self) -> tuple[int, ...]:
@@ -379,6 +421,10 @@ class ModelSpec:
     def expert_elements(self) -> int:
         """Of one expert."""
         return sum(part.elements for part in self.moe.parts)
+
+    def expert_bytes(self, item: int) -> int:
+        """Of one expert, kept as it lies in the checkpoint; with weights of `item` bytes where it is not quantised."""
+        return sum(kept.nbytes(item) for kept in self.moe.kept)
 
     def pieces(self) -> Iterator[Piece]:
         """All that the engine reads of a checkpoint."""

@@ -112,6 +112,7 @@ def weights_from_checkpoint(config: RankConfig, spec: ModelSpec) -> Weights:
         load_format=load_format,
         seed=config.seed,
         dtype=_dtype(config),
+        rounding=config.rounding,
     )
 
 
@@ -123,7 +124,8 @@ def weights_from_peers(config: RankConfig, spec: ModelSpec, open_plane: OpenPlan
     if isinstance(plane, str):
         return None
     source = weight_source(Path(config.model), spec, config.load_format, config.seed)
-    weights = blank_weights(spec, config.placement.slots_per_rank, source, dtype=_dtype(config))
+    slots = config.placement.slots_per_rank
+    weights = blank_weights(spec, slots, source, dtype=_dtype(config), rounding=config.rounding)
     try:
         fill_from_peers(plane, weights, config.placement, config.rank, config.peers, config.timing)
     except PullFailed:

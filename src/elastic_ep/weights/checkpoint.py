@@ -11,15 +11,15 @@ import math
 import re
 import stat
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from elastic_ep.models.config_json import UNQUANTISED, CheckpointError, read_json_object, shown
-from elastic_ep.models.spec import ModelSpec, Piece
+from elastic_ep.models.formats import Need
+from elastic_ep.models.spec import ITEM_BYTES, ModelSpec, Piece
 
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _MAX_HEADER_BYTES = 100_000_000
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -43,29 +43,36 @@ def validate_checkpoint(path: Path, spec: ModelSpec) -> dict[str, TensorEntry]:
     Experts may lie one by one or stacked. Raises `CheckpointError`.
     """
     entries = _entries(path)
-    _refuse_others(entries)
-    return {piece.tensor: _checked(path, piece, entries) for piece in spec.pieces()}
+    pieces = [(piece, piece.needs) for piece in spec.pieces()]
+    _refuse_others(entries, pieces)
+    return {need.tensor: _checked(path, need, entries) for _, needs in pieces for need in needs}
 
 
-def _checked(path: Path, piece: Piece, entries: Mapping[str, TensorEntry]) -> TensorEntry:
-    stacked = piece.stacked
-    if piece.tensor in entries or stacked is None or stacked.tensor not in entries:
-        return _entry_of(path, piece.tensor, piece.shape, entries)
-    whole = _entry_of(path, stacked.tensor, stacked.shape, entries)
+def _checked(path: Path, need: Need, entries: Mapping[str, TensorEntry]) -> TensorEntry:
+    stacked = need.stacked
+    alone = need.role == "values" and (
+        need.tensor in entries or stacked is None or stacked.tensor not in entries
+    )
+    if alone or stacked is None:
+        return _entry_of(path, need.tensor, need.shape, need, entries)
+    whole = _entry_of(path, stacked.tensor, stacked.shape, need, entries)
     item = ITEM_BYTES[whole.dtype]
-    nbytes = math.prod(piece.shape) * item
-    return TensorEntry(whole.file, whole.dtype, piece.shape, whole.offset + stacked.offset * item, nbytes)
+    nbytes = math.prod(need.shape) * item
+    return TensorEntry(whole.file, whole.dtype, need.shape, whole.offset + stacked.offset * item, nbytes)
 
 
 def _entry_of(
-    path: Path, name: str, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]
+    path: Path, name: str, shape: tuple[int, ...], need: Need, entries: Mapping[str, TensorEntry]
 ) -> TensorEntry:
     entry = entries.get(name)
     if entry is None:
         raise CheckpointError(f"{path}: tensor {name} is missing")
-    if entry.dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{entry.file}: tensor {name} has dtype {shown(entry.dtype)}: {UNQUANTISED}")
-    if entry.shape != shape:
+    if entry.dtype not in need.dtypes:
+        raise CheckpointError(
+            f"{entry.file}: tensor {name} has dtype {shown(entry.dtype)}, config.json asks for "
+            f"{' or '.join(need.dtypes)}"
+        )
+    if entry.shape != shape and not (need.loose and _without_ones(entry.shape) == _without_ones(shape)):
         raise CheckpointError(
             f"{entry.file}: tensor {name} has shape {shown(list(entry.shape))}, config.json asks for {list(shape)}"
         )
@@ -73,7 +80,11 @@ def _entry_of(
         raise CheckpointError(
             f"{entry.file}: tensor {name} has {entry.nbytes} bytes, which is not its shape's"
         )
-    return entry
+    return replace(entry, shape=shape)
+
+
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -159,16 +170,32 @@ def _entries(path: Path) -> dict[str, TensorEntry]:
 
 
 _QUANTISED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_zero_point|\w*absmax|SCB|\w*_scale(_inv|_2)?|"
-    r"weight\.\w+|\w+_blocks|\w+_scales)$"
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_g_idx|weight_shape|weight_zero_point|\w*absmax|SCB|"
+    r"\w*_scale(_inv|_2)?|weight\.\w+)$|_blocks$|_scales$"
 )
-"""How quantised checkpoints call what they store beside or in place of a `weight`."""
+"""How quantised checkpoints call what they store beside or in place of a `weight`, or of experts' stacked tensors."""
 
 
-def _refuse_others(entries: Mapping[str, TensorEntry]) -> None:
+def _refuse_others(
+    entries: Mapping[str, TensorEntry], pieces: Sequence[tuple[Piece, tuple[Need, ...]]]
+) -> None:
     """What is in the checkpoint and would be left out, though the model's output depends on it."""
+    needed, modules = set[str](), dict[str, tuple[str, ...]]()
+    for piece, needs in pieces:
+        needed.update(need.tensor for need in needs)
+        needed.update(need.stacked.tensor for need in needs if need.stacked)
+        modules[piece.tensor.removesuffix(".weight")] = piece.format.beside
+        if piece.stacked:
+            modules[piece.stacked.tensor.removesuffix(".weight")] = piece.format.beside
     for name, entry in entries.items():
-        if _QUANTISED.search(name):
-            raise CheckpointError(f"{entry.file}: tensor {name} is of quantised weights: {UNQUANTISED}")
-        if name.endswith("_proj.bias"):
+        if name in needed:
+            continue
+        if ending := _QUANTISED.search(name):
+            module = name[: ending.start()]
+            if module in modules and ending.group() not in modules[module]:
+                raise CheckpointError(
+                    f"{entry.file}: tensor {name} is of weights quantised in a way that config.json does not say, or "
+                    f"that is not known here: {UNQUANTISED}"
+                )
+        elif name.endswith("_proj.bias"):
             raise CheckpointError(f"{entry.file}: tensor {name} is a bias, which no supported model has")

@@ -48,8 +48,8 @@ def publish(plane: TransferPlane, weights: Weights) -> StateAddress:
     """Let peers read all of `weights`, which must stay where they are."""
     tensors = dict(weights.dense())
     for layer in range(weights.spec.moe_layers):
-        for part in weights.spec.moe_of(layer).parts:
-            tensors[expert_region(layer, part.name)] = weights.mixture(layer)[part.name]
+        for name in weights.expert_parts(layer):
+            tensors[expert_region(layer, name)] = weights.mixture(layer)[name]
     regions = tuple(Region(name, tensor.data_ptr(), tensor.nbytes) for name, tensor in tensors.items())
     plane.register(regions)
     return StateAddress(plane.session, regions)
@@ -136,8 +136,7 @@ def pull_dense(
 
 def _sizes(weights: Weights) -> dict[str, int]:
     """Bytes of a slot's parts."""
-    names = [part.name for part in weights.spec.moe.parts]
-    return {name: part.nbytes for name, part in zip(names, weights.slot(0, 0), strict=True)}
+    return {name: part.nbytes for name, part in zip(weights.expert_parts(0), weights.slot(0, 0), strict=True)}
 
 
 def _fill(weights: Weights, pull: ExpertPull, data: torch.Tensor) -> int:
@@ -152,6 +151,7 @@ def _fill(weights: Weights, pull: ExpertPull, data: torch.Tensor) -> int:
     for target in weights.slot(pull.layer, pull.slot):
         target.copy_(data[start : start + target.nbytes].view(target.dtype).view(target.shape))
         start += target.nbytes
+    weights.derive(pull.layer, pull.slot)
     return value
 
 

@@ -22,7 +22,7 @@ from elastic_ep.engine.scheduler import Chunk
 from elastic_ep.exchange.fused import FusedExchange
 from elastic_ep.fused.library import BatchState, Fused, LayerState, ModelState
 from elastic_ep.models.spec import QkNorm
-from elastic_ep.weights.bank import Parts, Weights
+from elastic_ep.weights.bank import Parts, Weights, expert_parts
 
 _QK_NORMS = {QkNorm.NONE: 0, QkNorm.HEAD: 1, QkNorm.PROJECTION: 2}
 _NORMS = {"input_norm", "qk_norm", "post_norm"}
@@ -122,7 +122,9 @@ class FusedModel:
         self._nothing = BatchState()
 
     def _layer(self, index: int) -> LayerState:
-        parts = dict(self._weights.layers[index])
+        layer = self._weights.spec.layers[index]
+        names = [part.name for part in (*layer.dense, *expert_parts(layer))]
+        parts = {name: self._weights.layers[index][name] for name in names}
         parts |= {name: parts[name].float() for name in _NORMS & parts.keys()}
         self._layer_parts.append(parts)
         matrices = self._weights.embed.dtype

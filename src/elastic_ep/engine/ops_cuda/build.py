@@ -22,7 +22,7 @@ from elastic_ep.guided.masks import MaskMaker
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement
-from elastic_ep.weights.bank import load_weights
+from elastic_ep.weights.bank import Held, load_weights
 from elastic_ep.wire.messages import Member
 
 DTYPE = torch.bfloat16
@@ -52,7 +52,7 @@ def build_cuda_engine(
     device = torch.device("cuda", config.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))
-    needs = needs_of(spec, limits, placement, shape, size, copies_rows=mooncake)
+    needs = needs_of(spec, limits, placement, shape, size, copies_rows=mooncake, widened=config.widened)
     budget = Budget(needs, limits, placement, device, _share(config), _patience_s(config))
     torch.cuda.mem_get_info(device)  # makes the device's context, if nothing has made it
     opened()
@@ -111,6 +111,7 @@ def _build(
         seed=config.seed,
         device=budget.device,
         dtype=DTYPE,
+        held=Held.NUMBERS if config.widened else Held.CODES,
     )
     runner = CudaRunner(
         config.limits,

@@ -1,0 +1,187 @@
+"""Quantised checkpoints: the numbers are those that the formats define, whatever the shapes; experts keep their codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_ep.models.formats import Format, Fp8, Int4, Mxfp4, Stacked
+from elastic_ep.models.quantisation import METHODS
+from elastic_ep.models.registry import load_spec
+from elastic_ep.placement import Placement, launch_placement
+from elastic_ep.weights.bank import Held, Weights, blank_weights, dummy_source, load_weights
+from elastic_ep.weights.dequantise import dequantised
+from tests.kit.quantised import SCHEMES, Coded, e4m3, fp8, int4, mxfp4, write_pair
+from tests.models.folders import CONFIG
+
+SIZES = st.integers(1, 40)
+SHORT: dict[str, Any] = {
+    **CONFIG,
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "head_dim": 20,
+}
+"""No multiple of the blocks of `SCHEMES`, but of 32 in what MXFP4 has."""
+
+
+def matrix(out: int, inner: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).standard_normal((out, inner)).astype(np.float32)
+
+
+def numbers(made: Format, coded: Coded) -> torch.Tensor:
+    """Of what a checkpoint holds, brought to the shapes in which ranks hold it."""
+    shape = coded.numbers.shape
+    whole = Stacked("m", (1, *shape))
+    parts = {}
+    for need in made.needs("m.weight", shape, whole):
+        tensor = coded.tensors[need.tensor.removeprefix("m")]
+        parts[need.role] = (tensor.float() if need.held == "F32" else tensor).reshape(need.shape)
+    return dequantised(made, parts, shape)
+
+
+def same(made: Format, coded: Coded) -> None:
+    found = numbers(made, coded).numpy()
+    assert found.dtype == np.float32
+    assert found.tobytes() == coded.numbers.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, SIZES, st.integers(0, 16), st.integers(0, 16), st.integers(0, 99))
+def test_float_8_in_blocks_of_any_size(out: int, inner: int, rows: int, columns: int, seed: int) -> None:
+    coded = fp8(matrix(out, inner, seed), (rows, columns), "weight_scale_inv")
+    same(Fp8(rows, columns, "weight_scale_inv"), coded)
+
+
+@pytest.mark.parametrize(("out", "inner"), [(128, 128), (129, 127), (200, 300)])
+def test_float_8_in_blocks_of_128_of_which_the_last_are_short(out: int, inner: int) -> None:
+    same(Fp8(128, 128, "weight_scale_inv"), fp8(matrix(out, inner), (128, 128), "weight_scale_inv"))
+
+
+def test_every_code_of_float_8() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, -1)
+    found = dequantised(Fp8(0, 0, "s"), {"codes": codes, "scales": torch.ones(1, 1)}, (1, 256))
+    expected = torch.tensor([[e4m3(code) for code in range(256)]])
+    assert torch.equal(found.nan_to_num(7777), expected.nan_to_num(7777))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, SIZES, st.integers(0, 16), st.booleans(), st.integers(0, 99))
+def test_int_4_in_groups_of_any_size(out: int, inner: int, group: int, zero_points: bool, seed: int) -> None:
+    coded = int4(matrix(out, inner, seed) + 0.3, group, zero_points=zero_points)
+    same(Int4(group, zero_points), coded)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
+def test_mxfp4(out: int, blocks: int, seed: int) -> None:
+    same(Mxfp4(), mxfp4(matrix(out, 32 * blocks, seed)))
+
+
+def test_every_exponent_and_code_of_mxfp4() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256).view(16 * 256, 16)
+    exponents = torch.arange(256, dtype=torch.uint8).repeat_interleave(16).view(-1, 1)
+    found = dequantised(Mxfp4(), {"codes": codes, "scales": exponents}, (16 * 256, 32)).view(256, 256, 2)
+    table = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    table += [-one for one in table]
+    for exponent in (0, 1, 100, 127, 128, 254):
+        expected = [[table[code & 15], table[code >> 4]] for code in range(256)]
+        power = torch.tensor(2.0, dtype=torch.float64) ** (exponent - 127)
+        assert torch.equal(found[exponent], (torch.tensor(expected).double() * power).float())
+    assert found[255].isnan().all(), "as the specification has it"
+
+
+def whole(folder: Path, **more: Any) -> tuple[Weights, Placement]:
+    spec = load_spec(folder)
+    placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 1, num_spare=1)
+    return load_weights(folder, spec, placement, 0, **more), placement
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    write_pair(folder / "coded", folder / "plain", SCHEMES[request.param], SHORT)
+    return folder / "coded", folder / "plain"
+
+
+def test_what_ranks_compute_with_is_what_the_plain_twin_has(pair: tuple[Path, Path]) -> None:
+    (coded, _), (plain, _) = whole(pair[0]), whole(pair[1])
+    for ours, theirs in zip(coded.layers, plain.layers, strict=True):
+        for name, expected in theirs.items():
+            assert torch.equal(ours[name].view(torch.int32), expected.view(torch.int32)), name
+    assert coded.dense_checksum() == plain.dense_checksum()
+    assert coded.spec.quantisation in ("fp8", "mxfp4", "compressed-tensors")
+
+
+def test_an_expert_is_its_codes_and_scales(pair: tuple[Path, Path]) -> None:
+    """A quarter of the bytes of float32, or an eighth; and the same for every copy."""
+    (coded, placement), (plain, _) = whole(pair[0]), whole(pair[1])
+    size = sum(part.nbytes for part in coded.slot(0, 0))
+    assert size == coded.spec.expert_bytes(4)
+    assert size < 0.4 * sum(part.nbytes for part in plain.slot(0, 0))
+    row = placement.on_rank(0, 0)
+    copies = [slot for slot, logical in enumerate(row) if row.count(logical) == 2]
+    assert len({coded.checksum(0, slot) for slot in copies}) == 1
+    assert len({coded.checksum(0, slot) for slot in range(len(row))}) == len(set(row))
+
+
+def test_a_flipped_bit_of_any_part_is_noticed_and_mended(pair: tuple[Path, Path]) -> None:
+    """Of codes, of scales, and of the numbers beside them, which are what is computed with."""
+    weights, placement = whole(pair[0])
+    logical = placement.on_rank(1, 0)[0]
+    right = weights.checksum(1, 0)
+    names = [*weights.expert_parts(1), *(part.name for part in weights.spec.moe.parts)]
+    assert len(names) == len(set(names)) >= 6
+    for name in names:
+        part = weights.layers[1][name][0]
+        before = part.clone()
+        part.view(torch.uint8).view(-1)[-1] ^= 1
+        assert weights.checksum(1, 0) != right, name
+        weights.load_expert(1, 0, logical)
+        assert weights.checksum(1, 0) == right
+        assert torch.equal(part.view(torch.uint8), before.view(torch.uint8)), name
+
+
+def test_what_is_held_can_be_codes_or_numbers_alone(pair: tuple[Path, Path]) -> None:
+    (both, _), (codes, _), (numbers, _) = (whole(pair[0], held=held) for held in Held)
+    assert codes.checksum(0, 0) == both.checksum(0, 0)
+    assert not {part.name for part in codes.spec.moe.parts} & codes.layers[0].keys()
+    assert numbers.expert_parts(0) == [part.name for part in numbers.spec.moe.parts]
+    for name in numbers.expert_parts(0):
+        assert torch.equal(numbers.layers[0][name], both.layers[0][name])
+
+
+def test_random_weights_have_the_checkpoints_shapes(pair: tuple[Path, Path]) -> None:
+    weights, placement = whole(pair[0])
+    made = Weights(weights.spec, placement, 0, dummy_source(weights.spec, 3), torch.device("cpu"))
+    for ours, theirs in zip(made.layers, weights.layers, strict=True):
+        assert {name: (one.shape, one.dtype) for name, one in ours.items()} == {
+            name: (one.shape, one.dtype) for name, one in theirs.items()
+        }
+        for name in ("gate_up", "down"):
+            assert 0.005 < ours[name].std() < 0.2
+    blank = blank_weights(weights.spec, placement.slots_per_rank, dummy_source(weights.spec, 3))
+    blank.load_expert(0, 1, 2)
+    row = placement.on_rank(0, 0)
+    assert blank.checksum(0, 1) == made.checksum(0, row.index(2))
+
+
+@pytest.mark.parametrize("rounding", ["bfloat16", "float16"])
+def test_numbers_are_rounded_as_asked(pair: tuple[Path, Path], rounding: str) -> None:
+    (coded, _), (plain, _) = whole(pair[0], rounding=rounding), whole(pair[1])
+    dtype = getattr(torch, rounding)
+    for ours, theirs in zip(coded.layers, plain.layers, strict=True):
+        for name, exact in theirs.items():
+            assert torch.equal(ours[name], exact.to(dtype).float()), name
+    assert coded.checksum(0, 0) == whole(pair[0])[0].checksum(0, 0), "codes are as they are"
+
+
+def test_a_scheme_of_each_kind_is_tried() -> None:
+    methods = {scheme.config["quant_method"] for scheme in SCHEMES.values()}
+    assert methods == set(METHODS)
