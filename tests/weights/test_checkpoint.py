@@ -264,10 +264,11 @@ OTHERS: list[dict[str, Any]] = [
     {"layer_types": ["full_attention", "sliding_attention"]},
     {"partial_rotary_factor": 0.5},
     {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    {"attention_bias": True},
-    {"use_sliding_window": True},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": -1.0}},
     {"mlp_only_layers": [0]},
+    {"decoder_sparse_step": 2},
 ]
 
 

@@ -55,6 +55,10 @@ class ConfigFields:
         self._plain = plain
         self.within = within
 
+    def with_values(self, **values: Any) -> ConfigFields:
+        """The same, but for these."""
+        return ConfigFields(self.file, {**self._plain, **values}, self.within)
+
     def error(self, name: str, fault: str) -> CheckpointError:
         return CheckpointError(f"{self.file}: {self.within}{name} {fault}")
 
@@ -96,29 +100,6 @@ class ConfigFields:
         if value is None:
             raise self.error(name, "is missing")
         return value
-
-
-def rope_theta(fields: ConfigFields, default: float) -> float:
-    """From the top level, or from `rope_parameters`, where transformers 5 writes it."""
-    fields.allow("partial_rotary_factor", None, 1)
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise fields.error(name, "must be an object")
-        kind = rope.get("rope_type", rope.get("type"))
-        if kind not in (None, "default"):
-            raise fields.error(name, f"asks for {shown(kind)}; only plain rotary embeddings are supported")
-        within = ConfigFields(fields.file, rope, f"{name}.")
-        within.allow("partial_rotary_factor", None, 1)
-        if within.has("rope_theta"):
-            return _theta(within, default)
-    return _theta(fields, default)
-
-
-def _theta(fields: ConfigFields, default: float) -> float:
-    return fields.number("rope_theta", default, 1.0, 1e15)
 
 
 def eos_token_ids(fields: ConfigFields, vocab_size: int) -> tuple[int, ...]:

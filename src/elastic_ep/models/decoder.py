@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from elastic_ep.models.config_json import ConfigFields, eos_token_ids, rope_theta
-from elastic_ep.models.spec import Attention, Layer, ModelSpec, Moe, Parameter, Piece, QkNorm, Stacked
+from elastic_ep.models.config_json import ConfigFields, as_integer, eos_token_ids, shown
+from elastic_ep.models.rope import read_rope
+from elastic_ep.models.spec import (
+    SOFTMAX_GATE,
+    AnyAttention,
+    Attention,
+    Clamped,
+    Dense,
+    Gate,
+    LatentAttention,
+    Layer,
+    ModelSpec,
+    Moe,
+    Norm,
+    Parameter,
+    Piece,
+    QkNorm,
+    Scaling,
+    Shared,
+    Stacked,
+)
 
-_MOST_LAYERS, _MOST_EXPERTS = 1024, 4096
+MOST_LAYERS, MOST_EXPERTS = 1024, 4096
 """What is planned for each of them takes time and memory before anybody asks whether they fit a machine."""
 
 
@@ -17,7 +36,7 @@ class DecoderConfig:
     """Sizes of such a model, named as in Hugging Face's configurations.
 
     `num_key_value_heads` divides `num_attention_heads`; `head_dim` is even. `norm_topk_prob`: the chosen experts' weights
-    are scaled to sum to one. `eos_token_ids` end a sequence.
+    are scaled to sum to one. `eos_token_ids` end a sequence. `rotary_dim` of a head's numbers are rotated, None: all.
     """
 
     vocab_size: int
@@ -35,6 +54,8 @@ class DecoderConfig:
     rms_norm_eps: float
     rope_theta: float
     eos_token_ids: tuple[int, ...]
+    rotary_dim: int | None = None
+    scaling: Scaling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +66,48 @@ class MoeNames:
     gate_proj: str
     up_proj: str
     down_proj: str
+    gate: str = "gate"
+    """Below `block`, as are the next two."""
+    correction: str = "gate.e_score_correction_bias"
+    shared: str = "shared_experts"
+    fused_gate: str = "mlp.gate"
+    """In a checkpoint that stacks its experts, as is the next."""
+    fused_correction: str = "mlp.gate.e_score_correction_bias"
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a family adds to the plain decoder; the defaults add nothing."""
+
+    windows: tuple[int | None, ...] = ()
+    """Of each layer's attention."""
+    interleaved: bool = False
+    sinks: bool = False
+    scale: float | None = None
+    latent: LatentAttention | None = None
+    """Instead of grouped queries."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    """Of dense layers and shared experts."""
+    gate: Gate = SOFTMAX_GATE
+    shared: Shared | None = None
+    activation: Clamped | None = None
+    dense_layers: frozenset[int] = frozenset()
+    """They have an FFN without experts, of width `dense_inner`."""
+    dense_inner: int = 0
+    norm: Norm = Norm.RMS
+    head_bias: bool = False
+    embed_factor: float = 1.0
+    branch_factor: float = 1.0
+    logits_divisor: float = 1.0
+    correction_shape: tuple[int, ...] = ()
+    """Of the tensor in the checkpoint, before the number of experts."""
+    experts: Callable[[str, DecoderConfig], tuple[Parameter, ...]] | None = None
+    """Parts of an expert, below a layer's prefix, where they do not lie as in most checkpoints."""
+
+
+PLAIN = Extras()
 
 
 def read_config(
@@ -52,38 +115,111 @@ def read_config(
     *,
     inner: str,
     norm_topk_prob: bool | None = None,
+    norm_by_default: bool = False,
     default_eps: float,
     default_theta: float,
+    experts: tuple[str, ...] = ("num_local_experts", "num_experts"),
+    top_k: str = "num_experts_per_tok",
+    default_top_k: int | None = None,
+    default_head_dim: int | None = None,
+    head_dim: int | None = None,
+    rotary_share: float | None = None,
+    tied_by_default: bool = False,
 ) -> DecoderConfig:
-    """`inner` names an expert's width; `norm_topk_prob` None: as the configuration says. Raises `CheckpointError`."""
+    """`inner` names an expert's width; `norm_topk_prob` None: as the configuration says. `experts` name their number, in
+    order of preference; `head_dim`, if given, counts whatever the configuration says of it; `rotary_share`: see
+    `read_rope`. Raises `CheckpointError`.
+    """
     heads, hidden = fields.positive("num_attention_heads"), fields.positive("hidden_size")
     vocab_size = fields.positive("vocab_size")
+    if head_dim is None:
+        head_dim = fields.positive("head_dim", default_head_dim or max(hidden // heads, 1))
+    if head_dim % 2:
+        raise fields.error("head_dim", "is odd; rotary embeddings need an even one")
+    rope = read_rope(fields, default_theta, head_dim, rotary_share)
+    counted = next((name for name in experts if fields.has(name)), experts[-1])
     config = DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
-        num_hidden_layers=fields.positive("num_hidden_layers", most=_MOST_LAYERS),
+        num_hidden_layers=fields.positive("num_hidden_layers", most=MOST_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=fields.positive("num_key_value_heads", heads),
-        head_dim=fields.positive("head_dim", max(hidden // heads, 1)),
-        num_experts=fields.positive(
-            "num_local_experts" if fields.has("num_local_experts") else "num_experts", most=_MOST_EXPERTS
-        ),
-        num_experts_per_tok=fields.positive("num_experts_per_tok"),
+        head_dim=head_dim,
+        num_experts=fields.positive(counted, most=MOST_EXPERTS),
+        num_experts_per_tok=fields.positive(top_k, default_top_k),
         moe_intermediate_size=fields.positive(inner),
         max_position_embeddings=fields.positive("max_position_embeddings"),
-        norm_topk_prob=fields.boolean("norm_topk_prob", False) if norm_topk_prob is None else norm_topk_prob,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        norm_topk_prob=fields.boolean("norm_topk_prob", norm_by_default)
+        if norm_topk_prob is None
+        else norm_topk_prob,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", tied_by_default),
         rms_norm_eps=fields.number("rms_norm_eps", default_eps, high=1.0),
-        rope_theta=rope_theta(fields, default_theta),
+        rope_theta=rope.theta,
         eos_token_ids=eos_token_ids(fields, vocab_size),
+        rotary_dim=None if rope.dim == head_dim else rope.dim,
+        scaling=rope.scaling,
     )
     if heads % config.num_key_value_heads:
         raise fields.error("num_key_value_heads", "does not divide num_attention_heads")
-    if config.head_dim % 2:
-        raise fields.error("head_dim", "is odd; rotary embeddings need an even one")
     if config.num_experts_per_tok > config.num_experts:
-        raise fields.error("num_experts_per_tok", "is more than there are experts")
+        raise fields.error(top_k, "is more than there are experts")
     return config
+
+
+def full_attention(fields: ConfigFields) -> None:
+    """Refuse layers of any other kind. Raises `CheckpointError`."""
+    layers = fields.get("layer_types")
+    if layers is not None and (
+        not isinstance(layers, list) or any(one != "full_attention" for one in layers)
+    ):
+        raise fields.error("layer_types", "asks for others than 'full_attention', which alone is supported")
+
+
+def first_dense(fields: ConfigFields, default: int) -> frozenset[int]:
+    """The layers before `first_k_dense_replace`. Raises `CheckpointError`."""
+    layers, name = fields.positive("num_hidden_layers", most=MOST_LAYERS), "first_k_dense_replace"
+    count = as_integer(fields.get(name) if fields.has(name) else default)
+    if type(count) is not int or not 0 <= count < layers:
+        raise fields.error(name, f"must be an integer from 0 to {layers - 1}, not {shown(fields.get(name))}")
+    return frozenset(range(count))
+
+
+def sparse_layers(fields: ConfigFields) -> frozenset[int]:
+    """Qwen's: the layers without experts. Raises `CheckpointError`."""
+    layers, listed = fields.positive("num_hidden_layers", most=MOST_LAYERS), fields.get("mlp_only_layers")
+    if listed is not None and (
+        not isinstance(listed, list) or any(type(as_integer(one)) is not int for one in listed)
+    ):
+        raise fields.error("mlp_only_layers", f"must be a list of layers, not {shown(listed)}")
+    step, only = fields.positive("decoder_sparse_step", 1), set(listed or ())
+    dense = frozenset(index for index in range(layers) if index in only or (index + 1) % step)
+    if len(dense) == layers:
+        raise fields.error("decoder_sparse_step", "and mlp_only_layers leave no layer with experts")
+    return dense
+
+
+def dense_inner(fields: ConfigFields, dense: frozenset[int]) -> int:
+    """Width of the layers without experts. Raises `CheckpointError`."""
+    return fields.positive("intermediate_size") if dense else 0
+
+
+def grouped_gate(fields: ConfigFields, gate: Gate, experts: int, top_k: int, default: int | None) -> Gate:
+    """With `n_group` and `topk_group`, `default` if not given. Raises `CheckpointError`."""
+    groups = fields.positive("n_group", default)
+    kept = fields.positive("topk_group", groups if default is None else min(default, groups))
+    if experts % groups or kept > groups:
+        raise fields.error("n_group", "does not divide the experts, or is less than topk_group")
+    size = experts // groups
+    if groups > 1 and (size < 2 or kept * size < top_k):
+        raise fields.error("topk_group", "leaves too few experts to choose from")
+    return replace(gate, groups=groups, top_groups=kept)
+
+
+def one_window(fields: ConfigFields, layers: int, *, wanted: bool = False) -> tuple[int | None, ...]:
+    """Of all layers: `sliding_window`, which must be there if it is `wanted`. Raises `CheckpointError`."""
+    if not fields.has("sliding_window") and not wanted:
+        return ()
+    return (fields.positive("sliding_window"),) * layers
 
 
 def decoder(
@@ -93,15 +229,24 @@ def decoder(
     *,
     qk_norm: QkNorm = QkNorm.NONE,
     clip_qkv: float | None = None,
+    extras: Extras = PLAIN,
 ) -> ModelSpec:
-    attention = Attention(
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        rope_theta=config.rope_theta,
-        qk_norm=qk_norm,
-        clip_qkv=clip_qkv,
-    )
+    def attention(index: int) -> AnyAttention:
+        return extras.latent or Attention(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rope_theta=config.rope_theta,
+            qk_norm=qk_norm,
+            clip_qkv=clip_qkv,
+            rotary_dim=config.rotary_dim,
+            interleaved=extras.interleaved,
+            scaling=config.scaling,
+            window=extras.windows[index] if extras.windows else None,
+            sinks=extras.sinks,
+            scale=extras.scale,
+        )
+
     return ModelSpec(
         family=family,
         vocab_size=config.vocab_size,
@@ -109,69 +254,161 @@ def decoder(
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
         eos_token_ids=config.eos_token_ids,
-        dense=_outside(config),
-        layers=tuple(_layer(config, attention, names, index) for index in range(config.num_hidden_layers)),
+        dense=_outside(config, extras),
+        layers=tuple(
+            _layer(config, attention(index), names, index, extras)
+            for index in range(config.num_hidden_layers)
+        ),
+        norm=extras.norm,
+        embed_factor=extras.embed_factor,
+        branch_factor=extras.branch_factor,
+        logits_divisor=extras.logits_divisor,
     )
 
 
-def _outside(config: DecoderConfig) -> tuple[Parameter, ...]:
+def _outside(config: DecoderConfig, extras: Extras) -> tuple[Parameter, ...]:
     vocab, hidden = config.vocab_size, config.hidden_size
     embed = "model.embed_tokens.weight"
     head = embed if config.tie_word_embeddings else "lm_head.weight"
     return (
         Parameter("embed", (vocab, hidden), (Piece(embed, (vocab, hidden)),), turned=False),
-        _vector("final_norm", "model.norm.weight", hidden),
+        *_norm("final_norm", "model.norm", hidden, extras.norm),
         Parameter("lm_head", (hidden, vocab), (Piece(head, (vocab, hidden)),)),
+        *((vector("lm_head_bias", "lm_head.bias", vocab),) if extras.head_bias else ()),
     )
 
 
-def _layer(config: DecoderConfig, attention: Attention, names: MoeNames, index: int) -> Layer:
+def _layer(config: DecoderConfig, kind: AnyAttention, names: MoeNames, index: int, extras: Extras) -> Layer:
     prefix, hidden = f"model.layers.{index}.", config.hidden_size
-    block = prefix + names.block
+    own = prefix + "self_attn."
     dense = (
-        _vector("input_norm", prefix + "input_layernorm.weight", hidden),
-        *_attention(prefix + "self_attn.", hidden, attention),
-        _vector("post_norm", prefix + "post_attention_layernorm.weight", hidden),
-        _gate(prefix, names, config),
+        *_norm("input_norm", prefix + "input_layernorm", hidden, extras.norm),
+        *(
+            _latents(own, hidden, kind, extras)
+            if isinstance(kind, LatentAttention)
+            else _attention(own, hidden, kind, extras)
+        ),
+        *_norm("post_norm", prefix + "post_attention_layernorm", hidden, extras.norm),
     )
-    ffn = Moe(
+    if index in extras.dense_layers:
+        ffn = _feed_forward("", prefix + "mlp.", hidden, extras.dense_inner, extras.ffn_bias)
+        return Layer(kind, Dense(extras.dense_inner), (*dense, *ffn))
+    block = f"{prefix}{names.block}."
+    experts = (
+        extras.experts(prefix, config)
+        if extras.experts
+        else _swiglu(prefix, f"{block}experts.{{expert}}.", names, config)
+    )
+    moe = Moe(
         experts=config.num_experts,
         top_k=config.num_experts_per_tok,
         inner=config.moe_intermediate_size,
         renormalise=config.norm_topk_prob,
-        parts=_swiglu(prefix, f"{block}.experts.{{expert}}.", names, config),
+        parts=experts,
+        gate=extras.gate,
+        shared=extras.shared,
+        activation=extras.activation,
     )
-    return Layer(attention, ffn, dense)
+    dense = (*dense, *_gate(prefix, names, config, extras), *_shared(block, names, hidden, extras))
+    return Layer(kind, moe, dense)
 
 
-def _attention(prefix: str, hidden: int, kind: Attention) -> tuple[Parameter, ...]:
+def _attention(prefix: str, hidden: int, kind: Attention, extras: Extras) -> tuple[Parameter, ...]:
     """`qkv` [H, (Hq + 2 Hk) D]: queries, keys, values. `out` [Hq D, H]. `qk_norm` [Hq + Hk, D]: one row a head."""
     queries, keys = kind.heads * kind.head_dim, kind.kv_heads * kind.head_dim
     widths = {"q": queries, "k": keys, "v": keys}
     pieces = tuple(Piece(f"{prefix}{name}_proj.weight", (width, hidden)) for name, width in widths.items())
-    qkv = Parameter("qkv", (hidden, queries + 2 * keys), pieces)
-    out = _matrix("out", prefix + "o_proj.weight", queries, hidden)
+    made = [Parameter("qkv", (hidden, queries + 2 * keys), pieces)]
+    if extras.qkv_bias:
+        biases = tuple(Piece(f"{prefix}{name}_proj.bias", (width,)) for name, width in widths.items())
+        made.append(Parameter("qkv_bias", (queries + 2 * keys,), biases))
+    made += _qk_norm(prefix, kind)
+    if kind.sinks:
+        made.append(vector("sinks", prefix + "sinks", kind.heads))
+    return *made, *_out(prefix, queries, hidden, extras)
+
+
+def _qk_norm(prefix: str, kind: Attention) -> tuple[Parameter, ...]:
     q_norm, k_norm = prefix + "q_norm.weight", prefix + "k_norm.weight"
     shape = (kind.heads + kind.kv_heads, kind.head_dim)
     match kind.qk_norm:
         case QkNorm.NONE:
-            return qkv, out
+            return ()
         case QkNorm.HEAD:
             norms = (
                 Piece(q_norm, (kind.head_dim,), repeat=kind.heads),
                 Piece(k_norm, (kind.head_dim,), repeat=kind.kv_heads),
             )
         case QkNorm.PROJECTION:
-            norms = Piece(q_norm, (queries,)), Piece(k_norm, (keys,))
-    return qkv, Parameter("qk_norm", shape, norms), out
+            widths = kind.heads * kind.head_dim, kind.kv_heads * kind.head_dim
+            norms = Piece(q_norm, (widths[0],)), Piece(k_norm, (widths[1],))
+    return (Parameter("qk_norm", shape, norms),)
 
 
-def _gate(prefix: str, names: MoeNames, config: DecoderConfig) -> Parameter:
+def _latents(prefix: str, hidden: int, kind: LatentAttention, extras: Extras) -> tuple[Parameter, ...]:
+    """As `LatentAttention` says."""
+    queries, keys = kind.heads * (kind.nope + kind.rope), kind.kv_rank + kind.rope
+    first = queries if kind.q_rank is None else kind.q_rank
+    q = prefix + ("q_proj" if kind.q_rank is None else "q_a_proj")
+    kv = prefix + "kv_a_proj_with_mqa"
+    pieces = Piece(f"{q}.weight", (first, hidden)), Piece(f"{kv}.weight", (keys, hidden))
+    made = [Parameter("latents", (hidden, first + keys), pieces)]
+    if extras.qkv_bias:
+        biases = Piece(f"{q}.bias", (first,)), Piece(f"{kv}.bias", (keys,))
+        made.append(Parameter("latents_bias", (first + keys,), biases))
+    if kind.q_rank is not None:
+        made.append(vector("q_norm", prefix + "q_a_layernorm.weight", kind.q_rank))
+        made.append(matrix("q_b", prefix + "q_b_proj.weight", kind.q_rank, queries))
+    made.append(vector("kv_norm", prefix + "kv_a_layernorm.weight", kind.kv_rank))
+    shape = kind.heads * (kind.nope + kind.value), kind.kv_rank
+    made.append(Parameter("kv_b", shape, (Piece(prefix + "kv_b_proj.weight", shape),), turned=False))
+    return *made, *_out(prefix, kind.heads * kind.value, hidden, extras)
+
+
+def _out(prefix: str, width: int, hidden: int, extras: Extras) -> tuple[Parameter, ...]:
+    out = matrix("out", prefix + "o_proj.weight", width, hidden)
+    return (out, vector("out_bias", prefix + "o_proj.bias", hidden)) if extras.out_bias else (out,)
+
+
+def _gate(prefix: str, names: MoeNames, config: DecoderConfig, extras: Extras) -> tuple[Parameter, ...]:
     """[H, E]"""
-    shape = config.num_experts, config.hidden_size
-    stacked = Stacked(prefix + "mlp.gate.weight", shape)
-    piece = Piece(f"{prefix}{names.block}.gate.weight", shape, stacked)
-    return Parameter("gate", shape[::-1], (piece,))
+    experts, block = config.num_experts, f"{prefix}{names.block}."
+    shape = experts, config.hidden_size
+    gate = block + names.gate
+    stacked = Stacked(f"{prefix}{names.fused_gate}.weight", shape)
+    made = [Parameter("gate", shape[::-1], (Piece(f"{gate}.weight", shape, stacked),))]
+    if extras.gate.bias:
+        made.append(vector("gate_bias", f"{gate}.bias", experts))
+    if extras.gate.correction:
+        lies = (*extras.correction_shape, experts)
+        piece = Piece(block + names.correction, lies, Stacked(prefix + names.fused_correction, lies))
+        made.append(Parameter("gate_correction", (experts,), (piece,), exact=True))
+    return tuple(made)
+
+
+def _shared(block: str, names: MoeNames, hidden: int, extras: Extras) -> tuple[Parameter, ...]:
+    if extras.shared is None:
+        return ()
+    made = _feed_forward("shared_", f"{block}{names.shared}.", hidden, extras.shared.inner, extras.ffn_bias)
+    if extras.shared.gated:
+        made = (*made, matrix("shared_gate", f"{block}{names.shared}_gate.weight", hidden, 1))
+    return made
+
+
+def _feed_forward(name: str, prefix: str, hidden: int, inner: int, bias: bool) -> tuple[Parameter, ...]:
+    both = tuple(Piece(f"{prefix}{side}_proj.weight", (inner, hidden)) for side in ("gate", "up"))
+    made = (
+        Parameter(f"{name}gate_up", (hidden, 2 * inner), both),
+        matrix(f"{name}down", prefix + "down_proj.weight", inner, hidden),
+    )
+    if not bias:
+        return made
+    biases = tuple(Piece(f"{prefix}{side}_proj.bias", (inner,)) for side in ("gate", "up"))
+    return (
+        *made,
+        Parameter(f"{name}gate_up_bias", (2 * inner,), biases),
+        vector(f"{name}down_bias", prefix + "down_proj.bias", hidden),
+    )
 
 
 def _swiglu(prefix: str, expert: str, names: MoeNames, config: DecoderConfig) -> tuple[Parameter, ...]:
@@ -190,11 +427,16 @@ def _swiglu(prefix: str, expert: str, names: MoeNames, config: DecoderConfig) ->
     return Parameter("gate_up", (hidden, 2 * inner), (gate, up)), Parameter("down", (inner, hidden), (down,))
 
 
-def _vector(name: str, tensor: str, width: int) -> Parameter:
+def _norm(name: str, tensor: str, width: int, norm: Norm) -> tuple[Parameter, ...]:
+    weight = vector(name, f"{tensor}.weight", width)
+    return (weight, vector(f"{name}_bias", f"{tensor}.bias", width)) if norm is Norm.LAYER else (weight,)
+
+
+def vector(name: str, tensor: str, width: int) -> Parameter:
     return Parameter(name, (width,), (Piece(tensor, (width,)),))
 
 
-def _matrix(name: str, tensor: str, rows: int, columns: int) -> Parameter:
+def matrix(name: str, tensor: str, rows: int, columns: int) -> Parameter:
     return Parameter(name, (rows, columns), (Piece(tensor, (columns, rows)),))
 
 

@@ -61,6 +61,8 @@ class Quantisation:
     """By their numbers, in what is not quantised."""
 
     def parameter(self, part: Parameter) -> Parameter:
+        if part.exact:
+            return part
         pieces = tuple(self.formatted(piece) for piece in part.pieces)
         if pieces[0].format != Mxfp4():
             return replace(part, pieces=pieces)

@@ -4,15 +4,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from elastic_ep.models import mixtral, olmoe, qwen3_moe
+from elastic_ep.models import (
+    deepseek_v2,
+    deepseek_v3,
+    ernie4_5_moe,
+    glm4_moe,
+    gpt_oss,
+    granitemoe,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    phimoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from elastic_ep.models.config_json import ConfigFields, read_json_object, shown
 from elastic_ep.models.decoder import Reader
 from elastic_ep.models.quantisation import quantised
 from elastic_ep.models.spec import ModelSpec
 
-FAMILIES = (qwen3_moe, mixtral, olmoe)
+FAMILIES = (
+    qwen3_moe,
+    qwen2_moe,
+    mixtral,
+    olmoe,
+    deepseek_v2,
+    deepseek_v3,
+    gpt_oss,
+    glm4_moe,
+    phimoe,
+    granitemoe,
+    ernie4_5_moe,
+    minimax_m2,
+)
 ARCHITECTURES: dict[str, Reader] = {family.ARCHITECTURE: family.read for family in FAMILIES}
 ARCHITECTURE_TYPES = {family.ARCHITECTURE: family.MODEL_TYPE for family in FAMILIES}
+_ALIASES = {deepseek_v3.ARCHITECTURE: ("kimi_k2",)}
+"""Other types that name an architecture of ours."""
 _MODEL_TYPES = {family.MODEL_TYPE: family.ARCHITECTURE for family in FAMILIES}
 
 
@@ -23,11 +51,6 @@ def load_spec(folder: Path) -> ModelSpec:
     architecture = _architecture(fields)
     fields.allow("dtype", *_DTYPES)
     fields.allow("torch_dtype", *_DTYPES)
-    layers = fields.get("layer_types")
-    if layers is not None and (
-        not isinstance(layers, list) or any(one != "full_attention" for one in layers)
-    ):
-        raise fields.error("layer_types", f"is {shown(layers)}; only 'full_attention' is supported")
     return quantised(ARCHITECTURES[architecture](fields), fields)
 
 
@@ -41,6 +64,6 @@ def _architecture(fields: ConfigFields) -> str:
         named = [_MODEL_TYPES.get(str(fields.get("model_type")), fields.get("model_type"))]
     for name in named if isinstance(named, list) else ():
         if isinstance(name, str) and name in ARCHITECTURES:
-            fields.allow("model_type", None, ARCHITECTURE_TYPES[name])
+            fields.allow("model_type", None, *_ALIASES.get(name, ()), ARCHITECTURE_TYPES[name])
             return name
     raise fields.error("architectures", f"is {shown(named)}; supported are {', '.join(ARCHITECTURES)}")

@@ -289,6 +289,9 @@ class Gate:
     jitter: float = 0.0
 
 
+SOFTMAX_GATE = Gate()
+
+
 @dataclass(frozen=True, slots=True)
 class Shared:
     """An FFN that every token passes beside its experts. Parameters as of `Dense`, with `shared_` before their names."""
@@ -316,7 +319,7 @@ class Moe:
     """The chosen experts' weights are scaled to sum to one."""
     parts: tuple[Parameter, ...]
     """Of one expert, in the order in which checksums run over their bytes."""
-    gate: Gate = Gate()
+    gate: Gate = SOFTMAX_GATE
     shared: Shared | None = None
     activation: Clamped | None = None
     """None: silu(gate) * up."""

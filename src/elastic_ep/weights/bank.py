@@ -172,7 +172,7 @@ class Weights:
     def _dense(self, part: Parameter) -> torch.Tensor:
         pieces = [self._piece(piece, part) for piece in part.pieces]
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-        return whole.contiguous().view(part.shape)
+        return whole.contiguous().view(-1).view(part.shape)  # a lone column keeps odd strides otherwise
 
     def _piece(self, piece: Piece, part: Parameter) -> torch.Tensor:
         value = self._value(piece)

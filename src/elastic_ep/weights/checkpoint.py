@@ -198,4 +198,6 @@ def _refuse_others(
                     f"that is not known here: {UNQUANTISED}"
                 )
         elif name.endswith("_proj.bias"):
-            raise CheckpointError(f"{entry.file}: tensor {name} is a bias, which no supported model has")
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} is a bias, which config.json does not ask for"
+            )
