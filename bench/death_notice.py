@@ -28,9 +28,9 @@ from tests.kit.served import write_result
 
 from bench.kit.command_line import command_line
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
-from elastic_ep.host.launcher import Launcher
-from elastic_ep.host.launcher_events import Died, Launched, LauncherEvent, Reaped
+from elastic_ep.host.keeper import Keeper
 from elastic_ep.host.scheduling import make_prompt
+from elastic_ep.wire.host_messages import Died, HostEvent, Launched, Reaped
 from elastic_ep.wire.messages import Member
 
 RANK_NICE = 5
@@ -85,16 +85,16 @@ class Samples:
 
 class Bench:
     def __init__(self) -> None:
-        self.seen: dict[tuple[type[LauncherEvent], Member], tuple[LauncherEvent, int]] = {}
+        self.seen: dict[tuple[type[HostEvent], Member], tuple[HostEvent, int]] = {}
         self._changed = anyio.Event()
 
-    def on_event(self, event: LauncherEvent) -> None:
+    def on_event(self, event: HostEvent) -> None:
         if isinstance(event, (Died, Launched, Reaped)):
             self.seen[type(event), event.member] = (event, time.monotonic_ns())
             self._changed.set()
             self._changed = anyio.Event()
 
-    async def until(self, kind: type[LauncherEvent], member: Member) -> tuple[Any, int]:
+    async def until(self, kind: type[HostEvent], member: Member) -> tuple[Any, int]:
         with anyio.fail_after(DEADLINE_S):
             while (kind, member) not in self.seen:
                 await self._changed.wait()
@@ -102,7 +102,7 @@ class Bench:
 
 
 async def one_kill(
-    bench: Bench, launcher: Launcher, member: Member, hellos: int, mib: int, to: Samples
+    bench: Bench, launcher: Keeper, member: Member, hellos: int, mib: int, to: Samples
 ) -> None:
     began_ns = time.monotonic_ns()
     launcher.launch(member, json.dumps({"resident_mib": mib}))
@@ -150,7 +150,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     bench = Bench()
     incarnation = 0
-    async with Launcher(settings, SharedFiles(hello_writer, hello_writer)) as launcher:
+    async with Keeper(settings, SharedFiles(hello_writer, hello_writer)) as launcher:
         await launcher.start(bench.on_event)
         for name, processes, niceness in (
             ("idle", 0, 0),

@@ -1,4 +1,4 @@
-"""The run process: composes API, router, controller, launcher and event log on one event loop. No torch."""
+"""The run process: composes API, router, controller, the host's agent and event log on one event loop. No torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from elastic_ep.group.repairs import Repairs
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.host.device_guard import DeviceGuard
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
-from elastic_ep.host.launcher import ForkServerFailed, Launcher
+from elastic_ep.host.keeper import ForkServerFailed, Keeper
 from elastic_ep.host.mps import mps_daemon
 from elastic_ep.host.scheduling import make_prompt
 from elastic_ep.host.server_process import ServerProcess
@@ -172,7 +172,7 @@ class RunProcess:
             self._write_vocabulary(directory)
             wire = ControllerWire(directory)
             stack.callback(wire.close)
-            # Before the launcher, so that it ends after all ranks.
+            # Before the keeper, so that it ends after all ranks.
             environment = self._daemon(stack) if self._config.mps else {}
             options = LaunchOptions(
                 entry=self._rank_entry,
@@ -184,9 +184,9 @@ class RunProcess:
             guard = None
             if self._config.mps:
                 guard = stack.enter_context(DeviceGuard(self._config.timing.drain_ms / 1000, self._log.note))
-            launcher = await stack.enter_async_context(Launcher(options, files, environment, self._server))
+            host = await stack.enter_async_context(Keeper(options, files, environment, self._server))
             told = replace(self._plan.rank_config(directory), event_log=self._rank_log())
-            processes = RankProcesses(told, launcher, guard, watched=self._config.fault_tolerance)
+            processes = RankProcesses(told, host, guard, watched=self._config.fault_tolerance)
             parts = self._parts(wire, processes)
             controller = parts.controller
             stack.callback(controller.ledger.close)
@@ -204,7 +204,7 @@ class RunProcess:
             if self._config.fault_tolerance:
                 tasks.start_soon(controller.watch.run)
             tasks.start_soon(parts.rebalancer.run)
-            tasks.start_soon(self._start_ranks, launcher, controller)
+            tasks.start_soon(self._start_ranks, host, controller)
             tasks.start_soon(_warm, controller, app[READING])
             status = await self._serve_until_stopped(parts, http.url)
             tasks.cancel_scope.cancel()
@@ -455,9 +455,9 @@ class RunProcess:
                 "choose another with --port, or --port 0 for any free one"
             ) from error
 
-    async def _start_ranks(self, launcher: Launcher, controller: Controller) -> None:
+    async def _start_ranks(self, host: Keeper, controller: Controller) -> None:
         try:
-            await launcher.start(controller.on_process)
+            await host.start(controller.on_process)
         except ForkServerFailed as error:
             self._fork_error = str(error)
             self._stop.set()

@@ -13,11 +13,13 @@ from typing import Any
 
 import aiohttp
 import openai
+import psutil
 import pytest
 from train.problems import held_out
 
 from elastic_ep.replay import main as replay
 from tests.kit.guided_asks import guided_asks
+from tests.kit.harness import title
 from tests.kit.served import Server, chat, counters, http, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
@@ -89,6 +91,35 @@ def send(
 def test_a_killed_rank_costs_no_token(serving: Server, expected: Texts, rank: int) -> None:
     disturbed = asyncio.run(with_fault(serving.url, send(serving.url, [rank], signal.SIGKILL)))
     assert disturbed == expected
+
+
+def test_a_killed_agent_costs_nothing_and_the_next_one_tells_of_a_killed_rank(
+    serving: Server, expected: Texts
+) -> None:
+    async def fault(session: aiohttp.ClientSession) -> None:
+        before = (await status(session, serving.url))["engines"]
+        agent = next(child for child in psutil.Process(serving.process.pid).children() if is_agent(child))
+        agent.kill()
+        os.kill(before[4]["pid"], signal.SIGKILL)
+
+    before = asyncio.run(engines(serving.url))
+    disturbed = asyncio.run(with_fault(serving.url, fault))
+    after = asyncio.run(engines(serving.url))
+    assert disturbed == expected
+    assert [pid for rank, pid in after.items() if rank != 4] == [
+        pid for rank, pid in before.items() if rank != 4
+    ]
+    assert after[4] != before[4]
+
+
+def is_agent(process: psutil.Process) -> bool:
+    return "host agent" in title(process.pid)
+
+
+async def engines(url: str) -> dict[int, int]:
+    """The pid of each rank."""
+    async with http() as session:
+        return {engine["id"]: engine["pid"] for engine in (await until_full(session, url))["engines"]}
 
 
 def test_a_stopped_rank_is_fenced_and_costs_no_token(serving: Server, expected: Texts) -> None:

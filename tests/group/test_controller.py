@@ -16,6 +16,7 @@ from elastic_ep.machines.experts import events as repair
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import GroupState
 from elastic_ep.machines.requests import events as routing
+from elastic_ep.wire.host_messages import Died
 from elastic_ep.wire.messages import (
     Member,
     Numbered,
@@ -368,6 +369,26 @@ def test_the_logs_cause_of_a_death_is_the_first_notices(seed: int) -> None:
         controller.on_gone(victim, "SIGKILL")
         noted = [facts for kind, facts in group.log.notes if kind == "death_notice"]
         assert [(facts["source"], facts["at_ns"]) for facts in noted] == [(causes[0], 0)]
+        (down,) = group.log.effects(ev.MemberDown)
+        assert down.reason == "died"
+        assert not group.processes.fenced
+        await group.until(lambda: group.all_serve, "it is back")
+
+    simulate(main)
+
+
+def test_a_death_that_the_agent_has_told_is_heard_before_a_survivor_is_believed() -> None:
+    """Its masked step may be read first; it must not make a hang of a death."""
+
+    async def main(group: FakeGroup) -> None:
+        controller, victim = group.controller, Member(1, 1)
+        group.processes.unheard.append(lambda: controller.on_process(Died(victim, "mutex", 0)))
+        epoch = controller.machine.view.epoch
+        group.ranks[1].alive = False
+        controller.on_message(
+            Member(0, 1), StepReport(5, epoch, 0, 1, (), 0, 0, 0, 0, masked=(1,), mask_ns=1)
+        )
+        controller.on_gone(victim, "SIGKILL")
         (down,) = group.log.effects(ev.MemberDown)
         assert down.reason == "died"
         assert not group.processes.fenced

@@ -14,8 +14,11 @@ from typing import Any
 import anyio
 import pytest
 
-from elastic_ep.host.launcher import ForkServerFailed, Launcher
-from elastic_ep.host.launcher_events import (
+from elastic_ep.host.keeper import ForkServerFailed
+from elastic_ep.host.private_directory import NotPrivate
+from elastic_ep.host.server_process import begun
+from elastic_ep.timing import Timing
+from elastic_ep.wire.host_messages import (
     Died,
     Launched,
     LaunchFailed,
@@ -23,9 +26,6 @@ from elastic_ep.host.launcher_events import (
     ServerLost,
     ServerReady,
 )
-from elastic_ep.host.private_directory import NotPrivate
-from elastic_ep.host.server_process import begun
-from elastic_ep.timing import Timing
 from elastic_ep.wire.messages import Member
 from tests.kit.bound import Bound
 from tests.kit.harness import DEADLINE_S, Run, alive, running, state, title, wait_until
@@ -90,9 +90,8 @@ def test_kill_is_noticed_by_the_mutex_and_then_confirmed(directory: Path) -> Non
     assert run.of(A) == ["Launched", "Died", "Reaped"]
 
 
-def test_the_mutex_alone_gives_notice(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mutex_alone_gives_notice(directory: Path) -> None:
     """Without the pidfd and the fork server's word."""
-    monkeypatch.setattr(Launcher, "_on_pidfd", lambda self, process: self._loop.remove_reader(process.pidfd))
 
     async def body(run: Run) -> None:
         facts = await run.up(A)
@@ -103,7 +102,7 @@ def test_the_mutex_alone_gives_notice(directory: Path, monkeypatch: pytest.Monke
         os.kill(run.launcher.server_pid, signal.SIGCONT)
         assert (await gone(run, A)).status == "signal 9"
 
-    with_launcher(directory, body)
+    with_launcher(directory, body, agent="tests.kit.agent_without_pidfds")
 
 
 def test_death_before_hello_is_noticed_by_other_means(directory: Path) -> None:
@@ -155,18 +154,22 @@ def test_fence_a_stopped_rank(directory: Path) -> None:
 
 
 def test_fence_at_any_moment_of_a_launch(directory: Path) -> None:
+    first, second = Member(0, 1), Member(1, 1)
+
     async def body(run: Run) -> None:
-        first, second = Member(0, 1), Member(1, 1)
         run.launcher.launch(first, '{"do": "sleep"}')
         run.launcher.launch(second, '{"do": "sleep"}')
         run.launcher.kill(second)  # still queued
-        await anyio.lowlevel.checkpoint()
+        with anyio.fail_after(DEADLINE_S):
+            while not run.launcher._ranks[first].asked:
+                await anyio.lowlevel.checkpoint()
         run.launcher.kill(first)  # asked for, no answer yet
         await gone(run, first)
         await run.expect(LaunchFailed, lambda event: event.member == second)
 
     run = with_launcher(directory, body)
-    assert run.of(Member(0, 1)) == ["Launched", "Died", "Reaped"]
+    assert run.of(first) == ["Launched", "Died", "Reaped"]
+    assert run.of(second) == ["LaunchFailed"]
 
 
 def test_many_incarnations_reuse_the_mutexes(directory: Path) -> None:
@@ -222,7 +225,7 @@ def test_ranks_outlive_their_fork_server(directory: Path) -> None:
     assert not directory.exists()
 
 
-def test_a_hung_fork_server_is_replaced(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_fork_server_is_replaced(directory: Path) -> None:
     async def body(run: Run) -> None:
         first = run.launcher.server_pid
         assert first is not None
@@ -235,8 +238,7 @@ def test_a_hung_fork_server_is_replaced(directory: Path, monkeypatch: pytest.Mon
         await run.expect(Launched, lambda event: event.member == B)
         assert run.launcher.server_pid != first
 
-    monkeypatch.setattr(Timing, "server_reply_ms", 300)
-    with_launcher(directory, body)
+    with_launcher(directory, body, agent="tests.kit.impatient_agent")
 
 
 def test_a_fork_server_that_does_not_start(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -253,15 +255,16 @@ def test_a_fork_server_that_is_never_ready_is_given_up(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "never_done.py").write_text("import time\ntime.sleep(1000)\n")
+    (tmp_path / "hasty_agent.py").write_text(
+        "from elastic_ep.timing import Timing\nTiming.server_ready_ms = 500\nimport tests.kit.impatient_agent\n"
+    )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
-    monkeypatch.setattr(Timing, "server_reply_ms", 300)
-    monkeypatch.setattr(Timing, "server_ready_ms", 500)
 
     async def body(run: Run) -> None:
         raise AssertionError("not reached")
 
     with pytest.raises(ForkServerFailed):
-        with_launcher(directory, body, preload=("never_done",))
+        with_launcher(directory, body, preload=("never_done",), agent="hasty_agent")
     assert not directory.exists()
 
 

@@ -31,7 +31,7 @@ def mentioning(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["all run", "one rank stopped"])
-@pytest.mark.parametrize("killed_first", [None, "server", "janitor"])
+@pytest.mark.parametrize("killed_first", [None, "server", "janitor", "agent"])
 def test_nothing_outlives_the_run_process(directory: Path, stopped: bool, killed_first: str | None) -> None:
     with Bound(
         [sys.executable, str(KIT / "run_process.py"), str(directory), str(RANKS)],
@@ -39,7 +39,7 @@ def test_nothing_outlives_the_run_process(directory: Path, stopped: bool, killed
     ) as process:
         assert process.stdout is not None
         pids = json.loads(process.stdout.readline())
-        everyone = [*pids["ranks"], pids["server"], pids["janitor"]]
+        everyone = [*pids["ranks"], pids["server"], pids["janitor"], pids["agent"]]
         assert len(pids["ranks"]) == RANKS
         assert all(map(alive, everyone))
         if stopped:
@@ -57,11 +57,11 @@ def test_nothing_outlives_the_run_process(directory: Path, stopped: bool, killed
 STARTING = """
 import asyncio, os, sys
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
-from elastic_ep.host.launcher import Launcher
+from elastic_ep.host.keeper import Keeper
 async def main():
     options = LaunchOptions("rank_entries:main", ("rank_entries", "never_done"), sys.argv[1])
-    async with Launcher(options, SharedFiles(0, 0)) as launcher:
-        await launcher.start(lambda event: None)
+    async with Keeper(options, SharedFiles(0, 0)) as host:
+        await host.start(lambda event: None)
 asyncio.run(main())
 """
 
@@ -77,9 +77,8 @@ def test_a_fork_server_that_is_still_importing(directory: Path, tmp_path: Path) 
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"},
     ) as process:
         fifo.read_text()
-        assert len(mentioning(directory)) == 2  # the run process, the janitor; it has not been told of it yet
         children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-        assert len(children) == 2  # the janitor, the fork server
+        assert len(children) == 3  # the janitor, the agent, the fork server
         process.kill()
     wait_until(lambda: not any(map(alive, children)), LIMIT_S, "no child left")
     wait_until(lambda: not mentioning(directory), LIMIT_S, "no process left")

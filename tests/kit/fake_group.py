@@ -13,7 +13,6 @@ from elastic_ep.group.controller import Controller
 from elastic_ep.group.hub import Hub
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.repairs import Repairs
-from elastic_ep.host.launcher_events import Launched
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership.events import Start
 from elastic_ep.machines.membership.machine import MembershipMachine
@@ -25,6 +24,7 @@ from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import EMPTY, Placement, launch_placement
 from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.timing import USUAL, MembershipConfig, RepairConfig
+from elastic_ep.wire.host_messages import Launched
 from elastic_ep.wire.messages import (
     Beat,
     Hello,
@@ -204,6 +204,8 @@ class FakeProcesses:
     held: list[Member] = field(default_factory=list)
     occupied: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     """By rank, who waits until its device is free; ranks that are not named are."""
+    unheard: list[Callable[[], None]] = field(default_factory=list)
+    """What the agent has said."""
 
     def launch(self, member: Member, placement: Placement, peers: PeerWeights | None) -> None:
         self.launched.append(member)
@@ -215,6 +217,10 @@ class FakeProcesses:
 
     def watch(self, member: Member) -> None:
         self.watched.append(member)
+
+    def hear(self) -> None:
+        while self.unheard:
+            self.unheard.pop(0)()
 
     def keep_device(self, member: Member, pid: int) -> None:
         self.held.append(member)

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import anyio
 
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
-from elastic_ep.host.launcher import Launcher
-from elastic_ep.host.launcher_events import Launched, LauncherEvent
+from elastic_ep.host.keeper import AGENT, Keeper
 from elastic_ep.host.server_process import ServerProcess
+from elastic_ep.wire.host_messages import HostEvent, Launched
 from elastic_ep.wire.messages import Member
 
 DEADLINE_S = 20.0
-T = TypeVar("T", bound=LauncherEvent)
+T = TypeVar("T", bound=HostEvent)
 
 
 class Hellos:
@@ -43,6 +43,13 @@ class Hellos:
     async def next_async(self) -> dict[str, Any]:
         return await anyio.to_thread.run_sync(self.next)
 
+    def rest(self) -> list[dict[str, Any]]:
+        """What is there already."""
+        while select.select([self.read_end], [], [], 0)[0]:
+            self._buffer += os.read(self.read_end, 65536)
+        lines, self._buffer = self._buffer.splitlines(), b""
+        return [json.loads(line) for line in lines]
+
     def close(self) -> None:
         os.close(self.read_end)
         os.close(self.write_end)
@@ -50,12 +57,12 @@ class Hellos:
 
 class Run:
     def __init__(self, hellos: Hellos) -> None:
-        self.events: list[LauncherEvent] = []
+        self.events: list[HostEvent] = []
         self.hellos = hellos
-        self.launcher: Launcher
+        self.launcher: Keeper
         self._changed = anyio.Event()
 
-    def on_event(self, event: LauncherEvent) -> None:
+    def on_event(self, event: HostEvent) -> None:
         self.events.append(event)
         self._changed.set()
         self._changed = anyio.Event()
@@ -68,6 +75,16 @@ class Run:
                     if isinstance(event, kind) and where(event):
                         return event
                 await self._changed.wait()
+
+    async def expect_any(self, kinds: tuple[type[Any], ...], member: Member) -> None:
+        """An event of one of these kinds, of this member."""
+        with anyio.fail_after(DEADLINE_S):
+            while not any(isinstance(event, kinds) and event.member == member for event in self.events):
+                await self._changed.wait()
+
+    async def changed(self) -> None:
+        """There is another event."""
+        await self._changed.wait()
 
     async def launch(self, member: Member, do: str = "sleep", **config: Any) -> int:
         self.launcher.launch(member, json.dumps({"do": do, **config}))
@@ -87,7 +104,7 @@ class Run:
 
 @asynccontextmanager
 async def running(
-    directory: Path, *, begun: ServerProcess | None = None, **options: Any
+    directory: Path, *, begun: ServerProcess | None = None, agent: str = AGENT, **options: Any
 ) -> AsyncIterator[Run]:
     hellos = Hellos()
     run = Run(hellos)
@@ -95,7 +112,7 @@ async def running(
     try:
         options_ = LaunchOptions(directory=str(directory), **settings)
         files = SharedFiles(hellos.write_end, hellos.write_end)
-        async with Launcher(options_, files, begun=begun) as run.launcher:
+        async with Keeper(options_, files, begun=begun, agent=agent) as run.launcher:
             with anyio.fail_after(60):
                 await run.launcher.start(run.on_event)
             yield run

@@ -15,8 +15,9 @@ from tests.kit.harness import running
 async def main(directory: Path, ranks: int) -> None:
     async with running(directory) as run:
         pids = [(await run.up(Member(rank, 1)))["pid"] for rank in range(ranks)]
-        server, janitor = run.launcher.server_pid, run.launcher.janitor.pid
-        print(json.dumps({"ranks": pids, "server": server, "janitor": janitor}), flush=True)
+        host = run.launcher
+        others = {"server": host.server_pid, "janitor": host.janitor.pid, "agent": host.agent_pid}
+        print(json.dumps({"ranks": pids, **others}), flush=True)
         await anyio.sleep_forever()
 
 

@@ -15,8 +15,9 @@ import pytest
 import zmq
 
 from elastic_ep.wire.codec import pack
+from elastic_ep.wire.envelope import VERSION
 from elastic_ep.wire.messages import Beat, Cancel, Hello, Member, Numbered, SnapshotRequest, View
-from elastic_ep.wire.sockets import VERSION, ControllerWire, RankWire, _Drain
+from elastic_ep.wire.sockets import ControllerWire, RankWire, _Drain
 
 pytestmark = pytest.mark.anyio
 

@@ -20,15 +20,6 @@ from elastic_ep.group.repairs import Repairs
 from elastic_ep.group.serving_log import ServingLog
 from elastic_ep.group.store_table import StoreTable
 from elastic_ep.group.watch import COMING_UP, ProgressWatch, RankFacts
-from elastic_ep.host.launcher_events import (
-    Died,
-    Launched,
-    LauncherEvent,
-    LaunchFailed,
-    Reaped,
-    ServerLost,
-    ServerReady,
-)
 from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
@@ -39,6 +30,17 @@ from elastic_ep.machines.requests import events as routing
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.placement import Placement
 from elastic_ep.timing import USUAL, Timing
+from elastic_ep.wire.host_messages import (
+    AgentLost,
+    AgentReady,
+    Died,
+    HostEvent,
+    Launched,
+    LaunchFailed,
+    Reaped,
+    ServerLost,
+    ServerReady,
+)
 from elastic_ep.wire.messages import (
     Beat,
     Commit,
@@ -76,6 +78,9 @@ class Processes(Protocol):
 
     def watch(self, member: Member) -> None:
         """The rank holds its death mutex now."""
+
+    def hear(self) -> None:
+        """Have told what agents have said by now."""
 
     def keep_device(self, member: Member, pid: int) -> None:
         """The rank is starting, and may use more of its device by now."""
@@ -202,8 +207,8 @@ class Controller:
         self._blame(member, cause, why)
         self.feed(ev.Suspected(member, why))
 
-    def on_process(self, event: LauncherEvent) -> None:
-        """What became of a rank's process, or of the fork server."""
+    def on_process(self, event: HostEvent) -> None:
+        """What became of a rank's process, of the host's agent, or of the fork server."""
         match event:
             case Launched(member, pid):
                 self._known(member).pid = pid
@@ -215,6 +220,10 @@ class Controller:
                 self.on_gone(member, status)
             case LaunchFailed(member, reason):
                 self.on_gone(member, f"{LAUNCH_FAILED}{reason}")
+            case AgentReady(pid, adopted):
+                self._log.note("host_agent_ready", pid=pid, adopted=adopted)
+            case AgentLost(pid, status):
+                self._log.note("host_agent_lost", pid=pid, status=status)
             case ServerReady(pid, threads):
                 self._log.note("fork_server_ready", pid=pid, threads=threads)
                 self.history.moved(HOST, 0, "Ready")
@@ -433,6 +442,8 @@ class Controller:
 
         A report from an older view proves nothing: a loss was told by a newer one, and the next incarnation may be in.
         """
+        # Of a death survivors hear at the same time: it comes first, and then there is nobody to suspect.
+        self._processes.hear()
         view = self.machine.view
         if self.machine.stopping or report.epoch != view.epoch:
             return

@@ -1,4 +1,4 @@
-"""What the controller needs of the ranks' processes: launcher and device guard joined."""
+"""What the controller needs of the ranks' processes: this host's agent and device guard joined."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from elastic_ep.config import RankConfig
 from elastic_ep.host.device_guard import DeviceGuard
-from elastic_ep.host.launcher import Launcher
+from elastic_ep.host.keeper import Keeper
 from elastic_ep.placement import Placement
 from elastic_ep.wire.messages import Member
 from elastic_ep.wire.slot_messages import PeerWeights
@@ -20,24 +20,27 @@ class RankProcesses:
     """
 
     def __init__(
-        self, config: RankConfig, launcher: Launcher, guard: DeviceGuard | None, watched: bool = True
+        self, config: RankConfig, host: Keeper, guard: DeviceGuard | None, watched: bool = True
     ) -> None:
         self._config = config
-        self._launcher = launcher
+        self._host = host
         self._guard = guard
         self._watched = watched
 
     def launch(self, member: Member, placement: Placement, peers: PeerWeights | None) -> None:
         rank, incarnation = member
         config = replace(self._config, rank=rank, incarnation=incarnation, placement=placement, peers=peers)
-        self._launcher.launch(member, config.to_json())
+        self._host.launch(member, config.to_json())
 
     def fence(self, member: Member) -> None:
-        self._launcher.kill(member)
+        self._host.kill(member)
 
     def watch(self, member: Member) -> None:
         if self._watched:
-            self._launcher.watch(member)
+            self._host.watch(member)
+
+    def hear(self) -> None:
+        self._host.hear()
 
     def keep_device(self, member: Member, pid: int) -> None:
         if self._guard is not None:

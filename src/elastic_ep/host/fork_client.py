@@ -1,4 +1,4 @@
-"""The launcher's end of one fork server process: start it, talk to it, notice its exit."""
+"""The launcher's end of one fork server process. Who has begun it says when it has exited."""
 
 from __future__ import annotations
 
@@ -16,65 +16,68 @@ from elastic_ep.host.fork_messages import (
     FromServer,
     Imported,
     LaunchOptions,
-    status_text,
+    Resync,
+    ToServer,
 )
-from elastic_ep.host.server_process import ServerProcess
 from elastic_ep.wire.codec import decode, encode
 
 
 class ForkClient:
     """One running fork server, which is killed if it is not ready or does not answer in time.
 
-    Callbacks come from the event loop; after `on_exit` there are none. `files` are the mutexes' and the `SharedFiles`.
+    Callbacks come from the event loop; there are none after `exited`. `files` are the mutexes' and the `SharedFiles`.
+    `control` and `pidfd` are this object's. `ready`: another agent has had it before, and it forks already.
     """
 
     def __init__(
         self,
         options: LaunchOptions,
         files: tuple[int, ...],
-        process: ServerProcess,
+        pid: int,
+        control: socket.socket,
+        pidfd: int,
+        ready: bool,
         on_message: Callable[[FromServer, list[int]], None],
-        on_exit: Callable[[str], None],
     ) -> None:
         self._options = options
         self._files = files
         self._timing = options.timing
         self._on_message = on_message
-        self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
-        process.taken = True
-        self._control, self._process = process.control, process.popen
+        self._control, self._pidfd = control, pidfd
         self._control.setblocking(False)
-        self.ready = False
+        self.pid = pid
+        self.ready = ready
         self._timer = self._loop.call_later(self._timing.server_ready_ms / 1000, self.kill)
-        self._pidfd = os.pidfd_open(self._process.pid)
-        self._closed = False
         self._loop.add_reader(self._control, self._receive)
-        self._loop.add_reader(self._pidfd, self._exited)
+        if ready:
+            self._timer.cancel()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def resync(self) -> None:
+        """Have it say what it may have said to an agent that is dead: `Resynced` comes last."""
+        self._send(Resync())
 
     def fork(self, message: Fork, life_fd: int, config_fd: int) -> bool:
         """Ask for a rank; False when the server does not listen any more (it is dead or about to be)."""
-        try:
-            socket.send_fds(self._control, [encode(message)], [life_fd, config_fd])
-        except OSError:
-            return False
-        self._timer = self._loop.call_later(self._timing.server_reply_ms / 1000, self.kill)
-        return True
+        return self._send(message, life_fd, config_fd)
 
     def kill(self) -> None:
-        """`on_exit` follows."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def hang_up(self) -> None:
-        """Tell it to clean up and go: it kills the ranks it still has. `on_exit` follows."""
-        if not self._closed:
+        """Tell it to clean up and go, as far as this end is concerned: it kills the ranks it still has."""
+        if self._control.fileno() >= 0:
             self._loop.remove_reader(self._control)
             self._control.close()
+
+    def exited(self) -> None:
+        """It is gone; what it said before is heard now."""
+        if self._control.fileno() >= 0:
+            self._receive()
+        self._timer.cancel()
+        os.close(self._pidfd)
+        self.hang_up()
 
     def _receive(self) -> None:
         while self._control.fileno() >= 0:
@@ -100,13 +103,11 @@ class ForkClient:
         with suppress(BrokenPipeError):  # it has died already: `on_exit` says so
             socket.send_fds(self._control, [encode(self._options)], self._files)
 
-    def _exited(self) -> None:
-        self._receive()  # what it said before it died
-        self._closed = True
-        self._timer.cancel()
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        if self._control.fileno() >= 0:
-            self._loop.remove_reader(self._control)
-            self._control.close()
-        self._on_exit(status_text(self._process.wait()))
+    def _send(self, message: ToServer, *fds: int) -> bool:
+        """False: it does not listen any more."""
+        try:
+            socket.send_fds(self._control, [encode(message)], fds)
+        except OSError:
+            return False
+        self._timer = self._loop.call_later(self._timing.server_reply_ms / 1000, self.kill)
+        return True

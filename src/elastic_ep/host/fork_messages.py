@@ -2,7 +2,8 @@
 
 The fork server says `Imported` first. To it go its `LaunchOptions` then, with the file of the mutexes and the
 `SharedFiles`, and `Fork`s. It says `ServerReady` once; `Launched`, with a pidfd taken before the child could be reaped,
-or `LaunchFailed` to each `Fork`; and `Exited` of each child.
+or `LaunchFailed` to each `Fork`; and `Exited` of each child. To `Resync`, from a new agent, it says `Launched` again of
+each child that lives, and `Resynced`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from elastic_ep.config import LogConfig
-from elastic_ep.host.launcher_events import Launched, LaunchFailed, ServerReady
 from elastic_ep.timing import USUAL, Timing
+from elastic_ep.wire.host_messages import Launched, LaunchFailed, ServerReady
 from elastic_ep.wire.messages import Member
 
 PACKET_BYTES = 64 << 10
@@ -73,7 +74,18 @@ class Exited:
     status: str
 
 
-FromServer = Imported | ServerReady | Launched | LaunchFailed | Exited
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """Say what was said before to somebody who may not have heard it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resynced:
+    """All that was to be said is said."""
+
+
+FromServer = Imported | ServerReady | Launched | LaunchFailed | Exited | Resynced
+ToServer = Fork | Resync
 
 
 def status_text(returncode: int) -> str:

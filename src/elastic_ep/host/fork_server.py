@@ -2,8 +2,8 @@
 
 ``python -m elastic_ep.host.fork_server CONTROL_FD MODULE...``: imports the modules, then asks for what else it must know
 (see `server_process.py`). It stays single-threaded and never touches
-a device, so its forks are sound. It ends when the launcher's end of the control socket closes; then it kills its
-ranks and removes the run's private directory.
+a device, so its forks are sound. It ends when the other end of the control socket
+closes, which the agent and its keeper both have; then it kills its ranks and removes the run's private directory.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ from elastic_ep.host.fork_messages import (
     FromServer,
     Imported,
     LaunchOptions,
+    Resync,
+    Resynced,
     SharedFiles,
+    ToServer,
     status_text,
 )
-from elastic_ep.host.launcher_events import Launched, LaunchFailed, ServerReady
 from elastic_ep.host.private_directory import NotPrivate, check_private, remove
 from elastic_ep.host.robust_mutex import RobustMutexes
 from elastic_ep.host.scheduling import make_ordinary
 from elastic_ep.wire.codec import decode, encode
+from elastic_ep.wire.host_messages import Launched, LaunchFailed, ServerReady
 from elastic_ep.wire.messages import Member, RankState
 
 log = structlog.get_logger()
@@ -93,7 +96,10 @@ class ForkServer:
             return False
         if not data:
             return False
-        message: Fork = decode(data, Fork)
+        message: ToServer = decode(data, ToServer)
+        if isinstance(message, Resync):
+            self._say_again()
+            return True
         assert len(fds) == 2, "a rank needs its life line and its configuration"
         life_fd, config_fd = fds
         try:
@@ -102,6 +108,11 @@ class ForkServer:
             os.close(life_fd)
             os.close(config_fd)
         return True
+
+    def _say_again(self) -> None:
+        for pidfd, child in self._children.items():
+            self._send(Launched(child.member, child.pid), pidfd)
+        self._send(Resynced())
 
     def _fork(self, message: Fork, life_fd: int, config_fd: int) -> None:
         member = message.member

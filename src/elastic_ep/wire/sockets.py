@@ -20,6 +20,7 @@ import structlog
 import zmq
 
 from elastic_ep.wire.codec import MalformedMessage, pack, unpack
+from elastic_ep.wire.envelope import VERSION, check_version
 from elastic_ep.wire.messages import (
     Beat,
     FromRank,
@@ -35,8 +36,6 @@ _QUEUE_LIMIT = 100_000
 """Messages to a rank that it has not read: far more than one that reads at all ever leaves."""
 _TURN_S = 0.01
 MAX_MESSAGE_BYTES = 64 << 20
-VERSION = b"1"
-"""Of what `messages.py` says; all processes of a run have the same."""
 
 
 def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
@@ -247,9 +246,7 @@ def _member(identity: bytes) -> Member | None:
 
 def _body(frames: list[bytes]) -> bytes:
     """Raises `MalformedMessage` for another version than this one, whatever follows it."""
-    if frames[0] != VERSION:
-        ours, theirs = VERSION.decode(), frames[0][:20]
-        raise MalformedMessage(f"version {theirs!r} of the protocol is unknown: this process speaks {ours}")
+    check_version(frames[0])
     if len(frames) != 2:
         raise MalformedMessage(f"{len(frames)} frames, not a version and a body")
     return frames[1]

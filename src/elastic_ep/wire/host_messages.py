@@ -1,5 +1,8 @@
-"""What the launcher reports. Of one member: `Launched`, `Died`, `Reaped`, in this order; or
-`LaunchFailed` alone. Times are CLOCK_MONOTONIC nanoseconds."""
+"""What the controller and a host's agent say to each other.
+
+Of one member the agent says `Launched`, `Died`, `Reaped`, in this order; or `LaunchFailed` alone. Times are
+CLOCK_MONOTONIC nanoseconds of that host.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,22 @@ class ServerLost:
 
     pid: int
     status: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLost:
+    """The agent exited, or was ended since it did not answer. Its ranks live on; the next one adopts them."""
+
+    pid: int
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentReady:
+    """The agent runs. `adopted`: so many ranks were there before it."""
+
+    pid: int
+    adopted: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +78,29 @@ class Reaped:
     at_ns: int
 
 
-LauncherEvent = ServerReady | ServerLost | Launched | LaunchFailed | Died | Reaped
+RankEvent = Launched | LaunchFailed | Died | Reaped
+HostEvent = ServerReady | ServerLost | AgentReady | AgentLost | RankEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Have a rank of this name forked; its configuration travels beside. `Launched` or `LaunchFailed` follows."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """The rank says that it runs, so it holds its mutex."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Kill the rank, in whatever state it is. One that is unknown is no error."""
+
+    member: Member
+
+
+Order = Launch | Watch | Fence
