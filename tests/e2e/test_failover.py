@@ -185,6 +185,47 @@ def test_texts_that_follow_grammars_go_on_as_they_would_have(serving: Server) ->
     assert disturbed == undisturbed
 
 
+async def scored(url: str, kill: list[int]) -> list[Any]:
+    """Prompts with the log-probability of each token, and answers. Ranks are killed once half of them are computed."""
+    scores = {"echo": True, "logprobs": 2, "prompt_logprobs": 1}
+    async with http() as session:
+        engines = (await until_full(session, url))["engines"]
+
+        async def one(index: int) -> Any:
+            prompt = " ".join(QUESTIONS[index : index + 3])
+            body = {
+                "prompt": prompt,
+                "max_tokens": index % 3 * 20,
+                "ignore_eos": True,
+                "temperature": 0,
+                **scores,
+            }
+            async with session.post(f"{url}/v1/completions", json=body) as response:
+                assert response.status == 200, await response.text()
+                return (await response.json())["choices"]
+
+        tasks = [asyncio.create_task(one(index)) for index in range(12)]
+        async with asyncio.timeout(60):
+            while kill and not all(task.done() for task in tasks):
+                if sum(engine["running"] for engine in (await status(session, url))["engines"]) >= 6:
+                    break
+        for rank in kill:
+            os.kill(engines[rank]["pid"], signal.SIGKILL)
+        async with asyncio.timeout(100):
+            return await asyncio.gather(*tasks)
+
+
+def test_prompts_are_scored_as_they_would_have_been(serving: Server) -> None:
+    expected = asyncio.run(scored(serving.url, []))
+    for (choice,) in expected:
+        logprobs, told = choice["logprobs"]["token_logprobs"], choice["prompt_logprobs"]
+        assert logprobs[0] is told[0] is None
+        assert len(told) > 50
+        for entry, logprob in zip(told[1:], logprobs[1:], strict=False):
+            assert logprob in [one["logprob"] for one in entry.values()]
+    assert asyncio.run(scored(serving.url, [1, 2, 4])) == expected
+
+
 @pytest.mark.parametrize("state", ["Launching", "InitCUDA", "InitDist", "Joining"])
 def test_a_killed_joiner_harms_nobody(serving: Server, expected: Texts, state: str) -> None:
     async def fault(session: aiohttp.ClientSession) -> None:

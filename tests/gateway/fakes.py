@@ -75,7 +75,12 @@ def byte_tokens(written: str) -> list[int]:
 
 
 def tokens_of(
-    ids: Sequence[int], *, finish: str | None = "stop", logprobs: int | None = None, first: int = 0
+    ids: Sequence[int],
+    *,
+    finish: str | None = "stop",
+    logprobs: int | None = None,
+    first: int = 0,
+    scored: bool = False,
 ) -> list[Token]:
     """One token message for each id; the last one has `finish`."""
     made = []
@@ -88,7 +93,7 @@ def tokens_of(
                 index=first + place,
                 token=token,
                 finish=finish if last else None,
-                logprob=None if logprobs is None else -0.5,
+                logprob=None if logprobs is None else -0.25 if scored else -0.5,
                 top=top,
             )
         )
@@ -145,10 +150,14 @@ def says(words: str, *, end: str = "<|im_end|>") -> Reply:
 
     def reply(request: Submitted) -> Iterable[tuple[Token, ...]]:
         text = sample_text()
-        ids = [*text.encode(words), text.encode(end)[0]]
-        limit = request.params.max_tokens
+        params, ids = request.params, [*text.encode(words), text.encode(end)[0]]
+        limit, given = params.max_tokens - len(params.given), len(params.given)
         finish = "stop" if len(ids) <= limit else "length"
-        return [(token,) for token in tokens_of(ids[:limit], finish=finish, logprobs=request.params.logprobs)]
+        scored = tokens_of(
+            params.given, finish=None if limit else "length", logprobs=params.given_logprobs, scored=True
+        )
+        drawn = tokens_of(ids[:limit], finish=finish, logprobs=params.logprobs, first=given)
+        return [(token,) for token in (*scored, *drawn)]
 
     return reply
 

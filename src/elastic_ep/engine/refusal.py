@@ -16,7 +16,12 @@ def refusal(assign: Assign, vocab_size: int, max_model_len: int, *, guides: bool
         return f"it has {known} tokens, and of at most {max_model_len} one must be left to generate"
     if len(assign.emitted) >= assign.params.max_tokens:
         return f"all of its {assign.params.max_tokens} tokens were generated already"
-    for name, tokens in (("prompt", assign.prompt), ("output", assign.emitted)):
+    given = assign.params.given
+    if len(assign.prompt) + len(given) >= max_model_len or len(given) > assign.params.max_tokens:
+        return f"{len(given)} tokens are given, more than it may have"
+    if assign.emitted[: len(given)] != given[: len(assign.emitted)]:
+        return "it has put out other tokens than those that are given"
+    for name, tokens in (("prompt", (*assign.prompt, *given)), ("output", assign.emitted)):
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             wrong = next(token for token in tokens if not 0 <= token < vocab_size)
             return f"token {wrong} of its {name} is none of the model's {vocab_size}"
@@ -37,4 +42,6 @@ def _senseless(params: SamplingParams) -> str:
         return f"repetition_penalty is {params.repetition_penalty}, and must be positive"
     if params.logprobs is not None and params.logprobs < 0:
         return f"logprobs is {params.logprobs}, which is negative"
+    if params.given_logprobs < 0:
+        return f"given_logprobs is {params.given_logprobs}, which is negative"
     return ""

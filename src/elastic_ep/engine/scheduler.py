@@ -55,29 +55,51 @@ class Sequence:
     """Until it has put out so many tokens it is computed in steps of nothing else."""
     guided: GuidedText | None = None
     """Where it is in its grammar, if it has one."""
+    given: int = 0
+    """Of the prompt's tokens the last ones, which are put out as if they were drawn: see `SamplingParams.given`."""
+    untold: int = 0
+    """How many of these have not been put out yet."""
 
     @classmethod
     def of(cls, assign: Assign, eos: frozenset[int], max_model_len: int) -> Sequence:
         params = assign.params
+        given, told = len(params.given), len(assign.emitted)
+        untold = params.given[told:]
         return cls(
             request_id=assign.request_id,
-            tokens=[*assign.prompt, *assign.emitted],
-            prompt_len=len(assign.prompt),
+            tokens=[*assign.prompt, *assign.emitted, *untold],
+            prompt_len=len(assign.prompt) + given,
             params=params,
             seed=assign.seed,
             choice=assign.choice,
             stops=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos),
             most=min(len(assign.prompt) + params.max_tokens, max_model_len),
-            alone_until=len(assign.emitted) + assign.alone if assign.alone else 0,
+            alone_until=max(0, told - given) + assign.alone if assign.alone else 0,
+            given=given,
+            untold=len(untold),
         )
 
     @property
     def output_len(self) -> int:
         return len(self.tokens) - self.prompt_len
 
+    @property
+    def needed(self) -> int:
+        """So many of its tokens need no logits before them: they are the prompt's, or have been put out."""
+        return len(self.tokens) - self.untold
+
+    def telling(self, place: int) -> Sequence:
+        """From what would be drawn at `place` exactly the token that is there, with its log-probability."""
+        params = SamplingParams(
+            1, logprobs=self.params.given_logprobs, allowed_token_ids=(self.tokens[place],)
+        )
+        return Sequence(self.request_id, [], 0, params, 0, 0)
+
 
 class Chunk(NamedTuple):
-    """Compute tokens[start : start + length] of `sequence`; the last one known yields logits."""
+    """Compute tokens[start : start + length] of `sequence`. The last one of a chunk yields logits if a token that has not
+    been put out comes next: one that is not known, or one that is given. A step may have several chunks of a sequence,
+    one behind the other: all keys and values of a layer are written before any is read."""
 
     sequence: Sequence
     start: int
@@ -85,7 +107,13 @@ class Chunk(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        return self.start + self.length == len(self.sequence.tokens)
+        return self.start + self.length >= self.sequence.needed
+
+    @property
+    def target(self) -> Sequence:
+        """What to draw from its logits, if it `samples`."""
+        place = self.start + self.length
+        return self.sequence if place == len(self.sequence.tokens) else self.sequence.telling(place)
 
 
 class Fetch(NamedTuple):
@@ -190,17 +218,14 @@ class Scheduler:
         budget = self._limits.max_num_batched_tokens - len(chunks)
         if prompt_tokens is not None and (len(chunks) < len(self.running) or self.waiting):
             budget = min(budget, prompt_tokens())
-        for sequence in self._prompts() if len(chunks) < len(self.running) else ():
-            length = min(budget, len(sequence.tokens) - sequence.computed)
-            if length > 0:
-                chunks.append(Chunk(sequence, sequence.computed, length))
-                budget -= length
+        prompts = self._prompts() if len(chunks) < len(self.running) else []
+        for place, sequence in enumerate(prompts):
+            rows = self._limits.max_num_seqs - len(chunks) - (len(prompts) - place - 1)
+            budget -= _put(chunks, sequence, budget, rows)
         # Who is in mid-answer has its pages copied, whatever is left for others to compute.
         while (budget > 0 or self._in_mid_answer()) and (admitted := self._admit()):
-            length = min(budget, len(admitted.tokens) - admitted.computed)
-            if admitted in self.running and length > 0:
-                chunks.append(Chunk(admitted, admitted.computed, length))
-                budget -= length
+            if admitted in self.running:
+                budget -= _put(chunks, admitted, budget, self._limits.max_num_seqs - len(chunks))
         return chunks or self._one_suspect()
 
     def _prompts(self) -> list[Sequence]:
@@ -271,8 +296,9 @@ class Scheduler:
                 self.running.append(sequence)
             elif self._make_room(sequence):
                 self.suspects.append(sequence)
-                left = len(sequence.tokens) - sequence.computed
-                return [Chunk(sequence, sequence.computed, min(left, self._limits.max_num_batched_tokens))]
+                chunks: list[Chunk] = []
+                _put(chunks, sequence, self._limits.max_num_batched_tokens, self._limits.max_num_seqs)
+                return chunks
         return []
 
     def _decodes(self) -> list[Chunk]:
@@ -324,8 +350,8 @@ class Scheduler:
             return None
         sequence = self.waiting[0]
         self._extend_names(sequence)
-        # Its last token is computed in any case: that is what it goes on from.
-        names = sequence.names[: (len(sequence.tokens) - 1) // self._limits.page_size]
+        # Computed in any case is the last token before what is put out next: that is what it goes on from.
+        names = sequence.names[: (sequence.needed - 1) // self._limits.page_size]
         here = self.pages.find(names)
         if self.taken and self._missing(sequence, here) > 0:
             return None
@@ -387,3 +413,20 @@ class Scheduler:
         self.pages.release(sequence.pages)
         sequence.pages = []
         sequence.computed = sequence.full = 0
+
+
+def _put(chunks: list[Chunk], sequence: Sequence, budget: int, rows: int) -> int:
+    """Add what comes next of `sequence`: at most `budget` tokens in at most `rows` chunks. Returns how many tokens."""
+    start, last = sequence.computed, sequence.needed - 1
+    if rows < 1 or budget < 1:
+        return 0
+    if not sequence.untold or start < last:
+        end = last if sequence.untold else len(sequence.tokens)
+        length = min(budget, end - start)
+        chunks.append(Chunk(sequence, start, length))
+        return length
+    # A token that is given has its own row of logits, for which a chunk has but one. The last one has nothing to tell
+    # if nothing is drawn.
+    count = min(budget, rows, min(len(sequence.tokens), sequence.most - 1) - start)
+    chunks += [Chunk(sequence, at, 1) for at in range(start, start + count)]
+    return count

@@ -113,7 +113,9 @@ class StepRunner(ABC):
         self._computing: list[Chunk] = []
         self._mask_maker = masks
         self._masks: Words | None = None
-        """Of this step: a row for each sequence that samples. They are being computed until `_take_masks`."""
+        """Of this step: a row for each of `_targets`. They are being computed until `_take_masks`."""
+        self._targets: list[Sequence] = []
+        """Of this step: what to draw, for each chunk that samples."""
         self._opening: list[tuple[Sequence, Future[GuidedText]]] = []
         """Those whose grammar is being compiled: they wait for that before anything else."""
         self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
@@ -158,7 +160,7 @@ class StepRunner(ABC):
 
     @abstractmethod
     def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
-        """From the step launched last, which has ended: a token for each of its sequences that samples, at least one.
+        """From the step launched last, which has ended: a token for each of `_targets`, at least one.
 
         Changes nothing if it raises.
         """
@@ -273,7 +275,8 @@ class StepRunner(ABC):
         if grammar is None or self._mask_maker is None:
             self._scheduler.add(sequence)
         else:
-            opened = self._mask_maker.open(grammar, assign.emitted, sequence.stops)
+            emitted = assign.emitted[sequence.given :]
+            opened = self._mask_maker.open(grammar, emitted, sequence.stops)
             self._opening.append((sequence, opened))
 
     def cancel(self, request_id: int) -> None:
@@ -305,7 +308,9 @@ class StepRunner(ABC):
         self._exchange.begin_step(step)
         self._take_done()
         chunks = self._computing = self._next_batch() if schedule else []
-        self._start_masks([chunk.sequence for chunk in chunks if chunk.samples])
+        drawn = [chunk for chunk in chunks if chunk.samples]
+        targets = self._targets = [chunk.target for chunk in drawn]
+        self._start_masks(targets)
         failure = self._compute(chunks)
         launched()
         self._ask_copies()
@@ -317,17 +322,16 @@ class StepRunner(ABC):
             return StepResult(masked=masked)
         if not chunks:
             return StepResult()
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled: list[Sampled] = []
-        if failure is None and sequences:
+        if failure is None and targets:
             try:
-                sampled = self._sample(sequences)
+                sampled = self._sample(targets)
             except Exception as error:
                 failure = error
         if failure is not None:
             return self._failed(chunks, failure)
         self._scheduler.commit(chunks)
-        return self._append(sequences, sampled)
+        return self._append(drawn, sampled)
 
     def _take_opened(self) -> list[tuple[int, str]]:
         """Those whose grammars are compiled by now begin. The others that will not be, with the reasons."""
@@ -414,19 +418,22 @@ class StepRunner(ABC):
         self._drop(culprit.sequence)
         return StepResult(failed=[(request_id, f"computing it raised {_words(failure)}")])
 
-    def _append(self, sequences: Seq[Sequence], sampled: Seq[Sampled]) -> StepResult:
+    def _append(self, chunks: Seq[Chunk], sampled: Seq[Sampled]) -> StepResult:
         """The device is idle meanwhile: one loop, without a call for each token."""
         appended: list[_Appended] = []
         failed: list[tuple[int, str]] = []
         cached: list[Cached] = []
-        for sequence, one in zip(sequences, sampled, strict=True):
+        for (sequence, _, _), one in zip(chunks, sampled, strict=True):
             try:
+                if sequence.untold:
+                    appended.append(self._tell(sequence, one))
+                    continue
                 if sequence.guided is not None and sequence.guided.fault:
                     self._drop(sequence)
                     failed.append((sequence.request_id, sequence.guided.fault))
                     continue
                 tokens, token = sequence.tokens, one.token
-                index = len(tokens) - sequence.prompt_len
+                index = len(tokens) - sequence.prompt_len + sequence.given
                 if index == 0 and sequence.cached:
                     cached.append(Cached(sequence.request_id, sequence.cached))
                 tokens.append(token)
@@ -444,6 +451,15 @@ class StepRunner(ABC):
                 continue
             appended.append((sequence.request_id, index, one, finish))
         return StepResult(failed, appended, cached=cached)
+
+    def _tell(self, sequence: Sequence, one: Sampled) -> _Appended:
+        """The next of its tokens that are given."""
+        index = sequence.given - sequence.untold
+        sequence.untold -= 1
+        finish = "length" if sequence.needed >= sequence.most else None
+        if finish is not None:
+            self._scheduler.remove(sequence)
+        return sequence.request_id, index, one, finish
 
 
 def _words(error: Exception) -> str:

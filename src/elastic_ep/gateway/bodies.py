@@ -59,6 +59,7 @@ class Generating(Guiding, Sampling):
     )
     seed: Annotated[int | None, Integer(-(2**63), 2**63 - 1)] = None
     max_tokens: Annotated[int | None, Integer(1)] = None
+    prompt_logprobs: int | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: tuple[Bias, ...] = ()
@@ -78,8 +79,11 @@ class Generating(Guiding, Sampling):
 class Completion(Generating):
     refused = unsupported.EVERYWHERE | unsupported.COMPLETIONS
     prompt: Prompts
+    max_tokens: Annotated[int | None, Integer(0)] = Field(
+        None, description="Default 16. 0: nothing is generated, the prompt is scored if that is asked for."
+    )
     logprobs: int | None = None
-    echo: bool = False
+    echo: bool = Field(False, description="The text begins with the prompt, and so do logprobs.")
     add_special_tokens: bool = True
     best_of: Annotated[int | None, Integer(1, 128)] = Field(
         None, description="As n: the best of more choices than are shown is not told."
@@ -190,6 +194,13 @@ def _bounded(settings: ApiSettings) -> dict[str, Any]:
         "stop_token_ids": (_token_ids(settings, 128), []),
         "logit_bias": (_logit_bias(settings), ()),
         "allowed_token_ids": (_token_ids(settings, _MOST_TOKEN_IDS), some),
+        "prompt_logprobs": (
+            Annotated[int | None, Integer(0, settings.max_logprobs)],
+            Field(
+                None,
+                description="Of each token of the prompt, and of so many alternatives. Not with 'stream'.",
+            ),
+        ),
         **{
             name: (Annotated[field.annotation, *field.metadata], defaults[name])
             for name, field in Sampling.model_fields.items()

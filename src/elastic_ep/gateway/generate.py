@@ -28,11 +28,22 @@ class ChoiceReader:
 
     __slots__ = (
         "_include_stop", "_length", "_min_tokens", "_peek", "_push", "_rest", "_stops", "_text", "ended_by", "finish",
-        "generated", "keep_tokens", "stopped_by", "tokens",
+        "generated", "given", "keep_tokens", "nothing", "scores", "stopped_by", "tokens",
     )  # fmt: skip
 
-    def __init__(self, text: ChatTokenizer, output: Output, prompt: Sequence[int] = ()) -> None:
-        """The text goes on from that of `prompt`."""
+    def __init__(
+        self,
+        text: ChatTokenizer,
+        output: Output,
+        prompt: Sequence[int] = (),
+        given: int = 0,
+        *,
+        nothing: bool = False,
+    ) -> None:
+        """The text goes on from that of `prompt`. First come so many tokens that are `given`, the prompt's own.
+
+        `nothing`: no token is shown that comes then.
+        """
         detokenizer = text.detokenizer(prompt, skip_special_tokens=output.skip_special_tokens)
         self._text = text
         self._length = 0
@@ -45,6 +56,11 @@ class ChoiceReader:
         self._min_tokens = output.min_tokens
         self.keep_tokens = output.logprobs is not None or output.token_ids
         self.tokens: list[SpelledToken] = []
+        self.given = given
+        """Tokens of the prompt that have not come yet."""
+        self.scores: list[Token] = []
+        """Those that have, if they are to be shown."""
+        self.nothing = nothing
         self.generated = 0
         self.finish: str | None = None
         self.stopped_by: str | None = None
@@ -55,6 +71,8 @@ class ChoiceReader:
     def feed(self, batch: tuple[Token, ...]) -> str:
         """The text that may be shown now."""
         shown = ""
+        if self.given or self.nothing:
+            batch = self._take_given(batch)
         for token in batch:
             self.generated += 1
             if self.keep_tokens:
@@ -70,6 +88,17 @@ class ChoiceReader:
                     return shown + piece
             shown += piece
         return shown
+
+    def _take_given(self, batch: tuple[Token, ...]) -> tuple[Token, ...]:
+        """The rest of it."""
+        given, rest = batch[: self.given], batch[self.given :]
+        self.given -= len(given)
+        self.scores += given
+        if given and given[-1].finish is not None:
+            self.finish = given[-1].finish
+        elif rest and self.nothing:
+            self.finish = "abort" if rest[0].finish == "abort" else "length"
+        return () if self.nothing else rest
 
     def _spell(self, token: Token) -> SpelledToken:
         top = tuple(self._bytes(one.token) for one in token.top)
@@ -148,7 +177,7 @@ async def submit(backend: Backend, job: Job) -> list[Stream]:
             for choice in range(job.n):
                 if streams:
                     await asyncio.sleep(0)
-                streams.append(backend.submit(part.prompt, part.params, part.seed, choice, part.beginnings))
+                streams.append(backend.submit(part.begun, part.params, part.seed, choice, part.beginnings))
     except BaseException:
         for stream in streams:
             stream.cancel()

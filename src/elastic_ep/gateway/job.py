@@ -10,13 +10,25 @@ from elastic_ep.wire.messages import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One prompt of a job. `echo` is the text to show before the generated one; `beginnings` are hashes of its own."""
+    """One prompt of a job. `echo` is the text to show before the generated one; `beginnings` are hashes of its own.
+
+    The last tokens of the prompt may be given to the engine as such that it puts out (`params.given`). `limit` is how
+    many tokens are to be generated at most; what comes beyond is not shown.
+    """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     seed: int
+    limit: int
     echo: str = ""
+    echo_special: bool = False
+    """Special tokens of the prompt are written in it."""
     beginnings: tuple[bytes, ...] = ()
+
+    @property
+    def begun(self) -> tuple[int, ...]:
+        """The prompt without what is given."""
+        return self.prompt[: len(self.prompt) - len(self.params.given)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +42,10 @@ class Output:
     include_stop: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    """In a list of their own."""
+    echo_logprobs: bool = False
+    """`logprobs` begin with those of the prompt, which is shown."""
     token_ids: bool = False
     prompt_token_ids: bool = False
     include_usage: bool = False

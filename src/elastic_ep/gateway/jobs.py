@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from elastic_ep.gateway.answer_form import certain, message_form
-from elastic_ep.gateway.bodies import Chat, Generating, StreamOptions
+from elastic_ep.gateway.bodies import Chat, Completion, Generating, StreamOptions
 from elastic_ep.gateway.conversation import ChatPrompt
 from elastic_ep.gateway.errors import ApiError, unknown_model
 from elastic_ep.gateway.fields import bad_value, read, unsupported
@@ -25,7 +25,7 @@ from elastic_ep.gateway.prompts import PromptReader, without_cut_tokens
 from elastic_ep.gateway.responses.body import RENAMED as RESPONSES_NAMES
 from elastic_ep.gateway.responses.body import About, Named, head, items_of
 from elastic_ep.gateway.responses.body import as_chat as responses_as_chat
-from elastic_ep.gateway.sampling import alone, sampling, seed
+from elastic_ep.gateway.sampling import alone, giving, sampling, seed
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.unknown import names, unknown
@@ -50,10 +50,6 @@ class JobReader:
         values = read(self._bodies.completion, without_cut_tokens(body))
         self._check_model(values.model)
         logprobs = values.logprobs
-        if values.echo and logprobs is not None:
-            raise unsupported(
-                "echo", "cannot be honoured with 'logprobs': prompts have no log-probabilities here."
-            )
         if values.best_of not in (None, values.n):
             raise unsupported("best_of", "cannot be honoured here with a value other than n.")
         prompts = values.prompt
@@ -73,9 +69,8 @@ class JobReader:
             echo = ""
             if values.echo:
                 echo = prompt if isinstance(prompt, str) and ids == encoded else self._text.decode(ids)
-            parts.append(
-                self._part(ids, sampling(self._settings, values, limit, logprobs, grammar), values, echo)
-            )
+            params = sampling(self._settings, values, limit, logprobs, grammar)
+            parts.append(self._part(ids, params, values, echo, logprobs if values.echo else None))
         return _job(values, tuple(parts), logprobs)
 
     def responses(self, body: dict[str, Any], before: str | None) -> Job | Previous:
@@ -163,12 +158,20 @@ class JobReader:
         return alone(values, self._grammars.checked(certain(values, form), "tools"))
 
     def _part(
-        self, prompt: tuple[int, ...], params: SamplingParams, values: Generating, echo: str = ""
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        values: Generating,
+        echo: str = "",
+        echoed: int | None = None,
     ) -> Part:
-        page_size = self._settings.shared_page_size
-        return Part(
-            prompt, params, seed(values.seed), echo, beginnings(prompt, page_size) if page_size else ()
-        )
+        """`echoed`: alternatives beside the log-probability of each token of the prompt; None: it has none."""
+        limit, page_size = params.max_tokens, self._settings.shared_page_size
+        scored = max((one for one in (values.prompt_logprobs, echoed) if one is not None), default=None)
+        params = giving(params, prompt, scored)
+        special = echoed is not None and self._text.decode(prompt, skip_special_tokens=False) == echo
+        part = Part(prompt, params, seed(values.seed), limit, echo, special)
+        return replace(part, beginnings=beginnings(part.begun, page_size)) if page_size else part
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and not self._settings.knows(name):
@@ -190,6 +193,8 @@ def _job(
     options = values.stream_options or _NO_OPTIONS
     if (options.include_usage or options.continuous_usage_stats) and not values.stream:
         raise bad_value("stream_options", "is only allowed when 'stream' is true.")
+    if values.prompt_logprobs is not None and values.stream:
+        raise bad_value("prompt_logprobs", "is only told when 'stream' is false.")
     token_ids = values.return_token_ids
     return Job(
         parts=parts,
@@ -202,6 +207,8 @@ def _job(
             include_stop=values.include_stop_str_in_output or values.no_stop_trim,
             skip_special_tokens=values.skip_special_tokens and not (form and form.shows_special),
             logprobs=logprobs,
+            prompt_logprobs=values.prompt_logprobs,
+            echo_logprobs=isinstance(values, Completion) and values.echo and logprobs is not None,
             token_ids=token_ids,
             prompt_token_ids=token_ids or (isinstance(values, Chat) and values.return_prompt_token_ids),
             include_usage=options.include_usage,

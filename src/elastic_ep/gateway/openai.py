@@ -11,6 +11,7 @@ from aiohttp import web
 from elastic_ep.gateway.errors import unknown_model
 from elastic_ep.gateway.job import Job
 from elastic_ep.gateway.message import Message
+from elastic_ep.gateway.prompt_scores import prompt_logprobs_json, spelled_prompt
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.request_id import request_id
 from elastic_ep.gateway.serving import EVENT_STREAM, Run, Serving, send, together, usage_of
@@ -22,6 +23,7 @@ from elastic_ep.gateway.shapes import (
     CompletionShape,
     Json,
     Shape,
+    SpelledToken,
     as_object,
     delta_json,
     ids_json,
@@ -94,10 +96,12 @@ class OpenAiHandlers:
             )
             if job.stream:
                 return await self._stream(request, job, shape, answer, runs, ids)
-            choices = await together(
-                [self._whole_choice(shape, run, ids[run.index // job.n]) for run in runs]
-            )
-            beside = None if shape.prompt_ids_of_choice else ids[0]
+            made = await together([self._whole_choice(shape, run) for run in runs])
+            prompts = [await self._of_prompt(run, ids[run.index // job.n]) for run in runs]
+            if shape.prompts_of_choices:
+                choices, beside = [as_object(one | more) for one, more in zip(made, prompts, strict=True)], {}
+            else:
+                choices, beside = [as_object(one) for one in made], prompts[0]
             pieces = whole(shape, answer, choices, usage_of(job, runs), beside)
             return await send(request, list(pieces))
 
@@ -107,7 +111,24 @@ class OpenAiHandlers:
             await self._turns.run(lambda: ids_json(run.part.prompt)) if job.output.prompt_token_ids else None
         )
 
-    async def _whole_choice(self, shape: Shape, run: Run, prompt_ids: Json | None) -> Json:
+    async def _of_prompt(self, run: Run, ids: Json | None) -> dict[str, Json]:
+        """Members of a choice, or of the whole answer."""
+        told = {} if ids is None else {"prompt_token_ids": ids}
+        wanted = run.output.prompt_logprobs
+        if wanted is not None:
+            told["prompt_logprobs"] = await prompt_logprobs_json(
+                self._serving.text, run.part.prompt, run.reader.scores, wanted, self._turns
+            )
+        return told
+
+    async def _echoed(self, run: Run) -> list[SpelledToken]:
+        """The prompt's tokens, if they are shown with their log-probabilities."""
+        if not run.output.echo_logprobs:
+            return []
+        part = run.part
+        return await spelled_prompt(self._serving.text, part, run.reader.scores, self._turns)
+
+    async def _whole_choice(self, shape: Shape, run: Run) -> dict[str, Any]:
         reader, echo, output = run.reader, run.part.echo, run.output
         pieces, message = [echo], Message(output.form)
         async for text in run.texts():
@@ -118,9 +139,10 @@ class OpenAiHandlers:
         finish = run.finished()
         logprobs = None
         if output.logprobs is not None:
-            logprobs = await logprobs_json(shape, reader.tokens, len(echo), self._turns)
+            tokens = [*await self._echoed(run), *reader.tokens]
+            logprobs = await logprobs_json(shape, tokens, len(echo), self._turns)
 
-        def made() -> Json:
+        def made() -> dict[str, Any]:
             if output.form is None:
                 choice = shape.choice(run.index, "".join(pieces), logprobs, finish)
             else:
@@ -129,9 +151,7 @@ class OpenAiHandlers:
             choice |= _stopped(run)
             if output.token_ids:
                 choice["token_ids"] = [one.token.token for one in reader.tokens]
-            if shape.prompt_ids_of_choice and prompt_ids is not None:
-                choice["prompt_token_ids"] = prompt_ids
-            return as_object(choice)
+            return choice
 
         return await self._turns.run(made)
 
@@ -168,7 +188,8 @@ class OpenAiHandlers:
 
         def begin() -> tuple[ChunkWriter, bytes]:
             chunks = ChunkWriter(shape, answer, run.index, len(run.part.prompt), prompt_ids)
-            return chunks, chunks.opening + (chunks.text(echo, 0) if echo else b"")
+            plain = echo and not output.echo_logprobs
+            return chunks, chunks.opening + (chunks.text(echo, 0) if plain else b"")
 
         chunks, opening = await self._turns.run(begin)
 
@@ -178,8 +199,20 @@ class OpenAiHandlers:
             stopped = None if finish is None else _stopped(run)
             return chunks.full(text, reader.generated, logprobs, finish, ids, stopped)
 
-        text = ""
+        text, scored = "", output.echo_logprobs
+
+        async def with_prompt() -> bytes:
+            """The echo with its log-probabilities, when they are there; once."""
+            nonlocal scored
+            scored = reader.given > 0
+            if scored:
+                return b""
+            logprobs = await logprobs_json(shape, await self._echoed(run), len(echo), self._turns)
+            return chunks.full(echo, 0, logprobs, None)
+
         async for text in run.texts():
+            if scored:
+                opening += await with_prompt()
             if not text or reader.finish is not None:
                 continue
             if reader.keep_tokens:
@@ -191,6 +224,8 @@ class OpenAiHandlers:
                 chunk, opening = opening + chunk, b""
             await write(chunk)
         finish = run.finished()
+        if scored:
+            opening += await with_prompt()
         await write(opening + full(text, finish))
 
     async def _stream_message(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from elastic_ep.gateway.bodies import Generating
 from elastic_ep.gateway.fields import unsupported
@@ -50,3 +51,14 @@ def alone(values: Generating, grammar: Grammar) -> Grammar:
 
 def seed(given: int | None) -> int:
     return random.getrandbits(63) if given is None else given & (2**63 - 1)
+
+
+def giving(params: SamplingParams, prompt: tuple[int, ...], scored: int | None) -> SamplingParams:
+    """So that the tokens of `prompt` but the first are put out with `scored` alternatives each; None: they are not.
+
+    An engine puts out at least one token: where none is to be generated it is the last of the prompt, if that is not the
+    first as well.
+    """
+    wanted = params.max_tokens
+    given = prompt[1:] if scored is not None else prompt[1:][-1:] if not wanted else ()
+    return replace(params, max_tokens=max(1, len(given) + wanted), given=given, given_logprobs=scored or 0)

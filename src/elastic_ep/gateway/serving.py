@@ -50,7 +50,9 @@ class Run:
         """What may be shown, piece by piece, until the end; a piece may be empty."""
         reader = self.reader
         async for batch in self.stream:
-            self.clock.batch(len(batch))
+            drawn = len(batch) - reader.given
+            if drawn > 0 and not reader.nothing:
+                self.clock.batch(drawn)
             yield reader.feed(batch)
             if reader.finish is not None:
                 return
@@ -82,7 +84,7 @@ class Run:
             self.traces.ended(GIVEN_UP, self._life())
 
     def _life(self) -> ChoiceLife:
-        lengths = (len(self.part.prompt), self.reader.generated, self.part.params.max_tokens)
+        lengths = (len(self.part.prompt), self.reader.generated, self.part.limit)
         return self.clock.life(self.stream, *lengths)
 
 
@@ -93,7 +95,7 @@ class Serving:
         self, backend: Backend, text: ChatTokenizer, metrics: Metrics, traces: Traces | None = None
     ) -> None:
         self._backend = backend
-        self._text = text
+        self.text = text
         self._unknown = UnknownNames()
         self._traces = traces
         self.metrics = metrics
@@ -135,7 +137,8 @@ class Serving:
 
     def _run(self, job: Job, index: int, stream: Stream, started: float) -> Run:
         part = job.parts[index // job.n]
-        reader = ChoiceReader(self._text, job.output, part.prompt)
+        given = len(part.params.given)
+        reader = ChoiceReader(self.text, job.output, part.prompt, given, nothing=not part.limit)
         return Run(index, stream, reader, Clock(self.metrics, started), part, job.output, self._traces)
 
     def stream_failed(self, request: web.Request, error: Exception) -> ApiError:

@@ -79,8 +79,8 @@ class Shape(Protocol):
     prefix: str
     whole_object: str
     chunk_object: str
-    prompt_ids_of_choice: bool
-    """Where prompt_token_ids stand: with a choice, as each may have another prompt, or beside the choices."""
+    prompts_of_choices: bool
+    """Where what is told of prompts stands: with a choice, as each may have another one, or beside the choices."""
 
     def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
         """A choice of a response that is not streamed."""
@@ -103,7 +103,7 @@ class CompletionShape:
     prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
-    prompt_ids_of_choice = True
+    prompts_of_choices = True
 
     def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
@@ -117,8 +117,8 @@ class CompletionShape:
     def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> dict[str, Any]:
         return {
             "tokens": [_text(one.raw) for one in tokens],
-            "token_logprobs": [_finite(one.token.logprob) for one in tokens],
-            "top_logprobs": [self._top(one) for one in tokens],
+            "token_logprobs": [_logprob(one.token) for one in tokens],
+            "top_logprobs": [None if one.token.logprob is None else self._top(one) for one in tokens],
             "text_offset": [offset + one.start for one in tokens],
         }
 
@@ -126,8 +126,8 @@ class CompletionShape:
         """By text; the sampled token is always among them, and of two with one text the likelier stays."""
         top: dict[str, float] = {}
         for one, raw in zip(spelled.token.top, spelled.top, strict=True):
-            top.setdefault(_text(raw), _finite(one.logprob))
-        top.setdefault(_text(spelled.raw), _finite(spelled.token.logprob))
+            top.setdefault(_text(raw), finite(one.logprob))
+        top.setdefault(_text(spelled.raw), finite(spelled.token.logprob))
         return top
 
 
@@ -135,7 +135,7 @@ class ChatShape:
     prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
-    prompt_ids_of_choice = False
+    prompts_of_choices = False
 
     def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -240,7 +240,8 @@ class ChunkWriter:
         ids = "" if token_ids is None else f',"token_ids":{_dumps(list(token_ids))}'
         if more:
             ids += f",{_dumps(more)[1:-1]}"
-        rest = f'{self._after},"logprobs":{_dumps(logprobs)},"finish_reason":{_dumps(finish)}{ids}}}]'
+        told = logprobs if isinstance(logprobs, Json) else _dumps(logprobs)
+        rest = f'{self._after},"logprobs":{told},"finish_reason":{_dumps(finish)}{ids}}}]'
         return f"{self._before}{_escape(text)}{rest}{self._end or self._usage(generated)}".encode("ascii")
 
     def delta(
@@ -261,7 +262,7 @@ class ChunkWriter:
 
     def _first(self, start: str, shape: Shape, prompt_ids: Json | None) -> bytes:
         ids = "" if prompt_ids is None else f',"prompt_token_ids":{prompt_ids}'
-        mine, beside = (ids, "") if shape.prompt_ids_of_choice else ("", ids)
+        mine, beside = (ids, "") if shape.prompts_of_choices else ("", ids)
         rest = f'{start},"logprobs":null,"finish_reason":null{mine}}}]{beside}'
         return f"{rest}{self._end or self._usage(0)}".encode("ascii")
 
@@ -311,16 +312,18 @@ def as_object(fields: Mapping[str, Any]) -> Json:
 
 
 def whole(
-    shape: Shape, answer: Answer, choices: Sequence[Json], usage: Usage, prompt_ids: Json | None = None
+    shape: Shape, answer: Answer, choices: Sequence[Json], usage: Usage, beside: Mapping[str, Json]
 ) -> Iterator[str]:
-    """The body of a response that is not streamed, in pieces, ASCII. `prompt_ids`: of all choices."""
+    """The body of a response that is not streamed, in pieces, ASCII. `beside`: more members, JSON already."""
     yield _dumps({**_envelope(answer, shape.whole_object), "choices": []})[:-2]
     for place, choice in enumerate(choices):
         if place:
             yield ","
         yield choice
-    ids = "" if prompt_ids is None else f',"prompt_token_ids":{prompt_ids}'
-    yield f'],"usage":{_dumps(usage.plain())}{ids}}}'
+    yield f'],"usage":{_dumps(usage.plain())}'
+    for name, value in beside.items():
+        yield f",{_dumps(name)}:{value}"
+    yield "}"
 
 
 def sse(body: dict[str, Any]) -> bytes:
@@ -331,13 +334,18 @@ def _envelope(answer: Answer, kind: str) -> dict[str, Any]:
     return {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model}
 
 
-def _finite(logprob: float | None) -> float:
+def finite(logprob: float | None) -> float:
     """JSON has neither NaN nor infinity."""
     return logprob if logprob is not None and logprob > _LEAST_LOGPROB else _LEAST_LOGPROB
 
 
+def _logprob(token: Token) -> float | None:
+    """None of a prompt's first token."""
+    return None if token.logprob is None else finite(token.logprob)
+
+
 def _entry(raw: bytes, logprob: float | None) -> dict[str, Any]:
-    return {"token": _text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
+    return {"token": _text(raw), "logprob": finite(logprob), "bytes": list(raw)}
 
 
 def _text(raw: bytes) -> str:

@@ -14,7 +14,7 @@ _OLD_TOOLS = "the format before 'tools': give those"
 _MEDIA = "it takes and gives text alone"
 _REASONING = "how long a model reasons is its own affair"
 _PLACEMENT = "which rank serves a request is the router's decision"
-_LOGPROBS = "prompts have no log-probabilities, and no tokens can be chosen for them"
+_LOGPROBS = "no tokens can be chosen for log-probabilities: see 'logprobs'"
 _INSIDE = "what happens inside the model is not reported"
 
 
@@ -47,7 +47,7 @@ _SAMPLING = {
     **_refused("call it 'seed'", sampling_seed=()),
 }
 _REPORTS = {
-    **_refused(_LOGPROBS, prompt_logprobs=(), logprob_token_ids=([],)),
+    **_refused(_LOGPROBS, logprob_token_ids=([],)),
     **_refused("tokens are told as text", return_tokens_as_token_ids=False, return_token_offsets=False),
     **_refused("generated tokens are answered as text: see 'return_token_ids'", detokenize=True),
     **_refused(

@@ -241,6 +241,9 @@ class SamplingParams:
 
     With a `grammar` no token is picked after which the text could not become one of the grammar's, whatever else is
     asked: when it is complete, even one that ends it before `min_tokens`.
+
+    The first tokens are those `given`, not drawn: the end of a prompt, whose log-probabilities are wanted, with so many
+    alternatives. They count to `max_tokens`, and for all else to the prompt.
     """
 
     max_tokens: int
@@ -258,6 +261,8 @@ class SamplingParams:
     logit_bias: Annotated[tuple[Bias, ...], PRIVATE] = ()
     allowed_token_ids: tuple[TokenId, ...] = ()
     grammar: Grammar | None = None
+    given: tuple[TokenId, ...] = ()
+    given_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,12 +143,13 @@ class FusedModel:
         tables: list[int] = []
         pages: list[int] = []
         sampled: list[int] = []
-        for sequence, start, length in chunks:
+        for chunk in chunks:
+            sequence, start, length = chunk
             end = start + length
             ids += sequence.tokens[start:end]
             tables.append(len(pages))
             pages += sequence.pages
-            if end == len(sequence.tokens):
+            if chunk.samples:
                 sampled.append(len(ids) - 1)
         starts = [chunk.start for chunk in chunks]
         lengths = [chunk.length for chunk in chunks]

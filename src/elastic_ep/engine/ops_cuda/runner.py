@@ -254,10 +254,10 @@ class CudaRunner(StepRunner):
 
     def _prepare_draws(self, chunks: Seq[Chunk]) -> Draws | None:
         """None where the most likely tokens will do. Before the launch: what is copied here would wait for it."""
-        if all(is_plain_greedy(chunk.sequence.params) for chunk in chunks):
+        if all(is_plain_greedy(target.params) for target in self._targets):
             return None
         rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
-        return Draws([chunks[row].sequence for row in rows], self._device, rows) if rows else None
+        return Draws(self._targets, self._device, rows)
 
     def _mask_memory(self, rows: int, words: int) -> Words:
         """Pinned, so that masks can be copied behind a step that runs."""
