@@ -33,6 +33,13 @@ def sequence(
     return Sequence(1, [*prompt, *output], len(prompt), params, seed, choice, stops=frozenset(stops))
 
 
+def completing(seq: Sequence) -> set[int]:
+    """Tokens with which the output would end with a bad word."""
+    output = tuple(seq.tokens[seq.prompt_len :])
+    words = seq.params.bad_words
+    return {word[-1] for word in words if (*output, word[-1])[-len(word) :] == word}
+
+
 def kept_scores(logits: list[float], seq: Sequence) -> dict[int, float]:
     """What may be drawn, with its scaled score, by the definitions."""
     params = seq.params
@@ -47,6 +54,8 @@ def kept_scores(logits: list[float], seq: Sequence) -> dict[int, float]:
         if counts[token]:
             scores[token] -= params.frequency_penalty * counts[token] + params.presence_penalty
     for token in seq.stops if seq.output_len < params.min_tokens else ():
+        scores[token] = -2e30
+    for token in completing(seq):
         scores[token] = -2e30
     for token in range(VOCAB):
         if params.allowed_token_ids and token not in params.allowed_token_ids:
@@ -93,6 +102,8 @@ sampling = st.builds(
         lambda biases: tuple(Bias(*one) for one in biases.items())
     ),
     allowed_token_ids=st.just(()) | st.lists(tokens, unique=True, max_size=4).map(tuple),
+    bad_words=st.just(())
+    | st.lists(st.lists(tokens, min_size=1, max_size=2).map(tuple), max_size=3).map(tuple),
 )
 sequences = st.builds(
     sequence,
@@ -128,8 +139,8 @@ def test_nothing_is_picked_that_may_not_be(seq: Sequence, seed: int) -> None:
     """Whatever else is asked for, as long as anything may."""
     params = seq.params
     may = set(params.allowed_token_ids or range(VOCAB))
-    if seq.output_len < params.min_tokens:
-        may = may - seq.stops or may
+    held = completing(seq) | (seq.stops if seq.output_len < params.min_tokens else frozenset())
+    may = may - held or may
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 1e6
     assert sample(logits, [seq])[0].token in may
 

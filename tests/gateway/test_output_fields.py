@@ -246,3 +246,20 @@ async def test_what_ended_it(start: Start, path: str, stream: bool) -> None:
         else:
             choice = json.loads(said)["choices"][0]
         assert (choice["stop_reason"], choice["matched_stop"]) == (reason, matched)
+
+
+async def test_words_that_may_not_come_are_told_in_tokens(start: Start) -> None:
+    """As vLLM has them: at a text's beginning, and behind a blank if that is as many tokens."""
+    running = await start()
+    status, _ = await running.post(COMPLETIONS, {"prompt": "x", "bad_words": ["apples", "é", "apples"]})
+    assert status == 200
+    text = sample_text()
+    plain, behind, accent = (tuple(text.encode(word)) for word in ("apples", " apples", "é"))
+    expected = [plain, *([behind] if len(behind) == len(plain) else []), accent]
+    assert [*running.backend.submitted[0].params.bad_words] == expected
+    for wrong in ([""], "apples", [" " * 300], [5]):
+        status, body = await running.post(COMPLETIONS, {"prompt": "x", "bad_words": wrong})
+        assert (status, body["error"]["param"].split("[")[0]) == (400, "bad_words")
+    asked = {"prompt": "x", "bad_words": ["a"], "regex": "a+"}
+    status, body = await running.post(COMPLETIONS, asked)
+    assert (status, body["error"]["param"]) == (400, "bad_words")

@@ -25,6 +25,9 @@ def refusal(assign: Assign, vocab_size: int, max_model_len: int, *, guides: bool
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             wrong = next(token for token in tokens if not 0 <= token < vocab_size)
             return f"token {wrong} of its {name} is none of the model's {vocab_size}"
+    words = assign.params.bad_words
+    if not all(words) or any(not 0 <= token < vocab_size for word in words for token in word):
+        return "a word that it may not have has no tokens, or some that are none of the model's"
     if assign.params.grammar is not None and not guides:
         return "it has a grammar, and this rank does not know the vocabulary that it is followed with"
     return _senseless(assign.params)

@@ -106,12 +106,20 @@ def is_greedy(params: SamplingParams) -> bool:
 
 def is_plain_greedy(params: SamplingParams) -> bool:
     changes = has_penalties(params) or params.min_tokens or params.logit_bias or params.allowed_token_ids
+    changes = changes or params.bad_words
     return is_greedy(params) and params.logprobs is None and params.grammar is None and not changes
 
 
 def held_back(sequence: Sequence) -> list[int]:
-    """Tokens that would end it before it has `min_tokens`."""
-    return sorted(sequence.stops) if sequence.output_len < sequence.params.min_tokens else []
+    """Tokens that would end it before it has `min_tokens`, or would complete a word that it may not have."""
+    params = sequence.params
+    held = set(sequence.stops) if sequence.output_len < params.min_tokens else set()
+    if params.bad_words:
+        output = sequence.tokens[sequence.prompt_len :]
+        for *begin, last in params.bad_words:
+            if output[len(output) - len(begin) :] == begin:
+                held.add(last)
+    return sorted(held)
 
 
 def has_penalties(params: SamplingParams) -> bool:

@@ -64,6 +64,9 @@ class Generating(Guiding, Sampling):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: tuple[Bias, ...] = ()
     allowed_token_ids: Sequence[int] = ()
+    bad_words: Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Array(most=128)] = Field(
+        [], description="Never generated, at a text's beginning or behind a blank."
+    )
     skip_special_tokens: bool = Field(True, description="False: special tokens are part of the text.")
     return_token_ids: bool = Field(False, description="token_ids and prompt_token_ids are in the answer.")
     truncate_prompt_tokens: Annotated[int | None, Integer(-1)] = Field(

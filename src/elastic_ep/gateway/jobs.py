@@ -69,7 +69,7 @@ class JobReader:
             echo = ""
             if values.echo:
                 echo = prompt if isinstance(prompt, str) and ids == encoded else self._text.decode(ids)
-            params = sampling(self._settings, values, limit, logprobs, grammar)
+            params = sampling(self._settings, self._text, values, limit, logprobs, grammar)
             parts.append(self._part(ids, params, values, echo, logprobs if values.echo else None))
         return _job(values, tuple(parts), logprobs)
 
@@ -148,7 +148,7 @@ class JobReader:
         form = message_form(self._settings, values, prompt, guided=grammar is not None)
         if form is not None and form.calls in (NAMED, REQUIRED):
             grammar = self._certain(values, form, grammar)
-        part = self._part(ids, sampling(self._settings, values, limit, logprobs, grammar), values)
+        part = self._part(ids, sampling(self._settings, self._text, values, limit, logprobs, grammar), values)
         return _job(values, (part,), logprobs, form)
 
     def _certain(self, values: Chat, form: MessageForm, given: Grammar | None) -> Grammar:

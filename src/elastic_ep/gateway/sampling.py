@@ -6,8 +6,9 @@ import random
 from dataclasses import replace
 
 from elastic_ep.gateway.bodies import Generating
-from elastic_ep.gateway.fields import unsupported
+from elastic_ep.gateway.fields import bad_value, unsupported
 from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.wire.messages import Grammar, SamplingParams
 
 # Below this the division by the temperature leaves one candidate anyway, or overflows: greedy, as in vLLM.
@@ -15,8 +16,14 @@ _GREEDY_BELOW = 1e-5
 
 
 def sampling(
-    settings: ApiSettings, values: Generating, max_tokens: int, logprobs: int | None, grammar: Grammar | None
+    settings: ApiSettings,
+    text: ChatTokenizer,
+    values: Generating,
+    max_tokens: int,
+    logprobs: int | None,
+    grammar: Grammar | None,
 ) -> SamplingParams:
+    """Raises `ApiError`."""
     temperature = values.temperature
     ends = () if values.ignore_eos else settings.eos_token_ids
     return SamplingParams(
@@ -35,12 +42,27 @@ def sampling(
         logit_bias=values.logit_bias,
         allowed_token_ids=tuple(values.allowed_token_ids),
         grammar=grammar,
+        bad_words=_words(text, values.bad_words, settings.vocab_size),
     )
+
+
+def _words(text: ChatTokenizer, words: list[str], vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    """Of each the tokens at a text's beginning, and those behind a blank if they are as many, as vLLM has it."""
+    found: list[tuple[int, ...]] = []
+    for place, word in enumerate(words):
+        plain = tuple(text.encode(word.lstrip(), add_special_tokens=False))
+        behind = tuple(text.encode(f" {word.lstrip()}", add_special_tokens=False))
+        if not plain or max(*plain, *behind) >= vocab_size:
+            raise bad_value(f"bad_words[{place}]", "has no tokens, or some that the model does not know.")
+        found.append(plain)
+        if len(behind) == len(plain) and behind[0] != plain[0]:
+            found.append(behind)
+    return tuple(dict.fromkeys(found))
 
 
 def alone(values: Generating, grammar: Grammar) -> Grammar:
     """`grammar`, beside which nothing else says what may come. Raises `ApiError`."""
-    for name in ("ignore_eos", "allowed_token_ids"):
+    for name in ("ignore_eos", "allowed_token_ids", "bad_words"):
         if getattr(values, name):
             raise unsupported(
                 name,

@@ -34,7 +34,6 @@ _SAMPLING = {
     **_refused(
         "tokens are drawn one by one", use_beam_search=False, length_penalty=1.0, early_stopping=False
     ),
-    **_refused("tokens can be forbidden, words cannot: see 'logit_bias'", bad_words=([],)),
     **_refused(
         "no code of a client is run", logits_processors=([],), custom_logit_processor="", custom_params={}
     ),

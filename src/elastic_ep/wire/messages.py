@@ -237,7 +237,8 @@ class SamplingParams:
     """How to pick tokens; the same meaning as in vLLM. Defaults: greedy.
 
     `logprobs` is the number of alternatives to report (0: the sampled token's own), None for no logprobs. Before
-    `min_tokens` tokens no token that ends the sequence is picked. `allowed_token_ids` empty: all are.
+    `min_tokens` tokens no token that ends the sequence is picked. `allowed_token_ids` empty: all are. No word of
+    `bad_words`, each some tokens in a row, is completed.
 
     With a `grammar` no token is picked after which the text could not become one of the grammar's, whatever else is
     asked: when it is complete, even one that ends it before `min_tokens`.
@@ -263,6 +264,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     given: tuple[TokenId, ...] = ()
     given_logprobs: int = 0
+    bad_words: tuple[tuple[TokenId, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
