@@ -22,6 +22,7 @@ from elastic_ep.weights.checkpoint import read_header
 from tests.engine.solo import assign, drain, ids, solo_runner
 from tests.engine.test_invariance import recorded_logits
 from tests.kit.fused import build, fused_runner
+from tests.models.small import COMMON, GROUPS, LLAMA3, OWN, ROPE, YARN
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -60,7 +61,6 @@ def _compare(runner: StepRunner, theirs: PreTrainedModel, prompt: list[int], new
     return Compared(ours, logits)
 
 
-ROPE = {"rope_type": "default", "rope_theta": 500.0}
 HEADS = [(4, 2, 16), (3, 3, 32), (8, 1, 8)]
 """Query heads, key-value heads, head dim."""
 
@@ -68,19 +68,8 @@ HEADS = [(4, 2, 16), (3, 3, 32), (8, 1, 8)]
 def random_model(family: str, **settings: Any) -> Any:
     """A small one of transformers' own, all parameters drawn anew: norms are not ones, biases not zeros."""
     torch.manual_seed(7)
-    common = {
-        "vocab_size": 211,
-        "hidden_size": 64,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_experts_per_tok": 3,
-        "max_position_embeddings": 512,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "bos_token_id": None,
-    }
     config_class = getattr(transformers, f"{LIBRARY[family]}Config")
-    config = config_class(**{**common, **OWN.get(family, {}), **settings})
+    config = config_class(**{**COMMON, **OWN[family], **settings})
     model: Any = getattr(transformers, f"{LIBRARY[family]}ForCausalLM")(config)
     model.eval()
     model.set_attn_implementation("eager")  # the others leave gpt-oss's sinks out
@@ -92,91 +81,6 @@ def random_model(family: str, **settings: Any) -> Any:
 
 
 LIBRARY = {family.MODEL_TYPE: family.ARCHITECTURE.removesuffix("ForCausalLM") for family in FAMILIES}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 128,
-    "beta_fast": 8.0,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LATENT = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 12,
-    "n_shared_experts": 2,
-    "moe_intermediate_size": 40,
-    "first_k_dense_replace": 1,
-    "rope_parameters": ROPE,
-}
-GROUPS = {"n_group": 4, "topk_group": 2}
-QWEN2 = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 9,
-    "moe_intermediate_size": 40,
-    "shared_expert_intermediate_size": 56,
-}
-OWN: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 9, "moe_intermediate_size": 40},
-    "mixtral": {"num_local_experts": 9},
-    "olmoe": {"num_experts": 9},
-    "qwen2_moe": QWEN2,
-    "deepseek_v2": LATENT,
-    "deepseek_v3": {**LATENT, **GROUPS},
-    "gpt_oss": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_local_experts": 9,
-        "sliding_window": 37,
-        "rope_parameters": None,
-    },
-    "glm4_moe": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "n_routed_experts": 12,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": 40,
-        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
-    },
-    "phimoe": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 9,
-        "num_experts_per_tok": 2,
-        "router_jitter_noise": 0.2,
-    },
-    "granitemoe": {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 9},
-    "ernie4_5_moe": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "moe_num_experts": 9,
-        "moe_k": 3,
-        "moe_intermediate_size": 40,
-    },
-    "minimax_m2": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "rotary_dim": 12,
-        "num_local_experts": 9,
-    },
-}
-"""Of each family's small model, beside what all have."""
 CASES: dict[str, list[dict[str, Any]]] = {
     "qwen3_moe": [
         {"norm_topk_prob": norm, "tie_word_embeddings": tied, **heads}
