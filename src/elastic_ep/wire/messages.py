@@ -264,7 +264,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     given: tuple[TokenId, ...] = ()
     given_logprobs: int = 0
-    bad_words: tuple[tuple[TokenId, ...], ...] = ()
+    bad_words: Annotated[tuple[tuple[int, ...], ...], PRIVATE] = ()
 
 
 @dataclass(frozen=True, slots=True)
