@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from elastic_ep.config import ConfigError, ServeConfig
+from elastic_ep.models.formats import SCALED_DEPTH, Format, Fp8
 from elastic_ep.models.spec import ModelSpec
 
 _SAME = {"half": "float16", "float": "float32"}
@@ -52,11 +53,17 @@ def _on_gpu(model: ModelSpec, dtype: str, stored: set[str]) -> Precision:
         for name in sorted({"float16", "float32"} & stored)
         if not model.quantisation
     )
-    widened = bool(model.quantisation)
+    formats = {piece.format for part in model.moe.parts for piece in part.pieces if piece.format.quantised}
+    widened = not all(computed_on_gpu(one) for one in formats)
     if widened and dtype == "auto":
         more = model.moe.experts * model.moe_layers * (2 * model.expert_elements - model.expert_bytes(2))
         raise ConfigError(
-            f"--model: ranks on a GPU do not compute with quantised weights ({model.quantisation}): give "
+            f"--model: ranks on a GPU compute with FP8, not with these quantised weights ({model.quantisation}): give "
             f"--dtype bfloat16, which widens them as they are loaded, by {more / 2**30:.1f} GiB for one copy of each"
         )
     return Precision(widened=widened, notices=notices)
+
+
+def computed_on_gpu(made: Format) -> bool:
+    """Do kernels compute from its codes?"""
+    return isinstance(made, Fp8) and made.columns % SCALED_DEPTH == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -27,7 +28,10 @@ from elastic_ep.engine.ops_cuda.memory import (
 )
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import ExchangeShape
+from elastic_ep.models.config_json import ConfigFields
+from elastic_ep.models.quantisation import quantised
 from elastic_ep.placement import launch_placement
+from elastic_ep.weights.bank import Held, Weights, dummy_source
 from tests.engine.solo import TINY, dummy_weights
 
 LIMITS = EngineLimits(max_model_len=320, num_pages=2000)
@@ -41,6 +45,19 @@ def test_the_weights_are_counted_as_they_will_be_allocated() -> None:
     tensors = [*weights.dense().values()]
     tensors += [tensor for layer in weights.layers for tensor in (layer["gate_up"], layer["down"])]
     assert NEEDS.weights == 2 * sum(tensor.numel() for tensor in tensors)
+
+
+def test_experts_of_codes_take_what_their_parts_take() -> None:
+    """A byte a number, and the scales; two bytes a number where they are widened."""
+    asked = {"quant_method": "fp8", "weight_block_size": [32, 64]}
+    spec = quantised(TINY, ConfigFields(Path("config.json"), {"quantization_config": asked}))
+    source = dummy_source(spec, 0)
+    for held, widened in ((Held.CODES, False), (Held.NUMBERS, True)):
+        weights = Weights(spec, PLACEMENT, 0, source, torch.device("cpu"), torch.bfloat16, held=held)
+        tensors = [*weights.dense().values()]
+        tensors += [layer[name] for layer in weights.layers for name in weights.expert_parts(0)]
+        needs = needs_of(spec, LIMITS, PLACEMENT, SHAPE, 1 << 30, copies_rows=True, widened=widened)
+        assert needs.weights == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_what_is_at_work_in_a_layer_is_counted_as_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,7 +329,14 @@ def test_what_weights_are_in_memory(tmp_path: Path) -> None:
 def test_what_quantised_experts_are_on_a_gpu(tmp_path: Path) -> None:
     write_texts(tmp_path, CONFIG | {"quantization_config": FP8})
     model = str(tmp_path)
-    for asked in (compressed(INT4), FP8, {"quant_method": "mxfp4"}):
+    for computed in (
+        FP8,
+        {"quant_method": "fp8"},
+        compressed({**FLOAT8, "strategy": "channel"}, "float-quantized"),
+    ):
+        write_json(tmp_path / "config.json", CONFIG | {"quantization_config": computed})
+        assert of(model, {"F8_E4M3", "F32"}, "cuda") == Precision()
+    for asked in (compressed(INT4), FP8 | {"weight_block_size": [128, 96]}, {"quant_method": "mxfp4"}):
         config = CONFIG | {"moe_intermediate_size": 32, "quantization_config": asked}
         write_json(tmp_path / "config.json", config)
         with pytest.raises(ConfigError, match=r"give --dtype bfloat16, .* by \d+\.\d GiB"):

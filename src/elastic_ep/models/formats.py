@@ -48,6 +48,10 @@ class Need:
         return "F32" if "F32" in self.dtypes else self.dtypes[0]
 
 
+SCALED_DEPTH = 64
+"""On a GPU products sum so many codes before they multiply by a scale: a scale's columns are a multiple of it there."""
+
+
 class Format(Protocol):
     @property
     def quantised(self) -> bool: ...

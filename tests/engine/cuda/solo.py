@@ -17,7 +17,7 @@ from elastic_ep.engine.scheduler import Sequence
 from elastic_ep.guided.masks import MaskMaker
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import launch_placement
-from elastic_ep.weights.bank import Weights, dummy_source
+from elastic_ep.weights.bank import Held, Weights, dummy_source
 from tests.engine.solo import TINY
 from tests.kit.solo_exchange import SoloDeviceExchange
 
@@ -36,7 +36,7 @@ def cuda_runner(
     masks: MaskMaker | None = None,
 ) -> tuple[CudaRunner, SoloDeviceExchange]:
     placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
-    weights = Weights(spec, placement, 0, dummy_source(spec, 0), device, dtype)
+    weights = Weights(spec, placement, 0, dummy_source(spec, 0), device, dtype, held=Held.CODES)
     exchange = SoloDeviceExchange(spec.moe.experts, device, dtype)
     limits = limits or EngineLimits(
         max_model_len=100, max_num_seqs=4, max_num_batched_tokens=24, num_pages=40

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -20,7 +21,9 @@ from elastic_ep.engine.ops_cpu.runner import ModelRunner
 from elastic_ep.engine.ops_cuda.memory import Share
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.guided import grammars
-from elastic_ep.models import mixtral, olmoe, registry
+from elastic_ep.models import mixtral, olmoe, qwen3_moe, registry
+from elastic_ep.models.config_json import ConfigFields
+from elastic_ep.models.quantisation import quantised
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Weights, dummy_source
@@ -85,6 +88,23 @@ def test_logits_are_those_of_the_processor(
             wanted = expected[request, known]
             error = (row - wanted).abs().max() / wanted.abs().max()
             assert error < tolerance, f"request {request} after {known} tokens: {error:.1e}"
+
+
+def test_experts_in_float_8_are_computed_from_their_codes(device: torch.device) -> None:
+    asked = {"quant_method": "fp8", "weight_block_size": [32, 64]}
+    config = replace(TINY_CONFIG, num_hidden_layers=1, num_experts=2, moe_intermediate_size=24)
+    spec = quantised(
+        qwen3_moe.spec(config), ConfigFields(Path("config.json"), {"quantization_config": asked})
+    )
+    expected, _ = on_processor(round_to=torch.float32, spec=spec)
+    runner, _ = cuda_runner(device, spec)
+    assert {"gate_up", "down"}.isdisjoint(runner.weights.layers[0])
+    runner.add(assign(2, SHORT, max_tokens=1))
+    with recorded() as seen:
+        drain(runner)
+    assert len(seen) == 1
+    for key, row in seen.items():
+        assert (row - expected[key]).abs().max() / expected[key].abs().max() < 2e-5
 
 
 def test_a_greedy_step_fetches_the_tokens_that_the_logits_say(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from elastic_ep.engine.ops_cuda.kernels.expert_plan import Tiles, plan_for
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut
 from elastic_ep.exchange import peer_kernels
 from elastic_ep.kernel import power_of_2
+from elastic_ep.models.formats import SCALED_DEPTH
 from tests.engine.kernels.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter's process")
@@ -99,8 +101,16 @@ def test_norms(norm: bool, clip: bool) -> None:
     compiled(norm_rope._norm_rope_kernel, types, constants, 4)
 
 
-def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool, parts: int) -> Any:
-    types = dict.fromkeys(("x", "w", "y"), _NAMES[dtype]) | {"counts": "*i32", "part": "i32"}
+def compiled_experts(
+    tiles: Tiles, dtype: torch.dtype, down: bool, parts: int, block: tuple[int, int] | None = None
+) -> Any:
+    types = dict.fromkeys(("x", "w", "y"), _NAMES[dtype]) | {
+        "counts": "*i32",
+        "part": "i32",
+        "scales": "*fp32",
+    }
+    if block:
+        types |= {"w": "*fp8e4nv"}
     constants = {"H": 2048, "INNER": 768, "SLOTS": 40, "BLOCK_S": 64, "ROWS": tiles.rows, "FEW": tiles.few}
     constants |= {
         "N": tiles.columns,
@@ -108,7 +118,9 @@ def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool, parts: int) -
         "DOWN": down,
         "PARTS": parts,
         "BLOCK_P": power_of_2(parts),
+        "SCALED": block is not None,
     }
+    constants |= dict(zip(("SCALE_ROWS", "SCALE_COLUMNS"), block or (1, 1), strict=True))
     return compiled(expert_ffn._experts_kernel, types, constants, tiles.warps, tiles.stages)
 
 
@@ -120,6 +132,13 @@ def test_expert_ffn(dtype: torch.dtype, rows: int, down: bool, parts: int) -> No
     plan = plan_for(rows, dtype)
     result = compiled_experts(plan.down if down else plan.gate_up, dtype, down, parts)
     assert uses_wgmma_alone(result) or dtype == torch.float32
+
+
+@pytest.mark.parametrize(("rows", "down"), [(1, False), (1000, True)])
+def test_expert_ffn_of_codes(rows: int, down: bool) -> None:
+    plan = plan_for(rows, torch.bfloat16)
+    tiles = replace(plan.down if down else plan.gate_up, depth=SCALED_DEPTH)
+    assert uses_wgmma_alone(compiled_experts(tiles, torch.bfloat16, down, 1, (128, 128)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
+from elastic_ep.models.formats import Fp8
+from elastic_ep.weights.dequantise import dequantised
 from tests.engine.kernels.conftest import INTERPRETED
 from tests.engine.kernels.errors import check
 from tests.kit import plain_kernels
@@ -132,5 +136,97 @@ def test_every_shape_of_tile_gives_the_same_bits(device: torch.device, dtype: to
         for count in (1, 16, 17, 64, 65, 128, 130, 300):
             counts = torch.tensor([count, 1], device=device)
             y = expert_ffn(packed, counts, layer.gate_up, layer.down, plan=plan)
+            assert torch.equal(y[0, :count], expected[0, :count])
+            assert torch.equal(y[1, :1], expected[1, :1])
+
+
+class Coded:
+    """Weights of S slots in float8: pieces of [out, in], each with scales for its own blocks of `block`."""
+
+    def __init__(self, device: torch.device, shape: tuple[int, int, int], block: tuple[int, int]) -> None:
+        self.slots, self.hidden, self.inner = shape
+        self._format = Fp8(*block, "weight_scale")
+        self.gate_up, gate_up = self._made(device, [(self.inner, self.hidden)] * 2)
+        self.down, down = self._made(device, [(self.hidden, self.inner)])
+        self.numbers = Layer.__new__(Layer)
+        self.numbers.gate_up, self.numbers.down = gate_up.double(), down.double()
+
+    def _made(self, device: torch.device, pieces: list[tuple[int, int]]) -> tuple[Scaled, torch.Tensor]:
+        codes, scales, numbers = [], [], []
+        for shape in pieces:
+            _, need = self._format.needs("m", shape, None)
+            code = torch.randn(self.slots, *shape).to(torch.float8_e4m3fn)
+            scale = (torch.rand(self.slots, *need.shape) + 0.5) / shape[1] ** 0.5
+            both = ({"codes": code[slot], "scales": scale[slot]} for slot in range(self.slots))
+            numbers.append(torch.stack([dequantised(self._format, one, shape).t() for one in both]))
+            codes.append(code.view(torch.uint8))
+            scales.append(scale)
+        held = torch.cat(codes, dim=1).to(device).view(torch.float8_e4m3fn)
+        made = Scaled(held, torch.cat(scales, dim=1).to(device), self._format.rows, self._format.columns)
+        return made, torch.cat(numbers, dim=2).to(device)
+
+
+BLOCKS = [(128, 128), (0, 0), (1, 0), (24, 64)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block", "hidden", "inner", "counts"),
+    [
+        *((torch.bfloat16, block, 72, 40, (3,)) for block in BLOCKS),
+        (torch.float32, (128, 64), 72, 40, (2,)),
+        (torch.bfloat16, (128, 128), 136, 144, (1, 0, 17)),
+    ],
+)
+def test_codes_give_what_their_numbers_give(
+    device: torch.device,
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    hidden: int,
+    inner: int,
+    counts: tuple[int, ...],
+) -> None:
+    """Also where the last blocks are short, and up's begin within a block of gate's."""
+    coded = Coded(device, (len(counts), hidden, inner), block)
+    rows = torch.tensor(counts, dtype=torch.int32, device=device)
+    packed = coded.numbers.packed(40, rows).to(dtype)
+    y = expert_ffn(packed, rows, coded.gate_up, coded.down)
+    check("expert_ffn", received(y, rows), received(coded.numbers.exact(packed, rows), rows))
+
+
+def test_a_row_of_codes_does_not_know_its_place(device: torch.device) -> None:
+    coded = Coded(device, (1, 72, 40), (128, 64))
+    gate_up, down = (
+        replace(
+            one,
+            codes=one.codes.view(torch.uint8).repeat(2, 1, 1).view(torch.float8_e4m3fn),
+            scales=one.scales.repeat(2, 1, 1),
+        )
+        for one in (coded.gate_up, coded.down)
+    )
+    counts = torch.tensor([9, 14], device=device)
+    packed = coded.numbers.packed(16, torch.tensor([16], device=device)).bfloat16().repeat(2, 1, 1)
+    packed[1] = packed[0].roll(5, dims=0)
+    y = expert_ffn(packed, counts, gate_up, down)
+    assert torch.equal(y[1, 5:14], y[0, :9])
+
+
+def test_blocks_that_a_step_of_the_sum_would_cross_are_refused(device: torch.device) -> None:
+    coded = Coded(device, (1, 128, 96), (128, 96))
+    packed, counts = torch.zeros(1, 16, 128, device=device), torch.ones(1, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="a multiple of 64"):
+        expert_ffn(packed, counts, coded.gate_up, coded.down)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="numpy's product sums in an order that depends on the shape")
+def test_every_shape_of_tile_gives_the_same_bits_of_codes(device: torch.device) -> None:
+    coded = Coded(device, (2, 1024, 384), (128, 128))
+    many = torch.tensor([300, 300], device=device)
+    packed = coded.numbers.packed(300, many).bfloat16()
+    expected = expert_ffn(packed, many, coded.gate_up, coded.down, plan=plan_for(1000, torch.bfloat16))
+    tiles = Tiles(rows=32, few=16, columns=64, depth=32, warps=4, stages=3, per_processor=1)
+    for plan in (plan_for(1, torch.bfloat16), Plan(tiles, tiles)):
+        for count in (1, 16, 17, 65, 128, 300):
+            counts = torch.tensor([count, 1], device=device)
+            y = expert_ffn(packed, counts, coded.gate_up, coded.down, plan=plan)
             assert torch.equal(y[0, :count], expected[0, :count])
             assert torch.equal(y[1, :1], expected[1, :1])

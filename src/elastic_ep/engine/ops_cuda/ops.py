@@ -12,13 +12,14 @@ from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.dense import dense
-from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.gate import gate
 from elastic_ep.engine.ops_cuda.kernels.norm_rope import add_rms_norm, norm_rope_write
 from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
 from elastic_ep.engine.rotary import rotary_table
 from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.exchange.base import Received
+from elastic_ep.models.formats import Fp8
 from elastic_ep.models.spec import ModelSpec, QkNorm
 from elastic_ep.weights.bank import Parts
 
@@ -133,9 +134,17 @@ class CudaOps:
         self._counts.append(received.counts)
         expected = max(1, round(self._shape.rows * self._rows_per_expert))
         packed = received.packed  # the results take the places of the rows
-        return expert_ffn(
-            packed, received.counts, layer["gate_up"], layer["down"], expected_rows=expected, out=packed
-        )
+        gate_up, down = (self._matrices(layer, mixture, name) for name in ("gate_up", "down"))
+        return expert_ffn(packed, received.counts, gate_up, down, expected_rows=expected, out=packed)
+
+    def _matrices(self, layer: Parts, mixture: int, name: str) -> torch.Tensor | Scaled:
+        """Of all slots: numbers, or the codes that a quantised checkpoint has."""
+        if name in layer:
+            return layer[name]
+        (part,) = (part for part in self._moes[mixture].parts if part.name == name)
+        made = part.pieces[0].format
+        assert isinstance(made, Fp8), "other codes are refused, or widened as they are loaded"
+        return Scaled(layer[f"{name}.codes"], layer[f"{name}.scales"], made.rows, made.columns)
 
     def add_shared(self, mixed: torch.Tensor, h: torch.Tensor, layer: Parts, mixture: int) -> torch.Tensor:
         return mixed

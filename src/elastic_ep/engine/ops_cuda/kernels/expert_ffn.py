@@ -9,18 +9,45 @@ The products are computed transposed: the weights are the left operand, whose 64
 and the token rows are the right one, which may be as few as 16 (as DeepGEMM's swapped small-batch kernels do). One
 kind of instruction therefore serves one row and thousands, and it sums k in steps of 16 from the first to the last,
 each onto the accumulator: every shape of tile gives a row the same bits, as tests/engine/kernels/ checks on the GPU.
+
+Weights may be codes in float8 with scales, as checkpoints in FP8 have them: they are read as codes, and what a step of
+the sum over k comes to is multiplied by its scale. That step has one length then, whatever the tiles.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 import triton.language as tl
 
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
-from elastic_ep.engine.ops_cuda.kernels.expert_tiles import down_tile, gate_up_tile, store_tile
+from elastic_ep.engine.ops_cuda.kernels.expert_tiles import (
+    down_tile,
+    gate_up_tile,
+    scaled_down_tile,
+    scaled_gate_up_tile,
+    store_tile,
+)
 from elastic_ep.kernel import jit, power_of_2
+from elastic_ep.models.formats import SCALED_DEPTH
+
+_ALL = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Matrices of all slots in float8: `codes` [S, out, in] and `scales` [S, blocks, blocks] float32.
+
+    A block has `rows` and `columns`, the latter a multiple of `SCALED_DEPTH`; 0 is all. Those of gate and up, one below
+    the other, begin anew.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    rows: int
+    columns: int
 
 
 @jit
@@ -68,6 +95,7 @@ def _rows_of(
 def _tile(
     x: tl.tensor,
     w: tl.tensor,
+    scales: tl.tensor,
     y: tl.tensor,
     counts: tl.tensor,
     part: tl.tensor,
@@ -83,6 +111,9 @@ def _tile(
     N: tl.constexpr,
     K: tl.constexpr,
     DOWN: tl.constexpr,
+    SCALED: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
 ) -> None:
     IN: tl.constexpr = INNER if DOWN else H
     OUT: tl.constexpr = H if DOWN else INNER
@@ -91,11 +122,49 @@ def _tile(
     strewn = _rows_of(counts, slot, first, part, R, PARTS, BLOCK_P)
     if DOWN:
         w_slot = w + slot.to(tl.int64) * (INNER * H)
-        value = down_tile(x + begin * IN, packed, w_slot, left, column, H, INNER, R, N, K)
+        if SCALED:
+            BLOCKS: tl.constexpr = (INNER + SCALE_COLUMNS - 1) // SCALE_COLUMNS
+            scales += slot * (BLOCKS * ((H + SCALE_ROWS - 1) // SCALE_ROWS))
+            value = scaled_down_tile(
+                x + begin * IN,
+                packed,
+                w_slot,
+                scales,
+                left,
+                column,
+                H,
+                INNER,
+                R,
+                N,
+                K,
+                SCALE_ROWS,
+                SCALE_COLUMNS,
+            )
+        else:
+            value = down_tile(x + begin * IN, packed, w_slot, left, column, H, INNER, R, N, K)
         store_tile(y + begin * OUT, strewn, value, left, column, OUT, R, N)
     else:
         w_slot = w + slot.to(tl.int64) * (H * 2 * INNER)
-        value = gate_up_tile(x + begin * IN, strewn, w_slot, left, column, H, INNER, R, N, K)
+        if SCALED:
+            WIDE_BLOCKS: tl.constexpr = (H + SCALE_COLUMNS - 1) // SCALE_COLUMNS
+            scales += slot * (WIDE_BLOCKS * 2 * ((INNER + SCALE_ROWS - 1) // SCALE_ROWS))
+            value = scaled_gate_up_tile(
+                x + begin * IN,
+                strewn,
+                w_slot,
+                scales,
+                left,
+                column,
+                H,
+                INNER,
+                R,
+                N,
+                K,
+                SCALE_ROWS,
+                SCALE_COLUMNS,
+            )
+        else:
+            value = gate_up_tile(x + begin * IN, strewn, w_slot, left, column, H, INNER, R, N, K)
         store_tile(y + begin * OUT, packed, value, left, column, OUT, R, N)
 
 
@@ -103,6 +172,7 @@ def _tile(
 def _experts_kernel(
     x: tl.tensor,
     w: tl.tensor,
+    scales: tl.tensor,
     y: tl.tensor,
     counts: tl.tensor,
     part: tl.tensor,
@@ -117,6 +187,9 @@ def _experts_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     DOWN: tl.constexpr,
+    SCALED: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
 ) -> None:
     OUT: tl.constexpr = H if DOWN else INNER
     COLUMN_TILES: tl.constexpr = (OUT + N - 1) // N
@@ -132,14 +205,19 @@ def _experts_kernel(
         column *= N
         if FEW == ROWS:  # one body then: two would have shared memory each
             _tile(
-                x, w, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, ROWS, N, K, DOWN
-            )
+                x, w, scales, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, ROWS, N, K, DOWN,
+                SCALED, SCALE_ROWS, SCALE_COLUMNS,
+            )  # fmt: skip
         elif left <= FEW:
-            _tile(x, w, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, FEW, N, K, DOWN)
+            _tile(
+                x, w, scales, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, FEW, N, K, DOWN,
+                SCALED, SCALE_ROWS, SCALE_COLUMNS,
+            )  # fmt: skip
         else:
             _tile(
-                x, w, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, ROWS, N, K, DOWN
-            )
+                x, w, scales, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, ROWS, N, K, DOWN,
+                SCALED, SCALE_ROWS, SCALE_COLUMNS,
+            )  # fmt: skip
 
 
 @cache
@@ -151,20 +229,24 @@ def _processors(device: torch.device) -> int:
 def _launch(
     tiles: Tiles,
     x: torch.Tensor,
-    weights: torch.Tensor,
+    weights: torch.Tensor | Scaled,
     y: torch.Tensor,
     counts: torch.Tensor,
     *,
     down: bool,
 ) -> None:
     """One of the two products: y [S, C, OUT] of x [S, C, IN]."""
+    scaled = weights if isinstance(weights, Scaled) else None
+    if scaled:
+        tiles = replace(tiles, depth=SCALED_DEPTH)
     slots, capacity, width = x.shape
     parts = counts.numel() // slots
     most = slots * -(-capacity // tiles.rows) * -(-y.shape[-1] // tiles.columns)
     programs = min(_processors(x.device) * tiles.per_processor, most)
     _experts_kernel[(programs,)](
         x,
-        weights,
+        weights.codes if isinstance(weights, Scaled) else weights,
+        scaled.scales if scaled else x,
         y,
         counts,
         capacity // parts,
@@ -179,6 +261,9 @@ def _launch(
         N=tiles.columns,
         K=tiles.depth,
         DOWN=down,
+        SCALED=scaled is not None,
+        SCALE_ROWS=(scaled.rows if scaled else 0) or _ALL,
+        SCALE_COLUMNS=(scaled.columns if scaled else 0) or _ALL,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         enable_fp_fusion=False,
@@ -188,8 +273,8 @@ def _launch(
 def expert_ffn(
     packed: torch.Tensor,
     counts: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | Scaled,
+    down: torch.Tensor | Scaled,
     *,
     expected_rows: int | None = None,
     plan: Plan | None = None,
@@ -201,13 +286,20 @@ def expert_ffn(
     on hold does not matter. With `counts` [S, P] each slot has P parts of C / P rows, and a count for each.
     `gate_up` [S, H, 2 I] (gate first), `down` [S, I, H]: as weights/bank.py has them, which suits the GPU too: both are
     read along their last dimension. All contiguous, all of one dtype. The product between is rounded to that dtype.
+    Where they are `Scaled`: codes [S, 2 I, H] and [S, H, I]. Raises ValueError for blocks of which a step has several.
 
     `expected_rows` a slot (C if not given) chooses the tiles, unless a `plan` is given: it makes the call fast, not
     right, so a graph captured for a few rows also serves a step in which a peer sends many. `out` may be `packed`.
     """
     slots, capacity, _ = packed.shape
+    for weights in (gate_up, down):
+        if isinstance(weights, Scaled) and weights.columns % SCALED_DEPTH:
+            raise ValueError(
+                f"scales for every {weights.columns} columns: a multiple of {SCALED_DEPTH} expected"
+            )
     plan = plan or plan_for(capacity if expected_rows is None else expected_rows, packed.dtype)
-    between = packed.new_empty(slots, capacity, down.shape[1])
+    inner = down.codes.shape[2] if isinstance(down, Scaled) else down.shape[1]
+    between = packed.new_empty(slots, capacity, inner)
     y = torch.empty_like(packed) if out is None else out
     _launch(plan.gate_up, packed, gate_up, between, counts, down=False)
     _launch(plan.down, between, down, y, counts, down=True)

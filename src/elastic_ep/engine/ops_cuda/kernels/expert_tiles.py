@@ -110,3 +110,97 @@ def down_tile(
         x_at += K
         w_at += K * H
     return total
+
+
+@jit
+def _times_codes(
+    codes: tl.tensor, values: tl.tensor, scale: tl.tensor, total: tl.tensor, N: tl.constexpr, R: tl.constexpr
+) -> tl.tensor:
+    """`total` [N, R] and what codes [N, K], of which each row has one `scale` [N], add to it; `values` [R, K].
+
+    Codes are exact in every type that rows have, so the scale meets a sum in float32, and nothing is rounded before.
+    """
+    part = dot(codes.to(values.dtype), tl.trans(values), tl.zeros([N, R], tl.float32))
+    return total + part * scale[:, None]
+
+
+@jit
+def scaled_gate_up_tile(
+    x: tl.tensor,
+    rows: tl.tensor,
+    w: tl.tensor,
+    scales: tl.tensor,
+    left: tl.tensor,
+    column: tl.tensor,
+    H: tl.constexpr,
+    INNER: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """As `gate_up_tile`, of codes [2 I, H] and a scale for each block of them, gate's blocks and then up's."""
+    BLOCKS: tl.constexpr = (H + SCALE_COLUMNS - 1) // SCALE_COLUMNS
+    UP: tl.constexpr = (INNER + SCALE_ROWS - 1) // SCALE_ROWS * BLOCKS
+    row = tl.arange(0, R)
+    n = column + tl.arange(0, N)
+    k = tl.arange(0, K)
+    real_row = (row < left)[:, None]
+    real_n = n < INNER
+    x_at = x + rows[:, None] * H + k[None, :]
+    w_at = w + n[:, None] * H + k[None, :]
+    scale_at = scales + n // SCALE_ROWS * BLOCKS
+    gated = tl.zeros([N, R], tl.float32)
+    up = tl.zeros([N, R], tl.float32)
+    for start in range(0, H, K):
+        here = (k < H - start)[None, :]
+        values = tl.load(x_at, mask=real_row & here, other=0.0)
+        gate_codes = tl.load(w_at, mask=real_n[:, None] & here, other=0.0)
+        up_codes = tl.load(w_at + INNER * H, mask=real_n[:, None] & here, other=0.0)
+        block = start // SCALE_COLUMNS
+        gate_scale = tl.load(scale_at + block, mask=real_n, other=0.0)
+        up_scale = tl.load(scale_at + UP + block, mask=real_n, other=0.0)
+        gated = _times_codes(gate_codes, values, gate_scale, gated, N, R)
+        up = _times_codes(up_codes, values, up_scale, up, N, R)
+        x_at += K
+        w_at += K
+    return _swiglu(gated, up)
+
+
+@jit
+def scaled_down_tile(
+    x: tl.tensor,
+    rows: tl.tensor,
+    w: tl.tensor,
+    scales: tl.tensor,
+    left: tl.tensor,
+    column: tl.tensor,
+    H: tl.constexpr,
+    INNER: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """As `down_tile`, of codes [H, I] and a scale for each block of them."""
+    BLOCKS: tl.constexpr = (INNER + SCALE_COLUMNS - 1) // SCALE_COLUMNS
+    row = tl.arange(0, R)
+    n = column + tl.arange(0, N)
+    k = tl.arange(0, K)
+    real_row = (row < left)[:, None]
+    real_n = n < H
+    x_at = x + rows[:, None] * INNER + k[None, :]
+    w_at = w + n[:, None] * INNER + k[None, :]
+    scale_at = scales + n // SCALE_ROWS * BLOCKS
+    total = tl.zeros([N, R], tl.float32)
+    for start in range(0, INNER, K):
+        here = (k < INNER - start)[None, :]
+        values = tl.load(x_at, mask=real_row & here, other=0.0)
+        codes = tl.load(w_at, mask=real_n[:, None] & here, other=0.0)
+        scale = tl.load(scale_at + start // SCALE_COLUMNS, mask=real_n, other=0.0)
+        total = _times_codes(codes, values, scale, total, N, R)
+        x_at += K
+        w_at += K
+    return total
