@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from elastic_ep.models import deepseek_v3, gpt_oss, qwen3_moe
+from elastic_ep.run import BUNDLED_MODEL
 from tests.e2e.corruptible_server import SPOILT
-from tests.e2e.test_families import texts
+from tests.e2e.test_families import SHAPES, texts
 from tests.e2e.test_wrong_bytes import MODULE, slots_of, until_mended, verify
 from tests.kit.quantised import SCHEMES, write_pair
 from tests.kit.served import Server, http, server, status, until_full
-from tests.models.folders import CONFIG
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 RANKS, KILLED, SPOILED = 4, 3, 2
 
 
-@pytest.mark.parametrize("name", ["fp8", "mxfp4", "int 4 with zero points"])
-def test_a_kill_and_a_wrong_scale_cost_no_token(tmp_path: Path, name: str) -> None:
-    config = {**CONFIG, "num_experts": 8, "moe_intermediate_size": 32}
-    write_pair(tmp_path / "model", tmp_path / "plain", SCHEMES[name], config)
+TRIED = {deepseek_v3: "fp8", gpt_oss: "mxfp4", qwen3_moe: "int 4 with zero points"}
+"""Each as its checkpoints are."""
+
+
+@pytest.mark.parametrize("family", TRIED, ids=lambda family: family.MODEL_TYPE)
+def test_a_kill_and_a_wrong_scale_cost_no_token(tmp_path: Path, family: Any) -> None:
+    named = {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}
+    small = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    config = json.loads((BUNDLED_MODEL / "config.json").read_text())
+    config |= {**named, **SHAPES[family.ARCHITECTURE], **small}
+    write_pair(tmp_path / "model", tmp_path / "plain", SCHEMES[TRIED[family]], config)
     flags = ["--ranks", str(RANKS), "--model", str(tmp_path / "model")]
     with server(flags, tmp_path / "runs", MODULE) as serving:
         asyncio.run(killed_and_spoiled(serving))

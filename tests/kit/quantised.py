@@ -5,7 +5,9 @@ The numbers are found here with numpy, code by code, after the formats' own defi
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,7 +187,7 @@ SCHEMES: dict[str, Scheme] = {
         lambda matrix: int4(matrix, 16, zero_points=True),
     ),
 }
-GATES = (".gate", ".router")
+GATES = (".gate.", ".router.", ".shared_expert_gate.")
 
 
 def write_pair(
@@ -200,15 +202,17 @@ def write_pair(
     for name, shape in _plain_tensors(plain):
         module = name.removesuffix(".weight")
         value = (torch.randn(shape, generator=generator) * 0.3 + (len(shape) == 1)).to(getattr(torch, dtype))
-        if len(shape) == 2 and scheme.only(module) and not module.endswith(GATES):
-            made = scheme.coder(value.float().numpy())
+        matrix = len(shape) == 2 and (name.endswith(".weight") or ".experts." in name)
+        if matrix and scheme.only(module) and not any(one in f"{module}." for one in GATES):
+            turned = module == name  # gpt-oss: experts lie [in, out], but not their blocks
+            made = scheme.coder((value.t() if turned else value).float().numpy())
             codes |= {module + ending: tensor for ending, tensor in made.tensors.items()}
-            value = torch.from_numpy(made.numbers)
+            value = torch.from_numpy(made.numbers.T.copy() if turned else made.numbers)
         else:
             codes[name] = value
         numbers[name] = value
-    save_file(_stacked(codes), coded / "model.safetensors")
-    save_file(numbers, plain / "model.safetensors")
+    for folder, tensors in ((coded, codes), (plain, numbers)):
+        save_file(_stacked(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _plain_tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -216,28 +220,24 @@ def _plain_tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _stacked(tensors: Tensors) -> Tensors:
-    """Of MXFP4, as such checkpoints have them: all experts of a layer in one tensor, gate and up one below the other."""
-    rest = {name: tensor for name, tensor in tensors.items() if not name.endswith(("_blocks", "_scales"))}
-    for name in tensors.keys() - rest.keys():
-        prefix, _, behind = name.partition(".experts.0.")
-        if not behind or "up_proj" in behind:
+    """What has no `weight` in its name as such checkpoints have it: all experts in one, gate and up below each other."""
+    rest: Tensors = {}
+    of_experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(.*\.experts\.)(\d+)\.(\w+)", name)
+        if found is None:
+            rest[name] = tensor
             continue
-        module, _, ending = behind.rpartition("_proj_")
-        both = ["gate", "up"] if module == "gate" else [module]
-        experts = []
-        for expert in range(len(tensors)):
-            parts = [tensors.get(f"{prefix}.experts.{expert}.{one}_proj_{ending}") for one in both]
-            if None in parts:
-                break
-            experts.append(torch.cat([part for part in parts if part is not None]))
-        rest[f"{prefix}.experts.{'_'.join(both)}_proj_{ending}"] = torch.stack(experts)
+        whole = re.sub(r"^(gate|up)_proj", "gate_up_proj", found[3])
+        of_experts.setdefault(found[1] + whole, {}).setdefault(int(found[2]), {})[found[3]] = tensor
+    for name, experts in of_experts.items():
+        parts = [experts[expert] for expert in range(len(experts))]
+        rest[name] = torch.stack([torch.cat([part[one] for one in sorted(part)]) for part in parts])
     return rest
 
 
 def rewrite_config(folder: Path, **fields: Any) -> None:
     """Other fields of the quantisation in `folder`."""
-    import json
-
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= fields
     write_json(folder / "config.json", config)

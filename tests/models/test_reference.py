@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from elastic_ep.weights.checkpoint import read_header
 from tests.engine.solo import assign, drain, ids, solo_runner
 from tests.engine.test_invariance import recorded_logits
 from tests.kit.fused import build, fused_runner
+from tests.kit.quantised import SCHEMES, write_pair
 from tests.models.small import COMMON, GROUPS, LLAMA3, OWN, ROPE, YARN
 
 with warnings.catch_warnings():
@@ -243,3 +245,19 @@ def test_bundled_model() -> None:
     for got in compare(BUNDLED, model, prompt, 20):
         torch.testing.assert_close(got.ours, got.theirs, atol=1e-4, rtol=1e-5)
         assert torch.equal(got.ours.argmax(-1), got.theirs.argmax(-1))
+
+
+def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
+    """As its checkpoints lie on the disk: transformers reads the same numbers out of blocks and scales."""
+    small = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+    random_model("gpt_oss", **(CASES["gpt_oss"][0] | small)).save_pretrained(tmp_path / "made")
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    write_pair(tmp_path / "coded", tmp_path / "plain", SCHEMES["mxfp4"], config)
+    widened = transformers.Mxfp4Config(dequantize=True)
+    model: Any = transformers.GptOssForCausalLM.from_pretrained(
+        tmp_path / "coded", quantization_config=widened, dtype=torch.float32
+    )
+    model.eval()
+    model.set_attn_implementation("eager")
+    for got in compare(tmp_path / "coded", model, torch.randint(0, 211, (40,)).tolist(), 6):
+        torch.testing.assert_close(got.ours, got.theirs, atol=1e-5, rtol=1e-5)

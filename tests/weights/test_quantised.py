@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic_ep.models import gpt_oss
 from elastic_ep.models.formats import Format, Fp8, Int4, Mxfp4, Stacked
 from elastic_ep.models.quantisation import METHODS
-from elastic_ep.models.registry import load_spec
+from elastic_ep.models.registry import ARCHITECTURE_TYPES, load_spec
 from elastic_ep.placement import Placement, launch_placement
+from elastic_ep.run import BUNDLED_MODEL
 from elastic_ep.weights.bank import Held, Weights, blank_weights, dummy_source, load_weights
 from elastic_ep.weights.dequantise import dequantised
+from tests.e2e.test_families import SHAPES
 from tests.kit.quantised import SCHEMES, Coded, e4m3, fp8, int4, mxfp4, write_pair
 from tests.models.folders import CONFIG
 
@@ -108,6 +112,29 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("pair")
     write_pair(folder / "coded", folder / "plain", SCHEMES[request.param], SHORT)
     return folder / "coded", folder / "plain"
+
+
+FAMILY_SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 99, "intermediate_size": 64}
+FAMILY_SIZES |= {"moe_intermediate_size": 64}
+
+
+@pytest.mark.parametrize("architecture", sorted(SHAPES))
+def test_every_family_may_be_quantised(tmp_path: Path, architecture: str) -> None:
+    """gpt-oss as its checkpoints are; the others in float 8, all matrices but gates, embeddings and the head."""
+    scheme = SCHEMES["mxfp4" if architecture == gpt_oss.ARCHITECTURE else "fp8"]
+    named = {"architectures": [architecture], "model_type": ARCHITECTURE_TYPES[architecture]}
+    shape = {**named, **SHAPES[architecture], **FAMILY_SIZES}
+    config = json.loads((BUNDLED_MODEL / "config.json").read_text()) | shape
+    write_pair(tmp_path / "coded", tmp_path / "plain", scheme, config)
+    (coded, _), (plain, _) = whole(tmp_path / "coded"), whole(tmp_path / "plain")
+    for ours, theirs in zip([coded.outside, *coded.layers], [plain.outside, *plain.layers], strict=True):
+        for name, expected in theirs.items():
+            assert torch.equal(ours[name].view(torch.int32), expected.view(torch.int32)), name
+    held = coded.expert_parts(0)
+    assert {"gate_up.codes", "gate_up.scales", "down.codes", "down.scales"} <= set(held)
+    assert ("gate_up_bias" in held) == (architecture == gpt_oss.ARCHITECTURE)
+    quantised = [piece for piece in coded.spec.pieces() if piece.format.quantised]
+    assert any("self_attn" in piece.tensor for piece in quantised) == (architecture != gpt_oss.ARCHITECTURE)
 
 
 def test_what_ranks_compute_with_is_what_the_plain_twin_has(pair: tuple[Path, Path]) -> None:

@@ -76,10 +76,10 @@ class Quantisation:
 
     def formatted(self, piece: Piece, expert: int = 0) -> Piece:
         """As `expert` has it, if it is a part of experts."""
-        if len(piece.shape) != 2 or not (piece.tensor.endswith(".weight") or piece.stacked):
+        if len(piece.shape) != 2 or not (piece.tensor.endswith(".weight") or "{expert}" in piece.tensor):
             return piece
         module = piece.tensor.removesuffix(".weight").format(expert=expert)
-        if module.rpartition(".")[2] in _NEVER:
+        if not _NEVER.isdisjoint(module.split(".")[-2:]):
             return piece
         return replace(piece, format=self.format_of(module, piece))
 

@@ -197,7 +197,7 @@ def _refuse_others(
                     f"{entry.file}: tensor {name} is of weights quantised in a way that config.json does not say, or "
                     f"that is not known here: {UNQUANTISED}"
                 )
-        elif name.endswith("_proj.bias"):
+        elif name.endswith("_proj.bias") and name.removesuffix(".bias") in modules:
             raise CheckpointError(
                 f"{entry.file}: tensor {name} is a bias, which config.json does not ask for"
             )
