@@ -41,6 +41,7 @@ class Running:
 Start = Callable[..., Coroutine[Any, Any, Running]]
 
 
+_PREPARED: set[ApiSettings] = set()
 _OURS = str(Path(elastic_ep.__file__).parent)
 
 
@@ -106,7 +107,9 @@ async def start(anyio_backend: str) -> AsyncIterator[Start]:
         backend = backend or FakeBackend()
         metrics = Metrics()
         chosen = settings(**changes)
-        await asyncio.to_thread(prepare, chosen)
+        if chosen not in _PREPARED:  # a busy machine takes its time to begin a thread
+            await asyncio.to_thread(prepare, chosen)
+            _PREPARED.add(chosen)
         app = create_app(backend, chosen, text or sample_text(), metrics, sample_text)
         server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
         http = aiohttp.ClientSession()

@@ -37,6 +37,10 @@ def imported() -> None:
                 model=MODEL, instructions="x", input="x", tools=FLAT, metadata={"a": "b"}
             )
             await client.responses.input_items.list(made.id)
+            two: Any = [{"role": "user", "content": "x"}] * 2
+            made = await client.responses.create(model=MODEL, input=two)
+            async for _ in await client.responses.input_items.list(made.id, limit=1):
+                pass  # the first time that there is a next page
             await client.responses.retrieve(made.id)
             async with client.responses.stream(model=MODEL, input="x", tools=FLAT) as stream:
                 await stream.get_final_response()
@@ -276,8 +280,9 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("tool_choice", {"tool_choice": "any"}),
     ("tool_choice", {"tools": FLAT, "tool_choice": {"type": "function", "name": "x"}}),
     ("truncation", {"truncation": "auto"}),
-    ("include[0]", {"include": ["message.output_text.logprobs"]}),
+    ("include[0]", {"include": ["message.input_image.image_url"]}),
     ("top_logprobs", {"top_logprobs": 2}),
+    ("top_logprobs", {"top_logprobs": 21, "include": ["message.output_text.logprobs"]}),
     ("conversation", {"conversation": "x"}),
     ("reasoning.effort", {"reasoning": {"effort": "high"}}),
     ("text.verbosity", {"text": {"verbosity": "low"}}),
@@ -394,3 +399,28 @@ async def test_a_client_that_leaves_before_it_has_an_id(
         await waiting.wait()
         asked.cancel()
         await given_up.wait()
+
+
+@pytest.mark.parametrize("top", [0, 2])
+async def test_log_probabilities_of_the_text(client: openai.AsyncOpenAI, top: int) -> None:
+    """Those of the text's tokens, and of no others: neither of reasoning before it nor of calls behind it."""
+    asked: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": top}
+    events: list[Any] = [
+        event
+        async for event in await client.responses.create(
+            model=MODEL, input="Weather?", tools=FLAT, stream=True, **asked
+        )
+    ]
+    whole = await client.responses.create(model=MODEL, input="Weather?", tools=FLAT, **asked)
+    assert whole.top_logprobs == top
+    for response in (whole, events[-1].response):
+        (text,) = [item.content[0] for item in response.output if item.type == "message"]
+        told = text.logprobs
+        assert "".join(one.token for one in told) == text.text == "I look."
+        assert [one.logprob for one in told] == [-0.5] * len(told)
+        assert {len(one.top_logprobs) for one in told} == {top}
+        assert b"".join(bytes(one.bytes) for one in told) == text.text.encode()
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert [one.token for event in deltas for one in event.logprobs] == [one.token for one in told]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    assert len(done.logprobs) == len(told)

@@ -105,8 +105,8 @@ def is_greedy(params: SamplingParams) -> bool:
 
 
 def is_plain_greedy(params: SamplingParams) -> bool:
-    changes = has_penalties(params) or params.min_tokens or params.logit_bias or params.allowed_token_ids
-    changes = changes or params.bad_words
+    limited = params.min_tokens or params.logit_bias or params.allowed_token_ids or params.bad_words
+    changes = limited or has_penalties(params)
     return is_greedy(params) and params.logprobs is None and params.grammar is None and not changes
 
 

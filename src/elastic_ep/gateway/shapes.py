@@ -160,12 +160,7 @@ class ChatShape:
         return f'{{"index":{index},"delta":{{"content":', "}"
 
     def logprobs(self, tokens: Sequence[SpelledToken], offset: int) -> dict[str, Any]:
-        content = []
-        for spelled in tokens:
-            others = zip(spelled.token.top, spelled.top, strict=True)
-            top = [_entry(raw, one.logprob) for one, raw in others]
-            content.append({**_entry(spelled.raw, spelled.token.logprob), "top_logprobs": top})
-        return {"content": content, "refusal": None}
+        return {"content": [entry(spelled) for spelled in tokens], "refusal": None}
 
 
 def call_json(call: Call) -> dict[str, Any]:
@@ -342,6 +337,13 @@ def finite(logprob: float | None) -> float:
 def _logprob(token: Token) -> float | None:
     """None of a prompt's first token."""
     return None if token.logprob is None else finite(token.logprob)
+
+
+def entry(spelled: SpelledToken) -> dict[str, Any]:
+    """As conversations and responses have it."""
+    others = zip(spelled.token.top, spelled.top, strict=True)
+    top = [_entry(raw, one.logprob) for one, raw in others]
+    return {**_entry(spelled.raw, spelled.token.logprob), "top_logprobs": top}
 
 
 def _entry(raw: bytes, logprob: float | None) -> dict[str, Any]:

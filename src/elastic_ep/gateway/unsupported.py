@@ -132,7 +132,6 @@ STRUCTURED_OUTPUTS = {
 RESPONSES = {
     **_refused("the server keeps responses, see 'previous_response_id'", conversation=(), prompt=()),
     **_refused("a conversation is never cut", truncation="disabled", context_management=([],)),
-    **_refused("ask /v1/chat/completions for log-probabilities", top_logprobs=0),
     **_refused("tools are called by the client", max_tool_calls=()),
     **_refused("one tier serves all", service_tier=("auto", "default")),
     **_refused("texts are not rated", moderation=()),

@@ -30,6 +30,7 @@ RENAMED = {
     "response_format": "text.format", "reasoning_effort": "reasoning.effort",
 }  # fmt: skip
 """Fields of a conversation by the names that they have here."""
+_LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 _ROLES = ("user", "assistant", "system", "developer")
 
@@ -90,8 +91,9 @@ class Responses(Body):
     max_output_tokens: Annotated[int | None, Integer(1)] = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
-    include: list[Literal["reasoning.encrypted_content"]] = Field(
-        default_factory=list, description="There is none: reasoning is told as text."
+    top_logprobs: int | None = None
+    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] = Field(
+        default_factory=list, description="Reasoning is told as text in any case."
     )
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -141,6 +143,8 @@ def responses_body(settings: ApiSettings) -> type[Responses]:
         for one in known.metadata:
             kind = Annotated[kind, one]
         same[name] = (kind, Field(None, description=known.description))
+    top: Any = Field(None, description="Alternatives of each token, with 'include'.")
+    same["top_logprobs"] = (Annotated[int | None, Integer(0, settings.max_logprobs)], top)
     made = create_model("Responses", __base__=Responses, **same, **labels())
     made.refused = of_chat_alone(settings, made.model_fields, RENAMED) | Responses.refused
     return made
@@ -163,6 +167,10 @@ def as_chat(
     form = values.text.format if values.text is not None else None
     if form is not None and form.type != "text":
         chat["response_format"] = _format(form)
+    if _LOGPROBS in values.include:
+        chat |= {"logprobs": True, "top_logprobs": values.top_logprobs or 0}
+    elif values.top_logprobs:
+        raise bad_value("top_logprobs", f"needs 'include' to have \"{_LOGPROBS}\".")
     chat["stream"] = values.stream
     return chat
 
@@ -285,7 +293,7 @@ def head(values: Responses, settings: ApiSettings) -> str:
         "store": values.store and settings.responses_store_bytes > 0,
         "background": values.background,
         "truncation": "disabled",
-        "top_logprobs": 0,
+        "top_logprobs": values.top_logprobs or 0,
         "service_tier": "default",
     }
     return json.dumps(plain)[1:-1]

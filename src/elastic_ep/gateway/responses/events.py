@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.parsers.base import CallArguments, CallBegin, Content, Delta, Reasoning
 from elastic_ep.gateway.responses.body import About
-from elastic_ep.gateway.shapes import Usage
+from elastic_ep.gateway.shapes import Json, SpelledToken, Usage, as_object, entry
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_NONE = Json("[]")
 _PREFIXES = {"reasoning": "rs_", "message": "msg_", "function_call": "fc_"}
 
 
@@ -35,6 +36,8 @@ class ResponseWriter:
         self._open: dict[str, Any] | None = None
         self._pieces: list[str] = []
         """Text or arguments of the open one."""
+        self._logprobs: list[str] = []
+        """Of its tokens, as JSON."""
         self._usage: dict[str, Any] | None = None
         self._error: dict[str, Any] | None = None
         self._incomplete: dict[str, str] | None = None
@@ -57,15 +60,19 @@ class ResponseWriter:
         """After `queue`."""
         return [self._of_response("response.in_progress", "in_progress")]
 
-    def push(self, deltas: Iterable[Delta], generated: int) -> list[bytes]:
-        """`generated`: tokens so far."""
+    def push(
+        self, deltas: Iterable[Delta], generated: int, tokens: Sequence[SpelledToken] = ()
+    ) -> list[bytes]:
+        """`generated`: tokens so far. `tokens`: those since the last time, if log-probabilities are told."""
         events: list[bytes] = []
         for delta in deltas:
             match delta:
                 case Content(text):
-                    events += self._switch("message") + self._text(
-                        "response.output_text.delta", text, logprobs=[]
-                    )
+                    switched = self._switch("message")
+                    own = [_dumps(entry(one)) for one in (_of_text(tokens, text) if switched else tokens)]
+                    self._logprobs += own
+                    told = Json(f"[{','.join(own)}]")
+                    events += switched + self._text("response.output_text.delta", text, logprobs=told)
                 case Reasoning(text):
                     self._reasoning_tokens = generated
                     events += self._switch("reasoning") + self._text("response.reasoning_text.delta", text)
@@ -75,6 +82,7 @@ class ResponseWriter:
                     self._pieces.append(text)
                     kind = "response.function_call_arguments.delta"
                     events.append(self._event(kind, **self._place(), delta=text))
+            tokens = ()  # what is no text of the answer has none
         return events
 
     def end(self, finish: str, usage: Usage) -> list[bytes]:
@@ -135,7 +143,7 @@ class ResponseWriter:
                 item |= {"role": "assistant", "content": []}
             case _:
                 item |= {"summary": [], "content": []}
-        self._open, self._pieces = item, []
+        self._open, self._pieces, self._logprobs = item, [], []
         added = self._event("response.output_item.added", output_index=len(self._items), item=item)
         if kind == "function_call":
             return [added]
@@ -159,16 +167,18 @@ class ResponseWriter:
             kind = "response.function_call_arguments.done"
             events = [self._event(kind, **place, name=item["name"], arguments=text)]
         else:
-            part = _part(item["type"], text)
-            item["content"] = [part]
-            told: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            logprobs = Json(f"[{','.join(self._logprobs)}]")
+            part = _part(item["type"], text, logprobs)
+            item["content"] = Json(f"[{part}]")
+            told: dict[str, Any] = {"logprobs": logprobs} if item["type"] == "message" else {}
             kind = "output_text" if item["type"] == "message" else "reasoning_text"
             events = [
                 self._event(f"response.{kind}.done", **place, content_index=0, text=text, **told),
                 self._event("response.content_part.done", **place, content_index=0, part=part),
             ]
-        events.append(self._event("response.output_item.done", output_index=len(self._items), item=item))
-        self._items.append(_dumps(item))
+        done = as_object(item)
+        events.append(self._event("response.output_item.done", output_index=len(self._items), item=done))
+        self._items.append(done)
         self._open = None
         return events
 
@@ -181,7 +191,7 @@ class ResponseWriter:
         return self._written(kind, f'"response":{self.response()}')
 
     def _event(self, kind: str, **members: Any) -> bytes:
-        return self._written(kind, _dumps(members)[1:-1])
+        return self._written(kind, as_object(members)[1:-1])
 
     def _written(self, kind: str, members: str) -> bytes:
         number, self._sequence = self._sequence, self._sequence + 1
@@ -189,7 +199,16 @@ class ResponseWriter:
         return f"event: {kind}\ndata: {data}\n\n".encode("ascii")
 
 
-def _part(kind: str, text: str) -> dict[str, Any]:
+def _part(kind: str, text: str, logprobs: Json = _NONE) -> Json:
     if kind == "message":
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-    return {"type": "reasoning_text", "text": text}
+        return as_object({"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs})
+    return as_object({"type": "reasoning_text", "text": text})
+
+
+def _of_text(tokens: Sequence[SpelledToken], text: str) -> Sequence[SpelledToken]:
+    """Those of an answer that begins with `text`: before them there may be some that end what came before it."""
+    first, left = len(tokens), len(text.encode())
+    while first and len(tokens[first - 1].raw) <= left:
+        first -= 1
+        left -= len(tokens[first].raw)
+    return tokens[first:]

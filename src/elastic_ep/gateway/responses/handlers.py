@@ -117,7 +117,9 @@ class ResponsesHandlers:
         """All that come after the first ones. Raises `ApiError` where the answer is aborted."""
         message = Message(job.output.form)
         async for deltas in run.deltas(message):
-            yield writer.push(deltas, run.reader.generated)
+            tokens = [one for one in run.reader.tokens if one.token.token != run.reader.ended_by]
+            run.reader.tokens.clear()
+            yield writer.push(deltas, run.reader.generated, tokens)
         assert run.reader.finish is not None
         yield writer.end(run.reader.finish, usage_of(job, [run]))
 
