@@ -60,6 +60,8 @@ def norm_rope_write(
     values: torch.Tensor,
     eps: float,
     clip: float | None = None,
+    *,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """See `norm_rope.norm_rope_write`."""
     _, kv_heads, page, dim = keys.shape
@@ -70,9 +72,12 @@ def norm_rope_write(
         qk = qk * torch.rsqrt(qk.square().mean(dim=-1, keepdim=True) + eps) * qk_norm
     if clip is not None:
         qk, v = qk.clamp(-clip, clip), v.clamp(-clip, clip)
-    low, high = qk.chunk(2, dim=-1)
+    rotated, rest = qk.split([2 * cos.shape[1], dim - 2 * cos.shape[1]], dim=-1)
+    low, high = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
     c, s = cos[positions].unsqueeze(1).to(qk), sin[positions].unsqueeze(1).to(qk)
-    qk = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+    turned = low * c - high * s, high * c + low * s
+    pairs = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    qk = torch.cat((pairs, rest), dim=-1)
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
             keys[slot // page, :, slot % page] = qk[token, heads:]

@@ -105,4 +105,5 @@ OWN: dict[str, dict[str, Any]] = {
 
 def small_spec(family: str, **settings: Any) -> ModelSpec:
     (reader,) = (one.read for one in FAMILIES if family == one.MODEL_TYPE)
-    return reader(ConfigFields(Path("small/config.json"), {**COMMON, **OWN[family], **settings}))
+    spec: ModelSpec = reader(ConfigFields(Path("small/config.json"), {**COMMON, **OWN[family], **settings}))
+    return spec

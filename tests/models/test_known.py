@@ -13,12 +13,32 @@ from elastic_ep.models.spec import Attention, ModelSpec
 from elastic_ep.plan import make_plan
 from elastic_ep.run import BUNDLED_MODEL
 from tests.engine.test_invariance import SPECS
+from tests.models.small import OWN, small_spec
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_what_is_compared_with_plain_torch_is_known(name: str) -> None:
     assert unknown(SPECS[name], FUSED) == ""
     assert unknown(SPECS[name], CUDA) == ""
+
+
+REFUSED = {
+    "deepseek_v2": "LatentAttention",
+    "deepseek_v3": "LatentAttention",
+    "gpt_oss": "Attention.window",
+    "phimoe": "ModelSpec.norm",
+}
+
+
+@pytest.mark.parametrize("family", sorted(OWN))
+def test_which_families_the_kernels_know(family: str) -> None:
+    assert unknown(small_spec(family), CUDA) == REFUSED.get(family, "")
+
+
+def test_a_window_and_layers_that_attend_differently_are_no_affair_of_the_kernels() -> None:
+    assert unknown(small_spec("mixtral", sliding_window=9), CUDA) == "Attention.window"
+    spec = small_spec("qwen3_moe")
+    assert unknown(with_attention(spec, replace(spec.grouped, rope_theta=7.0), index=1), CUDA)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
-from elastic_ep.models.spec import Attention, Layer, ModelSpec, Moe, Parameter
+from elastic_ep.models.spec import Attention, Dense, Gate, Layer, ModelSpec, Moe, Parameter, Shared
 
 _PLAIN: dict[type, frozenset[str]] = {
     ModelSpec: frozenset(
@@ -23,6 +23,9 @@ _PLAIN: dict[type, frozenset[str]] = {
 _LAYER = frozenset({"input_norm", "qkv", "qk_norm", "out", "post_norm", "gate"})
 
 
+_FFN = frozenset({"gate_up", "gate_up_bias", "down", "down_bias"})
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """Fields by the kind of spec that has them, and names of parameters."""
@@ -32,13 +35,28 @@ class Known:
     layer: frozenset[str] = _LAYER
     expert: frozenset[str] = frozenset({"gate_up", "down"})
     several_kinds: bool = False
-    """Layers may differ."""
+    """Layers may differ in their FFN."""
 
 
 FUSED = Known(_PLAIN)
 """fused/engine.cpp"""
-CUDA = Known(_PLAIN)
-"""engine/ops_cuda"""
+CUDA = Known(
+    {
+        ModelSpec: _PLAIN[ModelSpec] | {"embed_factor", "branch_factor", "logits_divisor"},
+        Layer: _PLAIN[Layer],
+        Attention: _PLAIN[Attention] | {"rotary_dim", "interleaved", "scaling", "scale"},
+        Moe: _PLAIN[Moe] | {"gate", "shared"},
+        Dense: frozenset({"inner"}),
+        Gate: frozenset(field.name for field in fields(Gate)),
+        Shared: frozenset(field.name for field in fields(Shared)),
+    },
+    outside=frozenset({"embed", "final_norm", "lm_head", "lm_head_bias"}),
+    layer=_LAYER
+    | {f"{prefix}{name}" for prefix in ("", "shared_") for name in _FFN}
+    | {"qkv_bias", "out_bias", "gate_bias", "gate_correction", "shared_gate"},
+    several_kinds=True,
+)
+"""engine/ops_cuda. All layers have one kind of attention there."""
 
 
 def unknown(spec: ModelSpec, known: Known) -> str:
@@ -56,8 +74,8 @@ def unknown(spec: ModelSpec, known: Known) -> str:
         parts = layer.ffn.parts if isinstance(layer.ffn, Moe) else ()
         if said := _unknown_name(layer.dense, known.layer) or _unknown_name(parts, known.expert):
             return said
-    alike = {(layer.attention, _sizes(layer)) for layer in spec.layers}
-    return "" if known.several_kinds or len(alike) == 1 else "layers of several kinds"
+    alike = {(layer.attention, None if known.several_kinds else _sizes(layer)) for layer in spec.layers}
+    return "" if len(alike) == 1 else "layers of several kinds"
 
 
 def _unknown_field(part: object, known: Known) -> str:

@@ -83,7 +83,8 @@ def test_gate() -> None:
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("clip", [True, False])
-def test_norms(norm: bool, clip: bool) -> None:
+@pytest.mark.parametrize(("rotated", "interleaved"), [(80, False), (40, False), (40, True)])
+def test_norms(norm: bool, clip: bool, rotated: int, interleaved: bool) -> None:
     types = dict.fromkeys(("x", "residual", "weight", "normed", "total"), "*bf16") | {"eps": "fp32"}
     compiled(norm_rope._add_norm_kernel, types, {"H": 130, "BLOCK": 256, "ADD": True}, 4)
     types = dict.fromkeys(("qkv", "norm", "q", "keys", "values"), "*bf16")
@@ -97,7 +98,7 @@ def test_norms(norm: bool, clip: bool) -> None:
         "clip": "fp32",
     }
     constants: dict[str, Any] = {"HQ": 32, "HK": 4, "D": 80, "PAGE": 16, "BLOCK": 64, "HEADS": 8}
-    constants |= {"NORM": norm, "CLIP": clip}
+    constants |= {"NORM": norm, "CLIP": clip, "ROTATED": rotated, "INTERLEAVED": interleaved}
     compiled(norm_rope._norm_rope_kernel, types, constants, 4)
 
 

@@ -60,12 +60,17 @@ class Rows:
     """Inputs of `norm_rope_write` for `tokens` rows; each third row is padding."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, tokens: int, shape: tuple[int, int, int]
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokens: int,
+        shape: tuple[int, int, int],
+        rotated: int | None = None,
     ) -> None:
         heads, self.kv_heads, self.dim = shape
         self.qkv = torch.randn(tokens, (heads + 2 * self.kv_heads) * self.dim, device=device).to(dtype)
         self.norm = torch.rand(heads + self.kv_heads, self.dim, device=device).to(dtype)
-        angles = torch.rand(50, self.dim // 2, device=device) * 6
+        angles = torch.rand(50, (rotated or self.dim) // 2, device=device) * 6
         self.cos, self.sin = angles.cos(), angles.sin()
         self.positions = torch.randint(0, 50, (tokens,), device=device)
         self.slots = torch.randperm(PAGES * PAGE, device=device)[:tokens]
@@ -111,6 +116,31 @@ def test_norm_rope_write(
     assert torch.equal(keys == UNTOUCHED, exact_keys == UNTOUCHED)
     check("norm_rope", keys, exact_keys)
     assert torch.equal(values.double(), exact_values)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("shape", "rotated"), [((4, 2, 32), 16), ((3, 3, 40), 6), ((8, 1, 64), 64)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotary_embeddings_of_a_part_of_a_head(
+    device: torch.device, shape: tuple[int, int, int], rotated: int, interleaved: bool, normed: bool
+) -> None:
+    rows = Rows(device, torch.float32, 5, shape, rotated)
+    norm = rows.norm if normed else None
+    places = rows.cos, rows.sin, rows.positions, rows.slots
+    keys, values = rows.cache(torch.float32)
+    q = norm_rope_write(rows.qkv, norm, *places, keys, values, EPS, interleaved=interleaved)
+    exact = rows.cache(torch.float64)
+    expected = plain_kernels.norm_rope_write(
+        rows.qkv.double(),
+        None if norm is None else norm.double(),
+        *places,
+        *exact,
+        EPS,
+        interleaved=interleaved,
+    )
+    check("norm_rope", q, expected)
+    check("norm_rope", keys, exact[0])
+    assert torch.equal(values.double(), exact[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

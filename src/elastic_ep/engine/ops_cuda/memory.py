@@ -15,7 +15,7 @@ from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, ladder
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.kernel import power_of_2
-from elastic_ep.models.spec import ModelSpec
+from elastic_ep.models.spec import Dense, ModelSpec, Moe
 from elastic_ep.placement import Placement
 
 _ITEM = 2
@@ -86,12 +86,20 @@ def needs_of(
         kv_page=spec.kv_page_bytes("cuda", limits.page_size),
         kv_pages=limits.cache_pages,
         exchange=exchange_bytes,
-        working=2 * rows * (spec.hidden_size * copies_rows + spec.moe.inner) * _ITEM
+        working=2 * shape.max_tokens * 3 * _widest(spec) * _ITEM
+        + 2 * rows * (spec.hidden_size * copies_rows + spec.moe.inner) * _ITEM
         + 2 * _parts(spec, limits)
         + _rows_of_logits(limits) * spec.vocab_size * _WIDE_ITEM
         + draws.WORKING_BYTES
         + _WORKING_BYTES,
     )
+
+
+def _widest(spec: ModelSpec) -> int:
+    """Width of the widest FFN that every rank has for itself."""
+    ffns = [layer.ffn for layer in spec.layers]
+    shared = [ffn.shared.inner for ffn in ffns if isinstance(ffn, Moe) and ffn.shared]
+    return max([ffn.inner for ffn in ffns if isinstance(ffn, Dense)] + shared, default=0)
 
 
 def _parts(spec: ModelSpec, limits: EngineLimits) -> int:

@@ -7,13 +7,15 @@ inputs.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
+from elastic_ep.engine.ops_cpu.gate import choose
+from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.dense import dense
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
-from elastic_ep.engine.ops_cuda.kernels.gate import gate
+from elastic_ep.engine.ops_cuda.kernels.gate import gate, has_gate
 from elastic_ep.engine.ops_cuda.kernels.norm_rope import add_rms_norm, norm_rope_write
 from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
 from elastic_ep.engine.rotary import rotary_table
@@ -49,6 +51,8 @@ class CudaOps:
         """[layers, 2 (keys, values), pages, Hk, page size, D]"""
         cosines, sines = rotary_table(kind.rotary, limits.max_model_len)
         self._cos, self._sin = cosines.to(device), sines.to(device)
+        rows = max(limits.max_num_batched_tokens, limits.max_num_seqs) + TILE_ROWS
+        self._rows = torch.arange(rows, device=device)
         self.load = torch.zeros(spec.moe_layers, slots, dtype=torch.int32, device=device)
         self._counts: list[torch.Tensor] = []
         """Of the step's layers so far: the rows [slots] or [slots, parts] that this rank's experts had."""
@@ -68,15 +72,24 @@ class CudaOps:
         self._counts = []
 
     def embed(self, table: torch.Tensor) -> torch.Tensor:
-        return table.index_select(0, self._inputs.tokens[: self._shape.rows])
+        x = table.index_select(0, self._inputs.tokens[: self._shape.rows])
+        return x if self._spec.embed_factor == 1 else x * self._spec.embed_factor
 
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, parts: Parts, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is not None and self._spec.branch_factor != 1:
+            x = x * self._spec.branch_factor
         return add_rms_norm(x, residual, parts[name], self._spec.rms_norm_eps)
 
     def linear(self, x: torch.Tensor, parts: Parts, name: str) -> torch.Tensor:
-        return dense(x, parts[name])
+        return self._product(x, parts, name)
+
+    def _product(
+        self, x: torch.Tensor, parts: Parts, name: str, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        y, bias = dense(x, parts[name], out_dtype=out_dtype), parts.get(f"{name}_bias")
+        return y if bias is None else y.add_(bias)
 
     def project(self, h: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
         inputs, rows, kind = self._inputs, self._shape.rows, self._kind
@@ -96,6 +109,7 @@ class CudaOps:
             values,
             self._spec.rms_norm_eps,
             clip=kind.clip_qkv,
+            interleaved=kind.interleaved,
         )
 
     def _norm_projections(self, qkv: torch.Tensor, weight: torch.Tensor, queries: int) -> torch.Tensor:
@@ -108,24 +122,31 @@ class CudaOps:
     def attend(self, queries: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
         inputs, rows = self._inputs, self._shape.rows
         keys, values = self.caches[index]
+        scale = self._kind.score_scale
         if self._shape.decode:
-            out = decode_attention(queries, keys, values, inputs.tables[:rows], inputs.lengths[:rows])
+            tables, lengths = inputs.tables[:rows], inputs.lengths[:rows]
+            out = decode_attention(queries, keys, values, tables, lengths, scale=scale)
         else:
-            out = prefill_attention(queries, keys, values, inputs.tables, inputs.bounds, inputs.lengths)
+            places = inputs.tables, inputs.bounds, inputs.lengths
+            out = prefill_attention(queries, keys, values, *places, scale=scale)
         return out.view(rows, -1)
 
     def feed_forward(self, h: torch.Tensor, layer: Parts) -> torch.Tensor:
-        raise NotImplementedError
+        return self._gated(h, layer, "")
+
+    def _gated(self, h: torch.Tensor, layer: Parts, prefix: str) -> torch.Tensor:
+        """The FFN whose parameters have names that begin with `prefix`."""
+        gated, up = self._product(h, layer, f"{prefix}gate_up").chunk(2, dim=-1)
+        return self._product(functional.silu(gated).mul_(up), layer, f"{prefix}down")
 
     def gate(self, h: torch.Tensor, layer: Parts, mixture: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ffn = self._moes[mixture]
-        return gate(
-            dense(h, layer["gate"], out_dtype=torch.float32),
-            self.routing.physical[mixture],
-            ffn.top_k,
-            renormalise=ffn.renormalise,
-            num_tokens=self._inputs.count,
-        )
+        ffn, physical, count = self._moes[mixture], self.routing.physical[mixture], self._inputs.count
+        logits = self._product(h, layer, "gate", torch.float32)
+        if has_gate(ffn):
+            return gate(logits, physical, ffn.top_k, renormalise=ffn.renormalise, num_tokens=count)
+        weights, logical = choose(logits, ffn, layer.get("gate_correction"))
+        real = (self._rows[: len(logits)] < count)[:, None]
+        return torch.where(real, physical[logical], -1), torch.where(real, weights, 0.0)
 
     def tokens(self, h: torch.Tensor) -> torch.Tensor:
         return h
@@ -147,7 +168,13 @@ class CudaOps:
         return Scaled(layer[f"{name}.codes"], layer[f"{name}.scales"], made.rows, made.columns)
 
     def add_shared(self, mixed: torch.Tensor, h: torch.Tensor, layer: Parts, mixture: int) -> torch.Tensor:
-        return mixed
+        shared = self._moes[mixture].shared
+        if shared is None:
+            return mixed
+        out = self._gated(h, layer, "shared_")
+        if shared.gated:
+            out *= torch.sigmoid(dense(h, layer["shared_gate"]))
+        return (mixed + out[: len(mixed)]).to(mixed.dtype)
 
     def logits(self, h: torch.Tensor, outside: Parts) -> torch.Tensor:
         """Row i is of the last token of sequence i; rows of no sequence are undefined.
@@ -159,4 +186,5 @@ class CudaOps:
         last = h
         if not self._shape.decode:
             last = h.index_select(0, self._inputs.last_rows[: self._shape.sequences])
-        return dense(last, outside["lm_head"], out_dtype=torch.float32)
+        logits = self._product(last, outside, "lm_head", torch.float32)
+        return logits if self._spec.logits_divisor == 1 else logits / self._spec.logits_divisor

@@ -129,6 +129,7 @@ def decode_attention(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     *,
+    scale: float | None = None,
     cut: Cut | None = None,
     plan: DecodePlan | None = None,
 ) -> torch.Tensor:
@@ -137,7 +138,9 @@ def decode_attention(
     `q` [B, Hq, D], contiguous. `keys` and `values` [pages, Hk, page size, D], contiguous: the keys that one program
     reads for its head then lie page by page in one piece. Hk divides Hq. `block_tables` [B, most pages] int32, rows
     of any stride: page numbers, needed up to the context alone. `context_lens` [B] int32 or int64, the token itself
-    included; 0 is padding and gives zeros. Raises ValueError for more than `COUNTERS` pairs of sequence and key head.
+    included; 0 is padding and gives zeros. `scale` of scores, 1 / sqrt(D) if not given.
+
+    Raises ValueError for more than `COUNTERS` pairs of sequence and key head.
 
     The launch grows with `most pages`: a table cut to what the longest context may need saves empty programs.
     """
@@ -165,7 +168,7 @@ def decode_attention(
         totals,
         out,
         counters(q.device),
-        exponent_scale(dim),
+        exponent_scale(dim, scale),
         block_tables.stride(0),
         splits,
         HK=kv_heads,

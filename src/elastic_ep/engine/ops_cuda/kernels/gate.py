@@ -10,10 +10,16 @@ import torch
 import triton.language as tl
 
 from elastic_ep.kernel import jit, power_of_2
+from elastic_ep.models.spec import SOFTMAX_GATE, Moe
 
 MAX_EXPERTS = 256
 MAX_TOP_K = 8
 LARGE = tl.constexpr(1e30)
+
+
+def has_gate(ffn: Moe) -> bool:
+    """The kernel knows this gate."""
+    return ffn.gate == SOFTMAX_GATE and ffn.experts <= MAX_EXPERTS and ffn.top_k <= MAX_TOP_K
 
 
 @jit

@@ -1,7 +1,7 @@
 """RMSNorm with the residual added; and what follows the qkv product: q/k norm, rotary embedding, KV cache write.
 
 Both fuse what vLLM and SGLang fuse (fused_add_rms_norm; rope with set_kv_buffer), the q/k norm by head included. The
-rotary embedding is the rotate-half form: pairs are (i, i + D/2).
+rotary embedding may be of a part of a head.
 """
 
 from __future__ import annotations
@@ -89,57 +89,74 @@ def _norm_rope_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,
     CLIP: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
+    # A lane has two numbers of a head. The first ROTATED / 2 lanes have the pairs that are rotated.
     HALF: tl.constexpr = D // 2
+    ROTATES: tl.constexpr = ROTATED // 2
+    if INTERLEAVED:
+        one = 2 * lane
+        other = one + 1
+    elif ROTATED == D:
+        one = lane
+        other = lane + HALF
+    else:
+        one = tl.where(lane < ROTATES, lane, 2 * lane)
+        other = tl.where(lane < ROTATES, lane + ROTATES, 2 * lane + 1)
     inside = (head < HQ + 2 * HK) & (lane < HALF)
-    source = qkv + token * stride + head * D + lane
-    low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    source = qkv + token * stride + head * D
+    low = tl.load(source + one, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
 
-    rotates = inside & (head < HQ + HK)
+    no_value = inside & (head < HQ + HK)
+    rotates = no_value & (lane < ROTATES)
     position = tl.load(positions + token).to(tl.int64)
-    angle = position * HALF + lane
-    real = lane < HALF
+    angle = position * ROTATES + lane
+    real = lane < ROTATES
     cosine = tl.load(cos + angle, mask=real, other=0.0)
     sine = tl.load(sin + angle, mask=real, other=0.0)
     first, second = low, high
     if NORM:
         scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / D + eps)[:, None]
-        gain = norm + head * D + lane
-        first = low * scale * tl.load(gain, mask=rotates, other=0.0).to(tl.float32)
-        second = high * scale * tl.load(gain + HALF, mask=rotates, other=0.0).to(tl.float32)
+        gain = norm + head * D
+        first = low * scale * tl.load(gain + one, mask=no_value, other=0.0).to(tl.float32)
+        second = high * scale * tl.load(gain + other, mask=no_value, other=0.0).to(tl.float32)
     if CLIP:
         first = tl.minimum(tl.maximum(first, -clip), clip)
         second = tl.minimum(tl.maximum(second, -clip), clip)
         low = tl.minimum(tl.maximum(low, -clip), clip)
         high = tl.minimum(tl.maximum(high, -clip), clip)
+    if ROTATED < D:
+        low = tl.where(no_value, first, low)
+        high = tl.where(no_value, second, high)
     low = tl.where(rotates, first * cosine - second * sine, low)
     high = tl.where(rotates, second * cosine + first * sine, high)
 
     kind = q.dtype.element_ty
     is_query = inside & (head < HQ)
-    target = q + (token * HQ + head) * D + lane
-    tl.store(target, low.to(kind), mask=is_query)
-    tl.store(target + HALF, high.to(kind), mask=is_query)
+    target = q + (token * HQ + head) * D
+    tl.store(target + one, low.to(kind), mask=is_query)
+    tl.store(target + other, high.to(kind), mask=is_query)
 
     slot = tl.load(slots + token).to(tl.int64)
     kept = inside & (slot + 0 * lane >= 0)
     page = slot // PAGE
     within = slot % PAGE
     kind = keys.dtype.element_ty
-    target = keys + ((page * HK + head - HQ) * PAGE + within) * D + lane
+    target = keys + ((page * HK + head - HQ) * PAGE + within) * D
     is_key = kept & (head >= HQ) & (head < HQ + HK)
-    tl.store(target, low.to(kind), mask=is_key)
-    tl.store(target + HALF, high.to(kind), mask=is_key)
-    target = values + ((page * HK + head - HQ - HK) * PAGE + within) * D + lane
+    tl.store(target + one, low.to(kind), mask=is_key)
+    tl.store(target + other, high.to(kind), mask=is_key)
+    target = values + ((page * HK + head - HQ - HK) * PAGE + within) * D
     is_value = kept & (head >= HQ + HK)
-    tl.store(target, low.to(kind), mask=is_value)
-    tl.store(target + HALF, high.to(kind), mask=is_value)
+    tl.store(target + one, low.to(kind), mask=is_value)
+    tl.store(target + other, high.to(kind), mask=is_value)
 
 
 def norm_rope_write(
@@ -153,11 +170,14 @@ def norm_rope_write(
     values: torch.Tensor,
     eps: float,
     clip: float | None = None,
+    *,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """Queries [T, Hq, D], normed and rotated, in qkv's dtype. Writes keys (normed, rotated) and values to the cache.
 
     `qkv` [T, (Hq + 2 Hk) D], rows of any stride: queries, keys, values. `qk_norm` [Hq + Hk, D], None for no norm; after
-    it all three are clamped to plus and minus `clip`, if given. `cos` and `sin` [positions, D/2] float32, contiguous.
+    it all three are clamped to plus and minus `clip`, if given. `cos` and `sin` [positions, R/2] float32, contiguous: the
+    first R numbers of a head are rotated, in pairs (i, i + R/2), or (2i, 2i + 1) if `interleaved`, and stay in place.
     `positions` [T], an integer type, each within the tables (padding too). `keys` and `values` [pages, Hk, page size, D],
     contiguous. `slot_mapping` [T] int64: page * page size + place in
     the page, or -1 to write nothing.
@@ -187,6 +207,8 @@ def norm_rope_write(
             PAGE=page,
             BLOCK=power_of_2(dim // 2),
             HEADS=_HEADS,
+            ROTATED=2 * cos.shape[1],
+            INTERLEAVED=interleaved,
             NORM=qk_norm is not None,
             CLIP=clip is not None,
             num_warps=4,

@@ -38,9 +38,9 @@ CUT = {torch.bfloat16: Cut(split=512, block=64), torch.float32: Cut(split=512, b
 """By dtype."""
 
 
-def exponent_scale(dim: int) -> float:
+def exponent_scale(dim: int, scale: float | None = None) -> float:
     """Of the scores: with it they are exponents of two."""
-    return 1.4426950408889634 * float(dim**-0.5)
+    return 1.4426950408889634 * float(dim**-0.5 if scale is None else scale)
 
 
 @jit

@@ -109,14 +109,15 @@ def prefill_attention(
     cu_seqlens: torch.Tensor,
     context_lens: torch.Tensor,
     *,
+    scale: float | None = None,
     cut: Cut | None = None,
 ) -> torch.Tensor:
     """The last tokens of each sequence, each seeing its context up to itself: [T, Hq, D] like q.
 
     `q` [T, Hq, D], contiguous: sequence b has rows `cu_seqlens`[b] to `cu_seqlens`[b + 1], none or more, and they are
     the last of its `context_lens`[b] tokens, whose keys and values are all in the cache. Both int32 or int64, [B + 1]
-    and [B], B at most 1024. Rows beyond the last sequence are undefined. The rest, and `cut`, as in
-    `decode_attention`.
+    and [B], B at most 1024. Rows beyond the last sequence are undefined. The rest, `scale` and
+    `cut`, as in `decode_attention`.
     """
     tokens, heads, dim = q.shape
     _, kv_heads, page, _ = keys.shape
@@ -136,7 +137,7 @@ def prefill_attention(
         cu_seqlens,
         context_lens,
         out,
-        exponent_scale(dim),
+        exponent_scale(dim, scale),
         block_tables.stride(0),
         sequences,
         HK=kv_heads,
