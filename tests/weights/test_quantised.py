@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from elastic_ep.config import EngineLimits
 from elastic_ep.models import gpt_oss
 from elastic_ep.models.formats import Format, Fp8, Int4, Mxfp4, Stacked
 from elastic_ep.models.quantisation import METHODS
@@ -20,7 +25,11 @@ from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.run import BUNDLED_MODEL
 from elastic_ep.weights.bank import Held, Weights, blank_weights, dummy_source, load_weights
 from elastic_ep.weights.dequantise import dequantised
+from elastic_ep.weights.peers import ExpertPull, publish, pull_experts
 from tests.e2e.test_families import SHAPES
+from tests.engine.solo import assign, drain
+from tests.engine.test_invariance import recorded_logits
+from tests.kit.fused import fused_runner, needs_fused
 from tests.kit.quantised import SCHEMES, Coded, e4m3, fp8, int4, mxfp4, write_pair
 from tests.models.folders import CONFIG
 
@@ -173,6 +182,85 @@ def test_a_flipped_bit_of_any_part_is_noticed_and_mended(pair: tuple[Path, Path]
         weights.load_expert(1, 0, logical)
         assert weights.checksum(1, 0) == right
         assert torch.equal(part.view(torch.uint8), before.view(torch.uint8)), name
+
+
+class Local:
+    """A plane whose peers are all in this process."""
+
+    session = "here"
+
+    def register(self, regions: object) -> None:
+        pass
+
+    def read(self, session: str, parts: Sequence[tuple[int, int]]) -> LocalRead:
+        return LocalRead(torch.cat([_memory(address, size) for address, size in parts]))
+
+
+class LocalRead:
+    def __init__(self, data: torch.Tensor) -> None:
+        self._data = data
+
+    def __enter__(self) -> LocalRead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait(self, deadline_s: float) -> torch.Tensor:
+        return self._data
+
+
+def _memory(address: int, size: int) -> torch.Tensor:
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8).clone()
+
+
+def test_an_expert_that_is_pulled_comes_with_its_numbers(pair: tuple[Path, Path]) -> None:
+    """Codes and scales travel, nothing else; who pulls makes the numbers of them, and of no others."""
+    theirs, placement = whole(pair[0])
+    mine = blank_weights(theirs.spec, placement.slots_per_rank, theirs.source)
+    plane: Any = Local()
+    address = publish(plane, theirs)
+    slot, right = 2, theirs.checksum(1, 2)
+    wrong = ExpertPull(address, slot, 1, 0, right ^ 1)
+    (refused,) = pull_experts(plane, mine, [wrong], 9)
+    assert refused.checksum is None
+    assert not mine.layers[1]["down"][0].any(), "no byte was written"
+    (pulled,) = pull_experts(plane, mine, [replace(wrong, checksum=right)], 9)
+    assert pulled.checksum == right == mine.checksum(1, 0)
+    for part in theirs.spec.moe.parts:
+        assert torch.equal(mine.layers[1][part.name][0], theirs.layers[1][part.name][slot])
+        assert theirs.layers[1][part.name][slot].any()
+
+
+def test_codes_and_scales_may_be_in_different_shards(tmp_path: Path) -> None:
+    write_pair(tmp_path / "coded", tmp_path / "plain", SCHEMES["fp8"], SHORT)
+    expected = whole(tmp_path / "coded")[0].checksum(1, 0)
+    file = tmp_path / "coded" / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    weight_map = {name: f"model-{int('_scale' in name)}.safetensors" for name in tensors}
+    for shard in set(weight_map.values()):
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == shard}
+        save_file(part, tmp_path / "coded" / shard)
+    (tmp_path / "coded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert whole(tmp_path / "coded")[0].checksum(1, 0) == expected
+
+
+@needs_fused()
+def test_the_engine_in_c_computes_with_the_numbers(pair: tuple[Path, Path]) -> None:
+    """Logits of the twin, to the bit; also rounded to bfloat16, which it keeps as such."""
+    for dtype, rounding in ((torch.float32, ""), (torch.bfloat16, "bfloat16")):
+        seen = []
+        for folder in pair:
+            spec = load_spec(folder)
+            placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
+            weights = load_weights(folder, spec, placement, 0, dtype=dtype, rounding=rounding)
+            runner, _ = fused_runner(weights, EngineLimits(max_model_len=64, num_pages=8))
+            runner.add(assign(1, [5, 17, 4, 33], max_tokens=5))
+            with recorded_logits() as logits:
+                drain(runner)
+            seen.append(torch.stack([logits[key] for key in sorted(logits)]))
+        assert torch.equal(seen[0], seen[1])
 
 
 def test_what_is_held_can_be_codes_or_numbers_alone(pair: tuple[Path, Path]) -> None:
