@@ -103,6 +103,24 @@ def test_who_dies_while_there_is_no_agent_is_told_by_the_next(directory: Path) -
         assert run.of(member) == ["Launched", "Died", "Reaped"]
 
 
+def test_ranks_may_be_launched_while_an_agent_starts(
+    directory: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def body(run: Run) -> None:
+        first = kill_agent(run)
+        await run.expect(AgentLost)
+        run.launcher.launch(A, '{"do": "sleep"}')  # nobody is there
+        with anyio.fail_after(DEADLINE_S):
+            while run.launcher.agent_pid in (None, first):
+                await anyio.lowlevel.checkpoint()
+        run.launcher.launch(B, '{"do": "sleep"}')  # it has not begun
+        await run.expect(Launched, lambda event: event.member == A)
+        await run.expect(Launched, lambda event: event.member == B)
+
+    with_host(directory, body)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_an_agent_that_does_not_answer_is_replaced(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "PING_S", 0.02)
 

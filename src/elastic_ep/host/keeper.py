@@ -22,8 +22,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import anyio
 import structlog
@@ -74,6 +76,7 @@ STARTING_PINGS = 120
 LEAST_PAUSE_S, MOST_PAUSE_S = 0.05, 5.0
 """Before the next agent, if one after the other dies before it has done anything."""
 AGENT = "elastic_ep.host.agent"
+T = TypeVar("T")
 log = structlog.get_logger()
 
 
@@ -102,12 +105,12 @@ class _Rank:
         return self.slot >= 0
 
 
-class _AgentProcess:
-    """A running agent. Raises OSError when it cannot be started."""
+class _Spawned:
+    """The process of an agent. Raises OSError when it cannot be started."""
 
-    def __init__(self, module: str, on_exit: Callable[[], None]) -> None:
+    def __init__(self, module: str) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        life, self._life_fd = life_line.create()
+        life, self.life_fd = life_line.create()
         try:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno()), str(life)],
@@ -117,13 +120,23 @@ class _AgentProcess:
             )
         except OSError:
             self.control.close()
-            os.close(self._life_fd)
+            os.close(self.life_fd)
             raise
         finally:
             theirs.close()
             os.close(life)
+
+
+class _AgentProcess:
+    """A running agent."""
+
+    def __init__(self, spawned: _Spawned, on_exit: Callable[[], None]) -> None:
+        self.popen = spawned.popen
         self.silent = 0
+        self.begun = False
+        """It is told what it begins with: before that it understands nothing."""
         self.ready = False
+        self._life_fd = spawned.life_fd
         self._pidfd = os.pidfd_open(self.popen.pid)
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
@@ -197,6 +210,8 @@ class Keeper:
         self._agent: _AgentProcess | None = None
         self._link: PacketSocket | None = None
         self._server: _Server | None = None
+        self._server_coming = False
+        self._spawning = 0
         self._was_ready = False
         self._failed: str | None = None
         self._pause_s = LEAST_PAUSE_S
@@ -218,6 +233,7 @@ class Keeper:
         if self._timer is not None:
             self._timer.cancel()
         with anyio.CancelScope(shield=True):
+            await self._until(lambda: not self._spawning)
             await self._end_agent()
             await self._end_server()
         for rank in list(self._ranks.values()):  # there was no agent to say so
@@ -281,14 +297,27 @@ class Keeper:
 
     def _start_agent(self) -> None:
         self._timer = None
-        try:
-            self._agent = _AgentProcess(self._module, self._on_agent_exit)
-        except OSError as error:
-            self._agent_failed(str(error))
-            return
+        self._spawn(lambda: _Spawned(self._module), self._on_agent_spawned, self._agent_failed)
+
+    def _on_agent_spawned(self, spawned: _Spawned) -> None:
+        self._agent = _AgentProcess(spawned, self._on_agent_exit)
         self._link = PacketSocket(
-            self._agent.control, FromAgent, self._on_message, self._on_refused, lambda: None
+            spawned.control, FromAgent, self._on_message, self._on_refused, lambda: None
         )
+
+    def _spawn(self, make: Callable[[], T], then: Callable[[T], None], failed: Callable[[str], None]) -> None:
+        """On a thread: whoever starts a process waits until that has had a processor."""
+
+        def made(future: asyncio.Future[T]) -> None:
+            self._spawning -= 1
+            try:
+                then(future.result())
+            except OSError as error:
+                failed(str(error))
+            self._stir()
+
+        self._spawning += 1
+        self._loop.run_in_executor(None, make).add_done_callback(made)
 
     def _on_refused(self, why: str) -> None:
         log.error("the host's agent is not understood, and is ended", why=why)
@@ -385,6 +414,8 @@ class Keeper:
 
     def _hand_over(self) -> None:
         """The agent hears all that there is."""
+        assert self._agent is not None
+        self._agent.begun = True
         self._send(Begin(self._options), self._mutex_fd, *self._files)
         if self._server is None:
             self._start_server()
@@ -403,22 +434,30 @@ class Keeper:
                 self._send(Watch(rank.member))
 
     def _send(self, message: ToAgent, *fds: int) -> None:
-        """Nobody there: the next agent hears all that matters by `_hand_over`."""
-        if self._link is not None:
+        """Nobody there, or not yet: it hears all that matters by `_hand_over`."""
+        if self._link is not None and self._agent is not None and self._agent.begun:
             self._link.send(message, *fds)
 
     # The fork server
 
     def _start_server(self) -> None:
-        try:
-            process = self._begun or ServerProcess(self._options.preload, self._environment)
-            self._begun = None
-            self._server = _Server(process, self._on_server_exit)
-        except OSError as error:
-            self._failed = f"no fork server: {error}"
-            self._send(ServerFailed(str(error)))
-            return
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            self._on_server_spawned(begun)
+        elif not self._server_coming:
+            self._server_coming = True
+            make = partial(ServerProcess, self._options.preload, self._environment)
+            self._spawn(make, self._on_server_spawned, self._on_no_server)
+
+    def _on_server_spawned(self, process: ServerProcess) -> None:
+        self._server_coming = False
+        self._server = _Server(process, self._on_server_exit)
         self._send_server(self._server)
+
+    def _on_no_server(self, why: str) -> None:
+        self._server_coming = False
+        self._failed = f"no fork server: {why}"
+        self._send(ServerFailed(why))
 
     def _send_server(self, server: _Server) -> None:
         self._send(ServerBegun(server.pid, server.ready), server.control.fileno(), server.pidfd)
