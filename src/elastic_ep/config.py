@@ -113,6 +113,8 @@ class RankConfig:
     """What carries rows between GPUs."""
     gpu_memory_utilization: float | None = None
     """Of its GPU's memory, for all ranks on it: what a rank's share has left is KV cache. None: it is not sized so."""
+    host_address: str = "127.0.0.1"
+    """Of this machine, that ranks of other hosts dial to read weights out of this one's memory."""
     peers: PeerWeights | None = None
     """Who has weights to give; None before anybody has."""
     log: LogConfig = LogConfig()

@@ -20,6 +20,7 @@ from elastic_ep.exchange.windows import Windows
 from elastic_ep.fused.library import best_build, load
 from elastic_ep.host.mps import PROGRAM, mps_daemon
 from elastic_ep.wire.messages import Member
+from tests.exchange.carriers import CarrierPair
 from tests.exchange.on_device import (
     open_mooncake,
     open_peer_memory,
@@ -60,6 +61,31 @@ class FusedShm(Shm):
 
     def end(self, member: Member) -> Exchange:
         return FusedExchange(self.fd, self._shape, member, load(best_build()))
+
+
+class TwoHosts:
+    """Windows for each of two hosts, which have every other rank, and nothing between them but a carrier each."""
+
+    def __init__(self, shape: ExchangeShape) -> None:
+        self._shape = shape
+        self._hosts = tuple(rank % 2 for rank in range(shape.num_ranks))
+        self.pair = CarrierPair(shape, self._hosts)
+
+    def end(self, member: Member) -> Exchange:
+        if not 0 <= member.rank < self._shape.num_ranks:
+            return ShmExchange(self.pair.fds[0], self._shape, member)  # refuses it
+        return self.open(self.pair.fds[self._hosts[member.rank]], member)
+
+    def open(self, fd: int, member: Member) -> Exchange:
+        return ShmExchange(fd, self._shape, member)
+
+    def close(self) -> None:
+        self.pair.close()
+
+
+class FusedTwoHosts(TwoHosts):
+    def open(self, fd: int, member: Member) -> Exchange:
+        return FusedExchange(fd, self._shape, member, load(best_build()))
 
 
 class Processes:
@@ -155,6 +181,8 @@ class Kind:
     most_examples: int = 1000
     """Of hypothesis, for each property."""
     phases: Collection[Phase] = tuple(Phase)
+    steps: int = 300
+    """Of a long run."""
 
     def fit(self, shape: ExchangeShape) -> ExchangeShape:
         """`shape` with as many more elements a row as it takes."""
@@ -164,6 +192,8 @@ class Kind:
 LOOPBACK = Kind(Loopback)
 SHM = Kind(Shm)
 FUSED = Kind(FusedShm)
+TWO_HOSTS = Kind(TwoHosts, most_examples=6, steps=60)
+FUSED_TWO_HOSTS = Kind(FusedTwoHosts, most_examples=6, steps=60)
 SHM_PROCESSES = Kind(ShmProcesses)
 MOONCAKE = Kind(
     Mooncake,

@@ -28,7 +28,18 @@ from tests.exchange.group import (
     until,
     used,
 )
-from tests.exchange.hubs import FUSED, LOOPBACK, MOONCAKE, PEER_MEMORY, SHM, Hub, Kind, end_processes
+from tests.exchange.hubs import (
+    FUSED,
+    FUSED_TWO_HOSTS,
+    LOOPBACK,
+    MOONCAKE,
+    PEER_MEMORY,
+    SHM,
+    TWO_HOSTS,
+    Hub,
+    Kind,
+    end_processes,
+)
 from tests.kit.fused import needs_fused
 
 ON_GPU = [
@@ -42,6 +53,8 @@ pytestmark = pytest.mark.parametrize(
         pytest.param(LOOPBACK, id="loopback"),
         pytest.param(SHM, id="shm"),
         pytest.param(FUSED, id="fused", marks=needs_fused()),
+        pytest.param(TWO_HOSTS, id="two hosts"),
+        pytest.param(FUSED_TWO_HOSTS, id="fused, two hosts", marks=needs_fused()),
         pytest.param(PEER_MEMORY, id="peer memory", marks=ON_GPU),
         pytest.param(MOONCAKE, id="mooncake", marks=ON_GPU),
     ],
@@ -458,7 +471,7 @@ def test_ranks_of_random_speed_stay_exact(kind: Kind) -> None:
     """Nobody overwrites what another still reads: the only hazard of having one buffer."""
     shape = kind.fit(ExchangeShape(4, 8, 64, 2, 2, 2))
     routing = Routing.plain(shape)
-    steps = 300
+    steps = kind.steps
     kinds_of_batch = [batches(shape, seed) for seed in range(7)]
     with group(kind, shape) as ranks:
         expected = [

@@ -1,4 +1,4 @@
-"""Real processes over shared memory, and SIGKILL."""
+"""Real processes over shared memory, on one host and on two with a carrier each, and SIGKILL."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.wire.messages import Member
+from tests.exchange.carriers import CarrierPair
 from tests.exchange.group import DEADLINE_S
 from tests.exchange.killable import Death, Done, Lost, Moment, Run, Start, rank_main
 from tests.kit.bound import tied
@@ -27,7 +28,7 @@ from tests.kit.fused import needs_fused
 SHAPE = ExchangeShape(
     num_ranks=4, max_tokens=48, hidden=256, top_k=2, slots_per_rank=2, operations_per_step=4
 )
-STEPS = 12
+STEPS, STEPS_OF_HOSTS = 12, 7
 
 
 @dataclass
@@ -50,13 +51,18 @@ class RankProcess:
         self.pipe.close()
 
 
+HOSTS = (0, 1, 1, 0)
+
+
 class Processes:
-    def __init__(self, shape: ExchangeShape, *, fused: bool) -> None:
+    def __init__(self, shape: ExchangeShape, *, fused: bool, hosts: bool) -> None:
         self.shape = shape
         self._fused = fused
         self.ranks: dict[int, RankProcess] = {}
         self.step = 0
-        self._fd = Windows.create(shape)
+        self.pair = CarrierPair(shape, HOSTS) if hosts else None
+        self.steps = STEPS_OF_HOSTS if hosts else STEPS
+        self._fds = self.pair.fds if self.pair else [Windows.create(shape)]
         # Forked from a server that has imported torch once, and that has no threads.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "elastic_ep.exchange.fused"])
@@ -64,8 +70,8 @@ class Processes:
 
     def join(self, *joiners: int) -> None:
         """New incarnations of `joiners` take part from `self.step` on."""
-        windows = f"/proc/{os.getpid()}/fd/{self._fd}"
         for rank in joiners:
+            windows = f"/proc/{os.getpid()}/fd/{self._fds[HOSTS[rank] if self.pair else 0]}"
             self._incarnations[rank] += 1
             member = Member(rank, self._incarnations[rank])
             mine, theirs = self._context.Pipe()
@@ -106,21 +112,36 @@ class Processes:
             rank.process.join(DEADLINE_S)
             rank.process.close()
             rank.pipe.close()
-        os.close(self._fd)
+        if self.pair:
+            self.pair.close()
+        else:
+            os.close(self._fds[0])
 
 
-@pytest.fixture(params=[pytest.param(False, id="shm"), pytest.param(True, id="fused", marks=needs_fused())])
+ONE_HOST = (
+    pytest.param((False, False), id="shm"),
+    pytest.param((True, False), id="fused", marks=needs_fused()),
+)
+
+
+@pytest.fixture
 def processes(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    group = Processes(SHAPE, fused=request.param)
+    fused, hosts = request.param
+    group = Processes(SHAPE, fused=fused, hosts=hosts)
     yield group
     group.close()
 
 
 def run_cleanly(group: Processes) -> None:
-    group.run(STEPS)
-    assert group.done() == {rank: Done(good=STEPS) for rank in group.ranks}
+    group.run(group.steps)
+    assert group.done() == {rank: Done(good=group.steps) for rank in group.ranks}
 
 
+@pytest.mark.parametrize(
+    "processes",
+    [*ONE_HOST, pytest.param((True, True), id="fused, two hosts", marks=needs_fused())],
+    indirect=True,
+)
 def test_killed_at_every_point_of_a_step_and_back_again(processes: Processes) -> None:
     processes.join(*range(SHAPE.num_ranks))
     run_cleanly(processes)
@@ -130,19 +151,19 @@ def test_killed_at_every_point_of_a_step_and_back_again(processes: Processes) ->
             death = Death(processes.step + 3, operation, moment)
             processes.ranks[victim].pipe.send(Start((processes.ranks[victim].member,), death))
             assert processes.ranks[victim].receive() is None
-            processes.run(STEPS)
+            processes.run(processes.steps)
             processes.ranks[victim].gone()
             processes.lose(victim)
             for report in processes.done().values():
-                check_poison(report, victim, death)
+                check_poison(report, victim, death, processes.steps)
             run_cleanly(processes)
             processes.join(victim)
             run_cleanly(processes)
 
 
-def check_poison(report: Done, victim: int, death: Death) -> None:
+def check_poison(report: Done, victim: int, death: Death, steps: int) -> None:
     assert report.wrong == (), death
-    assert report.good == STEPS - len(report.poisoned), death
+    assert report.good == steps - len(report.poisoned), death
     assert set(report.poisoned.values()) <= {frozenset({victim})}, death
     posted = death.operation + (death.moment is Moment.POSTED)
     if 0 < posted < SHAPE.operations_per_step:
@@ -152,12 +173,14 @@ def check_poison(report: Done, victim: int, death: Death) -> None:
         assert set(report.poisoned) in ({boundary - 1}, {boundary}, set()), death
 
 
+@pytest.mark.parametrize("processes", [*ONE_HOST, pytest.param((False, True), id="two hosts")], indirect=True)
 def test_killed_at_any_time(processes: Processes) -> None:
     dice = random.Random(7)
     processes.join(*range(SHAPE.num_ranks))
-    for _ in range(8):
+    steps, rounds = (60, 4) if processes.pair else (200, 8)
+    for _ in range(rounds):
         victim = dice.randrange(SHAPE.num_ranks)
-        processes.run(200)
+        processes.run(steps)
         time.sleep(dice.random() * 0.15)  # anywhere in those steps
         processes.ranks[victim].kill()
         processes.lose(victim)
@@ -165,6 +188,6 @@ def test_killed_at_any_time(processes: Processes) -> None:
             assert report.wrong == ()
             assert set(report.poisoned.values()) <= {frozenset({victim})}
             assert len(report.poisoned) <= 1
-            assert report.good + len(report.poisoned) == 200
+            assert report.good + len(report.poisoned) == steps
         processes.join(victim)
         run_cleanly(processes)

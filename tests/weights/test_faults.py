@@ -54,11 +54,14 @@ def test_a_source_killed_before(plane: TransferPlane) -> None:
 
 def test_a_source_killed_in_the_middle(plane: TransferPlane) -> None:
     with source() as peer, stop_midway(plane, peer) as read:
-        began = time.monotonic()
+        began, lane = time.monotonic(), read._lane
+        buffer = lane.buffer.data_ptr()
         peer.signal(signal.SIGKILL)
         with pytest.raises(PullFailed, match="gone"):
             read.wait(LONG_S)
         assert time.monotonic() - began < GENEROUS_S
+        assert lane.buffer.data_ptr() != buffer, "what may still come must not find another read's bytes"
+        assert [kept.data_ptr() for kept in lane._quarantine][-1] == buffer, "nor memory of somebody else"
 
 
 def test_the_deadline_holds_against_a_stopped_source_that_was_never_spoken_to(plane: TransferPlane) -> None:

@@ -13,7 +13,7 @@ from elastic_ep.placement import EMPTY
 from elastic_ep.weights.bank import Weights, blank_weights, dummy_source
 from elastic_ep.weights.peers import ExpertPull, pull_dense, pull_experts
 from elastic_ep.weights.transfer import PullFailed, TransferPlane
-from elastic_ep.wire.slot_messages import StateAddress
+from elastic_ep.wire.slot_messages import Region, StateAddress
 from tests.kit.one_pull import pull_expert
 from tests.weights.source import LONG_S, PLACEMENT, TINY, source, weights_of
 
@@ -138,3 +138,14 @@ def test_many_pulls_at_once_from_several_sources(plane: TransferPlane) -> None:
     for index, target in enumerate(targets):
         assert torch.equal(target.layers[0]["gate_up"], ranks[index % 2].layers[0]["gate_up"])
         assert torch.equal(target.layers[0]["down"], ranks[index % 2].layers[0]["down"])
+
+
+def test_the_address_of_this_machine_is_announced(plane: TransferPlane) -> None:
+    other = TransferPlane("127.0.0.2")
+    memory = torch.arange(4096, dtype=torch.int32)
+    other.register([Region("memory", memory.data_ptr(), memory.nbytes)])
+    target = torch.zeros_like(memory)
+    assert other.session.startswith("127.0.0.2:")
+    plane.pull(other.session, memory.data_ptr(), target.data_ptr(), memory.nbytes, LONG_S)
+    assert torch.equal(target, memory)
+    other.close()

@@ -41,6 +41,7 @@ STRIDE = LINE // 8
 """Words (int64) from one rank's first to the next rank's."""
 
 _TOKENS = 1
+INCARNATION = 2
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -75,7 +76,10 @@ class PullExchange:
 
     format = HOST_FORMAT
 
-    def __init__(self, buffer: memoryview, shape: ExchangeShape, member: Member, bell: Bell) -> None:
+    def __init__(
+        self, buffer: memoryview, shape: ExchangeShape, member: Member, bell: Bell, *, carried: bool = False
+    ) -> None:
+        """`carried`: what this rank posts is told to other hosts."""
         self.shape = shape
         self.member = member
         self._peers = Peers(member, shape.num_ranks, shape.slots_per_rank)
@@ -91,6 +95,11 @@ class PullExchange:
         self._columns = np.arange(0)
         self._targets: dict[int, Integers] = {}
         self._map(buffer)
+        if carried:  # what an earlier incarnation has posted must not be told as this one's
+            self._words[member.rank * STRIDE] = 0
+            bell.fence()
+        self._words[member.rank * STRIDE + INCARNATION] = member.incarnation
+        bell.fence()
         # An earlier incarnation may have left tokens here. Nobody reads them before this one is activated.
         self._my_experts.fill(-1)
 

@@ -1,4 +1,4 @@
-"""Which step each rank of one host is in, in a file that all of them map: for exchanges whose device does not tell.
+"""Which step each rank is in, in a file that all ranks of a host map: for exchanges whose device does not tell.
 
 Each says too what it computes in the step, which all may read once the step has ended: words of this step and of the one
 before, as a rank may begin the next while another still reads.
@@ -25,6 +25,7 @@ from elastic_ep.exchange.base import Work
 _WORD = struct.Struct("q")
 _WORK = struct.Struct("ii")
 _LINE = 64
+LINE_BYTES = _WORD.size + 2 * _WORK.size
 _NAME = "steps"
 NOT_BEGUN = -1
 _SPINS = 200
@@ -32,17 +33,41 @@ _SPINS = 200
 _PAUSE_S = 0.00002
 
 
+def _mapped(directory: Path, num_ranks: int) -> mmap.mmap:
+    fd = os.open(directory / _NAME, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.ftruncate(fd, num_ranks * _LINE)  # all ranks to the same size, so the order does not matter
+        return mmap.mmap(fd, num_ranks * _LINE)
+    finally:
+        os.close(fd)
+
+
+class StepLines:
+    """The file as the carrier of a host sees it: it tells other hosts what ranks here say, and here what theirs do."""
+
+    def __init__(self, directory: Path, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._words = _mapped(directory, num_ranks)
+
+    def read(self, rank: int) -> bytes:
+        """`LINE_BYTES`: the step, and what is computed in it and in the one before."""
+        at = rank * _LINE
+        return self._words[at : at + LINE_BYTES]
+
+    def write(self, rank: int, line: bytes) -> None:
+        """The step last, so that whoever sees it sees the rest."""
+        at = rank * _LINE
+        self._words[at + _WORD.size : at + LINE_BYTES] = line[_WORD.size : LINE_BYTES]
+        _WORD.pack_into(self._words, at, *_WORD.unpack_from(line))
+
+
 class StepBarrier:
-    """`rank`'s word is written by that rank alone; `directory` is private to the group."""
+    """`rank`'s word is written by that rank alone, on other hosts by the carrier (`StepLines`); `directory` is private to
+    the ranks of this host."""
 
     def __init__(self, directory: Path, num_ranks: int, rank: int) -> None:
         self._rank = rank
-        fd = os.open(directory / _NAME, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(fd, num_ranks * _LINE)  # all ranks to the same size, so the order does not matter
-            self._words = mmap.mmap(fd, num_ranks * _LINE)
-        finally:
-            os.close(fd)
+        self._words = _mapped(directory, num_ranks)
         self.say(NOT_BEGUN)  # whatever an earlier incarnation has said
         for step in range(2):
             self.say_work(step, Work(0, 0))

@@ -20,6 +20,7 @@ LINE = 64
 _PAGE = 4096
 _FLOAT = 4
 _EXPERT = 4
+_MASK = 8
 
 
 class WindowsError(OSError):
@@ -33,7 +34,8 @@ class Windows:
     =========  =======================================  =======  ===========================================
     part       shape                                    type     written by
     =========  =======================================  =======  ===========================================
-    `words`    [num_ranks + 1, LINE / 8]                int64    its rank: [0] last operation, [1] tokens sent;
+    `words`    [num_ranks + 1, LINE / 8]                int64    its rank: [0] last operation, [1] tokens sent,
+                                                                 [2] incarnation;
                                                                  the last line's [0] counts the alarms, anybody
     `experts`  [num_ranks, max_tokens, top_k]           int32    its rank; unused rows are -1
     `x`        [x_rows, hidden]                         float32  its rank: rows rank * max_tokens + token
@@ -42,6 +44,9 @@ class Windows:
 
     Beyond num_ranks * max_tokens rows, `x` has rows that stay zero, and `boxes`, seen as rows of `hidden`, one for
     each rank to throw things into: padding is gathered from the former and scattered to the latter.
+
+    Each host has windows of its own. If there are several hosts, what ranks have masked lies behind them (`carried.py`),
+    and the carrier writes what ranks of other hosts would.
     """
 
     words: int
@@ -50,6 +55,8 @@ class Windows:
     boxes: int
     x_rows: int
     total: int
+    carried_total: int
+    """With what is there if there are several hosts."""
 
     @classmethod
     def layout(cls, shape: ExchangeShape) -> Windows:
@@ -59,16 +66,18 @@ class Windows:
         x = _aligned(experts + rows * shape.top_k * _EXPERT)
         boxes = _aligned(x + x_rows * shape.hidden * _FLOAT)
         total = _aligned(boxes + x_rows * shape.top_k * shape.hidden * _FLOAT)
-        return cls(words=0, experts=experts, x=x, boxes=boxes, x_rows=x_rows, total=total)
+        carried = _aligned(total + shape.num_ranks**2 * _MASK)
+        return cls(0, experts=experts, x=x, boxes=boxes, x_rows=x_rows, total=total, carried_total=carried)
 
     @classmethod
-    def create(cls, shape: ExchangeShape, *, available: int | None = None) -> int:
+    def create(cls, shape: ExchangeShape, *, available: int | None = None, carried: bool = False) -> int:
         """A file descriptor of new, zeroed windows (not inheritable until the caller says so).
 
         Pages cost memory only once they are used. `available` is how many bytes may be used at most; None asks
-        the system. Raises `WindowsError`.
+        the system. `carried`: some ranks are on other hosts. Raises `WindowsError`.
         """
-        total = cls.layout(shape).total
+        layout = cls.layout(shape)
+        total = layout.carried_total if carried else layout.total
         limit = available_memory() if available is None else available
         if total > limit:
             raise _too_little(total, f"{_mib(limit)} are available")

@@ -35,7 +35,7 @@ from elastic_ep.rank.mailbox import Mailbox
 from elastic_ep.rank.outbox import Outbox, Post, Ready
 from elastic_ep.rank.slots import SlotWorker
 from elastic_ep.rank.store_client import ControlStore
-from elastic_ep.weights.transfer import open_plane
+from elastic_ep.weights.transfer import open_plane as open_transfer_plane
 from elastic_ep.wire.messages import (
     NO_PAGES,
     Assign,
@@ -95,7 +95,7 @@ class RankProcess:
         *,
         build: Build | None = None,
         forward: Callable[[RankConfig, Mailbox, Post, Build], ForwardThread] = ForwardThread,
-        open_plane: OpenPlane = open_plane,
+        open_plane: OpenPlane | None = None,
     ) -> None:
         self._config = config
         self._life_fd = life_fd
@@ -105,7 +105,9 @@ class RankProcess:
         self._mailbox = Mailbox()
         self._outbox = Outbox(self._wake)
         self._engine: Ready | None = None
-        open_plane_once = functools.cache(open_plane)
+        open_plane_once = functools.cache(
+            open_plane or functools.partial(open_transfer_plane, config.host_address)
+        )
         self._slots = SlotWorker(self._outbox.post, open_plane_once, self._config.timing)
         self._store = ControlStore(self._outbox.post, self._config.timing)
 

@@ -8,13 +8,16 @@ What the library does, as seen with 0.3.13 over TCP, and what follows from it he
   a lock held that every other read through the same engine needs. So every read runs on a `_Lane`, an engine and a
   thread of its own, into the lane's own buffer. A read past its deadline is left to its lane, which comes back into
   use when the read has really ended; nothing it still writes can reach memory that matters.
+* A read that failed is not over: when a link is back, its bytes may still come. So its buffer is never used again, nor
+  freed. And a link that is cut, or a peer that is stopped, is waited for half a minute unless two settings say less.
 * Its blocking calls release the interpreter lock, but spin on a core until the data is there. Here the lane submits,
   then asks with pauses.
 * Destroying an engine takes a second with the interpreter lock held. So engines are never destroyed.
 * An engine remembers a session for ever. Ports are reused, so a lane that failed with a session never tries it again.
 
-HAZARD: the ports listen on every interface, without authentication, and registered memory can be written by anyone
-who reaches them: the network between ranks must be a private one.
+HAZARD: the ports listen on every interface, whatever address is announced (MC_TCP_BIND_ADDRESS does not change that),
+without authentication, and registered memory can be written by anyone who reaches them. They are chosen at random from
+15000 to 17000, or from MC_MIN_RPC_PORT to MC_MAX_RPC_PORT: a firewall must let in only hosts of the group there.
 """
 
 from __future__ import annotations
@@ -36,7 +39,12 @@ import torch
 from elastic_ep.wire.slot_messages import Region
 
 _WHEELS = "mooncake-transfer-engine-non-cuda or mooncake-transfer-engine-cuda13"
-_SETTINGS = {"MC_LOG_LEVEL": "ERROR", "MC_TCP_ENABLE_CONNECTION_POOL": "1"}
+_SETTINGS = {
+    "MC_LOG_LEVEL": "ERROR",
+    "MC_TCP_ENABLE_CONNECTION_POOL": "1",
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "2",
+    "MC_TCP_STATUS_TIMEOUT_SEC": "2",
+}
 _GLOG_LEVEL, _FATAL = "_ZN3fLI17FLAGS_minloglevelE", 3
 _COMPLETED, _FAILED = 1, -1
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 5e-5, 1e-2
@@ -59,7 +67,10 @@ class WrongBytes(PullFailed):
 
 
 def open_plane(host: str = "127.0.0.1") -> TransferPlane | str:
-    """This process's end of the state plane, or why there is none. Once in a process, after its fork."""
+    """This process's end of the state plane, or why there is none. Once in a process, after its fork.
+
+    `host`: the address of this machine that peers dial.
+    """
     apply_settings()
     try:
         return TransferPlane(host)
@@ -257,6 +268,8 @@ class _Lane:
         self.opened: set[str] = set()
         self.failed: set[str] = set()
         """Sessions whose reads failed: what the engine remembers of them may be of a process before."""
+        self._quarantine: list[torch.Tensor] = []
+        """Buffers of reads that failed: something may still come for them."""
         self.orders: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
         threading.Thread(target=self._main, name="pull", daemon=True).start()
 
@@ -275,6 +288,8 @@ class _Lane:
                 self.opened.add(read.session)
             else:
                 self.failed.add(read.session)
+                self._quarantine.append(self.buffer)
+                self.buffer = torch.empty(0, dtype=torch.uint8)
             read.end(error)
 
     def _carry_out(self, read: Read) -> str | None:
