@@ -6,7 +6,7 @@ No process is started and no time passes: ranks, hosts, links and racks are a qu
 repair machines are the real ones. Interruptions come as often as in Llama 3's training (419 that nobody had planned in
 54 days on 16,384 GPUs; here for as many GPUs as there are ranks, times `--times`, and sixteen times as often), in about
 its proportions: most are one GPU or one process, some a host, some a cable or a switch. Beside them a link of a host
-is cut now and then, and racks of sixteen hosts are lost. How long things take is `Pace`. Hosts die with all ranks.
+is cut now and then, and of more than 32 hosts racks of sixteen are lost. How long things take is `Pace`.
 
 Goodput is what the group computes, of what it would if nobody were ever lost: a rank that is away computes nothing; while
 a death is noticed, and for the step that runs again then, nobody does; nor while an expert has no copy. Processor time
