@@ -105,8 +105,8 @@ def is_greedy(params: SamplingParams) -> bool:
 
 
 def is_plain_greedy(params: SamplingParams) -> bool:
-    limited = params.min_tokens or params.logit_bias or params.allowed_token_ids or params.bad_words
-    changes = limited or has_penalties(params)
+    limits = params.min_tokens, params.logit_bias, params.allowed_token_ids, params.bad_words
+    changes = any(limits) or has_penalties(params)
     return is_greedy(params) and params.logprobs is None and params.grammar is None and not changes
 
 
