@@ -1,4 +1,4 @@
-"""Text that follows a grammar while ranks are killed, and what guiding costs.
+"""Text that follows a grammar, and calls of tools, while ranks are killed, and what guiding costs.
 
     python -m bench.guided [--streams 200] [--kills 12] [--turns 5] [--out bench/results/guided.json]
 
@@ -21,8 +21,8 @@ from typing import Any
 
 import aiohttp
 import psutil
-from tests.kit.guided_asks import GuidedAsk, guided_asks, person
-from tests.kit.served import Server, chat, counters, http, server, until_full, write_result
+from tests.kit.guided_asks import GuidedAsk, guided_and_calls, person
+from tests.kit.served import TOOL_TEMPLATE, Server, chat, counters, http, server, until_full, write_result
 from train.problems import held_out
 
 from bench.kit.command_line import command_line
@@ -33,6 +33,7 @@ from bench.kit.sections import quartiles
 AT_ONCE = 64
 NEXT_KILL_S = 120.0
 """It waits for its share of the answers so long at most."""
+TOOLS = ["--chat-template", str(TOOL_TEMPLATE), "--tool-call-parser", "hermes"]
 TOKENS = 96
 """Of each stream whose speed is measured: none ends before."""
 
@@ -160,7 +161,7 @@ async def measure(target: Server, options: argparse.Namespace) -> dict[str, Any]
     if options.turns:
         result["cost"] = await speeds(target, options.turns)
     if options.kills:
-        asks = guided_asks(options.streams)
+        asks = guided_and_calls(options.streams)
         result["kills"] = await kills(target, asks, options.kills, options.ranks)
     return result
 
@@ -173,7 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="guided-") as scratch,
-        server(["--ranks", str(options.ranks)], Path(scratch)) as target,
+        server([*TOOLS, "--ranks", str(options.ranks)], Path(scratch)) as target,
     ):
         result = asyncio.run(measure(target, options))
     print(json.dumps(result, indent=1))

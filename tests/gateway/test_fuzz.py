@@ -75,3 +75,22 @@ def test_valid_requests(case: Case[Any], url: str, session: requests.Session) ->
 @given(case=SCHEMA.as_strategy(GenerationMode.NEGATIVE))
 def test_invalid_requests(case: Case[Any], url: str, session: requests.Session) -> None:
     case.validate_response(case.call(base_url=url, session=session), checks=CHECKS)
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/responses": {"input": "x"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "x"}]},
+    "/tokenize": {"messages": [{"role": "user", "content": "x"}]},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_model_that_is_not_there(path: str, url: str, session: requests.Session) -> None:
+    operation = SCHEMA[path]["POST"]
+    case = operation.Case(body=BODIES[path] | {"model": "nobody"}, media_type="application/json")
+    response = case.call(base_url=url, session=session)
+    assert response.status_code == 404
+    case.validate_response(response, checks=CHECKS)

@@ -1,7 +1,11 @@
-"""Requests for text that follows a grammar, and whether an answer does: for tests and benches with kills."""
+"""Requests for guided text and for calls of tools, and whether an answer does: for tests and benches with kills.
+
+The answer to one for calls is told as JSON: a list of [name, arguments as they came].
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +29,12 @@ def guided_asks(count: int) -> list[GuidedAsk]:
     """All different: half JSON, half patterns and choices, in turn; one in three greedy, the others sampled."""
     kinds = (_json, _pattern, _json, _choice)
     return [_sampled(kinds[index % 4](index), index) for index in range(count)]
+
+
+def guided_and_calls(count: int) -> list[GuidedAsk]:
+    """All different: a third JSON, a third patterns and choices, a third calls of tools, in turn."""
+    kinds = (_json, _pattern, _call, _json, _choice, _call)
+    return [_sampled(kinds[index % 6](index), index) for index in range(count)]
 
 
 def person(index: int) -> dict[str, Any]:
@@ -55,6 +65,20 @@ def person(index: int) -> dict[str, Any]:
     }
 
 
+def _trip(index: int) -> dict[str, Any]:
+    """What a tool is given: nothing that a model without any idea of it can write on and on."""
+    return {
+        "type": "object",
+        "properties": {
+            "days": {"type": "integer", "minimum": 1, "maximum": 9 + index},
+            "tags": {"type": "array", "items": {"enum": _TAGS}, "minItems": 4, "maxItems": 8},
+            "member": {"type": "boolean"},
+        },
+        "required": ["days", "tags", "member"],
+        "additionalProperties": False,
+    }
+
+
 def _json(index: int) -> GuidedAsk:
     schema = person(index)
     form = {"name": "people", "strict": True, "schema": schema}
@@ -68,6 +92,29 @@ def _pattern(index: int) -> GuidedAsk:
     return GuidedAsk({"regex": pattern}, lambda text: re.fullmatch(pattern, text) is not None)
 
 
+def _call(index: int) -> GuidedAsk:
+    """A call of one tool that is named, or of any of two."""
+    tools = {f"tool_{index}": _trip(index), "other": _trip(0)}
+    told = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in tools.items()
+    ]
+    named = {"type": "function", "function": {"name": f"tool_{index}"}}
+    fields = {
+        "tools": told,
+        "tool_choice": named if index % 4 < 2 else "required",
+        "parallel_tool_calls": False,
+    }
+
+    def valid(text: str) -> bool:
+        calls = json.loads(text)
+        return len(calls) == 1 and all(
+            name in tools and is_valid(given, schema=tools[name]) for name, given in calls
+        )
+
+    return GuidedAsk(fields, valid)
+
+
 def _choice(index: int) -> GuidedAsk:
     choices = [f"{index}. {word} " * 6 for word in ("perhaps", "certainly", "by no means")]
     return GuidedAsk({"structured_outputs": {"choice": choices}}, lambda text: text in choices)
@@ -75,4 +122,4 @@ def _choice(index: int) -> GuidedAsk:
 
 def _sampled(ask: GuidedAsk, index: int) -> GuidedAsk:
     how = {"temperature": 1.0, "seed": index} if index % 3 else {"temperature": 0.0}
-    return GuidedAsk({**ask.fields, **how, "max_tokens": 400}, ask.valid)
+    return GuidedAsk({"max_tokens": 400, **ask.fields, **how}, ask.valid)

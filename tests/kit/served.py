@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _SAMPLE = re.compile(r"^elastic_ep:(\w+?)(?:_total)?(\{.*\})? (\S+)$", re.MULTILINE)
 _URL = re.compile(r"http://[^\s/]+:\d+")
 MODEL = "default"
+TOOL_TEMPLATE = ROOT / "tests" / "kit" / "tool_template.jinja"
+"""The bundled model's chat template, with tools; it was not taught any."""
 START_DEADLINE_S = 60.0
 
 
@@ -65,7 +67,8 @@ def provenance() -> dict[str, Any]:
 
 
 def _module_name() -> str:
-    return "bench." + Path(sys.argv[0]).stem
+    """Of what runs: a file of this repository."""
+    return ".".join(Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").parts)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
@@ -223,9 +226,13 @@ async def chat(
     stamps: list[float] | None = None,
     **fields: Any,
 ) -> str:
-    """The streamed answer to one question. Raises on any error that a client would see."""
+    """The streamed answer to one question; of calls of tools, a list of [name, arguments] as JSON.
+
+    Raises on any error that a client would see.
+    """
     body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "stream": True, **fields}
     parts: list[str] = []
+    calls: list[list[str]] = []
     finished = False
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:
         if response.status != 200:
@@ -244,9 +251,13 @@ async def chat(
                     parts.append(text)
                     if stamps is not None:
                         stamps.append(time.monotonic())
+                for call in choice["delta"].get("tool_calls") or ():
+                    if call.get("id"):
+                        calls.append([call["function"]["name"], ""])
+                    calls[call["index"]][1] += call["function"].get("arguments") or ""
     if not finished:
         raise RuntimeError("the stream ended without [DONE]")
-    return "".join(parts)
+    return json.dumps(calls) if calls else "".join(parts)
 
 
 async def until_full(
