@@ -61,7 +61,7 @@ LEFT_OUT: list[tuple[list[str], set[str]]] = [
 
 
 @pytest.mark.parametrize("field", ["modules_to_not_convert", "ignored_layers"])
-@pytest.mark.parametrize(("names", "left"), LEFT_OUT, ids=str)
+@pytest.mark.parametrize(("names", "left"), LEFT_OUT, ids=[" ".join(names) for names, _ in LEFT_OUT])
 def test_modules_that_are_not_converted(tmp_path: Path, field: str, names: list[str], left: set[str]) -> None:
     assert chosen(tmp_path, FP8 | {field: names}) == (EXPERTS | ATTENTION) - left
 
