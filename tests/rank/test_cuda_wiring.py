@@ -89,7 +89,9 @@ def test_a_member_masked_by_a_kernel_is_suspected(
     events: list[Any] = []
     machine = SimpleNamespace(view=View(epoch=4, seats=SEATS), stopping=stopping)
     controller = SimpleNamespace(
-        machine=machine, suspect=lambda member, cause, why: events.append(ev.Suspected(member, why))
+        _processes=SimpleNamespace(hear=lambda: None),
+        machine=machine,
+        suspect=lambda member, cause, why: events.append(ev.Suspected(member, why)),
     )
     Controller._suspect(cast(Any, controller), Member(0, 1), report)
     assert [event.member for event in events if isinstance(event, ev.Suspected)] == suspected

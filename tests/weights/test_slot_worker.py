@@ -121,7 +121,7 @@ def test_a_stopped_source_is_given_up_in_time(bench: Bench) -> None:
         peer.signal(signal.SIGSTOP)
         began = time.monotonic()
         bench.worker.order(pull(2, peer, FILLED[1], SPARE[1], None))
-        assert "did not come within" in bench.copied().error
+        assert bench.copied().error  # by the library's time limit, or by ours
         assert time.monotonic() - began < DEADLINE_S / 3
         bench.worker.order(CopySlot(3, 0, WIDTH + SPARE[0], 3))
         assert not bench.copied().error
