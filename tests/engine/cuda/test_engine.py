@@ -326,6 +326,8 @@ def test_prompts_are_cut_as_the_pace_of_the_group_says(device: torch.device) -> 
 
 
 PLACES = ("fill", "draws", "before 0", "before 1", "before 2", "before 3", "sampled")
+if INTERPRETED:  # where each takes half a minute
+    PLACES = ("fill", "before 1", "before 2", "sampled")
 
 
 def break_requests(runner: CudaRunner, bad: frozenset[int], place: str) -> None:
