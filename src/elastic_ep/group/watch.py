@@ -15,7 +15,13 @@ from elastic_ep.group.port import LossCause
 from elastic_ep.host.starvation import Starvation
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.membership.progress import MemberBeat, ProgressMachine, Pulse, Suspect
+from elastic_ep.machines.membership.progress import (
+    MemberBeat,
+    ProgressMachine,
+    Pulse,
+    Starved,
+    Suspect,
+)
 from elastic_ep.timing import Timing
 from elastic_ep.wire.messages import NO_PAGES, Heartbeat, Member, PageCounts, RankState, StepReport
 
@@ -78,21 +84,33 @@ class ProgressWatch:
                 log.warning(
                     "the machine, or this process, stood still: no rank is judged by it", for_ms=held_up_ms
                 )
-            self._pulse()
+            self._pulse(await self._starved())
+
+    async def _starved(self) -> tuple[Starved, ...]:
+        """Of those in doubt; nobody, if the kernel does not say so in time.
+
+        HAZARD: the kernel may keep who reads of a process that is just ending: not the loop, then.
+        """
+        pids = self._pids(self._progress.doubtful())
+        if not pids:
+            return self._starvation.sample(pids)
+        with anyio.move_on_after(self._timing.pulse_ms / 1000):
+            return await anyio.to_thread.run_sync(self._starvation.sample, pids, abandon_on_cancel=True)
+        return ()
 
     @property
     def calm(self) -> int:
         """How much rarer things are checked while the group is parked."""
         return self._timing.calm_factor if self._group.group_state is ev.GroupState.PAUSED else 1
 
-    def _pulse(self) -> None:
+    def _pulse(self, starved: tuple[Starved, ...]) -> None:
         records = self._group.records.values()
         pulse = Pulse(
             now_ms=self._clock.now_ms(),
             seated=tuple(sorted(self._group.view.members)),
             starting=tuple(record.member for record in records if record.state in COMING_UP),
             beats=tuple([_beat(member, sign) for member, sign in self._signs_of_life.items()]),
-            starved=self._starvation.sample(self._pids(self._progress.doubtful())),
+            starved=starved,
         )
         self._signs_of_life.clear()
         self._hub.post("progress", pulse)
