@@ -179,7 +179,7 @@ def check_poison(report: Done, victim: int, death: Death, steps: int) -> None:
 def test_killed_at_any_time(processes: Processes) -> None:
     dice = random.Random(7)
     processes.join(*range(SHAPE.num_ranks))
-    steps, rounds = (60, 4) if processes.pair else (200, 8)
+    steps, rounds = (60, 4) if processes.pair else (200, 4)
     for _ in range(rounds):
         victim = dice.randrange(SHAPE.num_ranks)
         processes.run(steps)
