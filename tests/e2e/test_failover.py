@@ -20,7 +20,7 @@ from train.problems import held_out
 from elastic_ep.replay import main as replay
 from tests.kit.guided_asks import guided_asks
 from tests.kit.harness import title
-from tests.kit.served import Server, chat, counters, http, status, until_full
+from tests.kit.served import Server, Stamps, begun, chat, counters, http, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -31,19 +31,18 @@ Texts = dict[int, str]
 
 async def answer_all(session: aiohttp.ClientSession, url: str, started: asyncio.Event | None = None) -> Texts:
     """Every question at once, half greedy, half sampled; `started` is set when half of them stream."""
-    begun = 0
+    streaming = 0
 
     async def one(index: int) -> str:
-        nonlocal begun
-        stamps: list[float] = []
+        nonlocal streaming
+        stamps = Stamps()
         how = {"temperature": 0.0} if index % 2 else {"temperature": 1.2, "seed": index}
         task = asyncio.create_task(
             chat(session, url, QUESTIONS[index], stamps=stamps, max_tokens=100, ignore_eos=True, **how)
         )
-        while not stamps and not task.done():
-            await asyncio.sleep(0.005)
-        begun += 1
-        if started and begun >= len(QUESTIONS) // 2:
+        await begun(task, stamps)
+        streaming += 1
+        if started and streaming >= len(QUESTIONS) // 2:
             started.set()
         return await task
 
@@ -143,17 +142,16 @@ async def guided_answers(
     session: aiohttp.ClientSession, url: str, started: asyncio.Event | None = None
 ) -> list[str]:
     """To all of `GUIDED` at once; `started` is set when half of them are in mid-answer."""
-    begun = 0
+    streaming = 0
 
     async def one(number: int) -> str:
-        nonlocal begun
-        stamps: list[float] = []
+        nonlocal streaming
+        stamps = Stamps()
         fields = GUIDED[number].fields
         task = asyncio.create_task(chat(session, url, QUESTIONS[number], stamps=stamps, **fields))
-        while len(stamps) < 10 and not task.done():
-            await asyncio.sleep(0.005)
-        begun += 1
-        if started and begun >= len(GUIDED) // 2:
+        await begun(task, stamps, 10)
+        streaming += 1
+        if started and streaming >= len(GUIDED) // 2:
             started.set()
         return await task
 

@@ -23,7 +23,7 @@ from train.problems import held_out
 
 from elastic_ep.group.port import LossCause
 from elastic_ep.replay import replay
-from tests.kit.served import Server, chat, http, server, status, until_full
+from tests.kit.served import Server, Stamps, chat, http, server, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
@@ -90,7 +90,7 @@ async def lose(logged: Logged, rank: int, number: int) -> tuple[str, dict[str, A
     question = held_out(1)[0].question
     async with http() as session:
         engine = (await until_full(session, url))["engines"][rank]
-        stamps: list[float] = []
+        stamps = Stamps()
         streams = [
             asyncio.create_task(
                 chat(session, url, question, stamps=stamps, max_tokens=120, ignore_eos=True, temperature=0.0)
@@ -98,8 +98,7 @@ async def lose(logged: Logged, rank: int, number: int) -> tuple[str, dict[str, A
             for _ in range(2 * RANKS)
         ]
         async with asyncio.timeout(DEADLINE_S):
-            while len(stamps) < 5 * RANKS:
-                await asyncio.sleep(0.01)
+            await stamps.reach(5 * RANKS)
         os.kill(engine["pid"], number)
         name = f"{rank}.{engine['incarnation']}"
         line = await logged.line("rank lost", name)

@@ -20,7 +20,7 @@ from train.problems import held_out
 from elastic_ep.replay import replay
 from elastic_ep.run import BUNDLED_MODEL
 from tests.kit.bound import run
-from tests.kit.served import chat, http, server, status, until_full
+from tests.kit.served import Stamps, chat, http, server, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
@@ -46,14 +46,13 @@ def wait_gone(processes: list[psutil.Process], directory: Path, deadline_s: floa
 
 def test_sigterm_lets_streams_finish_and_leaves_nothing(tmp_path: Path) -> None:
     async def stream_and_stop(url: str, pid: int) -> str:
-        stamps: list[float] = []
+        stamps = Stamps()
         async with http() as session:
             task = asyncio.create_task(
                 chat(session, url, held_out(1)[0].question, stamps=stamps, max_tokens=60, ignore_eos=True)
             )
             async with asyncio.timeout(30):
-                while not stamps:
-                    await asyncio.sleep(0.01)
+                await stamps.reach()
             os.kill(pid, signal.SIGTERM)
             return await asyncio.wait_for(task, 30)
 
@@ -123,14 +122,13 @@ def test_when_nothing_will_serve_any_more_all_are_told_and_the_process_ends(
 
     async def watch_it_end(url: str) -> None:
         async with http() as session:
-            stamps: list[float] = []
+            stamps = Stamps()
             question = held_out(1)[0].question
             under_way = asyncio.create_task(
                 chat(session, url, question, stamps=stamps, max_tokens=100, ignore_eos=True)
             )
             async with asyncio.timeout(30):
-                while not stamps:
-                    await asyncio.sleep(0.01)
+                await stamps.reach()
             engines = (await status(session, url))["engines"]
             for engine in engines if kill == "all" else engines[1:2]:
                 os.kill(engine["pid"], signal.SIGKILL)

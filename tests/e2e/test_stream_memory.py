@@ -20,7 +20,7 @@ from train.problems import held_out
 from elastic_ep.config import PAGE_SIZE
 from elastic_ep.kv.shelf_file import ShelfLayout
 from tests.e2e import mortal_server
-from tests.kit.served import MODEL, Server, chat, counters, http, server, status, until_full
+from tests.kit.served import MODEL, Server, Stamps, chat, counters, http, server, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -50,7 +50,7 @@ class Streams:
     """All of one case at once, half of them greedy, half sampled."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, case: int, count: int) -> None:
-        self._stamps: list[list[float]] = [[] for _ in range(count)]
+        self._stamps = [Stamps() for _ in range(count)]
         self._tasks = [
             asyncio.create_task(
                 chat(
@@ -69,8 +69,9 @@ class Streams:
     async def begun(self, least: int) -> None:
         """So many have text."""
         async with asyncio.timeout(DEADLINE_S):
-            while sum(map(bool, self._stamps)) < least:
-                await asyncio.sleep(0.002)
+            begun = asyncio.as_completed([stamps.reach() for stamps in self._stamps])
+            for _, one in zip(range(least), begun, strict=False):
+                await one
         assert not all(task.done() for task in self._tasks), "nothing is left to be disturbed"
 
     async def texts(self) -> list[str]:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 from train.problems import held_out
 
 from elastic_ep.host.mps import PROGRAM
-from tests.kit.served import Server, chat, http, server, status, until_full
+from tests.kit.served import Server, Stamps, chat, http, server, status, until_full
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -57,7 +57,7 @@ async def answers(url: str, victim: int | None = None) -> list[str]:
     """To all questions at once; the victim is killed when the first token has come."""
     async with http() as session:
         before = await until_full(session, url)
-        stamps: list[float] = []
+        stamps = Stamps()
         tasks = [
             asyncio.create_task(
                 chat(session, url, question, stamps=stamps, temperature=0.0, max_tokens=100, ignore_eos=True)
@@ -65,21 +65,13 @@ async def answers(url: str, victim: int | None = None) -> list[str]:
             for question in QUESTIONS
         ]
         if victim is not None:
-            await until(lambda: bool(stamps))
+            await asyncio.wait_for(stamps.reach(), 60)
             os.kill(before["engines"][victim]["pid"], signal.SIGKILL)
         texts = await asyncio.wait_for(asyncio.gather(*tasks), 120)
         if victim is not None:
             await until_replaced(session, url, before["engines"][victim])
             await until_full(session, url)
         return texts
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.002)
 
 
 async def until_replaced(session: aiohttp.ClientSession, url: str, old: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ MODEL = "default"
 TOOL_TEMPLATE = ROOT / "tests" / "kit" / "tool_template.jinja"
 """The bundled model's chat template, with tools; it was not taught any."""
 START_DEADLINE_S = 60.0
+BEGUN_S = 60.0
 
 
 def provenance() -> dict[str, Any]:
@@ -216,6 +217,31 @@ async def counters(session: aiohttp.ClientSession, url: str, rank: int | None = 
         if rank is None or f'rank="{rank}"' in labels:
             found[name] += round(float(value))
     return found
+
+
+class Stamps(list[float]):
+    """When each piece of a text came. Who waits for some is told; of several texts, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._more = asyncio.Event()
+
+    def append(self, stamp: float) -> None:
+        super().append(stamp)
+        self._more.set()
+
+    async def reach(self, count: int = 1) -> None:
+        while len(self) < count:
+            self._more.clear()
+            await self._more.wait()
+
+
+async def begun(answer: asyncio.Task[str], stamps: Stamps, count: int = 1) -> None:
+    """`answer` has so many pieces, or has ended."""
+    reached = asyncio.create_task(stamps.reach(count))
+    await asyncio.wait({answer, reached}, timeout=BEGUN_S, return_when=asyncio.FIRST_COMPLETED)
+    assert reached.done() or answer.done(), f"{len(stamps)} of {count} pieces within {BEGUN_S:g} s"
+    reached.cancel()
 
 
 async def chat(
