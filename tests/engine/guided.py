@@ -26,7 +26,7 @@ def mask_maker() -> MaskMaker:
 
 def opened(runner: StepRunner) -> StepRunner:
     """All grammars of its requests are compiled, or will not be."""
-    wait([ready for _, ready in runner._opening], 30)
+    wait([ready for _, ready in runner._guiding.opening], 30)
     return runner
 
 

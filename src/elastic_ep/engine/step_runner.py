@@ -6,7 +6,6 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,13 +14,14 @@ import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.expert_load import ExpertLoad
+from elastic_ep.engine.guiding import REASON_CHARACTERS, Guiding
 from elastic_ep.engine.refusal import refusal
 from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.engine.sampler import Sampled
 from elastic_ep.engine.scheduler import Chunk, Scheduler, Sequence
 from elastic_ep.exchange.base import Exchange
-from elastic_ep.guided.masks import Asked, MaskMaker
-from elastic_ep.guided.text import ANY, GuidedText, Words
+from elastic_ep.guided.masks import MaskMaker
+from elastic_ep.guided.text import Words
 from elastic_ep.kv.copier import PageCopier, PageMover, Shelf
 from elastic_ep.kv.names import NO_PAGE, PageName
 from elastic_ep.machines.rank.bisection import Bisection
@@ -31,7 +31,6 @@ from elastic_ep.wire.messages import Assign, Cached, PageCounts, Token
 from elastic_ep.wire.slot_messages import SlotSum
 
 log = structlog.get_logger()
-_REASON_CHARACTERS = 300
 _Appended = tuple[int, int, Sampled, str | None]
 """Request, index, what was sampled, and finish as in `Token`."""
 
@@ -111,13 +110,9 @@ class StepRunner(ABC):
         self._again: Bisection[Chunk] = Bisection()
         """Batches that have to run again before anything else is scheduled."""
         self._computing: list[Chunk] = []
-        self._mask_maker = masks
-        self._masks: Words | None = None
-        """Of this step: a row for each of `_targets`. They are being computed until `_take_masks`."""
+        self._guiding = Guiding(masks, self._mask_memory)
         self._targets: list[Sequence] = []
         """Of this step: what to draw, for each chunk that samples."""
-        self._opening: list[tuple[Sequence, Future[GuidedText]]] = []
-        """Those whose grammar is being compiled: they wait for that before anything else."""
         self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
 
     @abstractmethod
@@ -139,8 +134,7 @@ class StepRunner(ABC):
         """No step is run any more. Ends the threads that copy pages and compute masks."""
         if self._copier is not None:
             self._copier.close()
-        if self._mask_maker is not None:
-            self._mask_maker.close()
+        self._guiding.close()
 
     @abstractmethod
     def _launch(self, chunks: list[Chunk]) -> None:
@@ -172,7 +166,7 @@ class StepRunner(ABC):
 
     @property
     def waiting(self) -> int:
-        return len(self._opening) + len(self._scheduler.waiting)
+        return len(self._guiding.opening) + len(self._scheduler.waiting)
 
     @property
     def page_counts(self) -> PageCounts:
@@ -213,7 +207,7 @@ class StepRunner(ABC):
     @property
     def held(self) -> tuple[int, ...]:
         """The requests that wait, in order."""
-        opening = [sequence.request_id for sequence, _ in self._opening]
+        opening = [sequence.request_id for sequence, _ in self._guiding.opening]
         return (*opening, *[sequence.request_id for sequence in self._scheduler.waiting])
 
     @property
@@ -260,28 +254,21 @@ class StepRunner(ABC):
     def add(self, assign: Assign) -> str:
         """Take over a request from position len(prompt) + len(emitted) on. Else the reason why it cannot be run."""
         try:
-            guides = self._mask_maker is not None
+            guides = self._guiding.can
             reason = refusal(assign, self._vocab_size, self._limits.max_model_len, guides=guides)
             if not reason:
                 self.cancel(assign.request_id)
-                self._add(Sequence.of(assign, self._eos, self._limits.max_model_len), assign)
+                sequence = Sequence.of(assign, self._eos, self._limits.max_model_len)
+                if not self._guiding.open(sequence, assign):
+                    self._scheduler.add(sequence)
         except Exception as error:
             log.exception("a request cannot be taken over", request=assign.request_id)
             return _words(error)
         return reason
 
-    def _add(self, sequence: Sequence, assign: Assign) -> None:
-        grammar = assign.params.grammar
-        if grammar is None or self._mask_maker is None:
-            self._scheduler.add(sequence)
-        else:
-            emitted = assign.emitted[sequence.given :]
-            opened = self._mask_maker.open(grammar, emitted, sequence.stops)
-            self._opening.append((sequence, opened))
-
     def cancel(self, request_id: int) -> None:
         """Forget a request. Unknown ids are no error."""
-        self._opening = [one for one in self._opening if one[0].request_id != request_id]
+        self._guiding.cancel(request_id)
         sequence = self._scheduler.find(request_id)
         if sequence is not None:
             self._drop(sequence)
@@ -299,7 +286,7 @@ class StepRunner(ABC):
         rank's requests, with all their tokens to compute) waits for the step after, so that the clients of this one do
         not wait for it.
         """
-        lost = self._take_opened()
+        lost = self._guiding.begin_opened(self._scheduler.add)
         result = self._step(step, schedule, launched)
         return replace(result, failed=[*lost, *result.failed]) if lost else result
 
@@ -310,7 +297,7 @@ class StepRunner(ABC):
         chunks = self._computing = self._next_batch() if schedule else []
         drawn = [chunk for chunk in chunks if chunk.samples]
         targets = self._targets = [chunk.target for chunk in drawn]
-        self._start_masks(targets)
+        self._guiding.start(targets)
         failure = self._compute(chunks)
         launched()
         self._ask_copies()
@@ -333,44 +320,9 @@ class StepRunner(ABC):
         self._scheduler.commit(chunks)
         return self._append(drawn, sampled)
 
-    def _take_opened(self) -> list[tuple[int, str]]:
-        """Those whose grammars are compiled by now begin. The others that will not be, with the reasons."""
-        lost = []
-        if self._opening:
-            opening, self._opening = self._opening, []
-            for sequence, opened in opening:
-                if not opened.done():
-                    self._opening.append((sequence, opened))
-                    continue
-                try:
-                    sequence.guided = opened.result()
-                    self._scheduler.add(sequence)
-                except Exception as error:
-                    lost.append((sequence.request_id, str(error)[:_REASON_CHARACTERS]))
-        return lost
-
-    def _start_masks(self, sequences: Seq[Sequence]) -> None:
-        """Beside the step: all tokens that they depend on are known."""
-        self._masks = None
-        if self._mask_maker is None or all(sequence.guided is None for sequence in sequences):
-            return
-        self._masks = masks = self._mask_memory(len(sequences), self._mask_maker.words)
-        asked = []
-        for row, sequence in enumerate(sequences):
-            if sequence.guided is None:
-                masks[row] = ANY
-            else:
-                asked.append(Asked(sequence.guided, sequence.tokens, sequence.prompt_len, row))
-        self._mask_maker.start(asked, masks)
-
     def _mask_memory(self, rows: int, words: int) -> Words:
+        """For a step's masks."""
         return np.empty((rows, words), np.uint32)
-
-    def _take_masks(self) -> Words | None:
-        """A row for each sequence that samples; None if all may go on as they like. Raises TimeoutError."""
-        if self._masks is not None and self._mask_maker is not None:
-            self._mask_maker.wait()
-        return self._masks
 
     def _next_batch(self) -> list[Chunk]:
         return self._again.take() or self._scheduler.schedule()
@@ -463,4 +415,4 @@ class StepRunner(ABC):
 
 
 def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
+    return f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]

@@ -80,7 +80,7 @@ class ModelRunner(StepRunner):
 
     def _sample(self, sequences: Seq[Sequence]) -> list[Sampled]:
         assert self._logits is not None
-        return sample(self._logits, sequences, self._take_masks())
+        return sample(self._logits, sequences, self._guiding.masks())
 
     @torch.inference_mode()
     def warm_up(self) -> None:

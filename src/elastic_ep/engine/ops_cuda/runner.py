@@ -102,7 +102,7 @@ class CudaRunner(StepRunner):
         self._busy = Work(0, 0)
         """What all ranks did in the last step."""
         self._mask_rows = torch.empty(0, 0, dtype=torch.int32)
-        """What `_masks` are in."""
+        """What a step's masks are in."""
         self._rows: list[int] = []
         """Of the step's results: those that are sampled from."""
         self._met = self._launched = False
@@ -213,7 +213,7 @@ class CudaRunner(StepRunner):
         # Queued: the wait for the masks is the wait for what is sampled too.
         self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
         if draws is not None:
-            masks = self._mask_rows if self._take_masks() is not None else None
+            masks = self._mask_rows if self._guiding.masks() is not None else None
             self._drawn = draws.run(logits, masks).to_host()
         elif self._rows:
             self._drawn = None
