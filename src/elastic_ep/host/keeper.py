@@ -15,12 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +25,6 @@ from typing import TypeVar
 import anyio
 import structlog
 
-from elastic_ep.host import life_line
 from elastic_ep.host.agent_messages import (
     Adopt,
     AgentStarted,
@@ -47,6 +41,7 @@ from elastic_ep.host.agent_messages import (
     ServerWanted,
     ToAgent,
 )
+from elastic_ep.host.children import AgentProcess, Server, Spawned
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles, status_text
 from elastic_ep.host.packets import PacketSocket
 from elastic_ep.host.private_directory import Janitor
@@ -105,84 +100,6 @@ class _Rank:
         return self.slot >= 0
 
 
-class _Spawned:
-    """The process of an agent. Raises OSError when it cannot be started."""
-
-    def __init__(self, module: str) -> None:
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        life, self.life_fd = life_line.create()
-        try:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno()), str(life)],
-                pass_fds=(theirs.fileno(), life),
-                stdin=subprocess.DEVNULL,
-                process_group=0,
-            )
-        except OSError:
-            self.control.close()
-            os.close(self.life_fd)
-            raise
-        finally:
-            theirs.close()
-            os.close(life)
-
-
-class _AgentProcess:
-    """A running agent."""
-
-    def __init__(self, spawned: _Spawned, on_exit: Callable[[], None]) -> None:
-        self.popen = spawned.popen
-        self.silent = 0
-        self.begun = False
-        """It is told what it begins with: before that it understands nothing."""
-        self.ready = False
-        self._life_fd = spawned.life_fd
-        self._pidfd = os.pidfd_open(self.popen.pid)
-        self._on_exit = on_exit
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._pidfd, self._exited)
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def _exited(self) -> None:
-        self._loop.remove_reader(self._pidfd)
-        self.popen.wait()
-        self._on_exit()
-        os.close(self._pidfd)
-        os.close(self._life_fd)
-
-
-class _Server:
-    """A running fork server, which is this process's child."""
-
-    def __init__(self, process: ServerProcess, on_exit: Callable[[_Server, str], None]) -> None:
-        process.taken = True
-        self.control = process.control
-        self.ready = False
-        self.pidfd = os.pidfd_open(process.popen.pid)
-        self._popen = process.popen
-        self._on_exit = on_exit
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self.pidfd, self._exited)
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def _exited(self) -> None:
-        self._loop.remove_reader(self.pidfd)
-        status = status_text(self._popen.wait())
-        self._on_exit(self, status)
-        self.control.close()
-        os.close(self.pidfd)
-
-
 class Keeper:
     """``async with Keeper(options, files) as host: await host.start(on_event)``.
 
@@ -207,9 +124,9 @@ class Keeper:
         self._module = agent
         self._on_event: Callable[[HostEvent], None] = _nobody_listens
         self._ranks: dict[Member, _Rank] = {}
-        self._agent: _AgentProcess | None = None
+        self._agent: AgentProcess | None = None
         self._link: PacketSocket | None = None
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._server_coming = False
         self._spawning = 0
         self._was_ready = False
@@ -297,10 +214,10 @@ class Keeper:
 
     def _start_agent(self) -> None:
         self._timer = None
-        self._spawn(lambda: _Spawned(self._module), self._on_agent_spawned, self._agent_failed)
+        self._spawn(lambda: Spawned(self._module), self._on_agent_spawned, self._agent_failed)
 
-    def _on_agent_spawned(self, spawned: _Spawned) -> None:
-        self._agent = _AgentProcess(spawned, self._on_agent_exit)
+    def _on_agent_spawned(self, spawned: Spawned) -> None:
+        self._agent = AgentProcess(spawned, self._on_agent_exit)
         self._link = PacketSocket(
             spawned.control, FromAgent, self._on_message, self._on_refused, lambda: None
         )
@@ -451,7 +368,7 @@ class Keeper:
 
     def _on_server_spawned(self, process: ServerProcess) -> None:
         self._server_coming = False
-        self._server = _Server(process, self._on_server_exit)
+        self._server = Server(process, self._on_server_exit)
         self._send_server(self._server)
 
     def _on_no_server(self, why: str) -> None:
@@ -459,10 +376,10 @@ class Keeper:
         self._failed = f"no fork server: {why}"
         self._send(ServerFailed(why))
 
-    def _send_server(self, server: _Server) -> None:
+    def _send_server(self, server: Server) -> None:
         self._send(ServerBegun(server.pid, server.ready), server.control.fileno(), server.pidfd)
 
-    def _on_server_exit(self, server: _Server, status: str) -> None:
+    def _on_server_exit(self, server: Server, status: str) -> None:
         self.hear()
         if self._server is not server:
             return
