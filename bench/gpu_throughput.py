@@ -37,7 +37,7 @@ from bench.kit.decode import BF16, Engine, full_rate, weight_bytes
 from bench.kit.sections import Rows, Sections
 from elastic_ep.config import EngineLimits
 from elastic_ep.models import qwen3_moe
-from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.models.decoder_config import DecoderConfig
 from elastic_ep.models.registry import load_spec
 from elastic_ep.placement import launch_placement
 from elastic_ep.run import BUNDLED_MODEL

@@ -18,7 +18,7 @@ from tests.kit.bound import tied
 from tests.kit.one_pull import pull_expert
 
 from elastic_ep.models import qwen3_moe
-from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.models.decoder_config import DecoderConfig
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.weights.bank import Weights, blank_weights, dummy_source
 from elastic_ep.weights.layout import slot_region

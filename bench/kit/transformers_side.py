@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.models.decoder_config import DecoderConfig
 from elastic_ep.weights.bank import TensorSource
 
 _PAGE = 256

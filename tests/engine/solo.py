@@ -10,7 +10,7 @@ from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Received
 from elastic_ep.exchange.pull import HOST_FORMAT, TILE
 from elastic_ep.models import qwen3_moe
-from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.models.decoder_config import DecoderConfig
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.weights.bank import Weights, dummy_source

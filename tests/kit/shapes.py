@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.models.decoder_config import DecoderConfig
 
 QWEN3_30B = DecoderConfig(
     vocab_size=151936,

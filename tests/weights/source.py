@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from elastic_ep.models import qwen3_moe
-from elastic_ep.models.decoder import DecoderConfig
+from elastic_ep.models.decoder_config import DecoderConfig
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Weights, dummy_source
 from elastic_ep.weights.peers import publish

@@ -114,7 +114,7 @@ class Tokenize(ChatPrompt):
     model: Text | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Array(1)] | None = None  # type: ignore[assignment]  # here it need not be given
-    add_special_tokens: bool | None = Field(  # type: ignore[assignment]
+    add_special_tokens: bool | None = Field(  # type: ignore[assignment]  # here it depends on the prompt
         None, description="Default true for a prompt, false for messages."
     )
     return_token_strs: bool = Field(False, description="token_strs is in the answer.")

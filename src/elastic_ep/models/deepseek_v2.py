@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from elastic_ep.models.config_json import ConfigFields
-from elastic_ep.models.decoder import (
-    DecoderConfig,
-    Extras,
-    MoeNames,
-    decoder,
-    first_dense,
-    grouped_gate,
-    read_config,
-)
+from elastic_ep.models.decoder import Extras, MoeNames, decoder
+from elastic_ep.models.decoder_config import DecoderConfig, first_dense, grouped_gate, read_config
 from elastic_ep.models.rope import read_rope
 from elastic_ep.models.spec import Gate, GroupScores, LatentAttention, ModelSpec, Rotary, Shared
 

@@ -6,7 +6,8 @@ Layers that predict further tokens (MTP) are left alone.
 from __future__ import annotations
 
 from elastic_ep.models.config_json import ConfigFields
-from elastic_ep.models.decoder import decoder, first_dense, grouped_gate
+from elastic_ep.models.decoder import decoder
+from elastic_ep.models.decoder_config import first_dense, grouped_gate
 from elastic_ep.models.deepseek_v2 import NAMES, latent_config, latent_extras
 from elastic_ep.models.spec import Gate, ModelSpec, Scores
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from elastic_ep.models.config_json import ConfigFields, as_integer, shown
-from elastic_ep.models.decoder import Extras, MoeNames, decoder, dense_inner, full_attention, read_config
+from elastic_ep.models.decoder import Extras, MoeNames, decoder
+from elastic_ep.models.decoder_config import dense_inner, full_attention, read_config
 from elastic_ep.models.spec import Gate, ModelSpec, Shared
 
 ARCHITECTURE, MODEL_TYPE = "Ernie4_5_MoeForCausalLM", "ernie4_5_moe"

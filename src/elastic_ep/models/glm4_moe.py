@@ -6,10 +6,8 @@ Layers that predict further tokens (MTP) are left alone.
 from __future__ import annotations
 
 from elastic_ep.models.config_json import ConfigFields
-from elastic_ep.models.decoder import (
-    Extras,
-    MoeNames,
-    decoder,
+from elastic_ep.models.decoder import Extras, MoeNames, decoder
+from elastic_ep.models.decoder_config import (
     dense_inner,
     first_dense,
     full_attention,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from elastic_ep.models.config_json import ConfigFields, shown
-from elastic_ep.models.decoder import DecoderConfig, Extras, MoeNames, decoder, read_config
+from elastic_ep.models.decoder import Extras, MoeNames, decoder
+from elastic_ep.models.decoder_config import DecoderConfig, read_config
 from elastic_ep.models.spec import Clamped, Gate, ModelSpec, Parameter, Piece, Scores, Stacked
 
 ARCHITECTURE, MODEL_TYPE = "GptOssForCausalLM", "gpt_oss"

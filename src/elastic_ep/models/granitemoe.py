@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from elastic_ep.models.config_json import ConfigFields
-from elastic_ep.models.decoder import DecoderConfig, Extras, MoeNames, decoder, full_attention, read_config
+from elastic_ep.models.decoder import Extras, MoeNames, decoder
+from elastic_ep.models.decoder_config import DecoderConfig, full_attention, read_config
 from elastic_ep.models.spec import Gate, ModelSpec, Parameter, Piece, Scores, Stacked
 
 ARCHITECTURE, MODEL_TYPE = "GraniteMoeForCausalLM", "granitemoe"

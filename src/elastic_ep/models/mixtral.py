@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from elastic_ep.models.config_json import ConfigFields
-from elastic_ep.models.decoder import (
-    PLAIN,
-    DecoderConfig,
-    Extras,
-    MoeNames,
-    decoder,
-    full_attention,
-    one_window,
-    read_config,
-)
+from elastic_ep.models.decoder import PLAIN, Extras, MoeNames, decoder
+from elastic_ep.models.decoder_config import DecoderConfig, full_attention, one_window, read_config
 from elastic_ep.models.spec import ModelSpec
 
 ARCHITECTURE, MODEL_TYPE = "MixtralForCausalLM", "mixtral"

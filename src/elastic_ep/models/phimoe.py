@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from elastic_ep.models.config_json import ConfigFields
-from elastic_ep.models.decoder import Extras, MoeNames, decoder, full_attention, one_window, read_config
+from elastic_ep.models.decoder import Extras, MoeNames, decoder
+from elastic_ep.models.decoder_config import full_attention, one_window, read_config
 from elastic_ep.models.spec import Gate, ModelSpec, Norm, Scores
 
 ARCHITECTURE, MODEL_TYPE = "PhimoeForCausalLM", "phimoe"

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from elastic_ep.models.config_json import ConfigFields
-from elastic_ep.models.decoder import (
-    Extras,
-    MoeNames,
-    decoder,
-    dense_inner,
-    full_attention,
-    read_config,
-    sparse_layers,
-)
+from elastic_ep.models.decoder import Extras, MoeNames, decoder
+from elastic_ep.models.decoder_config import dense_inner, full_attention, read_config, sparse_layers
 from elastic_ep.models.spec import ModelSpec, Shared
 
 ARCHITECTURE, MODEL_TYPE = "Qwen2MoeForCausalLM", "qwen2_moe"

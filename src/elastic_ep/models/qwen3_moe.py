@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from elastic_ep.models.config_json import ConfigFields
-from elastic_ep.models.decoder import (
-    PLAIN,
+from elastic_ep.models.decoder import PLAIN, Extras, MoeNames, decoder
+from elastic_ep.models.decoder_config import (
     DecoderConfig,
-    Extras,
-    MoeNames,
-    decoder,
     dense_inner,
     full_attention,
     one_window,
