@@ -10,6 +10,7 @@ from typing import Any, cast
 import anyio
 import pytest
 
+from elastic_ep.group.processes import RankProcesses
 from elastic_ep.group.watch import ProgressWatch, RankFacts
 from elastic_ep.machines.membership.progress import Pulse, Starved
 from elastic_ep.wire.messages import Member
@@ -49,6 +50,8 @@ async def test_a_kernel_that_keeps_who_asks_delays_no_later_pulse(kernel: Kernel
         if len(pulses) == 2:
             heard.set()
 
+    processes = RankProcesses(cast(Any, None), cast(Any, None), None)
+    processes._starvation = cast(Any, kernel)
     watch = ProgressWatch(
         cast(Any, SimpleNamespace(attach=lambda *_, **__: None, post=post)),
         cast(Any, SimpleNamespace(rest=lambda _: None, held_up_ms=lambda: 0, now_ms=lambda: 0)),
@@ -58,8 +61,8 @@ async def test_a_kernel_that_keeps_who_asks_delays_no_later_pulse(kernel: Kernel
         cast(Any, None),
         cast(Any, SimpleNamespace(pulse_ms=20)),
         lambda *_: None,
+        processes.starved,
     )
-    watch._starvation = cast(Any, kernel)
     with anyio.fail_after(20):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch.run)

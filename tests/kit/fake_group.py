@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from elastic_ep.group.repairs import Repairs
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership.events import Start
 from elastic_ep.machines.membership.machine import MembershipMachine
-from elastic_ep.machines.membership.progress import ProgressMachine
+from elastic_ep.machines.membership.progress import ProgressMachine, Starved
 from elastic_ep.machines.rank import events as rk
 from elastic_ep.machines.rank.machine import RankMachine
 from elastic_ep.machines.requests.events import RoutingConfig
@@ -221,6 +221,9 @@ class FakeProcesses:
     def hear(self) -> None:
         while self.unheard:
             self.unheard.pop(0)()
+
+    async def starved(self, pids: Mapping[Member, int]) -> tuple[Starved, ...]:
+        return ()
 
     def keep_device(self, member: Member, pid: int) -> None:
         self.held.append(member)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import anyio
@@ -24,7 +24,7 @@ from elastic_ep.machines.contract import UnexpectedEvent
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.outlook import Outlook
-from elastic_ep.machines.membership.progress import ProgressMachine
+from elastic_ep.machines.membership.progress import ProgressMachine, Starved
 from elastic_ep.machines.rank.lifecycle import SEATED
 from elastic_ep.machines.requests import events as routing
 from elastic_ep.machines.requests.routing import RoutingMachine
@@ -82,6 +82,10 @@ class Processes(Protocol):
     def hear(self) -> None:
         """Have told what agents have said by now."""
 
+    async def starved(self, pids: Mapping[Member, int]) -> tuple[Starved, ...]:
+        """Who of these waited for a processor since the call before. May be cancelled."""
+        ...
+
     def keep_device(self, member: Member, pid: int) -> None:
         """The rank is starting, and may use more of its device by now."""
 
@@ -138,7 +142,9 @@ class Controller:
         self._noticed_ns: dict[Member, int] = {}
         self._seated: frozenset[Member] = frozenset()
         hub.attach("membership", machine, self)
-        self.watch = ProgressWatch(hub, clock, machine, progress, self.facts, log, timing, self.suspect)
+        self.watch = ProgressWatch(
+            hub, clock, machine, progress, self.facts, log, timing, self.suspect, processes.starved
+        )
 
     # In
 

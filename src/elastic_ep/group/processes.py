@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+
+import anyio
 
 from elastic_ep.config import RankConfig
 from elastic_ep.host.device_guard import DeviceGuard
 from elastic_ep.host.keeper import Keeper
+from elastic_ep.host.starvation import Starvation
+from elastic_ep.machines.membership.progress import Starved
 from elastic_ep.placement import Placement
 from elastic_ep.wire.messages import Member
 from elastic_ep.wire.slot_messages import PeerWeights
@@ -26,6 +30,7 @@ class RankProcesses:
         self._host = host
         self._guard = guard
         self._watched = watched
+        self._starvation = Starvation()
 
     def launch(self, member: Member, placement: Placement, peers: PeerWeights | None) -> None:
         rank, incarnation = member
@@ -41,6 +46,12 @@ class RankProcesses:
 
     def hear(self) -> None:
         self._host.hear()
+
+    async def starved(self, pids: Mapping[Member, int]) -> tuple[Starved, ...]:
+        """HAZARD: the kernel may keep who reads of a process that is just ending: a thread, then, not the loop."""
+        if not pids:
+            return self._starvation.sample(pids)
+        return await anyio.to_thread.run_sync(self._starvation.sample, pids, abandon_on_cancel=True)
 
     def keep_device(self, member: Member, pid: int) -> None:
         if self._guard is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -12,7 +12,6 @@ from elastic_ep.event_log.log import EventLog
 from elastic_ep.group.clock import Clock
 from elastic_ep.group.hub import Hub
 from elastic_ep.group.port import LossCause
-from elastic_ep.host.starvation import Starvation
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.machines.membership.progress import (
@@ -43,7 +42,9 @@ class RankFacts:
 
 
 class ProgressWatch:
-    """The progress machine's shell. `suspect` is told of members that hang. `facts` are the controller's."""
+    """The progress machine's shell. `suspect` is told of members that hang. `facts` are the controller's. `starved` says
+    who of some processes waited for a processor since it was asked before.
+    """
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class ProgressWatch:
         log: EventLog,
         timing: Timing,
         suspect: Callable[[Member, LossCause, str], None],
+        starved: Callable[[Mapping[Member, int]], Awaitable[tuple[Starved, ...]]],
     ) -> None:
         self._hub = hub
         self._clock = clock
@@ -64,7 +66,7 @@ class ProgressWatch:
         self._log = log
         self._timing = timing
         self._suspect = suspect
-        self._starvation = Starvation()
+        self._starved = starved
         self._signs_of_life: dict[Member, Heartbeat | StepReport] = {}
         """Since the last pulse, the newest of each member."""
         hub.attach("progress", progress, self, clocked=False)
@@ -84,18 +86,12 @@ class ProgressWatch:
                 log.warning(
                     "the machine, or this process, stood still: no rank is judged by it", for_ms=held_up_ms
                 )
-            self._pulse(await self._starved())
+            self._pulse(await self._starved_of_doubtful())
 
-    async def _starved(self) -> tuple[Starved, ...]:
-        """Of those in doubt; nobody, if the kernel does not say so in time.
-
-        HAZARD: the kernel may keep who reads of a process that is just ending: not the loop, then.
-        """
-        pids = self._pids(self._progress.doubtful())
-        if not pids:
-            return self._starvation.sample(pids)
+    async def _starved_of_doubtful(self) -> tuple[Starved, ...]:
+        """Nobody, if it is not said in time."""
         with anyio.move_on_after(self._timing.pulse_ms / 1000):
-            return await anyio.to_thread.run_sync(self._starvation.sample, pids, abandon_on_cancel=True)
+            return await self._starved(self._pids(self._progress.doubtful()))
         return ()
 
     @property
