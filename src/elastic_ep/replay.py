@@ -61,6 +61,8 @@ class Timeline:
     began_ns: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     cut_off: bool = False
+    growing: bool = False
+    """The run has written more since it was read."""
     segment: int = 1
     """The number of the first file that was left."""
     losses: list[Loss] = field(default_factory=list)
@@ -82,7 +84,7 @@ def replay(path: Path) -> Timeline:
     log = Log(path)
     machines = log.machines()
     timeline = _timeline(log, machines)
-    effects: list[bool] = []  # whether each event had any
+    effects = bytearray()  # whether each event had any
     try:
         for line in log.lines():
             if "machine" in line.fields:
@@ -97,7 +99,7 @@ def replay(path: Path) -> Timeline:
                 raise Differs(f"{line.where}: it is no line of a log: {error!r}") from error
     except Differs as error:
         raise Differs(f"{error}{log.of_another_version}") from error
-    timeline.cut_off = log.cut_off
+    timeline.cut_off, timeline.growing = log.cut_off, log.growing
     return timeline
 
 
@@ -105,14 +107,16 @@ def replay_ranks(run: Path) -> int:
     """Of how many ranks' processes the log below `run` (a folder) replays. Raises as `replay`, naming the rank."""
     replayed = 0
     for folder in sorted((run / RANKS).glob("*")):
-        if any(
-            file.stat().st_size for file in folder.iterdir()
-        ):  # else it was killed before it could say anything
-            try:
-                replay(folder)
-            except (Differs, Unreadable) as error:
-                raise type(error)(f"rank {folder.name}: {error}") from error
+        try:
+            if not any(file.stat().st_size for file in folder.iterdir()):
+                continue  # it was killed before it could say anything
+            replay(folder)
             replayed += 1
+        except FileNotFoundError:
+            continue  # a run that goes on deletes those of long ago
+        except (Differs, Unreadable) as error:
+            if folder.exists():
+                raise type(error)(f"rank {folder.name}: {error}") from error
     return replayed
 
 
@@ -129,7 +133,7 @@ def _timeline(log: Log, machines: dict[str, Any]) -> Timeline:
     return timeline
 
 
-def _check_cause(line: Line, effects: list[bool], from_the_start: bool) -> None:
+def _check_cause(line: Line, effects: bytearray, from_the_start: bool) -> None:
     """`effects`: of the events before it, whether each had any. A cause may lie in a file that is gone."""
     cause = line.fields.get("cause", 0)
     known = type(cause) is int and 0 <= cause <= len(effects)
@@ -283,7 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"same: every effect came out as logged. {totals}")
     if timeline.segment > 1:
         print(f"it begins with file {timeline.segment} of the run, and so do these figures")
-    if timeline.cut_off:
+    if timeline.growing:
+        print("the run goes on; this is what its log held when it was read")
+    elif timeline.cut_off:
         print("the log is cut off in mid-line; it was read up to there")
     return SAME
 

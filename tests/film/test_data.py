@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic_ep.film import data
 from elastic_ep.film.data import MOST_STREAMS, film
 from tests.film.story import SECRET, Story, tell
 
@@ -23,10 +25,50 @@ def made(story: Story, **options: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are short, so that scenes of a story are complete, and what came before forgotten, long before its end."""
+    times = {"BEFORE_MS": 30.0, "AFTER_MS": 30.0, "NOT_BACK_MS": 60.0, "LONGEST_MS": 300.0, "LATE_MS": 10.0}
+    for name, ms in times.items():
+        monkeypatch.setattr(data, name, ms)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_loss_is_in_one_scene_and_every_token_at_its_time_and_rank(seed: int) -> None:
     story = tell(seed)
+    shows_all_of_it(made(story), story)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.usefixtures("brief")
+def test_of_a_long_log_it_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of one of which nothing is forgotten; what is kept meanwhile is a small part of it."""
+    story, kept = tell(seed, steps=500), []
+    forget = data._Reel.forget
+
+    def noted(self: Any, before_ms: float) -> None:
+        forget(self, before_ms)
+        kept.append(sum(len(stream.tokens) + len(stream.owners) for stream in self.streams.values()))
+        kept[-1] += len(self.marks) + len(self.losses) + sum(map(len, self.states.values()))
+
+    monkeypatch.setattr(data._Reel, "forget", noted)
     found = made(story)
+    shows_all_of_it(found, story)
+    assert len(found["scenes"]) > 2
+    assert max(kept) < sum(map(len, story.delivered.values())) / 3
+    monkeypatch.setattr(data._Reel, "forget", lambda *_: None)
+    assert without_usual(found) == without_usual(made(story))
+
+
+def without_usual(film: dict[str, Any]) -> dict[str, Any]:
+    """What is usual is said by the tokens that are still there."""
+    for scene in film["scenes"]:
+        for stream in scene["streams"]:
+            del stream["silence"]["usual"]
+    return film
+
+
+def shows_all_of_it(found: dict[str, Any], story: Story) -> None:
     assert not found["partial"]
     shown = [(loss["rank"], loss["incarnation"]) for scene in found["scenes"] for loss in scene["losses"]]
     assert shown == story.losses
@@ -93,6 +135,39 @@ def test_of_one_loss_alone() -> None:
     assert made(story, only=(99, 1))["scenes"] == []
 
 
+@pytest.mark.usefixtures("brief")
+def test_of_one_loss_no_more_is_read_than_belongs_to_it() -> None:
+    story = tell(2, steps=500)
+    read = 0
+
+    def lines() -> Iterator[dict[str, Any]]:
+        nonlocal read
+        for line in story.lines[1:]:
+            read += 1
+            yield line
+
+    wanted = story.losses[1]
+    (scene,) = film(story.lines[0]["run"], lines(), wanted)["scenes"]
+    assert [(loss["rank"], loss["incarnation"]) for loss in scene["losses"]] == [wanted]
+    assert scene["losses"][0]["back"] is not None
+    assert read < len(story.lines) / 3
+
+
+@pytest.mark.parametrize("limit", [{"MOST_SCENES": 2}, {"MOST_FILM_TOKENS": 200}])
+@pytest.mark.usefixtures("brief")
+def test_of_very_many_losses_the_last_are_shown(
+    limit: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = tell(2, steps=500)
+    whole = made(story)["scenes"]
+    for name, most in limit.items():
+        monkeypatch.setattr(data, name, most)
+    found = made(story)
+    assert 1 <= len(found["scenes"]) < len(whole)
+    assert found["scenes"] == whole[-len(found["scenes"]) :]
+    assert found["partial"] == f"the first {len(whole) - len(found['scenes'])} scenes are left out"
+
+
 def test_reasons_that_may_quote_a_client_are_masked_and_others_are_not() -> None:
     story = next(story for story in map(tell, SEEDS) if story.losses)
     for cause, why, shown in (
@@ -136,7 +211,7 @@ def test_a_scene_holds_no_more_tokens_than_there_is_room_for(monkeypatch: pytest
     story = next(story for story in map(tell, SEEDS) if story.losses)
     (before, *_) = made(story)["scenes"]
     assert before["streams_left_out"] == 0
-    monkeypatch.setattr("elastic_ep.film.data.MOST_TOKENS", 50)
+    monkeypatch.setattr(data, "MOST_TOKENS", 50)
     (scene, *_) = made(story)["scenes"]
     assert 0 < sum(len(stream["tokens"]) for stream in scene["streams"]) <= 50
     assert scene["streams_left_out"] == len(before["streams"]) - len(scene["streams"]) > 0
@@ -144,10 +219,10 @@ def test_a_scene_holds_no_more_tokens_than_there_is_room_for(monkeypatch: pytest
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_a_cut_or_forged_log_makes_a_film_that_says_so(data: st.DataObject) -> None:
+def test_a_cut_or_forged_log_makes_a_film_that_says_so(drawn: st.DataObject) -> None:
     story = tell(3, steps=20)
-    place = data.draw(st.integers(1, len(story.lines) - 1))
-    odd: Any = data.draw(
+    place = drawn.draw(st.integers(1, len(story.lines) - 1))
+    odd: Any = drawn.draw(
         st.recursive(
             st.none() | st.integers() | st.text(max_size=3),
             lambda inner: (

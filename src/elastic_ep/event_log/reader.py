@@ -1,15 +1,21 @@
-"""Reading a run's event log: every byte is checked, and the machines begin where the log does."""
+"""Reading a run's event log: every byte is checked, and the machines begin where the log does.
+
+It is read line by line, so a long log takes no more memory than a short one. The run may still write it: what there is
+when reading begins is read, whatever is renamed, deleted or written meanwhile.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from elastic_ep.config import EventLogMode
 from elastic_ep.event_log.files import CURRENT, FORMAT, segment_name
@@ -18,6 +24,8 @@ from elastic_ep.machines.snapshot import restore
 from elastic_ep.wire import privacy
 
 _SEGMENT = re.compile(r"events\.(\d{6,})\.jsonl")
+_TRIES = 100
+"""To open files before the run renames or deletes one of them, which it does once in many seconds at most."""
 
 
 class Unreadable(Exception):
@@ -36,6 +44,31 @@ class Line:
     fields: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _File:
+    """Open; `size` is how much of it there was."""
+
+    path: Path
+    opened: BinaryIO
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def line(self, limit: int = -1) -> bytes:
+        try:
+            return self.opened.readline(limit)
+        except OSError as error:
+            raise Unreadable(f"{self.path}: {error.strerror}") from error
+
+    def first_line(self) -> bytes:
+        """What is read next is the first line again."""
+        line = self.line()
+        self.opened.seek(0)
+        return line.rstrip(b"\n")
+
+
 class Log:
     """The log at `path`: the folder of a run, or one of its files. `begins` is the first line that is left.
 
@@ -47,21 +80,25 @@ class Log:
     def __init__(self, path: Path, since_ns: int | None = None) -> None:
         self.cut_off = False
         """Its last line is not whole."""
+        self.growing = False
+        """The run has written more meanwhile."""
         self._whole = path.is_dir() and since_ns is None
-        self._files = _files(path) if since_ns is None else _newer(_files(path), since_ns)
         self.segment = 1
         """The number of the first file that is left."""
-        first = self._files[0]
-        self._checksum, self._number = _start(first)
-        self._checked = self._lines()
+        self._checksum = self._number = 0
+        self._first = path
+        """The first file that is read."""
+        self._before = ""
+        """The name of the file before the one that is being read."""
+        self._checked = self._lines(path, since_ns)
         begins = next(self._checked, None)
         if begins is None or "run" not in begins.fields:
-            raise Unreadable(f"{first}: no first line that says what the run was")
+            raise Unreadable(f"{self._first}: no first line that says what the run was")
         self.begins = begins
         self.run: dict[str, Any] = begins.fields["run"]
         if (written := self.run.get("format", 1)) != FORMAT:
             raise Unreadable(
-                f"{first}: the log of elastic_ep {self.run.get('version')} has format {written!r}, this one reads "
+                f"{self._first}: the log of elastic_ep {self.run.get('version')} has format {written!r}, this one reads "
                 f"{FORMAT}: replay it with the version that wrote it"
             )
         self.dropped: int = begins.fields.get("dropped", 0)
@@ -104,33 +141,46 @@ class Log:
                 f"{segment_name(self.dropped + 1)} is missing, and it was not the run that deleted it"
             )
 
-    def _lines(self) -> Iterator[Line]:
-        for file in self._files:
-            data = _read(file)
-            if not data.endswith(b"\n"):
-                if file is not self._files[-1]:
-                    raise Differs(f"{file.name}: its end is missing")
-                self.cut_off = True
-            self._check_continuity(file, data)
-            for index, raw in enumerate(data.split(b"\n")[:-1]):
-                line = self._check(f"{file.name} line {index + 1}", raw)
-                if (index == 0) is not ("run" in line.fields):
-                    raise Differs(
-                        f"{line.where}: the first line of a file, and no other, says what the run was"
-                    )
-                yield line
+    def _lines(self, path: Path, since_ns: int | None) -> Iterator[Line]:
+        with ExitStack() as stack:
+            files = _opened(path, since_ns, stack)
+            self._first = files[0].path
+            self._checksum, self._number = _start(files[0])
+            for place, file in enumerate(files):
+                for number, raw in self._whole_lines(file, last=file is files[-1]):
+                    if number == 1 and place:
+                        self._check_continuity(file, self.segment + place, raw)
+                    line = self._check(f"{file.name} line {number}", raw)
+                    if (number == 1) is not ("run" in line.fields):
+                        raise Differs(
+                            f"{line.where}: the first line of a file, and no other, says what the run was"
+                        )
+                    yield line
+                self._before = file.name
+            self.growing = os.fstat(files[-1].opened.fileno()).st_size > files[-1].size
 
-    def _check_continuity(self, file: Path, data: bytes) -> None:
-        """A better word than that some checksum is wrong."""
-        head = _parsed(data.partition(b"\n")[0])
-        place = self._files.index(file)
-        if head is None or place == 0:
+    def _whole_lines(self, file: _File, last: bool) -> Iterator[tuple[int, bytes]]:
+        """Numbered from 1, without their ends."""
+        left, number, raw = file.size, 0, b""
+        while left and (raw := file.line(left)):
+            left -= len(raw)
+            number += 1
+            if raw.endswith(b"\n"):
+                yield number, raw[:-1]
+        if not raw.endswith(b"\n"):
+            if not last:
+                raise Differs(f"{file.name}: its end is missing")
+            self.cut_off = True
+
+    def _check_continuity(self, file: _File, expected: int, raw: bytes) -> None:
+        """A better word than that some checksum is wrong. `file` begins with `raw`."""
+        head = _parsed(raw)
+        if head is None:
             return
-        expected = self.segment + place
         if head.get("segment") != expected:
             raise Differs(f"{segment_name(expected)} is missing before {file.name}")
         if head["n"] != self._number or head.get("after") != self._checksum:
-            raise Differs(f"{self._files[place - 1].name}: its end is missing, or was changed")
+            raise Differs(f"{self._before}: its end is missing, or was changed")
 
     def _check(self, where: str, raw: bytes) -> Line:
         body, found, end = raw.rpartition(b',"crc":')
@@ -162,33 +212,44 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _newer(files: list[Path], since_ns: int) -> list[Path]:
+def _opened(path: Path, since_ns: int | None, stack: ExitStack) -> list[_File]:
+    """All of them at one time. They are closed with `stack`.
+
+    HAZARD: a run that goes on renames the file that it writes, and deletes the oldest. Once they are open that is no
+    matter, so they are opened again until their names were the same before and after.
+    """
+    for _ in range(_TRIES):
+        with ExitStack() as here:
+            paths = _files(path)
+            try:
+                files = [_open(file, here) for file in paths]
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise Unreadable(f"{error.filename}: {error.strerror}") from error
+            if paths == _files(path):
+                stack.push(here.pop_all())
+                return files if since_ns is None else _newer(files, since_ns)
+    raise Unreadable(f"{path}: its files come and go all the time")
+
+
+def _open(path: Path, stack: ExitStack) -> _File:
+    opened = stack.enter_context(path.open("rb"))
+    return _File(path, opened, os.fstat(opened.fileno()).st_size)
+
+
+def _newer(files: list[_File], since_ns: int) -> list[_File]:
     """Without those that were complete by then."""
     for place in range(len(files) - 1, 0, -1):
-        first = _parsed(_first_line(files[place]))
+        first = _parsed(files[place].first_line())
         if first is not None and first["t_ns"] <= since_ns:
             return files[place:]
     return files
 
 
-def _first_line(file: Path) -> bytes:
-    try:
-        with file.open("rb") as opened:
-            return opened.readline().rstrip(b"\n")
-    except OSError as error:
-        raise Unreadable(f"{file}: {error.strerror}") from error
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise Unreadable(f"{file}: {error.strerror}") from error
-
-
-def _start(file: Path) -> tuple[int, int]:
+def _start(file: _File) -> tuple[int, int]:
     """The checksum and the number that the first line of `file` goes on from, as it says itself."""
-    first = _parsed(_first_line(file)) or {}
+    first = _parsed(file.first_line()) or {}
     after, number = first.get("after", 0), first.get("n", 0)
     return (after if type(after) is int else 0), (number if type(number) is int else 0)
 

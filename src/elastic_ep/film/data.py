@@ -2,12 +2,16 @@
 
 A film has scenes: a loss with what led to it and came of it; losses that overlap share one. Times are milliseconds since
 the run began. Nothing of a client's text is in it.
+
+A scene is cut as soon as nothing more can come into it, and what is older than any scene to come is forgotten. So memory
+is bounded by what happens in a few minutes, however long the log is, and by what a film may hold.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,7 +29,12 @@ MOST_STREAMS = 300
 """In a scene: those that moved first, then those that were silent for longest."""
 MOST_TOKENS = 200_000
 """In a scene: of streams that would take it beyond, none is shown."""
+MOST_FILM_TOKENS = 1_000_000
+"""In all scenes: beyond that the oldest are left out."""
+MOST_SCENES = 500
 MOST_MARKS = 2_000
+LATE_MS = 3_000.0
+"""Lines that belong to a scene come so long after it at most, and a death is in the log so long after it was noticed."""
 _OWN_WORDS = ("exception", "protocol")
 """Causes whose reason may quote what a client has sent."""
 
@@ -42,6 +51,8 @@ class _Loss:
     epoch: int | None = None
     """Of the first view without it."""
     back_ms: float | None = None
+    shot: bool = False
+    """It is in a scene."""
 
     @property
     def window(self) -> tuple[float, float]:
@@ -70,12 +81,22 @@ class _Stream:
     """None: before what was read."""
     owners: list[tuple[float, int]] = field(default_factory=list)
     tokens: array[float] = field(default_factory=lambda: array("d"))
+    cut: bool = False
+    """Its first tokens are forgotten."""
     end_ms: float | None = None
     end: str = ""
 
     def owned_by(self, at_ms: float, rank: int) -> None:
         if not self.owners or self.owners[-1][1] != rank:
             self.owners.append((at_ms, rank))
+
+    def forget(self, before_ms: float) -> None:
+        """But its last token before stays: a silence may begin with it."""
+        past = bisect_left(self.tokens, before_ms) - 1
+        if past > 0:
+            del self.tokens[:past]
+            self.cut = True
+        _forget(self.owners, before_ms)
 
 
 @dataclass
@@ -104,6 +125,24 @@ class _Reel:
     def mark(self, at_ms: float, kind: str, rank: int, words: str) -> None:
         self.marks.append((at_ms, kind, rank, words))
 
+    def forget(self, before_ms: float) -> None:
+        """What is of no use for scenes that begin at `before_ms` or later."""
+        self.streams = {
+            request: stream
+            for request, stream in self.streams.items()
+            if stream.end_ms is None or stream.end_ms >= before_ms
+        }
+        for stream in self.streams.values():
+            stream.forget(before_ms)
+        for moves in self.states.values():
+            _forget(moves, before_ms)
+        _forget(self.group, before_ms)
+        self.marks = [mark for mark in self.marks if mark[0] >= before_ms]
+        self.losses = [
+            loss for loss in self.losses if not loss.shot or loss.at_ms >= before_ms or loss.back_ms is None
+        ]
+        self.deaths = {member: at_ms for member, at_ms in self.deaths.items() if at_ms >= before_ms}
+
 
 def film(
     run: Mapping[str, Any], lines: Iterable[Mapping[str, Any]], only: tuple[int, int] | None = None
@@ -113,13 +152,18 @@ def film(
     Lines that are none of a log end it: `partial` says so. So does whatever `lines` raises as a `ValueError`.
     """
     reel = _Reel(int(run.get("began_ns", 0)))
+    scenes = _Scenes(reel, only)
     partial = ""
     try:
         for line in lines:
             _hear(reel, line)
+            if reel.last_ms >= scenes.due_ms and scenes.cut():
+                break
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         partial = f"the log could be read up to {reel.last_ms / 1000:.3f} s: {error}"
-    losses = [loss for loss in reel.losses if only in (None, (loss.rank, loss.incarnation))]
+    scenes.cut(at_the_end=True)
+    if scenes.left_out:
+        partial = f"the first {scenes.left_out} scenes are left out" + (f"; {partial}" if partial else "")
     config = run.get("config") or {}
     return {
         "format": FORMAT,
@@ -127,8 +171,68 @@ def film(
         "started": str(run.get("started", "")),
         "ranks": sorted(reel.states) or list(range(int(config.get("ranks", 0)))),
         "partial": partial,
-        "scenes": [_scene(reel, *window) for window in _windows(losses, reel.last_ms)],
+        "scenes": [
+            {**scene, "losses": [loss.shown() for loss in losses]} for scene, losses in scenes.finished
+        ],
     }
+
+
+class _Scenes:
+    """Cuts what `reel` has heard into scenes, and has it forget the rest."""
+
+    def __init__(self, reel: _Reel, only: tuple[int, int] | None) -> None:
+        self.finished: deque[tuple[dict[str, Any], list[_Loss]]] = deque()
+        self.left_out = 0
+        self.due_ms = float("-inf")
+        """When to look next."""
+        self._reel = reel
+        self._only = only
+        self._tokens = 0
+        """In those that are finished."""
+
+    def cut(self, at_the_end: bool = False) -> bool:
+        """Whether all that was wanted is there."""
+        reel, now_ms = self._reel, self._reel.last_ms
+        self.due_ms = now_ms + LATE_MS
+        for group in _windows(self._wanted(), now_ms):
+            if not at_the_end and not _complete(group, now_ms):
+                break  # its end is not known yet, and those after it may overlap it
+            self._finish(*group)
+        if at_the_end:
+            return True
+        open_ms = [loss.window[0] for loss in self._wanted()]
+        reel.forget(min([now_ms - LATE_MS - BEFORE_MS, *open_ms]))
+        return self._only is not None and bool(self.finished)
+
+    def _wanted(self) -> list[_Loss]:
+        return [
+            loss
+            for loss in self._reel.losses
+            if not loss.shot and self._only in (None, (loss.rank, loss.incarnation))
+        ]
+
+    def _finish(self, begin: float, end: float, losses: list[_Loss]) -> None:
+        for loss in losses:
+            loss.shot = True
+        scene = _scene(self._reel, begin, end, losses)
+        self.finished.append((scene, losses))
+        self._tokens += _tokens(scene)
+        while len(self.finished) > 1 and (
+            self._tokens > MOST_FILM_TOKENS or len(self.finished) > MOST_SCENES
+        ):
+            self._tokens -= _tokens(self.finished.popleft()[0])
+            self.left_out += 1
+
+
+def _tokens(scene: Mapping[str, Any]) -> int:
+    return sum(len(stream["tokens"]) for stream in scene["streams"])
+
+
+def _complete(group: tuple[float, float, list[_Loss]], now_ms: float) -> bool:
+    """Nothing that is yet to come belongs into this scene, and no loss to come overlaps it."""
+    _, end, losses = group
+    settled = all(loss.back_ms is not None or now_ms - loss.at_ms > LONGEST_MS for loss in losses)
+    return settled and now_ms > end + BEFORE_MS + LATE_MS
 
 
 # Reading
@@ -284,6 +388,11 @@ def _scene(reel: _Reel, begin: float, end: float, losses: list[_Loss]) -> dict[s
     }
 
 
+def _forget(moves: list[Any], before_ms: float) -> None:
+    """All but the last before that time."""
+    del moves[: max(0, bisect_left([move[0] for move in moves], before_ms) - 1)]
+
+
 def _span(moves: list[Any], begin: float, end: float) -> list[Any]:
     """Those within, and the last one before."""
     times = [move[0] for move in moves]
@@ -316,7 +425,7 @@ def _first(stream: _Stream, otherwise: float) -> float:
 
 def _silence(stream: _Stream, begin: float, end: float, lost_ms: float) -> dict[str, float]:
     """From the last token (or the request) before to the next one, the longest that touches the time after the loss."""
-    points = [] if stream.began_ms is None else [stream.began_ms]
+    points = [] if stream.began_ms is None or stream.cut else [stream.began_ms]
     points += stream.tokens
     stop = stream.end_ms if stream.end_ms is not None else end
     if not points or points[-1] < stop:

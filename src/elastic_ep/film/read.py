@@ -21,9 +21,13 @@ def film_of(path: Path, only: tuple[int, int] | None = None, since_ns: int | Non
     """
     log = Log(path, None if since_ns is None else since_ns - round(BEFORE_MS * 1e6))
     made = film(log.run, _lines(log), only)
-    if not made["partial"] and log.cut_off:
+    if since_ns is not None:  # of a run that goes on, of course
+        return made
+    if not made["partial"] and log.growing:
+        made["partial"] = "the run goes on; this is what its log held when it was read"
+    elif not made["partial"] and log.cut_off:
         made["partial"] = "the log is cut off in mid-line; this is what was read up to there"
-    elif not made["partial"] and log.segment > 1 and since_ns is None:
+    elif not made["partial"] and log.segment > 1:
         made["partial"] = f"it begins with file {log.segment} of the run: what came before was deleted"
     return made
 
