@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from elastic_ep.gateway.app import Server, create_app, serve
+from elastic_ep.gateway.page.feed import Feed
 from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.group.metrics import Metrics
@@ -107,21 +108,60 @@ async def test_hundreds_of_ranks_keys_and_a_server_that_comes_back(
         await page.click("#askform button")
         await until_live(opened)
         assert "of 256" in await text_of(opened, "#tiles")
-        group.kill(77)
+        group.lose(77)
         await page.wait_for_selector('tr[data-loss="77.1"]', timeout=DEADLINE_MS)
         # What only who has the admin key may do.
         await page.click("#actions button >> nth=0")
-        await page.fill("#key", "boss", timeout=DEADLINE_MS)
-        await page.click("#askform button")
-        await page.wait_for_selector("#actions button:has-text('✓')", timeout=DEADLINE_MS)
+        await page.click("#sure button >> text=Cancel", timeout=DEADLINE_MS)
+        await page.click("#actions button >> nth=0")
+        for key, outcome in (
+            ("wrong", ".failed:has-text('admin key')"),
+            ("boss", ".done:has-text('Launched')"),
+        ):
+            assert group.relaunches == []
+            await page.fill("#sure input", key, timeout=DEADLINE_MS)
+            await page.click("#sure .yes")
+            await page.wait_for_selector(f"#sure {outcome}", timeout=DEADLINE_MS)
         assert group.relaunches == [None]
+        await page.click("#sure button >> text=Close")
+        # One rank by itself. What is confirmed is about the incarnation that was seen.
+        await page.fill("#which input", "200")
+        await page.press("#which input", "Enter")
+        await page.click("#rank button >> text=Kill", timeout=DEADLINE_MS)
+        await page.click("#sure .yes", timeout=DEADLINE_MS)
+        await page.wait_for_selector("#sure .done:has-text('being killed')", timeout=DEADLINE_MS)
+        await page.click("#sure button >> text=Close")
+        await page.wait_for_selector('tr[data-loss="200.1"]', timeout=DEADLINE_MS)
+        await page.wait_for_selector("#rank button >> text=Relaunch", timeout=DEADLINE_MS)
+        assert await page.locator("#rank button >> text=Kill").count() == 0
+        group.change(200, "Serving", 2)
+        await page.click("#rank button >> text=Kill", timeout=DEADLINE_MS)
+        group.lose(200)
+        group.change(200, "Serving", 3)
+        await page.click("#sure .yes", timeout=DEADLINE_MS)
+        await page.wait_for_selector("#sure .done:has-text('200.3 is there by now')", timeout=DEADLINE_MS)
+        await page.click("#sure button >> text=Close")
+        await page.click("#rank button >> text=Close")
+        assert group.engines[200].state == "Serving"
+        # The server says nothing, and its connection stays.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Feed, "_advance", lambda _: None)
+            await page.wait_for_selector("#stale:has-text('Not up to date')", timeout=DEADLINE_MS)
+            assert await text_of(opened, "#group") == "unknown"
+            assert await page.is_disabled("#actions button >> nth=0")
+        await page.wait_for_selector("#stale", state="hidden", timeout=DEADLINE_MS)
+        await until_live(opened)
         # The server goes, and another one comes at its place, with what it knows.
         await servers[0].close()
         await page.wait_for_selector("#link.down", timeout=DEADLINE_MS)
-        group.kill(78)
+        await page.wait_for_selector("#stale:has-text('Not up to date')", timeout=DEADLINE_MS)
+        assert await text_of(opened, "#group") == "unknown"
+        group.lose(78)
         app = create_app(group, chosen, sample_text(), Metrics(), sample_text)
         servers.append(await serve(app, "127.0.0.1", servers[0].port, grace_s=0.1))
         await until_live(opened)
         await page.wait_for_selector('tr[data-loss="78.1"]', timeout=DEADLINE_MS)
-        assert await page.locator("tr[data-loss]").count() == 2
+        assert await page.is_hidden("#stale")
+        assert await text_of(opened, "#group") == "Degraded"
+        assert await page.locator("tr[data-loss]").count() == 4
         assert opened.complaints == []

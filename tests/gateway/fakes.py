@@ -22,6 +22,7 @@ from elastic_ep.group.port import (
     Failure,
     FaultToleranceStatus,
     Health,
+    Killing,
     Layer,
     LayerStatus,
     Load,
@@ -182,6 +183,7 @@ class FakeBackend:
     submitted: list[Submitted] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
     relaunches: list[int | None] = field(default_factory=list)
+    kills: list[tuple[int, int]] = field(default_factory=list)
     scrapes: int = 0
     history: History = field(default_factory=History)
     engines: tuple[EngineStatus, ...] = (EngineStatus(0, "healthy", "Serving", 1, 4711, 2, 0, ""),)
@@ -239,3 +241,9 @@ class FakeBackend:
             raise UnknownRank(f"There is no rank {rank}: they are 0 to 7.")
         self.relaunches.append(rank)
         return Relaunch((2, 3), ()) if rank is None else Relaunch((), (rank,))
+
+    def kill(self, rank: int, incarnation: int) -> Killing:
+        if rank > 7:
+            raise UnknownRank(f"There is no rank {rank}: they are 0 to 7.")
+        self.kills.append((rank, incarnation))
+        return Killing(incarnation == 2, 2)

@@ -51,6 +51,41 @@ async def test_relaunch_takes_one_rank_or_all(start: Start) -> None:
     assert got == 413
 
 
+async def test_a_rank_is_killed_only_where_there_is_an_admin_key(start: Start) -> None:
+    path, body = "/v1/fault_tolerance/kill", {"rank": 4, "incarnation": 2}
+    for keys in ((), ("k1",)):
+        running = await start(api_keys=keys)
+        async with running.http.post(
+            running.url + path, json=body, headers={"Authorization": "Bearer k1"}
+        ) as response:
+            assert response.status == 403
+            assert "--admin-key" in (await response.json())["error"]["message"]
+        assert running.backend.kills == []
+
+
+async def test_a_kill_names_one_incarnation(start: Start) -> None:
+    running = await start(admin_key="boss")
+    running.http.headers["Authorization"] = "Bearer boss"
+    path = "/v1/fault_tolerance/kill"
+    for incarnation in (2, 1):
+        answer = {"killed": incarnation == 2, "incarnation": 2}
+        assert await running.post(path, {"rank": 4, "incarnation": incarnation}) == (200, answer)
+    assert running.backend.kills == [(4, 2), (4, 1)]
+    for body, status, param in (
+        ({"rank": 8, "incarnation": 1}, 404, "rank"),
+        ({"rank": 4}, 400, "incarnation"),
+        ({"incarnation": 2}, 400, "rank"),
+        ({"rank": 4, "incarnation": 0}, 400, "incarnation"),
+        ({"rank": 4, "incarnation": True}, 400, "incarnation"),
+        ({}, 400, "rank"),
+    ):
+        got, told = await running.post(path, body)
+        assert (got, told["error"]["param"]) == (status, param), body
+    got, _ = await running.post(path, {"rank": 4, "incarnation": 2, "padding": "a" * 5000})
+    assert got == 413
+    assert len(running.backend.kills) == 2
+
+
 async def test_status_is_as_the_issue_says(start: Start) -> None:
     running = await start()
     async with running.http.get(f"{running.url}/v1/fault_tolerance/status") as response:

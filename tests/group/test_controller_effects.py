@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from elastic_ep.gateway.backend import GroupBackend
-from elastic_ep.group.port import KVPages, LossCause, Unavailable
+from elastic_ep.group.port import Killing, KVPages, LossCause, Stopping, Unavailable, UnknownRank
 from elastic_ep.group.serving_log import ServingLog
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import GroupState
@@ -67,6 +67,30 @@ def test_who_said_hello_is_watched_and_held_while_it_starts() -> None:
         if group.controller.machine.records[1].state is not RankState.SERVING:
             group.controller.on_message(AGAIN, Heartbeat(0, 0, 0, None, False))
             assert group.processes.held.count(AGAIN) == held + 1
+
+    simulate(main)
+
+
+def test_an_operator_kills_one_incarnation_and_no_other() -> None:
+    async def main(group: FakeGroup) -> None:
+        backend = GroupBackend(group.controller, group.router, cast(Any, None), group.metrics)
+        assert backend.kill(1, 1) == Killing(True, 1)
+        assert backend.kill(1, 1) == Killing(False, 1), "it is being killed"
+        await group.until(lambda: group.ranks[1].member == AGAIN and group.all_serve, "it is back")
+        assert backend.kill(1, 1) == Killing(False, 2), "the next one has done nothing"
+        assert group.processes.fenced == [ALL[1]]
+        await asyncio.sleep(3.0)
+        assert group.ranks[1].member == AGAIN
+        loss = backend.status().engines[1].last_loss
+        assert loss is not None
+        assert (loss.cause, loss.why) == (LossCause.KILLED, "killed by an operator")
+        for rank, incarnation in ((1, 3), (3, 1)):
+            with pytest.raises(UnknownRank, match="0 to 2" if rank == 3 else "its present one is 2"):
+                backend.kill(rank, incarnation)
+        group.controller.feed(ev.StopRequested())
+        with pytest.raises(Stopping):
+            backend.kill(0, 1)
+        assert group.processes.fenced == [ALL[1]]
 
     simulate(main)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from elastic_ep.group.history import GROUP, HOST
 from elastic_ep.group.metrics import Metrics
-from elastic_ep.group.port import EngineStatus, FaultToleranceStatus, KVPages, Layer, Load, Loss
+from elastic_ep.group.port import EngineStatus, FaultToleranceStatus, Killing, KVPages, Layer, Load, Loss
 from elastic_ep.placement import Placement, launch_placement
 from tests.gateway.fakes import FakeBackend
 
@@ -57,11 +57,19 @@ class SimulatedGroup(FakeBackend):
 
     def change(self, rank: int, state: str, incarnation: int | None = None) -> None:
         engine = self.engines[rank]
-        changed = replace(engine, state=state, incarnation=incarnation or engine.incarnation)
+        status = {"Serving": "healthy", "Failed": "dead"}.get(state, "unhealthy")
+        changed = replace(engine, state=state, status=status, incarnation=incarnation or engine.incarnation)
         self.engines = (*self.engines[:rank], changed, *self.engines[rank + 1 :])
         self.history.moved(rank, changed.incarnation, state)
 
-    def kill(self, rank: int) -> None:
+    def kill(self, rank: int, incarnation: int) -> Killing:
+        engine = self.engines[rank]
+        killed = engine.incarnation == incarnation and engine.state == "Serving"
+        if killed:
+            self.lose(rank)
+        return Killing(killed, engine.incarnation)
+
+    def lose(self, rank: int) -> None:
         incarnation = self.engines[rank].incarnation
         at_ms, at_ns = time.time_ns() // 10**6, time.monotonic_ns()
         stall_s = self.dice.uniform(0.004, 0.06)
@@ -92,7 +100,7 @@ class SimulatedGroup(FakeBackend):
             if self.dice.random() < kills_per_s / steps_per_s:
                 rank = self.dice.randrange(len(self.engines))
                 if rank not in returning:
-                    self.kill(rank)
+                    self.lose(rank)
                     returning[rank] = 0
             for rank, place in list(returning.items()):
                 if self.dice.random() < 0.2:

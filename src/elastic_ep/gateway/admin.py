@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from elastic_ep.gateway.bodies import Relaunch
+from elastic_ep.gateway.bodies import Kill, Relaunch
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.fields import parse_object, read
 from elastic_ep.gateway.openapi import description
@@ -58,6 +58,7 @@ class AdminHandlers:
             web.get("/v1/fault_tolerance/experts", self.experts),
             web.post("/v1/fault_tolerance/verify", self.verify),
             web.post("/v1/fault_tolerance/relaunch", self.relaunch),
+            web.post("/v1/fault_tolerance/kill", self.kill),
             web.post("/rebalance", self.rebalance),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
@@ -130,13 +131,21 @@ class AdminHandlers:
 
     async def relaunch(self, request: web.Request) -> web.StreamResponse:
         """Launch a dead rank (all of them, without `rank` or a body) now. One that runs is left alone: 200 too."""
-        raw = await request.read()
-        if len(raw) > SMALL_BODY_BYTES:
-            raise ApiError(
-                f"This body has at most {SMALL_BODY_BYTES} bytes.", status=413, code="request_too_large"
-            )
+        raw = await _small_body(request)
         asked = read(Relaunch, parse_object(raw) if raw.strip() else {})
         return web.json_response(asdict(self._backend.relaunch(asked.rank)))
+
+    async def kill(self, request: web.Request) -> web.StreamResponse:
+        """Kill one incarnation of a rank. Whoever may ask for answers may not do that: it takes an admin key."""
+        if self._settings.admin_key is None:
+            raise ApiError(
+                "A rank is killed only where there is an admin key: see --admin-key and --admin-key-file.",
+                status=403,
+                kind="permission_error",
+                code="no_admin_key",
+            )
+        asked = read(Kill, parse_object(await _small_body(request)))
+        return web.json_response(asdict(self._backend.kill(asked.rank, asked.incarnation)))
 
     async def rebalance(self, request: web.Request) -> web.StreamResponse:
         """Spread the experts by the load of late; answers when that is done."""
@@ -147,6 +156,15 @@ class AdminHandlers:
 
     async def detokenize(self, request: web.Request) -> web.StreamResponse:
         return _json(await self._reading.answer("detokenize", await request.read()))
+
+
+async def _small_body(request: web.Request) -> bytes:
+    raw = await request.read()
+    if len(raw) > SMALL_BODY_BYTES:
+        raise ApiError(
+            f"This body has at most {SMALL_BODY_BYTES} bytes.", status=413, code="request_too_large"
+        )
+    return raw
 
 
 def about_server(settings: ApiSettings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from elastic_ep.group.port import (
     ExpertsStatus,
     FaultToleranceStatus,
     Health,
+    Killing,
     KVPages,
     Layer,
     Load,
@@ -22,6 +23,7 @@ from elastic_ep.group.port import (
     Verification,
 )
 from elastic_ep.group.rebalance import Rebalancer
+from elastic_ep.machines.membership.records import RankRecord
 from elastic_ep.machines.rank.lifecycle import SEATED
 from elastic_ep.wire.messages import NO_PAGES, Member, PageCounts, RankState, SamplingParams
 
@@ -60,13 +62,30 @@ class GroupBackend:
 
     def relaunch(self, rank: int | None) -> Relaunch:
         machine = self._controller.machine
-        if rank is not None and rank not in machine.records:
-            raise UnknownRank(f"There is no rank {rank}: they are 0 to {machine.num_ranks - 1}.")
+        if rank is not None:
+            self._record(rank)
         if machine.stopping or machine.verdict:
             raise Stopping
         asked = sorted(machine.records) if rank is None else [rank]
         relaunched = self._controller.relaunch(asked)
         return Relaunch(relaunched, tuple(other for other in asked if other not in relaunched))
+
+    def kill(self, rank: int, incarnation: int) -> Killing:
+        machine = self._controller.machine
+        present = self._record(rank).member.incarnation
+        if incarnation > present:
+            raise UnknownRank(
+                f"There is no incarnation {incarnation} of rank {rank} yet: its present one is {present}."
+            )
+        if machine.stopping or machine.verdict:
+            raise Stopping
+        return Killing(self._controller.kill(Member(rank, incarnation)), present)
+
+    def _record(self, rank: int) -> RankRecord:
+        machine = self._controller.machine
+        if rank not in machine.records:
+            raise UnknownRank(f"There is no rank {rank}: they are 0 to {machine.num_ranks - 1}.")
+        return machine.records[rank]
 
     async def experts(self) -> ExpertsStatus:
         controller = self._controller

@@ -128,6 +128,13 @@ class Relaunch(Body):
     rank: Annotated[int | None, Integer(0)] = None
 
 
+class Kill(Body):
+    """Its incarnation too: who asks twice kills no other one."""
+
+    rank: Annotated[int, Integer(0)]
+    incarnation: Annotated[int, Integer(1)]
+
+
 @cache
 def completion_body(settings: ApiSettings) -> type[Completion]:
     return create_model(

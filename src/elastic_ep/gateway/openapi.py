@@ -6,7 +6,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from elastic_ep.gateway.bodies import Relaunch, chat_body, completion_body, detokenize_body, tokenize_body
+from elastic_ep.gateway.bodies import (
+    Kill,
+    Relaunch,
+    chat_body,
+    completion_body,
+    detokenize_body,
+    tokenize_body,
+)
 from elastic_ep.gateway.fields import Body, Schema, Schemas
 from elastic_ep.gateway.messages.body import count_body, messages_body
 from elastic_ep.gateway.responses.body import responses_body
@@ -117,6 +124,14 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
             404,
             503,
             required=False,
+        ),
+        "/v1/fault_tolerance/kill": _post(
+            "Kill one incarnation of a rank. Only with the admin key.",
+            Kill,
+            _json("Whether this call had it killed.", _schema(port.Killing)),
+            403,
+            404,
+            503,
         ),
         "/rebalance": {
             "post": {

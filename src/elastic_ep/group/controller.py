@@ -289,6 +289,14 @@ class Controller:
         self.feed(ev.RelaunchRequested(dead))
         return dead
 
+    def kill(self, member: Member) -> bool:
+        """Have the member killed; False: it is gone, or is being killed already."""
+        record = self.machine.records[member.rank]
+        if record.member != member or record.over or record.fenced:
+            return False
+        self.suspect(member, LossCause.KILLED, "killed by an operator")
+        return True
+
     # Loops
 
     async def beat(self) -> None:

@@ -137,7 +137,7 @@ class Layer:
 
 
 class UnknownRank(Exception):
-    """There is no such rank: 404. The message says which there are."""
+    """There is no such rank, or no such incarnation of it yet: 404. The message says which there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +161,15 @@ class Relaunch:
 
     relaunched: tuple[int, ...]
     running: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Killing:
+    """The body of `POST /v1/fault_tolerance/kill`: whether it was this call that had it killed; `incarnation` is the
+    rank's present one."""
+
+    killed: bool
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +345,13 @@ class Backend(Protocol):
 
     def relaunch(self, rank: int | None) -> Relaunch:
         """Launch `rank`, or every rank (None), now if it is dead, however long it was to wait. Idempotent.
+
+        Raises `UnknownRank` and `Stopping`.
+        """
+        ...
+
+    def kill(self, rank: int, incarnation: int) -> Killing:
+        """Kill that incarnation, as if it had died by itself: one that is gone, or is being killed, is left alone.
 
         Raises `UnknownRank` and `Stopping`.
         """

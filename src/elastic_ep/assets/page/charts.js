@@ -88,10 +88,20 @@ class Timeline {
     }
   }
 
+  /** The number of the row at `y`, or -1. */
+  rowAt(y) {
+    const rows = this.rows(), {lane, place} = this.sizes(rows.length - 2);
+    return rows.findIndex((_, n) => y >= place(n) && y < place(n) + (n < 2 ? 13 : lane));
+  }
+
+  rankAt(_, y) {
+    const number = this.state.about ? this.rowAt(y) : -1;
+    return number < 2 ? null : this.rows()[number];
+  }
+
   say(x, y) {
     if (!this.state.about || x < this.gutter) return null;
-    const rows = this.rows(), {lane, place} = this.sizes(rows.length - 2);
-    const number = rows.findIndex((_, n) => y >= place(n) && y < place(n) + (n < 2 ? 13 : lane));
+    const rows = this.rows(), number = this.rowAt(y);
     if (number < 0) return null;
     const t = this.begin + (x - this.gutter) / (this.right - this.gutter) * this.span;
     const move = lastMove(this.state.moves.get(rows[number]) || [], t);
@@ -234,14 +244,16 @@ class Lifecycle {
     }
   }
 
-  say(x, y) {
+  rankAt(x, y) {
     for (const [rank, token] of this.tokens) {
-      if (token.x !== null && Math.hypot(token.x - x, token.y - y) <= Math.max(3, (token.size || 8) / 2)) {
-        const row = this.state.ranks.get(rank);
-        return row && `rank ${rank}.${row.incarnation}: ${row.state}\n${row.running} running, ${row.waiting} waiting`;
-      }
+      if (token.x !== null && Math.hypot(token.x - x, token.y - y) <= Math.max(3, (token.size || 8) / 2)) return rank;
     }
     return null;
+  }
+
+  say(x, y) {
+    const row = this.state.ranks.get(this.rankAt(x, y));
+    return row ? `rank ${row.id}.${row.incarnation}: ${row.state}\n${row.running} running, ${row.waiting} waiting` : null;
   }
 }
 
@@ -266,8 +278,9 @@ class Experts {
 
   draw() {
     const {layer, state} = this;
-    if (!this.dirty || !layer || !state.about) return;
+    if (!this.dirty || !state.about) return;
     this.dirty = false;
+    if (!layer) { EEP.fit(this.canvas, 300); return; }
     const {num_experts: experts, slots_per_rank: per, slots, least} = layer;
     const ranks = Math.floor(slots.length / per);
     const {context, width, height} = EEP.fit(this.canvas, 300);

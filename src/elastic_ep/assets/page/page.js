@@ -3,12 +3,15 @@
 (() => {
   const {make, color, ms, count} = EEP;
   const byId = id => document.getElementById(id);
-  const state = {about: null, group: null, ranks: new Map(), moves: new Map(), losses: [], lastMove: 0, samples: [], skew: 0};
+  const state = {about: null, group: null, ranks: new Map(), moves: new Map(), losses: [], lastMove: 0, samples: [], skew: 0, stoppedAt: null};
   const ROW = ["id", "incarnation", "state", "status", "running", "waiting", "device", "held", "named", "shelf", "shelf_bytes"];
   const LOSS = ["rank", "incarnation", "at", "at_ns", "state", "cause", "why", "requests", "heirs", "stall", "back"];
   const KEPT_SAMPLES = 1800, KEPT_MOVES = 4096;
   const named = (names, values) => Object.fromEntries(names.map((name, place) => [name, values[place]]));
-  const serverNow = () => Date.now() + state.skew;
+  const QUIET_MS = 1800;  // a frame comes twice a second
+  const GIVEN_UP_MS = 6000, LONGEST_PAUSE_MS = 2000;
+  /** The server's time; where its last frame was when the page is no longer up to date. */
+  const serverNow = () => state.stoppedAt ?? Date.now() + state.skew;
 
   const timeline = new Timeline(byId("timeline"), state);
   const lifecycle = new Lifecycle(byId("lifecycle"), state);
@@ -20,7 +23,9 @@
 
   function take(frame) {
     if (frame.snapshot) begin(frame);
+    state.heardAt = frame.now_ms;
     state.skew = frame.now_ms - Date.now();
+    state.stoppedAt = null;
     if (frame.group) state.group = frame.group;
     for (const row of frame.ranks || []) {
       if (row.length === 1) state.ranks.delete(row[0]);
@@ -36,9 +41,15 @@
     tell();
     plots.forEach(plot => plot.update());
     if (layerKey() !== experts.key) fetchLayer();
+    operator.tell();
   }
 
   function begin(frame) {
+    if (state.about?.run !== frame.about.run) {  // nothing of another run is shown as this one's
+      experts.layer = null;
+      state.losses = [];
+      state.cpu = state.busy = undefined;
+    }
     state.about = frame.about;
     state.ranks.clear();
     state.moves.clear();
@@ -61,7 +72,7 @@
       swatch.style.opacity = alpha;
       return [swatch, words];
     }));
-    showActions();
+    operator.offer();
   }
 
   function moved([number, t, rank, incarnation, to], quiet) {
@@ -94,8 +105,9 @@
     const {group, ranks, samples, about} = state;
     const serving = [...ranks.values()].filter(row => about.seated.includes(row.state)).length;
     const badge = byId("group");
-    badge.textContent = group.idle && group.state === "Serving" ? "Serving, idle" : group.state;
-    badge.style.color = color(group.state);
+    const stale = state.stoppedAt !== null;
+    badge.textContent = stale ? "unknown" : group.idle && group.state === "Serving" ? "Serving, idle" : group.state;
+    badge.style.color = color(stale ? "dim" : group.state);
     const last = samples.at(-1), recent = samples.slice(-20);
     const gap = Math.max(0, ...recent.map(sample => sample[2]));
     const held = [...ranks.values()].reduce((sum, row) => sum + row.held, 0);
@@ -200,7 +212,10 @@
 
   // Asking
 
-  const keys = {get: name => sessionStorage.getItem(name), set: (name, value) => sessionStorage.setItem(name, value)};
+  const keys = {
+    get: name => sessionStorage.getItem(name), set: (name, value) => sessionStorage.setItem(name, value),
+    remove: name => sessionStorage.removeItem(name),
+  };
   const headers = name => (keys.get(name) ? {Authorization: `Bearer ${keys.get(name)}`} : {});
 
   /** Ask for the key of that name; resolves when one was given. */
@@ -266,43 +281,39 @@
   }
   byId("film").addEventListener("close", () => { film?.close(); film = null; });
 
-  function showActions() {
-    const box = byId("actions"), actions = state.about.actions;
-    const WORDS = {relaunch: "Relaunch dead ranks", verify: "Verify experts", rebalance: "Rebalance"};
-    box.hidden = !Object.keys(actions).length;
-    const buttons = Object.entries(actions).map(([name, path]) => make("button", {".onclick": async event => {
-      if (!keys.get("admin-key") && !await askKey("admin-key", "The admin key")) return;
-      const button = event.target;
-      button.disabled = true;
-      try {
-        const answer = await ask(path.replace(/^\//, ""), {method: "POST"}, "admin-key");
-        button.title = JSON.stringify(answer);
-        button.textContent = `${WORDS[name]} ✓`;
-      } catch (error) {
-        if (error.status === 401) sessionStorage.removeItem("admin-key");
-        button.title = error.message;
-        button.textContent = `${WORDS[name]} ✗`;
-      }
-      button.disabled = false;
-      setTimeout(() => { button.textContent = WORDS[name]; }, 4000);
-    }}, WORDS[name] || name));
-    box.replaceChildren(...buttons);
+  const operator = new Operator(state, ask, keys);
+  for (const picture of [timeline, lifecycle]) {
+    picture.canvas.addEventListener("click", event => {
+      const box = picture.canvas.getBoundingClientRect(), rank = picture.rankAt(event.clientX - box.left, event.clientY - box.top);
+      if (rank !== null) operator.show(rank);
+    });
   }
 
   // The feed, by fetch: an EventSource cannot send a key
 
+  /** Whether the page is up to date. What is not stays as it was, dimmed, and time stands still in it. */
   function link(up, words) {
     const element = byId("link");
     element.className = `link ${up ? "up" : "down"}`;
     element.textContent = words;
+    operator.up = up;
+    const stale = !up && state.group !== null;
+    document.body.classList.toggle("stale", stale);
+    byId("stale").hidden = !stale;
+    if (!stale || state.stoppedAt !== null) return;
+    state.stoppedAt = state.heardAt;
+    byId("stale").textContent = `Not up to date: what is shown is how it was at ${new Date(state.stoppedAt).toLocaleTimeString()}, when the server was last heard.`;
+    tell();
+    timeline.dirty = true;
+    plots.forEach(plot => plot.update());
   }
 
   async function follow() {
     const stop = new AbortController();
-    let alive = setTimeout(() => stop.abort(), 8000);
+    let quiet, given_up = setTimeout(() => stop.abort(), GIVEN_UP_MS);
     const response = await fetch("page/feed", {headers: headers("api-key"), signal: stop.signal, cache: "no-store"});
     if (response.status === 401) {
-      clearTimeout(alive);
+      clearTimeout(given_up);
       link(false, "needs a key");
       await askKey("api-key", "This server's API key");
       return;
@@ -314,10 +325,13 @@
       for (;;) {
         const {value, done} = await reader.read();
         if (done) return;
-        clearTimeout(alive);
-        alive = setTimeout(() => stop.abort(), 8000);  // a frame comes twice a second
         const events = (rest + value).split("\n\n");
         rest = events.pop();
+        if (!events.length) continue;
+        clearTimeout(quiet);
+        clearTimeout(given_up);
+        quiet = setTimeout(() => link(false, "no news"), QUIET_MS);
+        given_up = setTimeout(() => stop.abort(), GIVEN_UP_MS);
         for (const event of events) {
           const data = event.split("\n").filter(line => line.startsWith("data: ")).map(line => line.slice(6)).join("\n");
           if (data) take(JSON.parse(data));
@@ -325,7 +339,8 @@
         link(true, "live");
       }
     } finally {
-      clearTimeout(alive);
+      clearTimeout(quiet);
+      clearTimeout(given_up);
       stop.abort();
     }
   }
@@ -339,8 +354,8 @@
         link(false, `offline: ${error.name === "AbortError" ? "no answer" : error.message}`);
       }
       if (performance.now() - began > 5000) tries = 0;
-      if (byId("link").classList.contains("up")) link(false, "offline");
-      await new Promise(resolve => setTimeout(resolve, Math.min(5000, 250 * 2 ** tries)));
+      if (byId("link").classList.contains("up")) link(false, "offline: the server has ended");
+      await new Promise(resolve => setTimeout(resolve, Math.min(LONGEST_PAUSE_MS, 250 * 2 ** tries)));
     }
   }
 

@@ -11,6 +11,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import msgspec
@@ -29,13 +30,14 @@ ASSETS = Path(__file__).parents[2] / "assets" / "page"
 PREFIX = "/page/"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _FILES = (
-    "index.html", "base.css", "page.css", "film.css", "common.js", "film.js", "charts.js", "page.js",
-    "icon.svg", "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css",
+    "index.html", "base.css", "page.css", "film.css", "common.js", "film.js", "charts.js", "operator.js",
+    "page.js", "icon.svg", "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css",
 )  # fmt: skip
 OPEN_PATHS = frozenset({"/", *(PREFIX + name for name in _FILES)})
 """What is served without a key: the same for everybody, and nothing of this run."""
 ACTIONS = {
     "relaunch": "/v1/fault_tolerance/relaunch",
+    "kill": "/v1/fault_tolerance/kill",
     "verify": "/v1/fault_tolerance/verify",
     "rebalance": "/rebalance",
 }
@@ -169,6 +171,7 @@ def _about(settings: ApiSettings, films: bool) -> dict[str, Any]:
         (source.value, row.dest.value, row.trigger) for row in RANK.rows if row.dest for source in row.source
     ]
     return {
+        "run": token_hex(8),
         "model": settings.model_name,
         "version": settings.version,
         "period_ms": round(PERIOD_S * 1000),
