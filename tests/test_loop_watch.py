@@ -150,11 +150,11 @@ def test_it_is_said_once_in_a_while_and_noted_each_time(monkeypatch: pytest.Monk
     notes: list[tuple[str, dict[str, Any]]] = []
     report = HeldReport(lambda kind, /, **facts: notes.append((kind, facts)))
     with capture_logs() as said:
-        report(Held(0.1, "first"))
+        report(Held(0.1, 0.0, "first"))
         for _ in range(3):
-            report(Held(0.0701, "here"))
+            report(Held(0.0701, 0.0, "here"))
         monkeypatch.setattr(loop_watch, "SAY_EVERY_S", 0.0)
-        report(Held(0.09, "there"))
+        report(Held(0.09, 0.0, "there"))
     assert {kind for kind, _ in notes} == {"loop_held"}
     assert [fact for _, fact in notes] == [
         {"ms": 100, "where": "first"},

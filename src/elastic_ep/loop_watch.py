@@ -45,9 +45,12 @@ _SOURCES = str(Path(__file__).parent.parent.parent)
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The loop stood still for so long, beside what its thread waited for a processor. `where` is one line."""
+    """The loop stood still for so long, beside what its thread waited for a processor, in a turn that began at
+    `began_s` (time.monotonic). `where` is one line.
+    """
 
     seconds: float
+    began_s: float
     where: str
 
 
@@ -148,7 +151,8 @@ class _Watcher:
             ran = min(ran, now.worked - look.worked)
         if ran <= HELD_S * 1e9:
             return None
-        return Held(ran / 1e9, sight.where if sight else "something that was over before anybody looked")
+        where = sight.where if sight else "something that was over before anybody looked"
+        return Held(ran / 1e9, began / 1e9, where)
 
     def _look_now(self) -> _Look:
         waited = int(os.pread(self._stat, 64, 0).split()[1])

@@ -20,6 +20,7 @@ from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker
 from elastic_ep.group.metrics import Metrics
 from tests.gateway.fakes import END, MODEL, FakeBackend, sample_text
+from tests.loop_plugin import not_held_against_it
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ Start = Callable[..., Coroutine[Any, Any, Running]]
 
 _PREPARED: set[ApiSettings] = set()
 _OURS = str(Path(elastic_ep.__file__).parent)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def usual_bodies() -> None:
+    """As a server has them before its loop runs."""
+    prepare(settings())
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +104,7 @@ async def served_once(
 
 
 @pytest.fixture
-async def start(anyio_backend: str) -> AsyncIterator[Start]:
+async def start(anyio_backend: str, request: pytest.FixtureRequest) -> AsyncIterator[Start]:
     """Starts servers: `await start(backend, text, **settings)`. The process for large bodies has the usual text."""
     closing = []
 
@@ -107,8 +114,10 @@ async def start(anyio_backend: str) -> AsyncIterator[Start]:
         backend = backend or FakeBackend()
         metrics = Metrics()
         chosen = settings(**changes)
-        if chosen not in _PREPARED:  # a busy machine takes its time to begin a thread
-            await asyncio.to_thread(prepare, chosen)
+        if chosen not in _PREPARED:
+            with not_held_against_it(request.config):
+                await asyncio.to_thread(prepare, chosen)
+                await asyncio.sleep(0)
             _PREPARED.add(chosen)
         app = create_app(backend, chosen, text or sample_text(), metrics, sample_text)
         server = await serve(app, "127.0.0.1", 0, grace_s=0.1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from dataclasses import dataclass
@@ -183,12 +182,16 @@ def sensitive_text() -> ChatTokenizer:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bodies() -> None:
+    prepare(PARSING)
+
+
 @pytest.fixture
 async def running(anyio_backend: str) -> Any:
     answer = '<think>is</think>The <|im_start|>answer is 7.<tool_call>{"name": "f"}</tool_call>'
     backend = FakeBackend(says(answer))
     metrics = Metrics()
-    await asyncio.to_thread(prepare, PARSING)
     app = create_app(backend, PARSING, sensitive_text(), metrics, sensitive_text)
     server = await serve(app, "127.0.0.1", 0, grace_s=0.1)
     async with aiohttp.ClientSession(headers={"X-Request-Id": "fixed"}) as http:

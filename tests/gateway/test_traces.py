@@ -17,7 +17,6 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from elastic_ep.gateway.app import Server, create_app, serve
-from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.traces import GIVEN_UP, SPAN, Traces, TracesUnavailable, to_endpoint
 from elastic_ep.group.metrics import ChoiceLife, Metrics
 from tests.gateway.conftest import settings
@@ -29,7 +28,6 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 async def traced(traces: Traces, backend: FakeBackend | None = None) -> Server:
-    await asyncio.to_thread(prepare, settings())
     backend = backend or FakeBackend(reply=says("Secret words."))
     app = create_app(backend, settings(), sample_text(), Metrics(), sample_text, traces=traces)
     return await serve(app, "127.0.0.1", 0, grace_s=0.1)

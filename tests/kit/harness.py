@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
+import msgspec
 
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.keeper import AGENT, Keeper
@@ -87,7 +88,7 @@ class Run:
         await self._changed.wait()
 
     async def launch(self, member: Member, do: str = "sleep", **config: Any) -> int:
-        self.launcher.launch(member, json.dumps({"do": do, **config}))
+        self.launcher.launch(member, msgspec.json.encode({"do": do, **config}).decode())
         return (await self.expect(Launched, lambda event: event.member == member)).pid
 
     async def up(self, member: Member, do: str = "sleep", **config: Any) -> dict[str, Any]:

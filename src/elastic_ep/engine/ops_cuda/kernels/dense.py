@@ -155,7 +155,9 @@ def dense(
     if not rows:
         return y
     plan = plan or plan_of(rows, out, x.dtype)
-    pieces = triton.cdiv(inner, PIECE)
+    # What is left of a piece past a short inner dimension would be zeros.
+    piece = min(PIECE, triton.cdiv(inner, plan.depth) * plan.depth)
+    pieces = triton.cdiv(inner, piece)
     parted = plan.parted and pieces > 1
     grid = (triton.cdiv(rows, plan.rows), triton.cdiv(out, plan.columns), pieces if parted else 1)
     if parted and grid[0] * grid[1] > COUNTERS:
@@ -173,7 +175,7 @@ def dense(
         R=plan.rows,
         N=plan.columns,
         K=plan.depth,
-        PIECE=PIECE,
+        PIECE=piece,
         PARTED=parted,
         num_warps=plan.warps,
         num_stages=plan.stages,
