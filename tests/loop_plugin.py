@@ -19,6 +19,8 @@ import structlog
 
 from elastic_ep.loop_watch import HELD_S, Held, WatchedSelector
 
+TOLERATED_S = 4 * HELD_S
+"""A machine that tests run on may be some times slower than a server's, and what others take of it is not always told."""
 _HELD = pytest.StashKey[list[str]]()
 _READ = pytest.StashKey[dict[Path, int]]()
 
@@ -33,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     def note(seen: Held) -> None:
         if "(Popen._execute_child)" in seen.where:
             return  # a test starts a program: until the kernel has begun it, on a busy machine, this process waits
-        if seen.seconds - collected.since(seen.began_s) > HELD_S:
+        if seen.seconds - collected.since(seen.began_s) > TOLERATED_S:
             held.append(f"{seen.seconds * 1000:.0f} ms, {seen.where}")
 
     class Watched(WatchedSelector):
@@ -100,5 +102,6 @@ def _of_servers(config: pytest.Config, folder: Path) -> list[str]:
         for line in whole.split(b"\n"):
             if b'"note":"loop_held"' in line:
                 note = json.loads(line)
-                found.append(f"{note['ms']} ms in the server, {note['where']}")
+                if note["ms"] > TOLERATED_S * 1000:
+                    found.append(f"{note['ms']} ms in the server, {note['where']}")
     return found

@@ -127,7 +127,7 @@ def test_a_loop_that_gets_no_processor_does_not_hold_itself() -> None:
             busy = stack.enter_context(start(BUSY))
             stack.callback(busy.kill)
             os.sched_setaffinity(busy.pid, {core})
-        loop = stack.enter_context(start(SHORT_TURNS, "20", "0.01", stdout=subprocess.PIPE))
+        loop = stack.enter_context(start(SHORT_TURNS, "8", "0.01", stdout=subprocess.PIPE))
         stack.callback(loop.kill)
         os.sched_setaffinity(loop.pid, {core})
         assert loop.communicate(timeout=DEADLINE_S * 2)[0] == "begun\n"

@@ -57,7 +57,7 @@ LIVES = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(lives=st.lists(LIVES, min_size=1, max_size=3))
 def test_all_that_threads_waited_is_told_once(lives: list[Any]) -> None:
     with TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from tests.kit.shelf_writer import write_for_ever
 
 LAYOUT = ShelfLayout(regions=2, slots=6, page_bytes=1 << 18)
 NAMES = 20
-KILLS = 25
+KILLS = 12
 DEADLINE_S = 60.0
 
 
