@@ -34,7 +34,7 @@ REFUSED = """
     --node-rank 1 | --dist-init-addr h:1 | --distributed-executor-backend ray | --api-server-count 4
     --scheduling-policy priority | --schedule-policy lpm | --attention-backend flashinfer | --moe-a2a-backend deepep
     --all2all-backend naive | --compilation-config {"mode":3} | --compilation-config.mode 3 | -O3 | -cc {}
-    --ssl-keyfile key | --ssl-certfile cert | --ssl-cert-reqs 2 | --root-path /x | --uds /tmp/s | --middleware m
+    --ssl-keyfile key | --ssl-certfile cert | --ssl-cert-reqs 2 | --fastapi-root-path /x | --uds /tmp/s | --middleware m
     --skip-tokenizer-init | --revision main | --download-dir /d | --hf-token t | --hf-overrides {}
     --json-model-override-args {} | --override-generation-config {} | --task embed
     --is-embedding | --runner pooling | --limit-mm-per-prompt {} | --swap-space 4 | --cpu-offload-gb 8

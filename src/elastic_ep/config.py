@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -26,6 +27,11 @@ REASONING_PARSERS = (
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
 QUANTIZATIONS = ("auto", "none", "fp8", "mxfp4", "compressed-tensors")
 ALL2ALL_BACKENDS = ("peer-memory", "mooncake")
+OWN_PATHS = frozenset({
+    "v1", "page", "live", "health", "health_generate", "ping", "load", "server_info", "get_server_info", "model_info",
+    "get_model_info", "tokenizer_info", "metrics", "version", "openapi.json", "rebalance", "tokenize", "detokenize",
+})  # fmt: skip
+"""How the HTTP API's paths begin."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PRELOAD = ("torch", "elastic_ep.rank.process", "elastic_ep.guided.shared", "elastic_ep.fused.library")
 """What the fork server imports for all ranks. Nothing of it may touch a device or start a thread."""
@@ -164,6 +170,17 @@ class Flag:
             raise ConfigError(f"{name} {value} is not known: give one of {', '.join(self.choices)}")
 
 
+def _root_path_fault(root: str) -> str | None:
+    """HAZARD: the API's keys are asked for by path: one that is the server's own and the proxy's must not be."""
+    parts = root.removesuffix("/").split("/")[1:]
+    plain = re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", root) and not {".", ".."}.intersection(parts)
+    if not plain:
+        return "is not such a path: give one as /some/where, of letters, digits and . _ ~ -"
+    if parts[0] in OWN_PATHS:
+        return f"begins as paths of the server do: give one that does not begin with /{parts[0]}"
+    return None
+
+
 def flag_name(setting: Field[Any]) -> str:
     return setting.metadata["flag"].name or "--" + setting.name.replace("_", "-")
 
@@ -199,6 +216,7 @@ class ServeConfig:
     allowed_methods: tuple[str, ...] = _flag(("*",), "by which methods")
     allowed_headers: tuple[str, ...] = _flag(("*",), "with which headers")
     allow_credentials: bool = _flag(False, "and with cookies")
+    root_path: str | None = _flag(None, "below which a proxy shows this server, whether or not the proxy takes it off")
     max_model_len: int | None = _flag(None, "prompt plus generated tokens; the model's own if not given",
         within=(2, MOST_MODEL_LEN))
     max_num_seqs: int | None = _flag(None, "sequences that a rank runs at once (16, on a GPU 256)", within=(1, 4096))
@@ -295,6 +313,8 @@ class ServeConfig:
             )
         if not all(self.served_model_name):
             raise ConfigError("--served-model-name is empty: give a name, or leave the flag out")
+        if self.root_path and (fault := _root_path_fault(self.root_path)):
+            raise ConfigError(f"--root-path {self.root_path} {fault}")
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
             raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser: how calls are read")
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens

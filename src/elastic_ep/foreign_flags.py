@@ -62,6 +62,7 @@ _EQUIVALENT = {
     "--stop-deadline, in seconds": "--shutdown-timeout",
     "--log-dir": "--crash-dump-folder",
     "--admin-key": "--admin-api-key",
+    "--root-path": "--fastapi-root-path",
 }
 _SWITCHED_ON = {
     "experts are always spread over the ranks": "--enable-expert-parallel -ep --enable-ep-moe",
@@ -172,9 +173,7 @@ _VALUES = {
         "--compilation-config -cc -O --optimization-level --cuda-graph-sizes --cuda-graph-max-bs --cuda-graph-bs "
         "--max-cudagraph-capture-size --cudagraph-capture-sizes --max-seq-len-to-capture"
     ),
-    "cannot be honoured: give paths and sockets to a proxy in front": (
-        "--root-path --uds --middleware --fd --fastapi-root-path --ssl-ciphers"
-    ),
+    "cannot be honoured: give it to a proxy in front": "--uds --middleware --fd --ssl-ciphers",
     "cannot be honoured: a chunk is sent as soon as there is text": "--stream-interval=1 --num-continuous-decode-steps=1",
     "cannot be honoured: at most 20 alternatives of a token are told": "--max-logprobs=20",
     "cannot be honoured: only text is generated": (

@@ -431,6 +431,7 @@ class RunProcess:
                 self._config.allowed_headers,
                 self._config.allow_credentials,
             ),
+            root_path=(self._config.root_path or "").removesuffix("/"),
             eos_token_ids=self._plan.text_fit.eos_token_ids,
             model_eos_token_ids=self._plan.model.eos_token_ids,
             shared_page_size=self._plan.limits.page_size if self._config.enable_prefix_caching else 0,

@@ -22,6 +22,7 @@ from elastic_ep.gateway.page.films import Films
 from elastic_ep.gateway.reading import BodyReader, Reading
 from elastic_ep.gateway.request_id import send_request_id
 from elastic_ep.gateway.responses.handlers import ResponsesHandlers
+from elastic_ep.gateway.root_path import attach, own_path
 from elastic_ep.gateway.serving import Serving
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
@@ -68,13 +69,16 @@ def create_app(
     if traces is not None:
         app.cleanup_ctx.append(traces.life)
     serving = Serving(backend, text, metrics, traces)
-    app.add_routes(OpenAiHandlers(serving, settings, reading).routes())
     responses = ResponsesHandlers(serving, settings, reading)
-    app.add_routes(responses.routes())
     app.on_shutdown.append(lambda _: responses.close())
-    app.add_routes(MessagesHandlers(serving, settings, reading).routes())
-    app.add_routes(AdminHandlers(backend, settings, text, serving, reading).routes())
-    page.attach(app, backend, settings, metrics, films)
+    routes = [
+        *OpenAiHandlers(serving, settings, reading).routes(),
+        *responses.routes(),
+        *MessagesHandlers(serving, settings, reading).routes(),
+        *AdminHandlers(backend, settings, text, serving, reading).routes(),
+        *page.attach(app, backend, settings, metrics, films),
+    ]
+    attach(app, settings.root_path, routes)
     return app
 
 
@@ -151,8 +155,9 @@ def _key_middleware(keys: tuple[str, ...], admin_key: str | None) -> Any:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        wanted = for_admins if request.path in _ADMIN_PATHS else [*for_all, *for_admins] if for_all else []
-        if wanted and request.path not in _OPEN_PATHS:
+        path = own_path(request)
+        wanted = for_admins if path in _ADMIN_PATHS else [*for_all, *for_admins] if for_all else []
+        if wanted and path not in _OPEN_PATHS:
             # The scheme's name is case-insensitive (RFC 9110).
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             # aiohttp decodes headers with surrogateescape.

@@ -10,6 +10,7 @@ import structlog
 from aiohttp import web
 
 from elastic_ep.gateway.request_id import request_id
+from elastic_ep.gateway.root_path import own_path
 from elastic_ep.group.port import Busy, Failure, Refused, Stopping, Unavailable, UnknownRank
 from elastic_ep.wire.messages import FailureCode
 
@@ -187,7 +188,7 @@ def error_middleware(count: Callable[[int], None]) -> Any:
             else:
                 tell(request, answer)
             count(answer.status)
-            return answer.response(request.path)
+            return answer.response(own_path(request))
 
     return middleware
 

@@ -39,6 +39,8 @@ def description(settings: ApiSettings) -> dict[str, Any]:
         "paths": {**_generating_paths(settings), **_admin_paths(settings)},
         "components": {"schemas": schemas},
     }
+    if settings.root_path:
+        document["servers"] = [{"url": settings.root_path}]
     for path in document["paths"].values():
         _gather(path, schemas)
     if guarded:

@@ -104,6 +104,8 @@ class ApiSettings:
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
     cors: Cors = field(default_factory=Cors)
+    root_path: str = ""
+    """Below which a proxy shows this server, without a slash at its end; see root_path.py."""
     eos_token_ids: tuple[int, ...] = ()
     model_eos_token_ids: tuple[int, ...] = ()
     trust_request_chat_template: bool = False

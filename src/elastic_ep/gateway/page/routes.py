@@ -1,6 +1,7 @@
 """The page's routes. It asks the group through `group/port.py` alone, and changes nothing.
 
-All URLs in it are relative, so it works behind a proxy that serves it below a path.
+All URLs in it are relative, so it works behind a proxy that serves it below a path; `--root-path` says which one where
+the proxy shows it without a slash at its end.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ class PageHandlers:
         self._backend = backend
         self._films = films
         self._assets = {name: _load(name) for name in _FILES}
+        self._security = {**_SECURITY}
+        if settings.root_path:
+            self._assets["index.html"] = _based(self._assets["index.html"], f"{settings.root_path}/")
+            policy = "Content-Security-Policy"
+            self._security[policy] = _SECURITY[policy].replace("base-uri 'none'", "base-uri 'self'")
         self._feed = Feed(backend, metrics, _about(settings, films is not None))
 
     def routes(self) -> list[web.RouteDef]:
@@ -107,7 +113,7 @@ class PageHandlers:
 
     def _send(self, request: web.Request, name: str) -> web.Response:
         asset = self._assets[name]
-        headers = {**_SECURITY, "ETag": f'"{asset.tag}"', "Cache-Control": "no-cache"}
+        headers = {**self._security, "ETag": f'"{asset.tag}"', "Cache-Control": "no-cache"}
         if request.headers.get("If-None-Match") == headers["ETag"]:
             return web.Response(status=304, headers=headers)
         return web.Response(
@@ -186,8 +192,17 @@ def _about(settings: ApiSettings, films: bool) -> dict[str, Any]:
 
 
 def _load(name: str) -> _Asset:
-    body = (ASSETS / name).read_bytes()
-    return _Asset(body, _TYPES[Path(name).suffix], sha256(body).hexdigest()[:16])
+    return _asset((ASSETS / name).read_bytes(), _TYPES[Path(name).suffix])
+
+
+def _asset(body: bytes, content_type: str) -> _Asset:
+    return _Asset(body, content_type, sha256(body).hexdigest()[:16])
+
+
+def _based(page: _Asset, base: str) -> _Asset:
+    """`page`, with all its relative URLs below `base`."""
+    body = page.body.replace(b"<head>\n", f'<head>\n<base href="{base}">\n'.encode("ascii"), 1)
+    return _asset(body, page.content_type)
 
 
 def _json(body: bytes) -> web.Response:
@@ -200,8 +215,9 @@ def attach(
     settings: ApiSettings,
     metrics: Metrics,
     films: Callable[[], Films] | None,
-) -> None:
+) -> list[web.RouteDef]:
+    """The page lives as long as `app`; its routes are for the caller to add."""
     handlers = PageHandlers(backend, settings, metrics, films() if films else None)
-    app.add_routes(handlers.routes())
     app.cleanup_ctx.append(handlers.life)
     app.on_shutdown.append(handlers.shut_down)
+    return handlers.routes()
