@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import StrEnum
@@ -33,6 +34,9 @@ OWN_PATHS = frozenset({
 })  # fmt: skip
 """How the HTTP API's paths begin."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
+MOST_RANKS = 64
+MOST_PORT = 65535 - 3
+"""Of those that hosts join at: the three after it are used, too."""
 PRELOAD = ("torch", "elastic_ep.rank.process", "elastic_ep.guided.shared", "elastic_ep.fused.library")
 """What the fork server imports for all ranks. Nothing of it may touch a device or start a thread."""
 
@@ -87,6 +91,19 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlAddress:
+    """Where ranks of other hosts find the run process, and the group's key, in hexadecimal.
+
+    HAZARD: a secret. It is in the configuration of ranks on a host that has joined, which a file in memory holds.
+    """
+
+    host: str
+    pub_port: int
+    rank_port: int
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class RankConfig:
     """All that one launch of a rank needs to know; travels through the fork server as JSON."""
 
@@ -121,6 +138,8 @@ class RankConfig:
     """Of its GPU's memory, for all ranks on it: what a rank's share has left is KV cache. None: it is not sized so."""
     host_address: str = "127.0.0.1"
     """Of this machine, that ranks of other hosts dial to read weights out of this one's memory."""
+    control: ControlAddress | None = None
+    """None: in `directory`."""
     peers: PeerWeights | None = None
     """Who has weights to give; None before anybody has."""
     log: LogConfig = LogConfig()
@@ -181,6 +200,20 @@ def _root_path_fault(root: str) -> str | None:
     return None
 
 
+def address_of(flag: str, given: str) -> tuple[str, int]:
+    """A numeric address and a port. Raises `ConfigError`."""
+    host, colon, port = given.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        if not colon or not port.isascii() or not port.isdecimal() or int(port) > MOST_PORT:
+            raise ValueError(f"{port!r} is no port from 0 to {MOST_PORT}")
+        if address.is_unspecified:
+            raise ValueError(f"{address} is no address that others can dial")
+    except ValueError as error:
+        raise ConfigError(f"{flag} {given}: give ADDRESS:PORT, an IP address and a port ({error})") from error
+    return str(address), int(port)
+
+
 def flag_name(setting: Field[Any]) -> str:
     return setting.metadata["flag"].name or "--" + setting.name.replace("_", "-")
 
@@ -194,7 +227,14 @@ class ServeConfig:
     """The command line of `python -m elastic_ep.run`: a field is a flag. Raises `ConfigError`."""
 
     # fmt: off
-    ranks: int = _flag(USUAL.ranks, "rank processes, 1 to 64", within=(1, 64))
+    ranks: int = _flag(USUAL.ranks, f"rank processes, 1 to {MOST_RANKS}", within=(1, MOST_RANKS))
+    hosts: int = _flag(1, "machines that ranks are on: this one, and others that join (see docs/hosts.md)",
+        within=(1, MOST_RANKS))
+    ranks_per_host: int | None = _flag(None, "with --hosts, instead of --ranks: ranks on each of them",
+        within=(1, MOST_RANKS))
+    hosts_address: str | None = _flag(None,
+        "ADDRESS:PORT of this machine where others join, in a private network; the next three ports are used, too")
+    key_file: str | None = _flag(None, "the key that all hosts share, made here if there is no such file")
     model: str = _flag(MISSING, "folder with a checkpoint in Hugging Face layout; the bundled one if not given",
         other_name="--model-path")
     device: str = _flag("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
@@ -291,6 +331,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for setting in fields(self):
             setting.metadata["flag"].check(flag_name(setting), getattr(self, setting.name))
+        self._check_hosts()
         if not all(self.api_key):
             raise ConfigError("--api-key is empty: give a key, or leave the flag out if none is needed")
         if self.admin_key == "":
@@ -323,6 +364,46 @@ class ServeConfig:
                 f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}: raise the first or lower "
                 "the second"
             )
+
+    def _check_hosts(self) -> None:
+        if self.hosts == 1:
+            for name, value in (
+                ("--ranks-per-host", self.ranks_per_host),
+                ("--hosts-address", self.hosts_address),
+                ("--key-file", self.key_file),
+            ):
+                if value is not None:
+                    raise ConfigError(f"{name} is for several hosts: give --hosts, or leave it out")
+            return
+        if self.ranks_per_host is None or self.ranks_per_host * self.hosts > MOST_RANKS:
+            raise ConfigError(
+                f"--hosts {self.hosts} needs --ranks-per-host, for at most {MOST_RANKS} ranks on all of them"
+            )
+        if self.ranks not in (USUAL.ranks, self.ranks_per_host * self.hosts):
+            raise ConfigError(f"--ranks {self.ranks}: with --hosts give --ranks-per-host alone")
+        # The number of ranks follows; nothing else of this class is derived.
+        object.__setattr__(self, "ranks", self.ranks_per_host * self.hosts)
+        if self.hosts_address is None or self.key_file is None:
+            raise ConfigError(
+                f"--hosts {self.hosts} needs --hosts-address ADDRESS:PORT, where the others join, and --key-file"
+            )
+        self.joined_at  # noqa: B018  # raises
+        if not self.fault_tolerance:
+            raise ConfigError("--disable-fault-tolerance is for one host: leave it out, or --hosts")
+        if self.mps:
+            raise ConfigError("--mps is for ranks that share a GPU of one host: leave it out, or --hosts")
+
+    @property
+    def joined_at(self) -> tuple[str, int]:
+        """Address and port. Raises `ConfigError`."""
+        return address_of("--hosts-address", self.hosts_address or "")
+
+    @property
+    def host_of_rank(self) -> tuple[int, ...]:
+        """The number of each rank's host; nothing: there is one host."""
+        if self.ranks_per_host is None:
+            return ()
+        return tuple(rank // self.ranks_per_host for rank in range(self.ranks))
 
     @property
     def timing(self) -> Timing:

@@ -126,6 +126,7 @@ class ServePlan:
             placement=self.placement,
             all2all_backend=self.config.all2all_backend,
             gpu_memory_utilization=self.memory_utilization,
+            **({"host_address": self.config.joined_at[0]} if self.config.hosts > 1 else {}),
             log=self.config.log,
         )
 
@@ -160,6 +161,10 @@ def make_plan(config: ServeConfig) -> ServePlan:
     if device == "cpu" and config.all2all_backend != ALL2ALL_BACKENDS[0]:
         raise ConfigError(
             f"--all2all-backend {config.all2all_backend}: the ranks run on the CPU, through shared memory: leave it out"
+        )
+    if config.hosts > 1 and device == "cuda":
+        raise ConfigError(
+            "--hosts: ranks on GPUs are on one host as yet (docs/hosts.md): give --device cpu, or leave it out"
         )
     if config.mps:
         if device != "cuda":
@@ -259,7 +264,14 @@ def first_placement(config: ServeConfig, model: ModelSpec, redundant: int, devic
     mooncake = device == "cuda" and config.all2all_backend == "mooncake"
     if mooncake and config.ranks * slots % EXPERTS_MULTIPLE:
         spare += 1
-    return launch_placement(config.ranks, model.moe_layers, model.moe.experts, redundant, num_spare=spare)
+    return launch_placement(
+        config.ranks,
+        model.moe_layers,
+        model.moe.experts,
+        redundant,
+        num_spare=spare,
+        hosts=config.host_of_rank,
+    )
 
 
 def engine_limits(config: ServeConfig, model: ModelSpec, device: str) -> EngineLimits:

@@ -86,6 +86,16 @@ class Timing:
 
     calm_factor: ClassVar[int] = 3
     """How much rarer pulses and beats are while the group is parked."""
+    host_beat_ms: ClassVar[int] = 100
+    """A host that has joined says that it lives, and the controller looks who has."""
+    silent_beats: ClassVar[int] = 5
+    """One that was not heard of when so many were due counts as lost. They are counted: this process may stand still."""
+    closed_beats: ClassVar[int] = 2
+    """So many are left to one whose connection has ended: it makes a new one, if it can."""
+    lease_ms: ClassVar[int] = 2_000
+    """A host's ranks end so long after it last spoke and was answered,"""
+    lease_margin_ms: ClassVar[int] = 500
+    """and a little later they surely have."""
     sync_retry_ms: ClassVar[int] = 20
     """A rank that is behind asks again."""
     store_get_ms: ClassVar[int] = 10_000
@@ -184,6 +194,9 @@ class Timing:
         init_ms = member.init_deadline_ms
         behind_ms = self.calm_factor * self.beat_ms + self.sync_retry_ms
         copy_ms = repair.copy_deadline_ms
+        silent_ms = (self.silent_beats + 2) * self.host_beat_ms
+        yield silent_ms, self.lease_ms, "who is silent is lost before it gives itself up"
+        yield self.host_beat_ms, self.lease_margin_ms, "a host looks at its lease in time"
         yield self.sync_retry_ms, self.beat_ms, "who is behind asks before it hears again that it is"
         yield behind_ms, member.attempt_deadline_ms, "who has missed a prepare catches up"
         yield member.relaunch_backoff_ms, member.relaunch_backoff_max_ms, "pauses before a launch grow"

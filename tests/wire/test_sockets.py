@@ -15,9 +15,10 @@ import pytest
 import zmq
 
 from elastic_ep.wire.codec import pack
+from elastic_ep.wire.drain import Drain
 from elastic_ep.wire.envelope import VERSION
 from elastic_ep.wire.messages import Beat, Cancel, Hello, Member, Numbered, SnapshotRequest, View
-from elastic_ep.wire.sockets import ControllerWire, RankWire, _Drain
+from elastic_ep.wire.sockets import ControllerWire, RankWire
 
 pytestmark = pytest.mark.anyio
 
@@ -167,7 +168,7 @@ async def test_a_message_that_nobody_can_take_does_not_keep_back_those_behind_it
             raise RuntimeError("a fault of this program")
 
     reader, writer = os.pipe()
-    drain = _Drain(cast(Any, Full(reader, 9)), fails)
+    drain = Drain(cast(Any, Full(reader, 9)), fails)
     drain.start()
     await end.until(9)
     drain.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -35,6 +36,8 @@ from elastic_ep.wire.host_messages import (
     AgentReady,
     Died,
     HostEvent,
+    HostLost,
+    HostUp,
     Launched,
     LaunchFailed,
     Reaped,
@@ -226,6 +229,13 @@ class Controller:
                 self.on_gone(member, status)
             case LaunchFailed(member, reason):
                 self.on_gone(member, f"{LAUNCH_FAILED}{reason}")
+            case HostUp(host, name, rejoined):
+                self._log.note("host_up", host=host, name=name, rejoined=rejoined)
+                log.info("a host is in the group", host=host, address=name, again=rejoined > 0)
+                hosts = self.repairs.placement.hosts
+                self.relaunch(rank for rank in self.machine.records if hosts[rank] == host)
+            case HostLost(host, members, why):
+                self._on_host_lost(host, members, why)
             case AgentReady(pid, adopted):
                 self._log.note("host_agent_ready", pid=pid, adopted=adopted)
             case AgentLost(pid, status):
@@ -251,6 +261,16 @@ class Controller:
             )
             self.feed(ev.StepSeen(self.step))
         self.feed(ev.DeathNoticed(member, "died"))
+
+    def _on_host_lost(self, host: int, members: tuple[Member, ...], why: str) -> None:
+        at_ns = time.monotonic_ns()
+        self._log.note("host_lost", host=host, ranks=[member.rank for member in members], why=why)
+        if not self.machine.stopping:
+            log.warning("a host is lost", host=host, ranks=[member.rank for member in members], why=why)
+        for member in members:
+            self._noticed_ns.setdefault(member, at_ns)
+        self.feed(ev.StepSeen(self.step))
+        self.feed(ev.HostLost(members, f"host {host} is lost: {why}"))
 
     def on_gone(self, member: Member, status: str) -> None:
         self.feed(ev.ProcessGone(member, status))

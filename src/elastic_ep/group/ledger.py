@@ -20,7 +20,7 @@ from elastic_ep.group.history import History
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.pace import Disturbance
 from elastic_ep.group.port import LastLoss, Loss, LossCause
-from elastic_ep.machines.membership.relaunch import CRASH_SIGNALS
+from elastic_ep.machines.membership.relaunch import CRASH_SIGNALS, HOST_LOST
 from elastic_ep.machines.rank.lifecycle import SEATED
 from elastic_ep.wire.messages import Member, RankState
 from elastic_ep.wire.privacy import masked
@@ -273,6 +273,8 @@ def cause_of(status: str) -> tuple[LossCause, str]:
         return LossCause.EXIT, status
     if status.startswith(LAUNCH_FAILED):
         return LossCause.LAUNCH_FAILED, status.removeprefix(LAUNCH_FAILED)
+    if status == HOST_LOST:
+        return LossCause.HOST, status
     return LossCause.UNKNOWN, f"how it ended is not known ({status})"
 
 

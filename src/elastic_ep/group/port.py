@@ -62,6 +62,8 @@ class LossCause(StrEnum):
     PROTOCOL = "protocol"
     """Fenced: it said what it must not say."""
     LAUNCH_FAILED = "launch_failed"
+    HOST = "host"
+    """With all others on its host."""
     UNKNOWN = "unknown"
     """Its fork server ended first, so nobody has its exit status."""
 

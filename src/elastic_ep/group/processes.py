@@ -8,6 +8,7 @@ from dataclasses import replace
 import anyio
 
 from elastic_ep.config import RankConfig
+from elastic_ep.group.hosts import Hosts
 from elastic_ep.host.device_guard import DeviceGuard
 from elastic_ep.host.keeper import Keeper
 from elastic_ep.host.starvation import Starvation
@@ -20,16 +21,22 @@ from elastic_ep.wire.slot_messages import PeerWeights
 class RankProcesses:
     """The controller's `Processes`. `config` has what all ranks are told; `guard` is for ranks that share a GPU's faults.
 
-    `watched`: deaths are noticed at once.
+    `watched`: deaths are noticed at once. `is_here`: whether a rank is on this host; None: all are.
     """
 
     def __init__(
-        self, config: RankConfig, host: Keeper, guard: DeviceGuard | None, watched: bool = True
+        self,
+        config: RankConfig,
+        host: Keeper | Hosts,
+        guard: DeviceGuard | None,
+        watched: bool = True,
+        is_here: Callable[[Member], bool] | None = None,
     ) -> None:
         self._config = config
         self._host = host
         self._guard = guard
         self._watched = watched
+        self._is_here = is_here or (lambda _member: True)
         self._starvation = Starvation()
 
     def launch(self, member: Member, placement: Placement, peers: PeerWeights | None) -> None:
@@ -49,6 +56,7 @@ class RankProcesses:
 
     async def starved(self, pids: Mapping[Member, int]) -> tuple[Starved, ...]:
         """HAZARD: the kernel may keep who reads of a process that is just ending: a thread, then, not the loop."""
+        pids = {member: pid for member, pid in pids.items() if self._is_here(member)}
         if not pids:
             return self._starvation.sample(pids)
         return await anyio.to_thread.run_sync(self._starvation.sample, pids, abandon_on_cancel=True)

@@ -11,7 +11,9 @@ import os
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from elastic_ep import titles
 from elastic_ep.host import life_line
@@ -22,8 +24,10 @@ from elastic_ep.host.agent_messages import (
     AllAdopted,
     Asked,
     Begin,
+    Carry,
     Close,
     Ping,
+    Renewed,
     ServerBegun,
     ServerExited,
     ServerFailed,
@@ -38,14 +42,20 @@ from elastic_ep.wire.host_messages import (
     AgentReady,
     Died,
     Fence,
+    GiveUp,
     Launch,
     RankEvent,
+    Reach,
     Reaped,
     ServerReady,
     Watch,
 )
 from elastic_ep.wire.messages import Member
 
+if TYPE_CHECKING:
+    from elastic_ep.host.carrier import Carrier
+
+_LEASE_LOOK_S = 0.05
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread that waits for a death, and has it, waits for the interpreter lock."""
 
@@ -58,6 +68,9 @@ class Agent:
         self._launcher: Launcher | None = None
         self._closing: asyncio.Task[None] | None = None
         self._options: LaunchOptions | None = None
+        self._files: SharedFiles | None = None
+        self._carrier: Carrier | None = None
+        self._lease: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[int] = self._loop.create_future()
         self._link = PacketSocket(control, ToAgent, self._hear, self._refuse, self._end)
@@ -93,6 +106,16 @@ class Agent:
                 launcher.watch(member)
             case Fence(member):
                 launcher.kill(member)
+            case Carry():
+                self._carry(message, fds[0])
+            case Reach(host, address, port):
+                if self._carrier is not None:
+                    self._carrier.reach(host, (address, port))
+            case GiveUp(host, incarnation):
+                if self._carrier is not None:
+                    self._carrier.fence(host, incarnation)
+            case Renewed(until_ns):
+                self._renew(until_ns)
             case Ping():
                 self._link.send(Alive())
             case Close():
@@ -100,11 +123,30 @@ class Agent:
 
     def _begin(self, message: Begin, fds: list[int]) -> None:
         mutex_fd, *files = fds
+        self._files = SharedFiles(*files)
         self._options = message.options
         titles.show(f"host agent {message.options.directory}", "eep-agent")
-        self._launcher = Launcher(
-            message.options, SharedFiles(*files), mutex_fd, self._tell, self._tell_at_once
-        )
+        self._launcher = Launcher(message.options, self._files, mutex_fd, self._tell, self._tell_at_once)
+
+    def _carry(self, told: Carry, listener_fd: int) -> None:
+        # Late: a host that is alone in its group needs none of it.
+        from elastic_ep.exchange.mirror import Mirror
+        from elastic_ep.host.carrier import Carrier, CarrierConfig
+
+        assert self._files is not None, "the keeper begins with them"
+        config = CarrierConfig(told.hosts, told.own, told.incarnation, told.key)
+        windows = Mirror(self._files.windows, told.shape, told.hosts, told.own)
+        self._carrier = Carrier(config, windows, listener=socket.socket(fileno=listener_fd))
+
+    def _renew(self, until_ns: int) -> None:
+        if self._lease is not None:
+            self._lease.cancel()
+        left_s = (until_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)) / 1e9
+        # HAZARD: the loop's clock stands still while a machine sleeps, so it is looked at often, and compared.
+        if left_s > 0:
+            self._lease = self._loop.call_later(min(left_s, _LEASE_LOOK_S), self._renew, until_ns)
+        elif self._launcher is not None:
+            self._launcher.kill_all()
 
     async def _close(self, launcher: Launcher) -> None:
         await launcher.close()

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.host.fork_messages import LaunchOptions
 from elastic_ep.wire.host_messages import (
     AgentReady,
     Died,
     Fence,
+    GiveUp,
     Launch,
     Launched,
     LaunchFailed,
+    Reach,
     Reaped,
     ServerReady,
     Watch,
@@ -69,6 +72,27 @@ class AllAdopted:
 
 
 @dataclass(frozen=True, slots=True)
+class Carry:
+    """Ranks of other hosts take part: carry what they say to each other. The socket that listens comes along.
+
+    As in `CarrierConfig`.
+    """
+
+    hosts: tuple[int, ...]
+    own: int
+    incarnation: int
+    key: bytes
+    shape: ExchangeShape
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """If nothing else is heard, all ranks are to be dead at `until_ns`, CLOCK_BOOTTIME nanoseconds."""
+
+    until_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ping:
     """`Alive` follows, or the agent is ended."""
 
@@ -112,6 +136,10 @@ ToAgent = (
     | Launch
     | Watch
     | Fence
+    | Carry
+    | Reach
+    | GiveUp
+    | Renewed
     | Ping
     | Close
 )

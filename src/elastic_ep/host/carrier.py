@@ -104,8 +104,13 @@ class Carrier:
     """Threads beside `windows` and `steps` of this host, either of which may be missing. All methods: any thread."""
 
     def __init__(
-        self, config: CarrierConfig, windows: Mirror | None = None, steps: StepLines | None = None
+        self,
+        config: CarrierConfig,
+        windows: Mirror | None = None,
+        steps: StepLines | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
+        """`listener` instead of one at `config.listen`; it is this object's."""
         if config.own not in config.hosts:
             raise ValueError(f"host {config.own} has no rank")
         if not config.key:
@@ -118,7 +123,7 @@ class Carrier:
         self._strangers = threading.Semaphore(_MOST_STRANGERS)
         self._closed = threading.Event()
         self._changed = threading.Condition()
-        self._listener = socket.create_server(config.listen)
+        self._listener = listener or socket.create_server(config.listen)
         self._threads: list[threading.Thread] = []
         self._start(self._accept)
 

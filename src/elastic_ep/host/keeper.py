@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +33,11 @@ from elastic_ep.host.agent_messages import (
     AllAdopted,
     Asked,
     Begin,
+    Carry,
     Close,
     FromAgent,
     Ping,
+    Renewed,
     ServerBegun,
     ServerExited,
     ServerFailed,
@@ -52,10 +55,12 @@ from elastic_ep.wire.host_messages import (
     AgentReady,
     Died,
     Fence,
+    GiveUp,
     HostEvent,
     Launch,
     Launched,
     LaunchFailed,
+    Reach,
     Reaped,
     ServerLost,
     ServerReady,
@@ -132,6 +137,11 @@ class Keeper:
         self._was_ready = False
         self._failed: str | None = None
         self._pause_s = LEAST_PAUSE_S
+        self._carried: Carry | None = None
+        self._listener: socket.socket | None = None
+        self._reached: dict[int, Reach] = {}
+        self._given_up: dict[int, GiveUp] = {}
+        self._renewed: Renewed | None = None
         self._closing = False
         self._timer: asyncio.TimerHandle | None = None
         self._changed = anyio.Event()
@@ -204,6 +214,24 @@ class Keeper:
             rank.fenced = True
             self._cut(rank)
             self._send(Fence(member))
+
+    def carry(self, told: Carry, listener: socket.socket) -> None:
+        """Ranks of other hosts take part. `listener` is where they are to dial, and stays the caller's."""
+        self._carried, self._listener = told, listener
+        self._send(told, listener.fileno())
+
+    def reach(self, where: Reach) -> None:
+        self._reached[where.host] = where
+        self._send(where)
+
+    def give_up(self, whom: GiveUp) -> None:
+        self._given_up[whom.host] = whom
+        self._send(whom)
+
+    def renew(self, lease: Renewed) -> None:
+        """The agent keeps it, too: this process may be stopped."""
+        self._renewed = lease
+        self._send(lease)
 
     def hear(self) -> None:
         """Take what the agent has said by now."""
@@ -344,6 +372,12 @@ class Keeper:
                 comes = (rank.life_fd >= 0, rank.pidfd >= 0)
                 self._send(Adopt(rank.member, rank.slot, rank.server_pid, rank.pid, comes), *fds)
         self._send(AllAdopted())
+        if self._carried is not None and self._listener is not None:
+            self._send(self._carried, self._listener.fileno())
+        for message in (*self._given_up.values(), *self._reached.values()):
+            self._send(message)
+        if self._renewed is not None:
+            self._send(self._renewed)
         for rank in self._ranks.values():
             if not rank.asked:
                 self._send(Launch(rank.member), rank.config_fd)

@@ -114,8 +114,7 @@ class Launcher:
         self._closing = True
         for process in list(self._queue):
             self._fail(process, "shutting down")
-        for member in list(self._processes):
-            self.kill(member)
+        self.kill_all()
         await self._in_time(lambda: not self._processes)
         if self._server is not None:
             if self._server.ready:
@@ -198,6 +197,10 @@ class Launcher:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
         self._cut(process)
+
+    def kill_all(self) -> None:
+        for member in list(self._processes):
+            self.kill(member)
 
     # Fork server
 

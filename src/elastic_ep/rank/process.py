@@ -126,7 +126,12 @@ class RankProcess:
         self._connector = Connector(self._exchange, self._loop, slow=self._config.device != "cpu")
         self._loop.add_reader(self._life_fd, self._orphaned)
         self._wire = RankWire(
-            Path(self._config.directory), self._me, self._hear, self._on_direct, self._refuse
+            Path(self._config.directory),
+            self._me,
+            self._hear,
+            self._on_direct,
+            self._refuse,
+            self._config.control,
         )
         notices = NoticeReader(
             Path(self._config.directory), self._me, lambda member: self._hear(ev.PeerDied(member))

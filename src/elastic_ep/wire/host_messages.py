@@ -1,6 +1,11 @@
-"""What the controller and a host's agent say to each other.
+"""What the controller and the hosts of its group say to each other.
 
-Of one member the agent says `Launched`, `Died`, `Reaped`, in this order; or `LaunchFailed` alone. Times are
+A host that wants to join says `Join`, and hears `Wait` until there is a place for it, `Refuse`, or `Welcome`. It starts
+then what ranks need, says `HostReady`, and takes orders. From its `Welcome` on it says `HostAlive` again and again, and
+lives on what it hears back: its lease ends so long after it has *sent* the last one that was answered. Thus it never ends
+later than the controller thinks, however late an answer comes.
+
+Of one member a host says `Launched`, `Died`, `Reaped`, in this order; or `LaunchFailed` alone. Times are
 CLOCK_MONOTONIC nanoseconds of that host.
 """
 
@@ -8,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.wire.messages import Member
 
 
@@ -78,8 +84,26 @@ class Reaped:
     at_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class HostUp:
+    """A host has joined, under the number `host`, and takes orders. `rejoined`: so many lives it had before."""
+
+    host: int
+    name: str
+    rejoined: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostLost:
+    """A host is taken for dead. Of each of `members`, which ran there, `Reaped` follows when it surely runs no more."""
+
+    host: int
+    members: tuple[Member, ...]
+    why: str
+
+
 RankEvent = Launched | LaunchFailed | Died | Reaped
-HostEvent = ServerReady | ServerLost | AgentReady | AgentLost | RankEvent
+HostEvent = ServerReady | ServerLost | AgentReady | AgentLost | HostUp | HostLost | RankEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,4 +127,114 @@ class Fence:
     member: Member
 
 
-Order = Launch | Watch | Fence
+@dataclass(frozen=True, slots=True)
+class Join:
+    """`address`: of the host, by which others dial it and by which it is told from them. `release`: of this package.
+
+    `builds`: of the engine in C++, that its processors run.
+    """
+
+    address: str
+    release: str
+    builds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """There is no place yet; the host is asked again as soon as there is."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """It will never do, as it is."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The host is number `host` in its life `incarnation`. `config`: of ranks, as JSON, without what is each host's own.
+
+    `vocabulary`: the file of this name; b"" if there is none. Ports are the run process's, but `carrier_port` is where
+    the host's own carrier is to listen; 0: anywhere.
+    """
+
+    host: int
+    incarnation: int
+    hosts: tuple[int, ...]
+    """Of each rank."""
+    config: str
+    entry: str
+    preload: tuple[str, ...]
+    shape: ExchangeShape
+    vocabulary: bytes
+    run: str
+    """What the run's folder of logs is called; "": nothing is logged."""
+    pub_port: int
+    rank_port: int
+    carrier_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostReady:
+    """Ranks can be launched. The carrier listens at `carrier_port`."""
+
+    carrier_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostAlive:
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """All that ran there has ended, and nothing comes any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The answer to the `HostAlive` of that number."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expelled:
+    """The host was taken for dead: whatever it still has, it ends, and joins anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The group stops, or the host was told to: it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where the carrier of `host` listens."""
+
+    host: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """That life of `host`, and all before, are over: nothing of them is to be taken any more."""
+
+    host: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchWith:
+    """As `Launch`, with the configuration."""
+
+    member: Member
+    config: str
+
+
+FromHost = Join | HostReady | HostAlive | Left | Launched | LaunchFailed | Died | Reaped
+ToHost = Wait | Refuse | Welcome | Lease | Expelled | Leave | Reach | GiveUp | LaunchWith | Watch | Fence

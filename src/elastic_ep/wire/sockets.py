@@ -1,9 +1,4 @@
-"""ZeroMQ sockets as callbacks on the event loop.
-
-The sockets are plain (not zmq.asyncio) ones, drained from `loop.add_reader` on ZeroMQ's own file descriptor:
-one callback a message, no task switch.
-HAZARD: that descriptor is edge-triggered, and a send may swallow the edge of an arrival, so every send on a socket
-that also receives is followed by a drain.
+"""The control plane between the run process and its ranks: Unix sockets, and TCP for ranks of other hosts (`guard.py`).
 
 Every message is two frames, the version of the protocol and the body. A rank's socket has its member as its identity,
 which ZeroMQ puts before what comes from it: that is the sender, and no message says it again.
@@ -11,16 +6,18 @@ which ZeroMQ puts before what comes from it: that is the sender, and no message 
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 import zmq
 
+from elastic_ep.config import ControlAddress
 from elastic_ep.wire.codec import MalformedMessage, pack, unpack
+from elastic_ep.wire.drain import QUEUE_LIMIT, Drain, make_socket
 from elastic_ep.wire.envelope import VERSION, check_version
+from elastic_ep.wire.group_key import GroupKey
+from elastic_ep.wire.guard import Guard, dial, with_key
 from elastic_ep.wire.messages import (
     Beat,
     FromRank,
@@ -32,89 +29,46 @@ from elastic_ep.wire.messages import (
 from elastic_ep.wire.outbox import Outbox
 
 log = structlog.get_logger()
-_QUEUE_LIMIT = 100_000
-"""Messages to a rank that it has not read: far more than one that reads at all ever leaves."""
-_TURN_S = 0.01
-MAX_MESSAGE_BYTES = 64 << 20
-
-
-def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    socket = context.socket(kind)
-    socket.linger = 0
-    socket.set_hwm(_QUEUE_LIMIT)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-    return socket
-
-
-class _Drain:
-    """Calls `on_parts` with each multipart message that arrives on `socket`, in a turn of the loop for `_TURN_S`."""
-
-    def __init__(self, socket: zmq.Socket[bytes], on_parts: Callable[[list[bytes]], None]) -> None:
-        self._socket = socket
-        self._on_parts = on_parts
-        self._loop = asyncio.get_running_loop()
-        self._paused = False
-        """What has come besides is taken in the next turn."""
-        self._sent = False
-        """What has come will be taken, after the sends of this turn."""
-        self._fd = int(socket.getsockopt(zmq.FD))
-
-    def start(self) -> None:
-        self._loop.add_reader(self._fd, self.run)
-        self._loop.call_soon(self.run)
-
-    def run(self) -> None:
-        self._sent = False
-        if not self._paused:
-            self._take()
-
-    def _take(self) -> None:
-        self._paused = False
-        until = time.monotonic() + _TURN_S
-        while not self._socket.closed:
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                self._on_parts(parts)
-            except Exception:
-                # HAZARD: the descriptor tells of what comes, not of what is left.
-                self._loop.call_soon(self.run)
-                raise
-            if time.monotonic() >= until:
-                self._paused = True
-                self._loop.call_soon(self._take)
-                return
-
-    def later(self, call: Callable[..., None], *arguments: object) -> None:
-        self._loop.call_soon(call, *arguments)
-
-    def after_send(self) -> None:
-        if not self._sent:
-            self._sent = True
-            self._loop.call_soon(self.run)
-
-    def close(self) -> None:
-        self._loop.remove_reader(self._fd)
+PUB_PORT, RANK_PORT, CARRIER_PORT = 1, 2, 3
+"""Beyond the port at which hosts join."""
 
 
 class ControllerWire:
-    """The controller's end. What comes in waits until `receive`."""
+    """The controller's end. What comes in waits until `receive`.
 
-    def __init__(self, directory: Path) -> None:
+    With a `key` ranks of other hosts are let in, at `address` and from `port` on (`ports`): by `guard`. Raises
+    `zmq.ZMQError` if nobody can listen there.
+    """
+
+    def __init__(
+        self, directory: Path, key: GroupKey | None = None, address: str = "", port: int = 0
+    ) -> None:
         self.number = 0
         self.dropped = 0
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._pub = _socket(self._context, zmq.PUB)
-        self._router = _socket(self._context, zmq.ROUTER)
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.guard = None if key is None else Guard(self.context, key)
+        self.ports = (0, 0)
+        """Of PUB and ROUTER."""
+        self._context = self.context
+        self._pub = make_socket(self._context, zmq.PUB)
+        self._router = make_socket(self._context, zmq.ROUTER)
         # A relaunched rank has a new identity; taking over an identity is for a reconnect of the same process.
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         # HAZARD: else a message for which there is no room in a rank's queue is dropped, and nobody is told.
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._pub.bind(f"ipc://{directory}/pub")
         self._router.bind(f"ipc://{directory}/rank")
-        self._drain = _Drain(self._router, self._on_parts)
+        if self.guard is not None:
+            try:
+                self.ports = (
+                    self.guard.bind(self._pub, address, port and port + PUB_PORT),
+                    self.guard.bind(self._router, address, port and port + RANK_PORT),
+                )
+            except zmq.ZMQError:
+                self.guard.close()
+                self.context.destroy(linger=0)
+                raise
+        self._drain = Drain(self._router, self._on_parts)
         self._outbox = Outbox(self._send, self._drain.later)
 
     def receive(
@@ -144,7 +98,7 @@ class ControllerWire:
         try:
             self._router.send_multipart([_identity(member), VERSION, pack(message)], zmq.NOBLOCK)
         except zmq.Again:
-            self._drain.later(self._refuse, member, f"{_QUEUE_LIMIT} messages to it are not read")
+            self._drain.later(self._refuse, member, f"{QUEUE_LIMIT} messages to it are not read")
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
@@ -152,6 +106,8 @@ class ControllerWire:
 
     def close(self) -> None:
         self._drain.close()
+        if self.guard is not None:
+            self.guard.close()
         self._context.destroy(linger=100)
 
     def _on_parts(self, parts: list[bytes]) -> None:
@@ -173,7 +129,8 @@ class ControllerWire:
 class RankWire:
     """A rank's end. `on_refused` hears of requests that came in a message which is none: number and reason.
 
-    Other messages that are none are only counted in `dropped`: whatever they ask for is asked for again.
+    Other messages that are none are only counted in `dropped`: whatever they ask for is asked for again. `control`: where
+    the run process is, if it is on another host.
     """
 
     def __init__(
@@ -183,21 +140,27 @@ class RankWire:
         on_published: Callable[[Numbered], None],
         on_direct: Callable[[ToRank], None],
         on_refused: Callable[[int, str], None],
+        control: ControlAddress | None = None,
     ) -> None:
         self.dropped = 0
         self._on_published = on_published
         self._on_direct = on_direct
         self._on_refused = on_refused
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._sub = _socket(self._context, zmq.SUB)
+        self._sub = make_socket(self._context, zmq.SUB)
         self._sub.subscribe(b"")
-        self._dealer = _socket(self._context, zmq.DEALER)
+        self._dealer = make_socket(self._context, zmq.DEALER)
         # Without a limit: what a rank reports is never dropped, however late the controller reads it.
         self._dealer.setsockopt(zmq.SNDHWM, 0)
         self._dealer.setsockopt(zmq.IDENTITY, _identity(member))
-        self._sub.connect(f"ipc://{directory}/pub")
-        self._dealer.connect(f"ipc://{directory}/rank")
-        self._drains = [_Drain(self._sub, self._on_pub_parts), _Drain(self._dealer, self._on_direct_parts)]
+        if control is None:
+            self._sub.connect(f"ipc://{directory}/pub")
+            self._dealer.connect(f"ipc://{directory}/rank")
+        else:
+            for socket, port in ((self._sub, control.pub_port), (self._dealer, control.rank_port)):
+                with_key(socket, GroupKey(bytes.fromhex(control.key)))
+                dial(socket, control.host, port)
+        self._drains = [Drain(self._sub, self._on_pub_parts), Drain(self._dealer, self._on_direct_parts)]
         for drain in self._drains:
             drain.start()
 

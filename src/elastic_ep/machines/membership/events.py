@@ -67,6 +67,14 @@ class DeathNoticed:
 
 
 @dataclass(frozen=True, slots=True)
+class HostLost:
+    """A host is taken for dead, and with it all of these, in one view. They may run on until `ProcessGone`."""
+
+    members: tuple[Member, ...]
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessGone:
     """Nothing of the process is left; the rank may be launched again."""
 
@@ -136,6 +144,7 @@ Event = (
     | Reported
     | Promised
     | DeathNoticed
+    | HostLost
     | ProcessGone
     | Suspected
     | WorkBegan

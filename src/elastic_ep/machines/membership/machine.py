@@ -7,7 +7,7 @@ therefore nobody has begun. Parking is the same protocol without a joiner.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,6 +64,7 @@ class MembershipMachine(Machine[Event, Effect]):
             ev.Reported: self._on_reported,
             ev.Promised: self._on_promised,
             ev.DeathNoticed: self._on_death,
+            ev.HostLost: self._on_host_lost,
             ev.ProcessGone: self._on_gone,
             ev.Suspected: self._on_suspected,
             ev.WorkBegan: self._on_work_began,
@@ -218,14 +219,18 @@ class MembershipMachine(Machine[Event, Effect]):
         record = self._current(event.member)
         if record is None or record.over:
             return
-        self._lose(record, record.why_ended(event.cause))
+        self._lose([(record, record.why_ended(event.cause))])
+
+    def _on_host_lost(self, event: ev.HostLost) -> None:
+        records = [record for member in event.members if (record := self._current(member))]
+        self._lose([(record, record.why_ended(event.cause)) for record in records if not record.over])
 
     def _on_gone(self, event: ev.ProcessGone) -> None:
         record = self._current(event.member)
         if record is None or record.gone:
             return
         if not record.over:
-            self._lose(record, record.why_ended(f"died: {event.status}"))
+            self._lose([(record, record.why_ended(f"died: {event.status}"))])
         record.gone = True
         if not record.fenced and not record.failed:
             record.reason = record.why_ended(f"died: {event.status}")
@@ -300,16 +305,21 @@ class MembershipMachine(Machine[Event, Effect]):
         record.fenced = record.fenced or reason
         self._effects.append(ev.Fence(record.member, reason))
 
-    def _lose(self, record: RankRecord, reason: str) -> None:
-        was_seated = self.view.seat(record.member.rank) is not None
-        record.lost(self.now_ms, reason)
-        self._move(record, "stopped" if self.stopping else "lost", reason)
-        if self.attempt and record.member in self.attempt.joiners | self.view.members:
+    def _lose(self, losses: Sequence[tuple[RankRecord, str]]) -> None:
+        """Records and why: all in one view."""
+        seated = self.view.members
+        for record, reason in losses:
+            record.lost(self.now_ms, reason)
+            self._move(record, "stopped" if self.stopping else "lost", reason)
+        lost = {record.member for record, _ in losses}
+        if self.attempt and lost & (self.attempt.joiners | seated):
             self._abort()
-        if was_seated:
-            seats = tuple(seat for seat in self.view.seats if seat.member != record.member)
+        if lost & seated:
+            seats = tuple(seat for seat in self.view.seats if seat.member not in lost)
             self._publish_view(seats, self.view.park_at)
-            self._effects.append(ev.MemberDown(record.member, reason))
+            self._effects += [
+                ev.MemberDown(record.member, reason) for record, reason in losses if record.member in seated
+            ]
 
     def _plan_relaunch(self, record: RankRecord) -> None:
         if self._all_failed_alike():

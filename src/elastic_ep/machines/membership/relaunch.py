@@ -27,6 +27,10 @@ CRASH_SIGNALS = frozenset(
 """Signals that say that a process went wrong by itself."""
 
 
+HOST_LOST = "its host is lost"
+"""The status of whoever was on a host that was lost: what its process did nobody knows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Death:
     """`status` as the launcher gives it; `served_ms` is how long the rank had its seat, None if it never had one.
@@ -50,9 +54,9 @@ def early_deaths(before: int, death: Death, config: MembershipConfig) -> int:
     """Early deaths in a row, this one included, when there were `before` ahead of it.
 
     Whoever has served and was killed from outside is no crash loop, however short it served. One that served long starts
-    anew, and a loss that is laid at a request neither counts nor excuses those before it.
+    anew, and a loss that is laid at a request, or with the whole host, neither counts nor excuses those before it.
     """
-    if death.blameless:
+    if death.blameless or death.status == HOST_LOST:
         return before
     if death.served_ms is None:
         return before + 1

@@ -1,0 +1,392 @@
+"""A host that has joined a group: what `python -m elastic_ep.agent` runs.
+
+It is to its ranks what the run process is to those of the first host: it keeps the host's agent and fork server, the
+windows and the shelf. It decides nothing, and does what the controller says (`wire/host_messages.py`).
+
+It lives as long as it is answered. When its lease ends, whatever the reason, it kills its ranks and joins anew, with
+nothing left of before. Its agent watches over the same lease, in case that this process is stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+import anyio
+import structlog
+
+from elastic_ep.config import PRELOAD, ControlAddress, LogConfig, RankConfig
+from elastic_ep.event_log.files import RANKS, make_private
+from elastic_ep.exchange.windows import Windows, WindowsError
+from elastic_ep.fused.library import Unavailable, best_build, usable_builds
+from elastic_ep.guided.vocabulary import FILE as VOCABULARY
+from elastic_ep.host.agent_messages import Carry, Renewed
+from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
+from elastic_ep.host.keeper import ForkServerFailed, Keeper
+from elastic_ep.host.private_directory import remove
+from elastic_ep.host.server_process import ServerProcess, begun
+from elastic_ep.kv.shelf_file import ShelfError
+from elastic_ep.wire.group_key import GroupKey
+from elastic_ep.wire.host_messages import (
+    Died,
+    Expelled,
+    Fence,
+    GiveUp,
+    HostAlive,
+    HostEvent,
+    HostReady,
+    Join,
+    Launched,
+    LaunchFailed,
+    LaunchWith,
+    Lease,
+    Leave,
+    Left,
+    Reach,
+    Reaped,
+    Refuse,
+    ToHost,
+    Wait,
+    Watch,
+    Welcome,
+)
+from elastic_ep.wire.host_sockets import HostWire
+
+UNANSWERED_S = 5.0
+"""After so long it is said that nobody answers."""
+ENDED, FAILED, USAGE_ERROR = 0, 1, 2
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class JoinOptions:
+    """`address`: this host's own, that others dial. `group`: where the group's first host has others join."""
+
+    group: tuple[str, int]
+    address: str
+    key: GroupKey
+    release: str
+    log_dir: Path
+    log: LogConfig
+
+
+class CannotJoin(RuntimeError):
+    """This host cannot be of use to the group as it is. The message says why, in one line."""
+
+
+class _Then(Enum):
+    """What follows a life of the host."""
+
+    JOIN = "it joins anew"
+    END = "it is over"
+
+
+def local_address(group: tuple[str, int]) -> str:
+    """This machine's address, as seen from the group. Raises OSError."""
+    family = socket.AF_INET6 if ":" in group[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((group[0], group[1] or 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+
+
+async def live(options: JoinOptions, stop: anyio.Event) -> int:
+    """Join, again and again, until the group or `stop` says that it is over; the exit status."""
+    status = ENDED
+    then = _Then.JOIN
+    try:
+        while then is _Then.JOIN and not stop.is_set():
+            with begun(PRELOAD) as server:
+                then = await _Life(options, stop).run(server)
+    except* CannotJoin as errors:  # in groups, as it went through groups of tasks
+        status = USAGE_ERROR
+        log.error(_words(errors))
+    except* ForkServerFailed as errors:
+        status = FAILED
+        log.error(_words(errors))
+    return status
+
+
+def _words(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error)
+
+
+class _Life:
+    """From joining to the end of the lease."""
+
+    def __init__(self, options: JoinOptions, stop: anyio.Event) -> None:
+        self._options = options
+        self._stop = stop
+        self._over = anyio.Event()
+        self._welcomed = anyio.Event()
+        self._welcome: Welcome | None = None
+        self._then = _Then.JOIN
+        self._error: str | None = None
+        self._keeper: Keeper | None = None
+        self._waits = False
+        self._number = 0
+        self._sent: dict[int, int] = {}
+        """When each sign of life was sent that is not answered, CLOCK_BOOTTIME nanoseconds."""
+        self._until_ns = 0
+        self._orders: list[ToHost] = []
+        """That came while the keeper was not there yet."""
+
+    async def run(self, server: ServerProcess | None) -> _Then:
+        """Raises `CannotJoin`, `ForkServerFailed`."""
+        group, port = self._options.group
+        token = secrets.token_hex(8).encode()
+        self._wire = HostWire(group, port, self._options.key, token, self._hear, self._misunderstand)
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._until_stopped)
+                self._wire.send(Join(self._options.address, self._options.release, _builds()))
+                await self._until_welcome()
+                if self._welcome is not None and not self._over.is_set():
+                    await self._serve(self._welcome, server)
+                tasks.cancel_scope.cancel()
+        finally:
+            self._wire.close()
+        if self._error is not None:
+            raise CannotJoin(self._error)
+        return self._then
+
+    async def _until_stopped(self) -> None:
+        await self._stop.wait()
+        self._end(_Then.END)
+
+    def _end(self, then: _Then) -> None:
+        if not self._over.is_set():
+            self._then = then
+            self._over.set()
+            self._welcomed.set()
+
+    async def _until_welcome(self) -> None:
+        while not self._welcomed.is_set():
+            with anyio.move_on_after(UNANSWERED_S):
+                await self._welcomed.wait()
+                return
+            if not self._waits:
+                log.warning(
+                    "nobody answers: is the group there, and does it have the same key?",
+                    join=f"{self._options.group[0]}:{self._options.group[1]}",
+                )
+
+    # The group
+
+    def _hear(self, message: ToHost) -> None:
+        match message:
+            case Wait(why):
+                self._waits = True
+                log.info("this host waits for a place", why=why)
+            case Refuse(why):
+                self._error = f"the group refuses this host: {why}"
+                self._end(_Then.END)
+            case Welcome():
+                self._welcome = message
+                self._welcomed.set()
+            case Lease(number):
+                self._renewed(number)
+            case Expelled():
+                log.warning("the group has taken this host for dead: its ranks end, and it joins anew")
+                self._end(_Then.JOIN)
+            case Leave():
+                log.info("the group stops")
+                self._end(_Then.END)
+            case _ if self._keeper is None:
+                self._orders.append(message)
+            case _:
+                self._carry_out(self._keeper, message)
+
+    def _carry_out(self, keeper: Keeper, order: ToHost) -> None:
+        match order:
+            case LaunchWith(member, config):
+                keeper.launch(member, self._own(config))
+            case Watch(member):
+                keeper.watch(member)
+            case Fence(member):
+                keeper.kill(member)
+            case Reach():
+                keeper.reach(order)
+            case GiveUp():
+                keeper.give_up(order)
+
+    def _misunderstand(self, why: str) -> None:
+        self._error = f"the group is not understood: {why}"
+        self._end(_Then.END)
+
+    # The lease
+
+    async def _stay_alive(self, lease_ms: int, beat_ms: int) -> None:
+        self._lease_ns = lease_ms * 1_000_000
+        self._until_ns = _now_ns() + self._lease_ns  # nothing runs here before the first answer
+        while _now_ns() < self._until_ns:
+            self._number += 1
+            self._sent[self._number] = _now_ns()
+            self._wire.send(HostAlive(self._number))
+            await anyio.sleep(beat_ms / 1000)
+        log.warning("the group was not heard of for too long: this host's ranks end", for_s=lease_ms / 1000)
+        self._end(_Then.JOIN)
+
+    def _renewed(self, number: int) -> None:
+        sent_ns = self._sent.get(number)
+        if sent_ns is None:
+            return
+        self._sent = {later: at for later, at in self._sent.items() if later > number}
+        self._until_ns = max(self._until_ns, sent_ns + self._lease_ns)
+        if self._keeper is not None:
+            self._keeper.renew(Renewed(self._until_ns))
+
+    # The ranks
+
+    async def _serve(self, welcome: Welcome, server: ServerProcess | None) -> None:
+        config = RankConfig.from_json(welcome.config)
+        self._check(config)
+        timing = config.timing
+        with (
+            _directory() as directory,
+            self._files(welcome, config) as files,
+            self._listener(welcome) as carrier,
+        ):
+            if welcome.vocabulary:
+                (directory / VOCABULARY).write_bytes(welcome.vocabulary)
+            self._told = self._as_here(welcome, config, directory)
+            options = LaunchOptions(
+                entry=welcome.entry,
+                preload=welcome.preload,
+                directory=str(directory),
+                timing=timing,
+                log=self._options.log,
+            )
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._stay_alive, timing.lease_ms, timing.host_beat_ms)
+                async with Keeper(options, files, begun=server) as keeper:
+                    key = self._options.key.carriers
+                    keeper.carry(
+                        Carry(welcome.hosts, welcome.host, welcome.incarnation, key, welcome.shape), carrier
+                    )
+                    await self._start(keeper)
+                    if not self._over.is_set():
+                        self._keeper = keeper
+                        for order in self._orders:
+                            self._carry_out(keeper, order)
+                        self._wire.send(HostReady(carrier.getsockname()[1]))
+                        log.info(
+                            "this host is in the group", host=welcome.host, address=self._options.address
+                        )
+                    await self._over.wait()
+                    self._keeper = None
+                tasks.cancel_scope.cancel()
+            self._wire.send(Left())
+
+    async def _start(self, keeper: Keeper) -> None:
+        async with anyio.create_task_group() as tasks:
+
+            async def leave() -> None:
+                await self._over.wait()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(leave)
+            await keeper.start(self._on_event)
+            tasks.cancel_scope.cancel()
+
+    def _on_event(self, event: HostEvent) -> None:
+        if isinstance(event, Launched | LaunchFailed | Died | Reaped):
+            self._wire.send(event)
+
+    def _check(self, config: RankConfig) -> None:
+        """Raises `CannotJoin`."""
+        if not (Path(config.model) / "config.json").is_file():
+            raise CannotJoin(
+                f"the group's model is in {config.model}, and this host has none there: put a copy in that place"
+            )
+        if config.fused:
+            try:
+                best_build()
+            except Unavailable as error:
+                raise CannotJoin(str(error)) from error
+
+    def _as_here(self, welcome: Welcome, config: RankConfig, directory: Path) -> RankConfig:
+        """What is this host's own in the configuration of its ranks."""
+        event_log = config.event_log
+        if event_log is not None:
+            folder = self._options.log_dir.resolve() / welcome.run / RANKS
+            with suppress(FileExistsError):  # the first host's, on the same disk, or of a life before
+                make_private(folder)
+            event_log = replace(event_log, folder=str(folder))
+        return replace(
+            config,
+            directory=str(directory),
+            host_address=self._options.address,
+            event_log=event_log,
+            control=ControlAddress(
+                self._options.group[0],
+                welcome.pub_port,
+                welcome.rank_port,
+                self._options.key.secret.hex(),
+            ),
+        )
+
+    def _own(self, config_json: str) -> str:
+        told, here = RankConfig.from_json(config_json), self._told
+        return replace(
+            told,
+            directory=here.directory,
+            host_address=here.host_address,
+            event_log=here.event_log,
+            control=here.control,
+        ).to_json()
+
+    @contextmanager
+    def _files(self, welcome: Welcome, config: RankConfig) -> Iterator[SharedFiles]:
+        """Raises `CannotJoin`."""
+        fds: list[int] = []
+        try:
+            fds.append(Windows.create(welcome.shape, carried=True))
+            fds.append(config.shelf.create() if config.shelf else os.open(os.devnull, os.O_RDONLY))
+            yield SharedFiles(*fds)
+        except (WindowsError, ShelfError) as error:
+            raise CannotJoin(f"too little memory for this group's ranks: {error.strerror}") from error
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    @contextmanager
+    def _listener(self, welcome: Welcome) -> Iterator[socket.socket]:
+        """Raises `CannotJoin`."""
+        address = self._options.address
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            listener = socket.create_server((address, welcome.carrier_port), family=family)
+        except OSError as error:
+            raise CannotJoin(
+                f"cannot listen at {address}:{welcome.carrier_port} ({error.strerror}): give --address, one of this "
+                "machine's"
+            ) from error
+        with listener:
+            yield listener
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="elastic_ep-"))
+    try:
+        yield directory
+    finally:
+        remove(directory)
+
+
+def _builds() -> tuple[str, ...]:
+    return tuple(usable_builds())
+
+
+def _now_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
