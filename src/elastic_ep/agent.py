@@ -16,8 +16,8 @@ import structlog
 from elastic_ep import logs, titles
 from elastic_ep.command_line import Help, Parser
 from elastic_ep.config import LOG_LEVELS, ConfigError, LogConfig, address_of
-from elastic_ep.host.joined import USAGE_ERROR, JoinOptions, live, local_address
 from elastic_ep.host.scheduling import make_prompt
+from elastic_ep.joined import USAGE_ERROR, JoinOptions, live, local_address
 from elastic_ep.wire.group_key import BadKey, GroupKey
 
 

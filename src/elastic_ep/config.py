@@ -12,6 +12,7 @@ from elastic_ep.kv.shelf_file import ShelfLayout
 from elastic_ep.placement import Placement
 from elastic_ep.timing import USUAL, Timing
 from elastic_ep.wire.codec import decode, encode
+from elastic_ep.wire.control_address import ControlAddress
 from elastic_ep.wire.slot_messages import PeerWeights
 
 PAGE_SIZE = 16
@@ -35,6 +36,7 @@ OWN_PATHS = frozenset({
 """How the HTTP API's paths begin."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MOST_RANKS = 64
+LOCAL_ADDRESS = "127.0.0.1"
 MOST_PORT = 65535 - 3
 """Of those that hosts join at: the three after it are used, too."""
 PRELOAD = ("torch", "elastic_ep.rank.process", "elastic_ep.guided.shared", "elastic_ep.fused.library")
@@ -91,19 +93,6 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ControlAddress:
-    """Where ranks of other hosts find the run process, and the group's key, in hexadecimal.
-
-    HAZARD: a secret. It is in the configuration of ranks on a host that has joined, which a file in memory holds.
-    """
-
-    host: str
-    pub_port: int
-    rank_port: int
-    key: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
 class RankConfig:
     """All that one launch of a rank needs to know; travels through the fork server as JSON."""
 
@@ -136,7 +125,7 @@ class RankConfig:
     """What carries rows between GPUs."""
     gpu_memory_utilization: float | None = None
     """Of its GPU's memory, for all ranks on it: what a rank's share has left is KV cache. None: it is not sized so."""
-    host_address: str = "127.0.0.1"
+    host_address: str = LOCAL_ADDRESS
     """Of this machine, that ranks of other hosts dial to read weights out of this one's memory."""
     control: ControlAddress | None = None
     """None: in `directory`."""

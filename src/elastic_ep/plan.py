@@ -10,6 +10,7 @@ from pathlib import Path
 
 from elastic_ep.config import (
     ALL2ALL_BACKENDS,
+    LOCAL_ADDRESS,
     MOST_MODEL_LEN,
     ConfigError,
     EngineLimits,
@@ -126,7 +127,7 @@ class ServePlan:
             placement=self.placement,
             all2all_backend=self.config.all2all_backend,
             gpu_memory_utilization=self.memory_utilization,
-            **({"host_address": self.config.joined_at[0]} if self.config.hosts > 1 else {}),
+            host_address=self.config.joined_at[0] if self.config.hosts > 1 else LOCAL_ADDRESS,
             log=self.config.log,
         )
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +73,7 @@ from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.plan import ServePlan, make_plan
 from elastic_ep.wire.group_key import BadKey, GroupKey
 from elastic_ep.wire.host_messages import Reach, Welcome
+from elastic_ep.wire.host_sockets import HostsWire
 from elastic_ep.wire.sockets import CARRIER_PORT, ControllerWire
 
 SWITCH_INTERVAL_S = 0.0005
@@ -358,7 +359,7 @@ class RunProcess:
             config=told.to_json(),
             entry=self._rank_entry,
             preload=_PRELOAD[plan.device],
-            shape=plan.shape,
+            shape=astuple(plan.shape),
             vocabulary=vocabulary.read_bytes() if vocabulary.exists() else b"",
             run="" if self._log.path is None else self._log.path.parent.name,
             pub_port=wire.ports[0],
@@ -370,8 +371,6 @@ class RunProcess:
                 HostsConfig(
                     hosts=config.host_of_rank,
                     address=address,
-                    port=port,
-                    key=guard.key,
                     release=version(),
                     welcome=welcome,
                     fused=plan.fused,
@@ -379,8 +378,7 @@ class RunProcess:
                     timing=config.timing,
                 ),
                 keeper,
-                wire.context,
-                guard,
+                partial(HostsWire, wire.context, guard, address, port),
             )
         except zmq.ZMQError as error:
             raise _no_room(config, error) from error
@@ -417,12 +415,7 @@ class RunProcess:
         """On a GPU ranks have none; what they inherit is a descriptor all the same."""
         try:
             needed = self._plan.device == "cpu"
-            carried = self._config.hosts > 1
-            fd = (
-                Windows.create(self._plan.shape, carried=carried)
-                if needed
-                else os.open(os.devnull, os.O_RDONLY)
-            )
+            fd = self._create_windows() if needed else os.open(os.devnull, os.O_RDONLY)
         except WindowsError as error:
             raise ConfigError(
                 f"{error.strerror}: fewer --ranks or a smaller --max-num-batched-tokens need less"
@@ -431,6 +424,11 @@ class RunProcess:
             yield fd
         finally:
             os.close(fd)
+
+    def _create_windows(self) -> int:
+        if self._config.hosts == 1:
+            return Windows.create(self._plan.shape)
+        return Windows.create(self._plan.shape, carried=True)
 
     @contextmanager
     def _shelf(self) -> Iterator[int]:
@@ -566,7 +564,7 @@ class RunProcess:
             controller.feed(ev.Start())
 
 
-def _no_room(config: ServeConfig, error: OSError) -> ConfigError:
+def _no_room(config: ServeConfig, error: OSError | zmq.ZMQError) -> ConfigError:
     return ConfigError(
         f"cannot listen at --hosts-address {config.hosts_address}, or at one of the three ports after it "
         f"({error.strerror}): give an address of this machine, and another port, or port 0 for any free ones"

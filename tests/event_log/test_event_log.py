@@ -253,6 +253,7 @@ WORDS_OF_OUR_OWN = {
     "StartFailed.reason": "RankRecord.start_failure",
     "Copied.error": "of a rank's slots' thread, which sees weights alone",
     "DeathNoticed.cause": "the controller's",
+    "HostLost.cause": "the controller's",
     "Fault.reason": "the machine's: numbers of requests and places",
     "Fence.reason": "another event's",
     "Finish.reason": "as in Token.finish",

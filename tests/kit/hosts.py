@@ -135,6 +135,10 @@ class Group:
         self.hosts[address] = host
         return host
 
+    def close(self) -> None:
+        for host in self.hosts.values():
+            host.close()
+
 
 @contextmanager
 def group(
@@ -168,7 +172,7 @@ def group(
         stack.callback(_end, process, lines)
         join = lines.await_line(r"join=(\S+)")[1]
         made = Group(Server(process, "", folder, 0.0), lines, join, key, logs)
-        stack.callback(lambda: [host.close() for host in made.hosts.values()])
+        stack.callback(made.close)
         for address, prefix in zip(addresses[1:], prefixes[1:], strict=True):
             made.start(address, prefix)
         url, run_dir = await_ready(process)

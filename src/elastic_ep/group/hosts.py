@@ -18,13 +18,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import structlog
-import zmq
 
 from elastic_ep.host.keeper import Keeper
 from elastic_ep.machines.membership.relaunch import HOST_LOST
 from elastic_ep.timing import Timing
-from elastic_ep.wire.group_key import GroupKey
-from elastic_ep.wire.guard import Guard
 from elastic_ep.wire.host_messages import (
     Died,
     Expelled,
@@ -53,6 +50,9 @@ from elastic_ep.wire.host_messages import (
 from elastic_ep.wire.host_sockets import HostsWire
 from elastic_ep.wire.messages import Member
 
+OpenWire = Callable[
+    [Callable[[bytes, FromHost], None], Callable[[bytes], None], Callable[[bytes, str], None]], HostsWire
+]
 HERE = 0
 """The number of the run process's own host."""
 log = structlog.get_logger()
@@ -64,8 +64,6 @@ class HostsConfig:
 
     hosts: tuple[int, ...]
     address: str
-    port: int
-    key: GroupKey
     release: str
     welcome: Welcome
     fused: str
@@ -102,14 +100,13 @@ class _Place:
 
 
 class Hosts:
-    """What `Keeper` is for one host: `launch`, `watch`, `kill`, `hear`. Raises `zmq.ZMQError` if nobody can listen."""
+    """What `Keeper` is for one host: `launch`, `watch`, `kill`, `hear`."""
 
     def __init__(
         self,
         config: HostsConfig,
         keeper: Keeper,
-        context: zmq.Context[zmq.Socket[bytes]],
-        guard: Guard,
+        open_wire: OpenWire,
     ) -> None:
         self._config = config
         self._keeper = keeper
@@ -120,9 +117,7 @@ class Hosts:
         """Who wants to join, in the order of asking."""
         self._on_event: Callable[[HostEvent], None] = lambda _event: None
         self._closing = False
-        self._wire = HostsWire(
-            context, guard, config.address, config.port, self._on_message, self._on_closed, self._on_bad
-        )
+        self._wire = open_wire(self._on_message, self._on_closed, self._on_bad)
 
     @property
     def port(self) -> int:
@@ -232,8 +227,8 @@ class Hosts:
     def _on_join(self, token: bytes, join: Join) -> None:
         if self._closing:
             self._wire.send(token, Leave())
-        elif token in self._tokens():
-            pass  # said again, as its connection was made anew
+        elif token in self._tokens() or token in self._waiting:
+            pass  # it says so again and again
         elif why := self._unfit(join):
             log.error("a host is refused", address=join.address, why=why)
             self._wire.send(token, Refuse(why))

@@ -374,8 +374,10 @@ class Keeper:
         self._send(AllAdopted())
         if self._carried is not None and self._listener is not None:
             self._send(self._carried, self._listener.fileno())
-        for message in (*self._given_up.values(), *self._reached.values()):
-            self._send(message)
+        for whom in self._given_up.values():
+            self._send(whom)
+        for where in self._reached.values():
+            self._send(where)
         if self._renewed is not None:
             self._send(self._renewed)
         for rank in self._ranks.values():

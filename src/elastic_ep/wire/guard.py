@@ -30,10 +30,17 @@ log = structlog.get_logger()
 
 
 class Guard:
-    """Of all sockets of `context`. On the running event loop. `refused`: connections that were not let in."""
+    """Of all sockets of `context`. On the running event loop. `refused`: connections that were not let in, each of which
+    `on_refused` hears of."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], key: GroupKey) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        key: GroupKey,
+        on_refused: Callable[[], None] = lambda: None,
+    ) -> None:
         self.refused = 0
+        self._on_refused = on_refused
         self.key = key
         self._context = context
         self._keys = key.controller
@@ -60,6 +67,7 @@ class Guard:
             event = parse_monitor_message(parts)
             if event["event"] & _FAILED:
                 self.refused += 1
+                self._on_refused()
                 if (
                     self.refused & (self.refused - 1) == 0
                 ):  # 1, 2, 4, ...: who is refused tries again and again
@@ -74,7 +82,7 @@ class Guard:
         socket.zap_domain = _DOMAIN
         socket.ipv6 = ":" in address
         socket.bind(_endpoint(address, port or "*"))
-        bound = int(socket.last_endpoint.rpartition(b":")[2].rstrip(b"\0"))
+        bound = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         drain = Drain(monitor, on_event)
         drain.start()
         self._drains.append(drain)

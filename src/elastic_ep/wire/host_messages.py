@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.wire.messages import Member
 
 
@@ -168,7 +167,8 @@ class Welcome:
     config: str
     entry: str
     preload: tuple[str, ...]
-    shape: ExchangeShape
+    shape: tuple[int, int, int, int, int, int]
+    """Of the exchange: the fields of `ExchangeShape`."""
     vocabulary: bytes
     run: str
     """What the run's folder of logs is called; "": nothing is logged."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import structlog
 import zmq
 
-from elastic_ep.config import ControlAddress
 from elastic_ep.wire.codec import MalformedMessage, pack, unpack
+from elastic_ep.wire.control_address import ControlAddress
 from elastic_ep.wire.drain import QUEUE_LIMIT, Drain, make_socket
 from elastic_ep.wire.envelope import VERSION, check_version
 from elastic_ep.wire.group_key import GroupKey

@@ -23,8 +23,9 @@ from pathlib import Path
 import anyio
 import structlog
 
-from elastic_ep.config import PRELOAD, ControlAddress, LogConfig, RankConfig
+from elastic_ep.config import PRELOAD, LogConfig, RankConfig
 from elastic_ep.event_log.files import RANKS, make_private
+from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.fused.library import Unavailable, best_build, usable_builds
 from elastic_ep.guided.vocabulary import FILE as VOCABULARY
@@ -34,6 +35,7 @@ from elastic_ep.host.keeper import ForkServerFailed, Keeper
 from elastic_ep.host.private_directory import remove
 from elastic_ep.host.server_process import ServerProcess, begun
 from elastic_ep.kv.shelf_file import ShelfError
+from elastic_ep.wire.control_address import ControlAddress
 from elastic_ep.wire.group_key import GroupKey
 from elastic_ep.wire.host_messages import (
     Died,
@@ -148,7 +150,6 @@ class _Life:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._until_stopped)
-                self._wire.send(Join(self._options.address, self._options.release, _builds()))
                 await self._until_welcome()
                 if self._welcome is not None and not self._over.is_set():
                     await self._serve(self._welcome, server)
@@ -171,6 +172,8 @@ class _Life:
 
     async def _until_welcome(self) -> None:
         while not self._welcomed.is_set():
+            # Again and again: a connection that broke took the question with it.
+            self._wire.send(Join(self._options.address, self._options.release, _builds()))
             with anyio.move_on_after(UNANSWERED_S):
                 await self._welcomed.wait()
                 return
@@ -269,10 +272,8 @@ class _Life:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._stay_alive, timing.lease_ms, timing.host_beat_ms)
                 async with Keeper(options, files, begun=server) as keeper:
-                    key = self._options.key.carriers
-                    keeper.carry(
-                        Carry(welcome.hosts, welcome.host, welcome.incarnation, key, welcome.shape), carrier
-                    )
+                    key, shape = self._options.key.carriers, ExchangeShape(*welcome.shape)
+                    keeper.carry(Carry(welcome.hosts, welcome.host, welcome.incarnation, key, shape), carrier)
                     await self._start(keeper)
                     if not self._over.is_set():
                         self._keeper = keeper
@@ -350,7 +351,7 @@ class _Life:
         """Raises `CannotJoin`."""
         fds: list[int] = []
         try:
-            fds.append(Windows.create(welcome.shape, carried=True))
+            fds.append(Windows.create(ExchangeShape(*welcome.shape), carried=True))
             fds.append(config.shelf.create() if config.shelf else os.open(os.devnull, os.O_RDONLY))
             yield SharedFiles(*fds)
         except (WindowsError, ShelfError) as error:
