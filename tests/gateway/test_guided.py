@@ -10,6 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.guided import GrammarReader
 from elastic_ep.gateway.jobs import JobReader
 from elastic_ep.gateway.settings import ApiSettings
@@ -72,6 +73,43 @@ def test_every_name_for_a_grammar(fields: dict[str, Any], grammar: Grammar | Non
     assert grammar_of(**fields) == grammar
 
 
+GRAMMARS: dict[str, Any] = {
+    "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+    "guided_json": SCHEMA, "json_schema": SCHEMA, "guided_regex": "a+", "regex": "a+", "guided_choice": ["a"],
+    "guided_grammar": EBNF, "ebnf": EBNF, "json": SCHEMA, "json_object": True, "structured regex": "a+",
+    "choice": ["a"], "grammar": EBNF, "no grammar": None, "JSON": {"type": "json_object"}, "text": {"type": "text"},
+}  # fmt: skip
+"""By the field, or the field of `structured_outputs`, that asks for it."""
+DETAILS: dict[str, tuple[str | None, Any]] = {
+    "guided_whitespace_pattern": (None, " ?"), "whitespace_pattern": ("structured_outputs", " ?"),
+    "disable_any_whitespace": ("structured_outputs", True), "json_schema": ("response_format", {"schema": {}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("detail", DETAILS)
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_what_is_said_of_a_grammar_beside_it_changes_it_or_is_refused(name: str, detail: str) -> None:
+    given = GRAMMARS[name]
+    field = {"JSON": "response_format", "text": "response_format", "structured regex": "regex"}.get(
+        name, name
+    )
+    of_new = name in ("json", "json_object", "structured regex", "choice", "grammar")
+    body = {"structured_outputs": {field: given}} if of_new else {field: given} if given is not None else {}
+    inside, value = DETAILS[detail]
+    if inside == "response_format" and field != "response_format":
+        return
+    more = {inside: {**body.get(inside, {}), detail: value}} if inside else {detail: value}
+    plain, fault = grammar_of(**body), None
+    try:
+        changed = grammar_of(**{**body, **more})
+    except ApiError as error:
+        changed, fault = None, error
+    if fault is None:
+        assert changed != plain
+    else:
+        assert (fault.param, fault.code) == (f"{inside}.{detail}" if inside else detail, "invalid_value")
+
+
 async def refused(running: Running, path: str = "/v1/completions", **fields: Any) -> tuple[str, str, str]:
     asked = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
     async with running.http.post(running.url + path, json=asked | fields) as response:
@@ -113,6 +151,15 @@ async def test_what_is_refused_names_the_field_and_the_place(start: Start) -> No
             "needs 'guided_json'",
         ),
         ({"guided_json": {}, "guided_whitespace_pattern": "("}, "guided_json", "unclosed"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "at least 1"),
+        ({"structured_outputs": {"grammar": ""}}, "structured_outputs.grammar", "at least 1"),
+        ({"structured_outputs": {"json": ""}}, "structured_outputs.json", "not JSON"),
+        (
+            {"structured_outputs": {"json": {}, "whitespace_pattern": "", "disable_any_whitespace": True}},
+            "structured_outputs.whitespace_pattern",
+            "with 'disable_any_whitespace'",
+        ),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos", "with a grammar"),
         ({"regex": "a", "allowed_token_ids": [5]}, "allowed_token_ids", "with a grammar"),
     ]

@@ -121,6 +121,7 @@ class Tokenize(ChatPrompt):
 
 
 class Detokenize(Body):
+    model: Text | None = None
     tokens: list[int]
 
 

@@ -37,7 +37,10 @@ Schema = Annotated[
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "string"}]}),
     Field(description="A JSON Schema; its JSON as a string will do, too."),
 ]
-Choices = Annotated[list[Text], Array(most=10_000)]
+_MOST_CHOICES = 10_000
+Choices = Annotated[list[Text], Array(most=_MOST_CHOICES)]
+_NotEmpty = Annotated[Text, Field(min_length=1)]
+"""In an object that is there for a grammar alone; beside other fields an empty one is none, as clients send it."""
 
 
 class JsonSchemaFormat(Body):
@@ -69,9 +72,9 @@ class StructuredOutputs(_Whole):
 
     refused = unsupported.STRUCTURED_OUTPUTS
     given_json: Schema = Field(None, alias="json")
-    regex: Text = ""
-    choice: Choices = Field(default_factory=list)
-    grammar: Text = Field("", description="In EBNF or Lark.")
+    regex: _NotEmpty | None = None
+    choice: Annotated[Choices, Array(1, _MOST_CHOICES)] | None = None
+    grammar: _NotEmpty | None = Field(None, description="In EBNF or Lark.")
     json_object: bool = False
     whitespace_pattern: Text | None = Field(None, description="Of what may stand between parts of JSON.")
     disable_any_whitespace: bool = Field(False, description="JSON without blanks.")
@@ -148,8 +151,7 @@ class GrammarReader:
 
     def read(self, values: Guiding) -> Grammar | None:
         asked = [(param, make) for param, given, make in _wishes(values) if given]
-        if values.guided_whitespace_pattern is not None and not any("json" in param for param, _ in asked):
-            raise bad_value("guided_whitespace_pattern", "needs 'guided_json' beside it.")
+        _check_details(values, [param for param, _ in asked])
         if not asked:
             return None
         if len(asked) > 1:
@@ -225,12 +227,12 @@ def _wishes(values: Guiding) -> list[tuple[str, bool, Callable[[], Grammar]]]:
         wishes += [
             (
                 "structured_outputs.json",
-                _given(new.given_json),
+                new.given_json is not None,
                 lambda: _schema(new.given_json, blanks, compact=compact),
             ),
-            ("structured_outputs.regex", bool(new.regex), lambda: grammars.regex(new.regex)),
-            ("structured_outputs.choice", bool(new.choice), lambda: grammars.choice(new.choice)),
-            ("structured_outputs.grammar", bool(new.grammar), lambda: grammars.ebnf(new.grammar)),
+            ("structured_outputs.regex", bool(new.regex), lambda: grammars.regex(new.regex or "")),
+            ("structured_outputs.choice", bool(new.choice), lambda: grammars.choice(new.choice or [])),
+            ("structured_outputs.grammar", bool(new.grammar), lambda: grammars.ebnf(new.grammar or "")),
             (
                 "structured_outputs.json_object",
                 new.json_object,
@@ -238,6 +240,30 @@ def _wishes(values: Guiding) -> list[tuple[str, bool, Callable[[], Grammar]]]:
             ),
         ]
     return wishes
+
+
+def _check_details(values: Guiding, asked: Sequence[str]) -> None:
+    """Raises `ApiError` for what says more about a grammar than the one that is `asked` for has."""
+    old = ("guided_json", "json_schema", "response_format.json_schema.schema")
+    details: list[tuple[str, bool, tuple[str, ...]]] = [
+        ("guided_whitespace_pattern", values.guided_whitespace_pattern is not None, old),
+    ]
+    if (new := values.structured_outputs) is not None:
+        json_texts = ("structured_outputs.json", "structured_outputs.json_object")
+        details += [
+            ("structured_outputs.whitespace_pattern", new.whitespace_pattern is not None, json_texts),
+            ("structured_outputs.disable_any_whitespace", new.disable_any_whitespace, json_texts),
+        ]
+        if new.disable_any_whitespace and new.whitespace_pattern is not None:
+            raise bad_value(
+                "structured_outputs.whitespace_pattern", "cannot be honoured with 'disable_any_whitespace'."
+            )
+    for name, given, beside in details:
+        if given and not set(beside) & set(asked):
+            raise bad_value(name, f"needs '{beside[0]}' beside it.")
+    form = values.response_format
+    if form is not None and form.json_schema is not None and form.type != "json_schema":
+        raise bad_value("response_format.json_schema", "needs 'response_format.type' to be \"json_schema\".")
 
 
 def _required(form: JsonSchemaFormat | None) -> JsonSchemaFormat:

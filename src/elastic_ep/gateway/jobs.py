@@ -25,7 +25,7 @@ from elastic_ep.gateway.prompts import PromptReader, without_cut_tokens
 from elastic_ep.gateway.responses.body import RENAMED as RESPONSES_NAMES
 from elastic_ep.gateway.responses.body import About, Named, head, items_of
 from elastic_ep.gateway.responses.body import as_chat as responses_as_chat
-from elastic_ep.gateway.sampling import alone, giving, sampling, seed
+from elastic_ep.gateway.sampling import alone, bad_words, giving, sampling, seed
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.unknown import names, unknown
@@ -47,14 +47,15 @@ class JobReader:
         self.prompts = PromptReader(settings, text)
 
     def completion(self, body: dict[str, Any]) -> Job:
-        values = read(self._bodies.completion, without_cut_tokens(body))
-        self._check_model(values.model)
+        values = read(self._bodies.completion, without_cut_tokens(body, self.prompts.most(None)))
+        self.check_model(values.model)
         logprobs = values.logprobs
         if values.best_of not in (None, values.n):
             raise unsupported("best_of", "cannot be honoured here with a value other than n.")
         prompts = values.prompt
         self._check_choices(len(prompts), values.n)
         grammar = self._grammar(values)
+        words = self._bad_words(values)
         default = min(_COMPLETION_MAX_TOKENS, self._settings.defaults.max_tokens or _COMPLETION_MAX_TOKENS)
         parts = []
         for prompt in prompts:
@@ -69,7 +70,7 @@ class JobReader:
             echo = ""
             if values.echo:
                 echo = prompt if isinstance(prompt, str) and ids == encoded else self._text.decode(ids)
-            params = sampling(self._settings, self._text, values, limit, logprobs, grammar)
+            params = sampling(self._settings, values, limit, logprobs, grammar, words)
             parts.append(self._part(ids, params, values, echo, logprobs if values.echo else None))
         return _job(values, tuple(parts), logprobs)
 
@@ -105,14 +106,14 @@ class JobReader:
         values = read(self._bodies.count, body)
         with _renamed(MESSAGES_NAMES):
             chat = read(self._bodies.chat, messages_as_chat(body, values, self._model))
-            self._check_model(chat.model)
+            self.check_model(chat.model)
             return len(self.prompts.conversation(chat)[1])
 
     def chat_tokens(self, body: dict[str, Any]) -> tuple[int, ...]:
         """Of the prompt that the fields of a conversation in `body` make."""
         asked = {name: body[name] for name in (*ChatPrompt.model_fields, "model") if name in body}
         values = read(self._bodies.chat, asked)
-        self._check_model(values.model)
+        self.check_model(values.model)
         return self.prompts.conversation(values)[1]
 
     @property
@@ -132,7 +133,7 @@ class JobReader:
 
     def chat(self, body: dict[str, Any]) -> Job:
         values = read(self._bodies.chat, body)
-        self._check_model(values.model)
+        self.check_model(values.model)
         if values.top_logprobs and not values.logprobs:
             raise bad_value("top_logprobs", "needs 'logprobs' to be true.")
         logprobs = values.top_logprobs if values.logprobs else None
@@ -148,7 +149,8 @@ class JobReader:
         form = message_form(self._settings, values, prompt, guided=grammar is not None)
         if form is not None and form.calls in (NAMED, REQUIRED):
             grammar = self._certain(values, form, grammar)
-        part = self._part(ids, sampling(self._settings, self._text, values, limit, logprobs, grammar), values)
+        words = self._bad_words(values)
+        part = self._part(ids, sampling(self._settings, values, limit, logprobs, grammar, words), values)
         return _job(values, (part,), logprobs, form)
 
     def _certain(self, values: Chat, form: MessageForm, given: Grammar | None) -> Grammar:
@@ -173,7 +175,7 @@ class JobReader:
         part = Part(prompt, params, seed(values.seed), limit, echo, special)
         return replace(part, beginnings=beginnings(part.begun, page_size)) if page_size else part
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
         if name is not None and not self._settings.knows(name):
             raise unknown_model(name)
 
@@ -181,6 +183,9 @@ class JobReader:
         if prompts * n > self._settings.max_choices:
             most = self._settings.max_choices
             raise bad_value("n", f"times the number of prompts must be at most {most}, not {prompts * n}.")
+
+    def _bad_words(self, values: Generating) -> tuple[tuple[int, ...], ...]:
+        return bad_words(self.prompts, values.bad_words, self._settings.vocab_size)
 
     def _grammar(self, values: Generating) -> Grammar | None:
         grammar = self._grammars.read(values)

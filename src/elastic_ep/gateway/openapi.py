@@ -165,7 +165,7 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
             429,
         ),
         "/detokenize": _post(
-            "Token ids to text.", detokenize_body(settings), _json("Text.", _object(prompt=_STRING)), 429
+            "Token ids to text.", detokenize_body(settings), _json("Text.", _object(prompt=_STRING)), 404, 429
         ),
     }
 

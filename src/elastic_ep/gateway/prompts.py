@@ -12,6 +12,7 @@ from elastic_ep.gateway.errors import ApiError, prompt_too_long
 from elastic_ep.gateway.fields import LONE_SURROGATE, bad_value, is_encodable, unsupported
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import CannotContinue, ChatTemplateError, ChatTokenizer, PromptTooLong
+from elastic_ep.models.config_json import as_integer
 
 
 class PromptReader:
@@ -45,8 +46,12 @@ class PromptReader:
         if keep == 0:
             raise bad_value("truncate_prompt_tokens", "must be at least 1, or -1.")
         if keep < 0:
-            keep = max(1, self._settings.max_model_len - (asked or 1))
+            keep = self.most(asked)
         return prompt[-keep:] if values.truncation_side == "left" else prompt[:keep]
+
+    def most(self, asked: int | None) -> int:
+        """Tokens of a prompt to which `asked` are to be generated, one at least."""
+        return max(1, self._settings.max_model_len - (asked or 1))
 
     def room(self, prompt: tuple[int, ...], asked: int | None, param: str, *, default: int) -> int:
         """How many tokens may be generated: what was asked for, or `default` as far as the context goes."""
@@ -130,11 +135,15 @@ class PromptReader:
         return prompt_too_long(self._settings.max_model_len, f"at least {at_least}", param)
 
 
-def without_cut_tokens(body: dict[str, Any]) -> dict[str, Any]:
-    """`body` with prompts of token ids as long as 'truncate_prompt_tokens' leaves them: the rest is not looked at."""
-    keep, prompt = body.get("truncate_prompt_tokens"), body.get("prompt")
-    if type(keep) is not int or keep < 1 or not isinstance(prompt, list):
+def without_cut_tokens(body: dict[str, Any], longest: int) -> dict[str, Any]:
+    """`body` with prompts of token ids as long as 'truncate_prompt_tokens' leaves them: the rest is not looked at.
+
+    `longest`: what is left of one at most where as many are to be kept as fit. `PromptReader.cut` has the last word.
+    """
+    keep, prompt = as_integer(body.get("truncate_prompt_tokens")), body.get("prompt")
+    if type(keep) is not int or not isinstance(prompt, list) or keep == 0 or keep < -1:
         return body
+    keep = longest if keep < 0 else keep
     part = slice(None, keep) if body.get("truncation_side") == "right" else slice(-keep, None)
     if prompt and isinstance(prompt[0], list):
         cut = [one[part] if isinstance(one, list) else one for one in prompt]

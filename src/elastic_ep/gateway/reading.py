@@ -70,6 +70,7 @@ class BodyReader:
 
     def _tokenize(self, body: dict[str, Any]) -> bytes:
         values = read(self._bodies.tokenize, body)
+        self._jobs.check_model(values.model)
         if (values.prompt is None) == (values.messages is None):
             raise bad_value("prompt", "or 'messages' must be given, and not both.")
         if values.prompt is None:
@@ -85,6 +86,7 @@ class BodyReader:
 
     def _detokenize(self, body: dict[str, Any]) -> bytes:
         values = read(self._bodies.detokenize, body)
+        self._jobs.check_model(values.model)
         return _json({"prompt": self._text.decode(values.tokens)})
 
 

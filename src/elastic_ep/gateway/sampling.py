@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from elastic_ep.gateway.bodies import Generating
 from elastic_ep.gateway.fields import bad_value, unsupported
+from elastic_ep.gateway.prompts import PromptReader
 from elastic_ep.gateway.settings import ApiSettings
-from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.wire.messages import Grammar, SamplingParams
 
 # Below this the division by the temperature leaves one candidate anyway, or overflows: greedy, as in vLLM.
@@ -17,13 +17,17 @@ _GREEDY_BELOW = 1e-5
 
 def sampling(
     settings: ApiSettings,
-    text: ChatTokenizer,
     values: Generating,
     max_tokens: int,
     logprobs: int | None,
     grammar: Grammar | None,
+    bad_words: tuple[tuple[int, ...], ...],
 ) -> SamplingParams:
     """Raises `ApiError`."""
+    if values.min_tokens > max_tokens:
+        raise bad_value(
+            "min_tokens", f"must be at most the {max_tokens} tokens that may be generated: see 'max_tokens'."
+        )
     temperature = values.temperature
     ends = () if values.ignore_eos else settings.eos_token_ids
     return SamplingParams(
@@ -42,18 +46,22 @@ def sampling(
         logit_bias=values.logit_bias,
         allowed_token_ids=tuple(values.allowed_token_ids),
         grammar=grammar,
-        bad_words=_words(text, values.bad_words, settings.vocab_size),
+        bad_words=bad_words,
     )
 
 
-def _words(text: ChatTokenizer, words: list[str], vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    """Of each the tokens at a text's beginning, and those behind a blank if they are as many, as vLLM has it."""
+def bad_words(prompts: PromptReader, words: list[str], vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    """Of each the tokens at a text's beginning, and those behind a blank if they are as many, as vLLM has it.
+
+    Raises `ApiError`. HAZARD: some milliseconds for many: once a request, not once a prompt.
+    """
     found: list[tuple[int, ...]] = []
     for place, word in enumerate(words):
-        plain = tuple(text.encode(word.lstrip(), add_special_tokens=False))
-        behind = tuple(text.encode(f" {word.lstrip()}", add_special_tokens=False))
+        param = f"bad_words[{place}]"
+        plain = tuple(prompts.encode(word.lstrip(), param, add_special_tokens=False))
+        behind = tuple(prompts.encode(f" {word.lstrip()}", param, add_special_tokens=False))
         if not plain or max(*plain, *behind) >= vocab_size:
-            raise bad_value(f"bad_words[{place}]", "has no tokens, or some that the model does not know.")
+            raise bad_value(param, "has no tokens, or some that the model does not know.")
         found.append(plain)
         if len(behind) == len(plain) and behind[0] != plain[0]:
             found.append(behind)
