@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from elastic_ep.machines.contract import Tick, UnexpectedEvent
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import STEP_GAP_AFTER_TOTAL_LOSS, MembershipMachine
+from elastic_ep.machines.membership.relaunch import HOST_LOST
 from elastic_ep.machines.rank.lifecycle import RANK
 from elastic_ep.placement import EMPTY, Change, launch_placement
 from elastic_ep.timing import MembershipConfig
@@ -242,7 +243,25 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.feed(ev.DeathNoticed(self.member(rank), "killed")) == []
             assert self.machine.state() == before
 
-    @rule(rank=ranks, again=st.booleans(), status=st.sampled_from(["signal 9", "signal 11", "exit status 1"]))
+    @rule(chosen=st.sets(ranks), again=st.booleans())
+    def their_host_is_lost(self, chosen: set[int], again: bool) -> None:
+        lost = ev.HostLost(tuple(self.member(rank) for rank in sorted(chosen)), "a host is lost")
+        seated = self.machine.view.members & set(lost.members)
+        epoch = self.machine.view.epoch
+        self.feed(lost)
+        assert not self.machine.view.members & set(lost.members)
+        if not self.machine.stopping:
+            assert self.machine.view.epoch <= epoch + bool(seated) + 1, "one view for all of them"
+        if again:
+            before = self.machine.state()
+            assert self.feed(lost) == []
+            assert self.machine.state() == before
+
+    @rule(
+        rank=ranks,
+        again=st.booleans(),
+        status=st.sampled_from(["signal 9", "signal 11", "exit status 1", HOST_LOST]),
+    )
     def is_gone(self, rank: int, again: bool, status: str) -> None:
         member = self.member(rank)
         if member not in self.witness.running:
@@ -473,6 +492,23 @@ def serving_with(num_ranks: int, redundant: int | None = None, **config: int) ->
 def kill(machine: MembershipMachine, rank: int) -> list[ev.Effect]:
     member = machine.records[rank].member
     return feed(machine, ev.DeathNoticed(member, "killed"), ev.ProcessGone(member, "SIGKILL"))
+
+
+def test_a_lost_host_is_one_view_and_counts_against_none_of_its_ranks() -> None:
+    machine = serving(4)
+    gone = (Member(2, 1), Member(3, 1))
+    effects = feed(machine, ev.HostLost(gone, "host 1 is lost"))
+    views = [e.body for e in effects if isinstance(e, ev.Publish) and isinstance(e.body, View)]
+    assert [view.members for view in views] == [{Member(0, 1), Member(1, 1)}]
+    assert [e.member for e in effects if isinstance(e, ev.MemberDown)] == list(gone)
+    assert not [e for e in effects if isinstance(e, ev.Launch)], "they may run on"
+    for _ in range(20):
+        for rank in (2, 3):
+            member = machine.records[rank].member
+            launched = feed(machine, ev.ProcessGone(member, HOST_LOST))
+            assert ev.Launch(Member(rank, member.incarnation + 1)) in launched
+        feed(machine, ev.HostLost(tuple(machine.records[rank].member for rank in (2, 3)), "again"))
+    assert machine.records[2].early_deaths == 0
 
 
 def test_the_first_step_is_the_largest_promise() -> None:
