@@ -7,6 +7,7 @@
 * `losses`: real ranks with work are killed; from the kill to the row in the browser's table.
 
     python -m bench.page [--seconds 10] [--kills 8] [--out bench/results/page.json]
+    python -m bench.page --against COMMIT       the frames alone, of that commit's page and of this one, in turns
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from io import BytesIO
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 from tests.gateway.conftest import settings
 from tests.gateway.fakes import sample_text
@@ -32,6 +39,7 @@ from tests.kit.simulated_group import SimulatedGroup
 
 from bench.kit.command_line import command_line
 from elastic_ep.gateway.app import create_app, serve
+from elastic_ep.gateway.page import routes
 from elastic_ep.group.metrics import Metrics
 
 READ = """
@@ -58,6 +66,7 @@ COUNT_FRAMES = """seconds => new Promise(done => {
   requestAnimationFrame(frame);
 })"""
 LIVE_MS = 30_000.0
+ROUNDS = 3
 RANKS = 4
 
 
@@ -105,6 +114,32 @@ async def frames(ranks: int, seconds: float) -> dict[str, Any]:
         "gap_ms": summary(gaps),
         "share of the page's thread in scripts": busy,
     }
+
+
+def page_of(commit: str, folder: Path) -> Path:
+    """The page's files as they were; those that it had not yet are there too, and nothing asks for them."""
+    place = routes.ASSETS.relative_to(Path(__file__).parents[1])
+    packed = subprocess.run(["git", "archive", commit, str(place)], capture_output=True, check=True).stdout
+    shutil.copytree(routes.ASSETS, folder / place)
+    with tarfile.open(fileobj=BytesIO(packed)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / place
+
+
+def against(commit: str, seconds: float) -> dict[str, Any]:
+    """Frames a second of 256 ranks, both pages fed by this server, in turns: the machine is the same for both."""
+    with tempfile.TemporaryDirectory() as scratch:
+        sides = {commit: page_of(commit, Path(scratch)), "this": routes.ASSETS}
+        found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for _ in range(ROUNDS):
+            for side, assets in sides.items():
+                with patch.object(routes, "ASSETS", assets):
+                    found[side].append(asyncio.run(frames(256, seconds)))
+                print(side, found[side][-1], flush=True)
+    return {
+        f"{side}: median frames a second": median(each["frames a second"] for each in rounds)
+        for side, rounds in found.items()
+    } | {"rounds": found}
 
 
 async def _script_share(opened: Tab, seconds: float) -> float:
@@ -172,7 +207,11 @@ def main() -> None:
     parser = command_line(__doc__, "page")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--against", metavar="COMMIT", help="compare the page's frames with that commit's")
     options = parser.parse_args()
+    if options.against is not None:
+        write_result(options.out, against(options.against, options.seconds))
+        return
     result = asyncio.run(measure(options))
     result["losses"] = asyncio.run(losses(options.kills))
     print(result["losses"])

@@ -27,6 +27,7 @@
     state.skew = frame.now_ms - Date.now();
     state.stoppedAt = null;
     if (frame.group) state.group = frame.group;
+    const before = state.ranks.size;
     for (const row of frame.ranks || []) {
       if (row.length === 1) state.ranks.delete(row[0]);
       else state.ranks.set(row[0], named(ROW, row));
@@ -37,9 +38,13 @@
       state.samples.push(...frame.samples);
       state.samples.splice(0, Math.max(0, state.samples.length - KEPT_SAMPLES));
     }
-    if (frame.ranks || frame.moves) { pages.dirty = experts.dirty = lifecycle.dirty = timeline.dirty = true; }
+    // Each is drawn anew for what it shows, and no oftener: with hundreds of ranks some number changes in every frame.
+    const sampled = Boolean(frame.snapshot || frame.samples);
+    if (frame.snapshot || frame.moves || state.ranks.size !== before) experts.dirty = lifecycle.dirty = timeline.dirty = true;
+    if (frame.ranks) state.pagesChanged = true;
+    if (sampled && state.pagesChanged) { pages.dirty = true; state.pagesChanged = false; }
     tell();
-    plots.forEach(plot => plot.update());
+    if (sampled || frame.losses) plots.forEach(plot => plot.update());
     if (layerKey() !== experts.key) fetchLayer();
     operator.tell();
   }
