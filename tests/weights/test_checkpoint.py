@@ -267,6 +267,16 @@ OTHERS: list[dict[str, Any]] = [
     {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
     {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
     {"rope_parameters": {"rope_type": "yarn", "factor": -1.0}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "rope_theta": 8.0},
+    {"rope_parameters": {"rope_type": "yarn", "type": "linear", "factor": 2.0}},
+    {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    {
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+        "original_max_position_embeddings": 128,
+    },
     {"mlp_only_layers": [0]},
     {"decoder_sparse_step": 2},
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from elastic_ep.models.config_json import ConfigFields, shown
 from elastic_ep.models.spec import LinearScaling, Llama3Scaling, LongScaling, Scaling, YarnScaling
@@ -27,6 +28,10 @@ def read_rope(fields: ConfigFields, default_theta: float, head_dim: int, share: 
     Raises `CheckpointError`.
     """
     inside = _inside(fields)
+    for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if fields.has(name) and inside.has(name) and fields.get(name) != inside.get(name):
+            values = f"{shown(inside.get(name))}, and {shown(fields.get(name))} beside it"
+            raise inside.error(name, f"is {values}: which of the two counts?")
     theta = (inside if inside.has("rope_theta") else fields).number("rope_theta", default_theta, 1.0, 1e15)
     dim = _rotated(fields, inside, head_dim, share)
     scaling = _scaling(fields, inside, theta, dim)
@@ -39,7 +44,8 @@ def read_rope(fields: ConfigFields, default_theta: float, head_dim: int, share: 
 
 def _inside(fields: ConfigFields) -> ConfigFields:
     """The object with the details; an empty one if there is none."""
-    found = ConfigFields(fields.file, {})
+    known: dict[str, Any] = {}
+    found = ConfigFields(fields.file, known)
     for name in ("rope_parameters", "rope_scaling"):
         plain = fields.get(name)
         if plain is None:
@@ -51,10 +57,18 @@ def _inside(fields: ConfigFields) -> ConfigFields:
         nested = [key for key, value in plain.items() if isinstance(value, dict)]
         if nested:
             raise fields.error(name, f"differs by layer ({shown(nested)}), which is not supported")
-        kind = plain.get("rope_type", plain.get("type"))
+        kind = plain.get("type") if plain.get("rope_type") is None else plain["rope_type"]
         if not isinstance(kind, str | None) or kind not in _KINDS:
             raise fields.error(name, f"asks for {shown(kind)}; supported are {', '.join(_KINDS[1:])}")
-        found = ConfigFields(fields.file, plain, f"{name}.")
+        if plain.get("type") not in (None, kind):
+            raise fields.error(name, f"asks for {shown(kind)}, and for {shown(plain['type'])}")
+        said = {key: value for key, value in plain.items() if value is not None and key != "type"}
+        if kind is not None:
+            said["rope_type"] = kind
+        if other := [key for key in said if known.get(key, said[key]) != said[key]]:
+            raise fields.error(name, f"has another {other[0]} than rope_parameters: which of the two counts?")
+        known |= said
+        found = ConfigFields(fields.file, known, f"{name}.")
     return found
 
 
