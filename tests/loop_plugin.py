@@ -9,7 +9,6 @@ import gc
 import json
 import selectors
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,15 +52,15 @@ class _Collections:
 
     def __init__(self) -> None:
         self._began = 0.0
-        self._took: deque[tuple[float, float]] = deque(maxlen=100)
-        """(when it ended, how long)"""
+        self._took: tuple[tuple[float, float], ...] = ()
+        """(when it ended, how long). HAZARD: it may come while these are looked at: they are replaced, not changed."""
 
     def __call__(self, phase: str, _info: object) -> None:
         now = time.monotonic()
         if phase == "start":
             self._began = now
         else:
-            self._took.append((now, now - self._began))
+            self._took = (*self._took[-99:], (now, now - self._began))
 
     def since(self, began_s: float) -> float:
         return sum(took for ended, took in self._took if ended > began_s)
