@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.config import ConfigError, EngineLimits, ServeConfig
@@ -69,7 +69,8 @@ def serves(plan: ServePlan) -> None:
         ApiSettings("tiny", plan.limits.max_model_len, plan.model.vocab_size, "0", defaults=plan.defaults),
         plan.text,
     )
-    jobs = [reader.completion({"prompt": [1 % plan.model.vocab_size], "max_tokens": FEW_TOKENS})]
+    tokens = min(FEW_TOKENS, plan.limits.max_model_len - 1)
+    jobs = [reader.completion({"prompt": [1 % plan.model.vocab_size], "max_tokens": tokens})]
     # A template may refuse every message, and a small model may lack the tokens of every text: both are said.
     with suppress(ApiError):
         jobs.append(reader.chat({"messages": [{"role": "user", "content": "A"}], "max_tokens": FEW_TOKENS}))
@@ -86,6 +87,8 @@ def serves(plan: ServePlan) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(PLACES), VALUES)
+@example(("config.json", "max_position_embeddings"), 1)
+@example(("config.json", "max_position_embeddings"), 2)
 def test_any_value_of_any_field_serves_or_is_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, place: tuple[str, str], value: Any
 ) -> None:

@@ -73,11 +73,11 @@ class ConfigFields:
         if self.get(name) not in allowed:
             raise self.error(name, f"is {shown(self.get(name))}; only {allowed[-1]!r} is supported")
 
-    def positive(self, name: str, default: int | None = None, most: int = MOST) -> int:
+    def positive(self, name: str, default: int | None = None, most: int = MOST, least: int = 1) -> int:
         value = self._present(name, default)
         number = as_integer(value)
-        if type(number) is not int or not 0 < number <= most:
-            raise self.error(name, f"must be an integer from 1 to {most}, not {shown(value)}")
+        if type(number) is not int or not least <= number <= most:
+            raise self.error(name, f"must be an integer from {least} to {most}, not {shown(value)}")
         return number
 
     def number(self, name: str, default: float, low: float = 1e-30, high: float = 1e30) -> float:

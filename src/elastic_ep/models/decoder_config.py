@@ -77,7 +77,8 @@ def read_config(
         num_experts=fields.positive(counted, most=MOST_EXPERTS),
         num_experts_per_tok=fields.positive(top_k, default_top_k),
         moe_intermediate_size=fields.positive(inner),
-        max_position_embeddings=fields.positive("max_position_embeddings"),
+        # One token of a prompt, and one to generate.
+        max_position_embeddings=fields.positive("max_position_embeddings", least=2),
         norm_topk_prob=fields.boolean("norm_topk_prob", norm_by_default)
         if norm_topk_prob is None
         else norm_topk_prob,
