@@ -205,7 +205,7 @@ class RunProcess:
             parts = self._parts(wire, processes)
             controller = parts.controller
             stack.callback(controller.ledger.close)
-            wire.receive(controller.on_message, controller.on_protocol_error)
+            wire.receive(controller.on_message, controller.on_protocol_error, controller.on_connection_ended)
             later = asyncio.get_running_loop().call_later
             self._log.begin(self._first_line(parts.machines), parts.machines, later)
             if told.event_log is not None:

@@ -95,6 +95,36 @@ def test_an_operator_kills_one_incarnation_and_no_other() -> None:
     simulate(main)
 
 
+def test_a_rank_whose_connection_broke_may_have_missed_something_and_is_fenced() -> None:
+    async def main(group: FakeGroup) -> None:
+        group.controller.on_connection_ended(ALL[1])
+        await group.until(lambda: group.ranks[1].member == AGAIN and group.all_serve, "it is back")
+        backend = GroupBackend(group.controller, group.router, cast(Any, None), group.metrics)
+        loss = backend.status().engines[1].last_loss
+        assert loss is not None
+        assert (loss.cause, loss.why) == (LossCause.PROTOCOL, "its connection to the controller ended")
+        group.controller.on_connection_ended(ALL[1])
+        await asyncio.sleep(3.0)
+        assert group.processes.fenced == [ALL[1]], "the next one has a connection of its own"
+
+    simulate(main)
+
+
+def test_one_that_has_died_is_lost_by_its_death_not_by_its_connection() -> None:
+    async def main(group: FakeGroup) -> None:
+        group.controller.on_connection_ended(ALL[1])
+        group.kill(1)
+        await group.until(lambda: group.ranks[1].member == AGAIN and group.all_serve, "it is back")
+        await asyncio.sleep(3.0)
+        backend = GroupBackend(group.controller, group.router, cast(Any, None), group.metrics)
+        loss = backend.status().engines[1].last_loss
+        assert loss is not None
+        assert loss.cause is not LossCause.PROTOCOL
+        assert group.ranks[1].member == AGAIN
+
+    simulate(main)
+
+
 def test_a_joiner_waits_until_its_device_is_free_of_the_dead() -> None:
     async def main(group: FakeGroup) -> None:
         group.processes.occupied[1] = []

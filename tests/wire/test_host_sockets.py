@@ -6,16 +6,20 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import pytest
 import zmq
 
+from elastic_ep.wire.control_address import ControlAddress
 from elastic_ep.wire.drain import make_socket
 from elastic_ep.wire.group_key import GroupKey
 from elastic_ep.wire.guard import Guard, dial, with_key
 from elastic_ep.wire.host_messages import FromHost, HostAlive, Lease, ToHost
 from elastic_ep.wire.host_sockets import HostsWire, HostWire
+from elastic_ep.wire.messages import Hello, Member
+from elastic_ep.wire.sockets import ControllerWire, RankWire
 
 KEY, OTHER_KEY = GroupKey(bytes(32)), GroupKey(b"\1" * 32)
 ME = b"a host"
@@ -126,6 +130,46 @@ def test_a_foreign_client_is_refused_and_counted(arrange: Callable[[zmq.Socket[b
             host.close()
 
     asyncio.run(main())
+
+
+def test_an_end_of_a_rank_s_connection_is_told_of_that_rank(tmp_path: Path) -> None:
+    async def main() -> None:
+        heard: list[Member] = []
+        ended: list[Member] = []
+        changed = anyio.Event()
+
+        def note(kept: list[Member], member: Member) -> None:
+            kept.append(member)
+            changed.set()
+
+        wire = ControllerWire(tmp_path, KEY, "127.0.0.1")
+        wire.receive(
+            lambda member, _message: note(heard, member),
+            lambda _member, _why: None,
+            lambda member: note(ended, member),
+        )
+        control = ControlAddress("127.0.0.1", *wire.ports, KEY.secret.hex())
+        ranks = {}
+        for member in (Member(0, 1), Member(1, 2)):
+            ranks[member] = RankWire(tmp_path, member, _nothing, _nothing, lambda _id, _why: None, control)
+            ranks[member].send(Hello(1))
+        with anyio.fail_after(DEADLINE_S):
+            while len(heard) < 2:
+                await changed.wait()
+                changed = anyio.Event()
+            ranks[Member(1, 2)].close()
+            while not ended:
+                await changed.wait()
+                changed = anyio.Event()
+        assert ended == [Member(1, 2)]
+        ranks[Member(0, 1)].close()
+        wire.close()
+
+    asyncio.run(main())
+
+
+def _nothing(_message: object) -> None:
+    pass
 
 
 def test_bytes_that_are_not_of_this_protocol_at_all_do_no_harm() -> None:

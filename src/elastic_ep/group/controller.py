@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -210,6 +211,19 @@ class Controller:
         record = self.machine.records.get(member.rank) if member else None
         if member is not None and record is not None and record.member == member:
             self.suspect(member, LossCause.PROTOCOL, f"protocol error: {why}")
+
+    def on_connection_ended(self, member: Member) -> None:
+        """Of a rank on another host. Mostly because the rank has, and then its host says so."""
+        seconds = self.timing.closed_beats * self.timing.host_beat_ms / 1000
+        asyncio.get_running_loop().call_later(seconds, self._cut_off, member)
+
+    def _cut_off(self, member: Member) -> None:
+        """HAZARD: what it was told meanwhile may be lost, a request too, whether or not it is connected again."""
+        record = self.machine.records.get(member.rank)
+        if record is None or record.member != member or member in self._noticed_ns or self.machine.stopping:
+            return
+        if not record.over and not record.fenced:
+            self.suspect(member, LossCause.PROTOCOL, "its connection to the controller ended")
 
     def suspect(self, member: Member, cause: LossCause, why: str) -> None:
         """The member is to be fenced."""

@@ -60,7 +60,7 @@ class LossCause(StrEnum):
     TIMEOUT = "timeout"
     """Fenced: it did not start, connect or promise in time."""
     PROTOCOL = "protocol"
-    """Fenced: it said what it must not say."""
+    """Fenced: it said what it must not say, or what it was told may not have reached it."""
     LAUNCH_FAILED = "launch_failed"
     HOST = "host"
     """With all others on its host."""

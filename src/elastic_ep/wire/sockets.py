@@ -49,6 +49,9 @@ class ControllerWire:
         self.guard = None if key is None else Guard(self.context, key)
         self.ports = (0, 0)
         """Of PUB and ROUTER."""
+        self._connections: dict[int, Member] = {}
+        """Whose each descriptor is."""
+        self._on_ended: Callable[[Member], None] = lambda _member: None
         self._context = self.context
         self._pub = make_socket(self._context, zmq.PUB)
         self._router = make_socket(self._context, zmq.ROUTER)
@@ -62,24 +65,31 @@ class ControllerWire:
             try:
                 self.ports = (
                     self.guard.bind(self._pub, address, port and port + PUB_PORT),
-                    self.guard.bind(self._router, address, port and port + RANK_PORT),
+                    self.guard.bind(self._router, address, port and port + RANK_PORT, self._ended),
                 )
             except zmq.ZMQError:
                 self.guard.close()
                 self.context.destroy(linger=0)
                 raise
-        self._drain = Drain(self._router, self._on_parts)
+        if self.guard is None:
+            self._drain = Drain(self._router, self._on_parts)
+        else:
+            self._drain = Drain(self._router, self._on_frames, copy=False)
         self._outbox = Outbox(self._send, self._drain.later)
 
     def receive(
-        self, on_message: Callable[[Member, FromRank], None], on_error: Callable[[Member | None, str], None]
+        self,
+        on_message: Callable[[Member, FromRank], None],
+        on_error: Callable[[Member | None, str], None],
+        on_ended: Callable[[Member], None] = lambda _member: None,
     ) -> None:
         """From now on `on_message` gets each valid message and who sent it.
 
         `on_error` hears of everything else, counted in `dropped`: what is no message, and of a rank that does not read
-        its own. It gets the rank to blame, if that is known.
+        its own. It gets the rank to blame, if that is known. `on_ended` hears of a connection over TCP that has ended,
+        also if the rank connects again: what it was sent meanwhile may be lost.
         """
-        self._on_message, self._on_error = on_message, on_error
+        self._on_message, self._on_error, self._on_ended = on_message, on_error, on_ended
         self._drain.start()
 
     def publish(self, body: Published) -> None:
@@ -109,6 +119,16 @@ class ControllerWire:
         if self.guard is not None:
             self.guard.close()
         self._context.destroy(linger=100)
+
+    def _on_frames(self, frames: list[zmq.Frame]) -> None:
+        parts = [frame.bytes for frame in frames]
+        if (member := _member(parts[0])) is not None:
+            self._connections[frames[0].get(zmq.SRCFD)] = member
+        self._on_parts(parts)
+
+    def _ended(self, fd: int) -> None:
+        if (member := self._connections.pop(fd, None)) is not None:
+            self._on_ended(member)
 
     def _on_parts(self, parts: list[bytes]) -> None:
         member = _member(parts[0])
