@@ -39,7 +39,8 @@ REFUSED = """
     --json-model-override-args {} | --override-generation-config {} | --task embed
     --is-embedding | --runner pooling | --limit-mm-per-prompt {} | --swap-space 4 | --cpu-offload-gb 8
     --kv-transfer-config {} | --disaggregation-mode prefill | --stream-interval 8 | --max-logprobs 50
-    --guided-decoding-backend xgrammar | --grammar-backend xgrammar | --structured-outputs-config {}
+    --guided-decoding-backend xgrammar | --grammar-backend xgrammar | --grammar-backend none
+    --structured-outputs-config {}
     --log-requests | --enable-log-requests | --collect-detailed-traces x | --eplb-config {} | --num-redundant-experts 4
     --max-queued-requests 5 | --served-model-name
 """
@@ -51,7 +52,7 @@ ACCEPTED = """
     --disable-log-requests | --disable-log-stats | --enable-metrics | --block-size 16 | --page-size 16 | --nnodes 1
     --distributed-executor-backend mp | --scheduling-policy fcfs | --task generate
     --max-logprobs 20 | --swap-space 0 | --enable-elastic-ep | --disable-custom-all-reduce
-    --elastic-ep-backend mooncake
+    --elastic-ep-backend mooncake | --guided-decoding-backend auto | --grammar-backend llguidance
 """
 """What they ask for is the case anyway."""
 

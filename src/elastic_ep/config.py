@@ -376,7 +376,7 @@ class ServeConfig:
             raise ConfigError(
                 f"--hosts {self.hosts} needs --hosts-address ADDRESS:PORT, where the others join, and --key-file"
             )
-        self.joined_at  # noqa: B018  # raises
+        address_of("--hosts-address", self.hosts_address)
         if not self.fault_tolerance:
             raise ConfigError("--disable-fault-tolerance is for one host: leave it out, or --hosts")
         if self.mps:

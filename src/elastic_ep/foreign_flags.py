@@ -143,8 +143,8 @@ _VALUES = {
     ),
     "cannot be honoured: no code of others is run: give --tool-call-parser": "--tool-parser-plugin --tool-server",
     "cannot be honoured: how long a model reasons is its own affair": "--reasoning-config",
-    "cannot be honoured: nothing makes the output follow a grammar": (
-        "--guided-decoding-backend --structured-outputs-config --grammar-backend=none"
+    "cannot be honoured: that an output follows a grammar is seen to by llguidance": (
+        "--guided-decoding-backend=auto,guidance --structured-outputs-config --grammar-backend=llguidance"
     ),
     "cannot be honoured: tokens are not guessed ahead": (
         "--speculative-config --speculative-algorithm --speculative-algo --speculative-num-steps "

@@ -228,6 +228,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("tools[0].type", {"tools": [{"type": "web_search_20250305", "name": "x", "input_schema": {}}]}),
     ("tools[0].input_schema", {"tools": [{"name": "x"}]}),
     ("tool_choice.name", {"tools": FLAT, "tool_choice": {"type": "tool"}}),
+    ("tool_choice.name", {"tools": FLAT, "tool_choice": {"type": "any", "name": "weather"}}),
     ("tool_choice", {"tools": FLAT, "tool_choice": {"type": "tool", "name": "no_such"}}),
     ("thinking.type", {"thinking": {"type": "enabled", "budget_tokens": 8}}),
     ("thinking.type", {"thinking": {"type": "disabled"}}),

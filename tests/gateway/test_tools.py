@@ -224,6 +224,8 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("tool_choice", {"tools": TOOLS, "tool_choice": "any"}, {}),
     ("tool_choice", {"tool_choice": "required"}, {}),
     ("tool_choice", {"tools": TOOLS, "tool_choice": NAMED}, {}),
+    ("tools", {"tools": [*TOOLS, TOOLS[0]]}, {}),
+    ("tools", {"tools": [*TOOLS, TOOLS[0]], "tool_choice": "required"}, {}),
     ("tools[0].type", {"tools": [{"type": "web_search"}]}, {}),
     ("tools[0].function.name", {"tools": [{"type": "function", "function": {"name": ""}}]}, {}),
     ("tools", {"tools": [{"type": "function", "function": {"name": "f", "x": "\ud800"}}]}, {}),

@@ -36,6 +36,10 @@ def _calls(settings: ApiSettings, values: Chat) -> tuple[str | None, tuple[Tool,
     """By which format calls are read from the answer, and of which tools."""
     choice = values.tool_choice or "auto"
     tools = tuple(Tool.of(tool["function"]) for tool in values.tools)
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise bad_value("tools", f"name {shown(twice)} twice: a call could be of either.")
     if isinstance(choice, dict):
         name = choice["function"]["name"]
         named = tuple(tool for tool in tools if tool.name == name)

@@ -138,7 +138,7 @@ class TextWorker:
 
     def __init__(self, setup: WorkerSetup) -> None:
         # Keys are nothing that text needs.
-        self._setup = replace(setup, settings=replace(setup.settings, api_keys=()))
+        self._setup = replace(setup, settings=replace(setup.settings, api_keys=(), admin_key=None))
         self._process: _Process | None = None
         self._turn = asyncio.Lock()
         self.waiting = 0

@@ -145,6 +145,10 @@ def _choice(choice: ToolChoice | None) -> dict[str, Any]:
     words = {"auto": "auto", "any": "required", "none": "none"}
     if choice.type == "tool" and choice.name is None:
         raise bad_value("tool_choice.name", "is required where a tool is chosen.")
+    if choice.type != "tool" and choice.name is not None:
+        raise bad_value(
+            "tool_choice.name", f"would be ignored beside 'type': '{choice.type}': say 'tool', or no name."
+        )
     named = {"type": "function", "function": {"name": choice.name}}
     return {
         "tool_choice": words.get(choice.type, named),
