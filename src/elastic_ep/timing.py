@@ -188,14 +188,18 @@ class Timing:
             init_deadline_ms=max(least.init_deadline_ms, idle_ms, 2 * self.drain_ms),
         )
 
+    @property
+    def host_silent_ms(self) -> int:
+        """By then a host that has fallen silent counts as lost."""
+        return (self.silent_beats + 2) * self.host_beat_ms
+
     def _of_all_runs(self) -> Iterator[tuple[int, int, str]]:
         """What must not be longer than what, and why."""
         member, repair = self.membership, RepairConfig()
         init_ms = member.init_deadline_ms
         behind_ms = self.calm_factor * self.beat_ms + self.sync_retry_ms
         copy_ms = repair.copy_deadline_ms
-        silent_ms = (self.silent_beats + 2) * self.host_beat_ms
-        yield silent_ms, self.lease_ms, "who is silent is lost before it gives itself up"
+        yield self.host_silent_ms, self.lease_ms, "who is silent is lost before it gives itself up"
         yield self.host_beat_ms, self.lease_margin_ms, "a host looks at its lease in time"
         yield self.sync_retry_ms, self.beat_ms, "who is behind asks before it hears again that it is"
         yield behind_ms, member.attempt_deadline_ms, "who has missed a prepare catches up"

@@ -120,6 +120,7 @@ def test_one_that_has_died_is_lost_by_its_death_not_by_its_connection() -> None:
         loss = backend.status().engines[1].last_loss
         assert loss is not None
         assert loss.cause is not LossCause.PROTOCOL
+        assert group.processes.fenced == []
         assert group.ranks[1].member == AGAIN
 
     simulate(main)

@@ -213,16 +213,12 @@ class Controller:
             self.suspect(member, LossCause.PROTOCOL, f"protocol error: {why}")
 
     def on_connection_ended(self, member: Member) -> None:
-        """Of a rank on another host. Mostly because the rank has, and then its host says so."""
-        seconds = self.timing.closed_beats * self.timing.host_beat_ms / 1000
-        asyncio.get_running_loop().call_later(seconds, self._cut_off, member)
+        """Of a rank on another host. Mostly because the rank has, or its host is lost: then that is said in time."""
+        asyncio.get_running_loop().call_later(self.timing.host_silent_ms / 1000, self._cut_off, member)
 
     def _cut_off(self, member: Member) -> None:
         """HAZARD: what it was told meanwhile may be lost, a request too, whether or not it is connected again."""
-        record = self.machine.records.get(member.rank)
-        if record is None or record.member != member or member in self._noticed_ns or self.machine.stopping:
-            return
-        if not record.over and not record.fenced:
+        if member.rank in self.machine.records:
             self.suspect(member, LossCause.PROTOCOL, "its connection to the controller ended")
 
     def suspect(self, member: Member, cause: LossCause, why: str) -> None:
