@@ -60,7 +60,7 @@ from elastic_ep.wire.host_messages import (
     Watch,
     Welcome,
 )
-from elastic_ep.wire.host_sockets import HostWire
+from elastic_ep.wire.host_sockets import HostWire, listen
 
 UNANSWERED_S = 5.0
 """After so long it is said that nobody answers."""
@@ -364,9 +364,8 @@ class _Life:
     def _listener(self, welcome: Welcome) -> Iterator[socket.socket]:
         """Raises `CannotJoin`."""
         address = self._options.address
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
-            listener = socket.create_server((address, welcome.carrier_port), family=family)
+            listener = listen(address, welcome.carrier_port)
         except OSError as error:
             raise CannotJoin(
                 f"cannot listen at {address}:{welcome.carrier_port} ({error.strerror}): give --address, one of this "

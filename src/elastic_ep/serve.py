@@ -9,27 +9,26 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
 import structlog
-import zmq
 from aiohttp import web
 
 from elastic_ep import logs, titles
-from elastic_ep.config import PRELOAD, ConfigError, EventLogMode, RankConfig, RankLog, ServeConfig
+from elastic_ep.config import PRELOAD, ConfigError, EventLogMode, RankLog, ServeConfig
 from elastic_ep.event_log.files import RANKS, make_private
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.exchange.windows import Windows, WindowsError
+from elastic_ep.first_host import control_wire, open_hosts
 from elastic_ep.gateway.app import READING, create_app
 from elastic_ep.gateway.app import Server as HttpServer
 from elastic_ep.gateway.app import serve as serve_http
@@ -45,15 +44,13 @@ from elastic_ep.gateway.traces import Traces, TracesUnavailable, to_endpoint
 from elastic_ep.group.clock import Clock
 from elastic_ep.group.controller import Controller
 from elastic_ep.group.display import LaunchDisplay
-from elastic_ep.group.hosts import HERE, Hosts, HostsConfig
+from elastic_ep.group.hosts import Hosts
 from elastic_ep.group.hub import Hub
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.processes import RankProcesses
 from elastic_ep.group.rebalance import Rebalancer
 from elastic_ep.group.repairs import Repairs
-from elastic_ep.guided.vocabulary import FILE as VOCABULARY
 from elastic_ep.guided.vocabulary import Vocabulary
-from elastic_ep.host.agent_messages import Carry
 from elastic_ep.host.device_guard import DeviceGuard
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.keeper import ForkServerFailed, Keeper
@@ -71,10 +68,7 @@ from elastic_ep.machines.requests import events as routing
 from elastic_ep.machines.requests.events import RoutingConfig
 from elastic_ep.machines.requests.routing import RoutingMachine
 from elastic_ep.plan import ServePlan, make_plan
-from elastic_ep.wire.group_key import BadKey, GroupKey
-from elastic_ep.wire.host_messages import Reach, Welcome
-from elastic_ep.wire.host_sockets import HostsWire
-from elastic_ep.wire.sockets import CARRIER_PORT, ControllerWire
+from elastic_ep.wire.sockets import ControllerWire
 
 SWITCH_INTERVAL_S = 0.0005
 """A death notice waits at most so long for the interpreter lock."""
@@ -178,7 +172,7 @@ class RunProcess:
     async def _run_group(self, directory: Path, files: SharedFiles) -> int:
         async with AsyncExitStack() as stack:
             self._write_vocabulary(directory)
-            wire = self._control(directory)
+            wire = control_wire(self._config, directory)
             stack.callback(wire.close)
             # Before the keeper, so that it ends after all ranks.
             environment = self._daemon(stack) if self._config.mps else {}
@@ -194,7 +188,10 @@ class RunProcess:
                 guard = stack.enter_context(DeviceGuard(self._config.timing.drain_ms / 1000, self._log.note))
             host = await stack.enter_async_context(Keeper(options, files, environment, self._server))
             told = replace(self._plan.rank_config(directory), event_log=self._rank_log())
-            hosts = self._hosts(stack, host, wire, directory, told) if self._config.hosts > 1 else None
+            hosts = None
+            if self._config.hosts > 1:
+                run = "" if self._log.path is None else self._log.path.parent.name
+                hosts = open_hosts(stack, self._config, self._plan, host, wire, told, options, run)
             processes = RankProcesses(
                 told,
                 hosts or host,
@@ -318,79 +315,6 @@ class RunProcess:
     def _on_signal(self) -> None:
         self._stop_signals += 1
         (self._stop if self._stop_signals == 1 else self._force).set()
-
-    # Hosts
-
-    def _control(self, directory: Path) -> ControllerWire:
-        """With others to come, where they join. Raises `ConfigError`."""
-        if self._config.hosts == 1:
-            return ControllerWire(directory)
-        address, port = self._config.joined_at
-        assert self._config.key_file is not None, "checked with the other flags"
-        try:
-            key = GroupKey.of_or_into_file(Path(self._config.key_file))
-            return ControllerWire(directory, key, address, port)
-        except BadKey as error:
-            raise ConfigError(f"--key-file {error}") from error
-        except zmq.ZMQError as error:
-            raise _no_room(self._config, error) from error
-
-    def _hosts(
-        self, stack: AsyncExitStack, keeper: Keeper, wire: ControllerWire, directory: Path, told: RankConfig
-    ) -> Hosts:
-        """Raises `ConfigError`."""
-        config, plan = self._config, self._plan
-        address, port = config.joined_at
-        guard = wire.guard
-        assert guard is not None
-        carrier_port = port and port + CARRIER_PORT
-        try:
-            listener = socket.create_server((address, carrier_port), family=_family(address))
-        except OSError as error:
-            raise _no_room(config, error) from error
-        stack.callback(listener.close)
-        carrier = Reach(HERE, address, listener.getsockname()[1])
-        keeper.carry(Carry(config.host_of_rank, HERE, 1, guard.key.carriers, plan.shape), listener)
-        vocabulary = directory / VOCABULARY
-        welcome = Welcome(
-            host=HERE,
-            incarnation=1,
-            hosts=config.host_of_rank,
-            config=told.to_json(),
-            entry=self._rank_entry,
-            preload=_PRELOAD[plan.device],
-            shape=astuple(plan.shape),
-            vocabulary=vocabulary.read_bytes() if vocabulary.exists() else b"",
-            run="" if self._log.path is None else self._log.path.parent.name,
-            pub_port=wire.ports[0],
-            rank_port=wire.ports[1],
-            carrier_port=carrier_port,
-        )
-        try:
-            hosts = Hosts(
-                HostsConfig(
-                    hosts=config.host_of_rank,
-                    address=address,
-                    release=version(),
-                    welcome=welcome,
-                    fused=plan.fused,
-                    carrier=carrier,
-                    timing=config.timing,
-                ),
-                keeper,
-                partial(HostsWire, wire.context, guard, address, port),
-            )
-        except zmq.ZMQError as error:
-            raise _no_room(config, error) from error
-        stack.callback(hosts.close)
-        where = f"{address}:{hosts.port}"
-        log.info(
-            "other hosts join by: python -m elastic_ep.agent",
-            join=where,
-            key_file=config.key_file,
-            awaited=config.hosts - 1,
-        )
-        return hosts
 
     # Parts
 
@@ -562,17 +486,6 @@ class RunProcess:
             self._stop.set()
         else:
             controller.feed(ev.Start())
-
-
-def _no_room(config: ServeConfig, error: OSError | zmq.ZMQError) -> ConfigError:
-    return ConfigError(
-        f"cannot listen at --hosts-address {config.hosts_address}, or at one of the three ports after it "
-        f"({error.strerror}): give an address of this machine, and another port, or port 0 for any free ones"
-    )
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 async def _warm(controller: Controller, reading: Reading) -> None:

@@ -5,6 +5,7 @@ Messages are two frames, version and body, as everywhere. A host has an identity
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 
 import zmq
@@ -17,6 +18,11 @@ from elastic_ep.wire.guard import Guard, dial, with_key
 from elastic_ep.wire.host_messages import FromHost, ToHost
 
 _RECONNECT_MS, _LONGEST_RECONNECT_MS = 20, 500
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """Where other hosts' carriers dial; at a port of the system's choice if `port` is 0. Raises OSError."""
+    return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
 
 
 def _body(frames: list[bytes]) -> bytes:
