@@ -133,20 +133,20 @@ class _Life:
         self._welcome: Welcome | None = None
         self._then = _Then.JOIN
         self._error: str | None = None
-        self._keeper: Keeper | None = None
+        self._ranks: _Ranks | None = None
         self._waits = False
         self._number = 0
         self._sent: dict[int, int] = {}
         """When each sign of life was sent that is not answered, CLOCK_BOOTTIME nanoseconds."""
-        self._until_ns = 0
+        self._until_ns = self._lease_ns = 0
         self._orders: list[ToHost] = []
         """That came while the keeper was not there yet."""
+        group, port = options.group
+        token = secrets.token_hex(8).encode()
+        self._wire = HostWire(group, port, options.key, token, self._hear, self._misunderstand)
 
     async def run(self, server: ServerProcess | None) -> _Then:
         """Raises `CannotJoin`, `ForkServerFailed`."""
-        group, port = self._options.group
-        token = secrets.token_hex(8).encode()
-        self._wire = HostWire(group, port, self._options.key, token, self._hear, self._misunderstand)
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._until_stopped)
@@ -204,23 +204,10 @@ class _Life:
             case Leave():
                 log.info("the group stops")
                 self._end(_Then.END)
-            case _ if self._keeper is None:
+            case _ if self._ranks is None:
                 self._orders.append(message)
             case _:
-                self._carry_out(self._keeper, message)
-
-    def _carry_out(self, keeper: Keeper, order: ToHost) -> None:
-        match order:
-            case LaunchWith(member, config):
-                keeper.launch(member, self._own(config))
-            case Watch(member):
-                keeper.watch(member)
-            case Fence(member):
-                keeper.kill(member)
-            case Reach():
-                keeper.reach(order)
-            case GiveUp():
-                keeper.give_up(order)
+                self._ranks.carry_out(message)
 
     def _misunderstand(self, why: str) -> None:
         self._error = f"the group is not understood: {why}"
@@ -245,8 +232,8 @@ class _Life:
             return
         self._sent = {later: at for later, at in self._sent.items() if later > number}
         self._until_ns = max(self._until_ns, sent_ns + self._lease_ns)
-        if self._keeper is not None:
-            self._keeper.renew(Renewed(self._until_ns))
+        if self._ranks is not None:
+            self._ranks.keeper.renew(Renewed(self._until_ns))
 
     # The ranks
 
@@ -261,7 +248,7 @@ class _Life:
         ):
             if welcome.vocabulary:
                 (directory / VOCABULARY).write_bytes(welcome.vocabulary)
-            self._told = self._as_here(welcome, config, directory)
+            here = self._as_here(welcome, config, directory)
             options = LaunchOptions(
                 entry=welcome.entry,
                 preload=welcome.preload,
@@ -276,15 +263,15 @@ class _Life:
                     keeper.carry(Carry(welcome.hosts, welcome.host, welcome.incarnation, key, shape), carrier)
                     await self._start(keeper)
                     if not self._over.is_set():
-                        self._keeper = keeper
+                        self._ranks = _Ranks(keeper, here)
                         for order in self._orders:
-                            self._carry_out(keeper, order)
+                            self._ranks.carry_out(order)
                         self._wire.send(HostReady(carrier.getsockname()[1]))
                         log.info(
                             "this host is in the group", host=welcome.host, address=self._options.address
                         )
                     await self._over.wait()
-                    self._keeper = None
+                    self._ranks = None
                 tasks.cancel_scope.cancel()
             self._wire.send(Left())
 
@@ -336,16 +323,6 @@ class _Life:
             ),
         )
 
-    def _own(self, config_json: str) -> str:
-        told, here = RankConfig.from_json(config_json), self._told
-        return replace(
-            told,
-            directory=here.directory,
-            host_address=here.host_address,
-            event_log=here.event_log,
-            control=here.control,
-        ).to_json()
-
     @contextmanager
     def _files(self, welcome: Welcome, config: RankConfig) -> Iterator[SharedFiles]:
         """Raises `CannotJoin`."""
@@ -373,6 +350,36 @@ class _Life:
             ) from error
         with listener:
             yield listener
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """Those of this host. `here` has what is the host's own in their configuration."""
+
+    keeper: Keeper
+    here: RankConfig
+
+    def carry_out(self, order: ToHost) -> None:
+        match order:
+            case LaunchWith(member, config):
+                self.keeper.launch(member, self._own(config))
+            case Watch(member):
+                self.keeper.watch(member)
+            case Fence(member):
+                self.keeper.kill(member)
+            case Reach():
+                self.keeper.reach(order)
+            case GiveUp():
+                self.keeper.give_up(order)
+
+    def _own(self, config_json: str) -> str:
+        return replace(
+            RankConfig.from_json(config_json),
+            directory=self.here.directory,
+            host_address=self.here.host_address,
+            event_log=self.here.event_log,
+            control=self.here.control,
+        ).to_json()
 
 
 @contextmanager
