@@ -41,9 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
         def __init__(self) -> None:
             super().__init__(note)
 
-    # As servers do; structlog's own way to show a traceback takes a quarter of a second.
-    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    structlog.configure(processors=[structlog.processors.add_log_level, plain])
     selectors.DefaultSelector = Watched  # type: ignore[misc]
 
 
@@ -81,6 +78,9 @@ def loops_never_stand_still(
 ) -> Iterator[None]:
     held = request.config.stash[_HELD]
     held.clear()
+    # As servers do; structlog's own way to show a traceback takes a quarter of a second.
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.processors.add_log_level, plain])
     yield
     if request.node.get_closest_marker("holds_the_loop"):
         return

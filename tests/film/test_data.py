@@ -60,6 +60,23 @@ def test_of_a_long_log_it_is_the_same(seed: int, monkeypatch: pytest.MonkeyPatch
     assert without_usual(found) == without_usual(made(story))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.usefixtures("brief")
+def test_a_scene_waits_for_its_rank_to_be_back(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = tell(seed, steps=500)
+    for name in ("BEFORE_MS", "AFTER_MS", "NOT_BACK_MS"):
+        monkeypatch.setattr(data, name, 1.0)
+    monkeypatch.setattr(data, "LONGEST_MS", 1500.0)  # no rank is away for longer
+    shown = times(made(story))
+    monkeypatch.setattr(data, "LATE_MS", 1e9)  # all of it is cut at the end
+    assert shown == times(made(story))
+    assert len(shown) > 2
+
+
+def times(film: dict[str, Any]) -> list[tuple[float, float]]:
+    return [(scene["from"], scene["to"]) for scene in film["scenes"]]
+
+
 def without_usual(film: dict[str, Any]) -> dict[str, Any]:
     """What is usual is said by the tokens that are still there."""
     for scene in film["scenes"]:

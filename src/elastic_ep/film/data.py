@@ -81,8 +81,6 @@ class _Stream:
     """None: before what was read."""
     owners: list[tuple[float, int]] = field(default_factory=list)
     tokens: array[float] = field(default_factory=lambda: array("d"))
-    cut: bool = False
-    """Its first tokens are forgotten."""
     end_ms: float | None = None
     end: str = ""
 
@@ -93,9 +91,7 @@ class _Stream:
     def forget(self, before_ms: float) -> None:
         """But its last token before stays: a silence may begin with it."""
         past = bisect_left(self.tokens, before_ms) - 1
-        if past > 0:
-            del self.tokens[:past]
-            self.cut = True
+        del self.tokens[: max(0, past)]
         _forget(self.owners, before_ms)
 
 
@@ -425,7 +421,7 @@ def _first(stream: _Stream, otherwise: float) -> float:
 
 def _silence(stream: _Stream, begin: float, end: float, lost_ms: float) -> dict[str, float]:
     """From the last token (or the request) before to the next one, the longest that touches the time after the loss."""
-    points = [] if stream.began_ms is None or stream.cut else [stream.began_ms]
+    points = [] if stream.began_ms is None else [stream.began_ms]
     points += stream.tokens
     stop = stream.end_ms if stream.end_ms is not None else end
     if not points or points[-1] < stop:
