@@ -511,6 +511,15 @@ def test_a_lost_host_is_one_view_and_counts_against_none_of_its_ranks() -> None:
     assert machine.records[2].early_deaths == 0
 
 
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_rank_that_is_named_twice_is_lost_once(stopping: bool) -> None:
+    machine = serving(3)
+    if stopping:
+        feed(machine, ev.StopRequested())
+    effects = feed(machine, ev.HostLost((Member(2, 1), Member(2, 1)), "a host is lost"))
+    assert [e.member for e in effects if isinstance(e, ev.MemberDown)] == [Member(2, 1)]
+
+
 def test_the_first_step_is_the_largest_promise() -> None:
     machine = serving(3)
     kill(machine, 2)

@@ -222,7 +222,7 @@ class MembershipMachine(Machine[Event, Effect]):
         self._lose([(record, record.why_ended(event.cause))])
 
     def _on_host_lost(self, event: ev.HostLost) -> None:
-        records = [record for member in event.members if (record := self._current(member))]
+        records = [record for member in dict.fromkeys(event.members) if (record := self._current(member))]
         self._lose([(record, record.why_ended(event.cause)) for record in records if not record.over])
 
     def _on_gone(self, event: ev.ProcessGone) -> None:
