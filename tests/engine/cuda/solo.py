@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -15,19 +16,23 @@ from elastic_ep.engine.ops_cuda.memory import Budget
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.engine.scheduler import Sequence
 from elastic_ep.guided.masks import MaskMaker
+from elastic_ep.models import qwen3_moe
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Held, Weights, dummy_source
-from tests.engine.solo import TINY
+from tests.engine.cuda.conftest import INTERPRETED
+from tests.engine.solo import TINY, TINY_CONFIG
 from tests.kit.solo_exchange import SoloDeviceExchange
 
+SMALL = qwen3_moe.spec(replace(TINY_CONFIG, num_hidden_layers=1)) if INTERPRETED else TINY
+"""A layer takes the interpreter a second a step."""
 Logits = dict[tuple[int, int], torch.Tensor]
 """By (request, number of known tokens)."""
 
 
 def cuda_runner(
     device: torch.device,
-    spec: ModelSpec = TINY,
+    spec: ModelSpec = SMALL,
     limits: EngineLimits | None = None,
     dtype: torch.dtype = torch.float32,
     *,

@@ -31,7 +31,7 @@ from elastic_ep.weights.bank import Weights, dummy_source
 from elastic_ep.wire.messages import Token
 from tests.engine import test_invariance
 from tests.engine.cuda.conftest import INTERPRETED
-from tests.engine.cuda.solo import Logits, cuda_runner, recorded
+from tests.engine.cuda.solo import SMALL, Logits, cuda_runner, recorded
 from tests.engine.guided import END, mask_maker, opened, text
 from tests.engine.solo import TINY, TINY_CONFIG, SoloExchange, assign, drain, ids
 from tests.kit.solo_exchange import SoloDeviceExchange
@@ -48,8 +48,8 @@ NEW = 4
 
 FAMILIES = {
     TINY.family: TINY,
-    "mixtral": mixtral.spec(TINY_CONFIG),
-    "olmoe": olmoe.spec(TINY_CONFIG, clip_qkv=0.05),
+    "mixtral": mixtral.spec(replace(TINY_CONFIG, num_hidden_layers=1)),
+    "olmoe": olmoe.spec(replace(TINY_CONFIG, num_hidden_layers=1), clip_qkv=0.05),
 }
 OTHERS = ("qwen2_moe", "glm4_moe", "granitemoe", "ernie4_5_moe", "minimax_m2")
 ON_A_GPU = {family: small_spec(family) for family in OTHERS}
@@ -58,7 +58,7 @@ if not INTERPRETED:
     FAMILIES |= ON_A_GPU
 
 
-def on_processor(*, round_to: torch.dtype, spec: ModelSpec = TINY) -> tuple[Logits, dict[int, list[Token]]]:
+def on_processor(*, round_to: torch.dtype, spec: ModelSpec) -> tuple[Logits, dict[int, list[Token]]]:
     """The same requests through the engine of engine/ops_cpu/runner.py, in float32, with weights rounded to a dtype."""
     placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
     source = dummy_source(spec, 0)
@@ -210,7 +210,7 @@ def test_every_step_performs_the_same_operations(device: torch.device) -> None:
         before = exchange.operations
         runner.run_step(step, schedule=step != 0)
         counts.append(exchange.operations - before)
-    assert counts == [2 * TINY.moe_layers] * 4
+    assert counts == [2 * SMALL.moe_layers] * 4
 
 
 def test_warm_up_leaves_no_trace(device: torch.device) -> None:
@@ -254,7 +254,7 @@ def test_the_kv_cache_is_as_large_as_memory_lets_it(device: torch.device) -> Non
     assert runner._ops.caches.shape[2] == LIMITS.cache_pages
     assert runner._ops.caches.data_ptr() != before
     outputs = [shape.outputs for shape in runner._inputs.graphed()]
-    assert budget.later >= 4 * TINY.vocab_size * sum(outputs)
+    assert budget.later >= 4 * SMALL.vocab_size * sum(outputs)
     runner.add(assign(2, SHORT, max_tokens=2))
     assert ids(drain(runner)[2]) == expected
 
@@ -263,7 +263,7 @@ def test_rows_that_the_experts_had_are_counted(device: torch.device) -> None:
     runner, _ = cuda_runner(device)
     runner.add(assign(1, PROMPT, max_tokens=1))
     drain(runner)
-    assert [sum(row) for row in runner.load.take()] == [len(PROMPT) * TINY.moe.top_k] * TINY.moe_layers
+    assert [sum(row) for row in runner.load.take()] == [len(PROMPT) * SMALL.moe.top_k] * SMALL.moe_layers
     assert not any(map(any, runner.load.take()))
 
 
@@ -401,7 +401,7 @@ def test_a_request_that_makes_a_step_raise_fails_alone(device: torch.device, pla
             break
         before = exchange.operations
         result = runner.run_step(step, schedule=True)
-        assert exchange.operations - before == 2 * len(TINY.layers)
+        assert exchange.operations - before == 2 * len(SMALL.layers)
         failed |= dict(result.failed)
         for token in result.tokens:
             tokens.setdefault(token.request_id, []).append(token.token)
