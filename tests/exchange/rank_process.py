@@ -41,7 +41,9 @@ class Sent:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Sent:
-        return cls(tensor.view(_INTEGERS[tensor.itemsize]).numpy(force=True), tensor.dtype)
+        # First `cpu`, which lets other threads run while it waits for the device: numpy(force=True) does not, and a mask
+        # that is to end that wait would come after it.
+        return cls(tensor.view(_INTEGERS[tensor.itemsize]).cpu().numpy(), tensor.dtype)
 
     def tensor(self) -> torch.Tensor:
         return torch.from_numpy(self.bits).view(self.dtype)

@@ -18,7 +18,7 @@ from elastic_ep.wire.messages import Member
 
 
 class DeviceGuard:
-    """A context manager for the event loop's thread; on exit the driver may take everything back.
+    """A context manager for the event loop's thread; on exit the driver may take everything back, which ends after it.
 
     `drain_s` is how long the kernels of a dead rank may run; `note(name, **facts)` is told what is kept and let go.
     """
@@ -42,7 +42,7 @@ class DeviceGuard:
     ) -> None:
         self._closed = True
         for kept in (*self._alive.values(), *self._draining.values()):
-            _release(kept)
+            self._let_go(kept)
 
     def keep(self, member: Member, pid: int) -> None:
         """Take note of what `member` has opened by now; call it again when that may have grown.
@@ -59,7 +59,7 @@ class DeviceGuard:
             self._note("device_kept", rank=member.rank, incarnation=member.incarnation, files=len(files))
         if files.complete:
             self._alive[member] = [files]
-            _release(older)
+            self._let_go(older)
         else:
             older.append(files)
 
@@ -80,10 +80,11 @@ class DeviceGuard:
 
     def _release(self, member: Member) -> None:
         if not self._closed:
-            kept = self._draining.pop(member)
-            # On another thread: the driver keeps the caller until it has taken everything back.
-            released = self._loop.run_in_executor(None, _release, kept)
-            released.add_done_callback(lambda _: self._released(member))
+            self._let_go(self._draining.pop(member)).add_done_callback(lambda _: self._released(member))
+
+    def _let_go(self, kept: Sequence[DeviceFiles]) -> asyncio.Future[None]:
+        """On another thread: the driver keeps the caller until it has taken everything back."""
+        return self._loop.run_in_executor(None, _release, kept)
 
     def _released(self, member: Member) -> None:
         self._busy[member.rank] -= 1
