@@ -10,8 +10,8 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TWICE = ("test_engine.py", "test_pages.py")
-NO_DEVICE = ("test_interpreted.py",)
-"""Files that start the interpreter's process."""
+NO_DEVICE = ("test_compiles.py", "test_interpreted.py")
+"""Files that need neither a GPU nor the interpreter."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,207 @@
+"""Kernels that are compared, call by call, with plain torch in float64 on what the engine gives them.
+
+So an error is that of one kernel: a token that goes to another expert in another precision does not hide it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional
+
+from elastic_ep.engine.ops_cuda import ops
+from elastic_ep.engine.ops_cuda.inputs import StepInputs
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled
+from elastic_ep.models.formats import Fp8
+from elastic_ep.models.spec import Moe
+from elastic_ep.weights.dequantise import dequantised
+from tests.engine.kernels.errors import check, relative_error
+from tests.kit import plain_kernels
+
+Kernel = Callable[..., Any]
+_DENSE = {torch.bfloat16: 8e-3, torch.float32: 3e-6}
+
+
+class Checked:
+    """What stands in place of the kernels in ops.py; padding is not compared. `calls` counts by name."""
+
+    def __init__(self, inputs: StepInputs) -> None:
+        self._count = inputs.count
+        self.calls: Counter[str] = Counter()
+
+    def _real(self, rows: int) -> int:
+        return min(rows, int(self._count))
+
+    def dense(
+        self, kernel: Kernel, x: torch.Tensor, w: torch.Tensor, *, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        y: torch.Tensor = kernel(x, w, out_dtype=out_dtype)
+        real = self._real(len(x))
+        error = relative_error(y[:real], x[:real].double() @ w.double())
+        assert error < _DENSE[y.dtype], f"dense {tuple(x.shape)} @ {tuple(w.shape)}: {error:.1e}"
+        return y
+
+    def add_rms_norm(
+        self,
+        kernel: Kernel,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        real = self._real(len(x))
+        added = None if residual is None else residual[:real].double()
+        exact = plain_kernels.add_rms_norm(x[:real].double(), added, weight.double(), eps)
+        made: tuple[torch.Tensor, torch.Tensor] = kernel(x, residual, weight, eps)
+        for got, expected in zip(made, exact, strict=True):
+            check("add_rms_norm", got[:real], expected)
+        return made
+
+    def norm_rope_write(
+        self,
+        kernel: Kernel,
+        qkv: torch.Tensor,
+        norm: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        eps: float,
+        **others: Any,
+    ) -> torch.Tensor:
+        real, sides = self._real(len(qkv)), (keys.double(), values.double())
+        exact = plain_kernels.norm_rope_write(
+            qkv[:real].double(),
+            None if norm is None else norm.double(),
+            cos.double(),
+            sin.double(),
+            positions[:real],
+            slots[:real],
+            *sides,
+            eps,
+            **others,
+        )
+        q: torch.Tensor = kernel(qkv, norm, cos, sin, positions, slots, keys, values, eps, **others)
+        check("norm_rope", q[:real], exact)
+        page, within = slots[:real].long() // keys.shape[2], slots[:real].long() % keys.shape[2]
+        for got, expected in zip((keys, values), sides, strict=True):
+            check("norm_rope", got[page, :, within], expected[page, :, within])
+        return q
+
+    def decode_attention(
+        self, kernel: Kernel, q: torch.Tensor, *places: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        keys, values, tables, lengths = places
+        bounds = torch.arange(len(q) + 1)
+        out: torch.Tensor = kernel(q, *places, scale=scale)
+        self._attended(out, q, keys, values, tables, bounds, lengths, scale=scale)
+        return out
+
+    def prefill_attention(
+        self, kernel: Kernel, q: torch.Tensor, *places: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        out: torch.Tensor = kernel(q, *places, scale=scale)
+        self._attended(out, q, *places, scale=scale)
+        return out
+
+    def _attended(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *rest: torch.Tensor,
+        scale: float,
+    ) -> None:
+        wide = q.double() * (scale * q.shape[-1] ** 0.5)
+        exact = plain_kernels.paged_attention(wide, keys.double(), values.double(), *rest)
+        real = self._real(len(q))
+        check("attention", out[:real], exact[:real])
+
+    def gate(
+        self, kernel: Kernel, logits: torch.Tensor, physical: torch.Tensor, top_k: int, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        exact = plain_kernels.gate(logits.double(), physical, top_k, **others)[1]
+        chosen, weights = kernel(logits, physical, top_k, **others)
+        real = self._real(len(logits))
+        check("gate", weights[:real], exact[:real])
+        assert (chosen[real:] == -1).all()
+        return chosen, weights
+
+    def choose(
+        self, kernel: Kernel, logits: torch.Tensor, ffn: Moe, correction: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        made: tuple[torch.Tensor, torch.Tensor] = kernel(logits, ffn, correction)
+        real = self._real(len(logits))
+        there = None if correction is None else correction.cpu()
+        weights, _ = kernel(logits[:real].cpu(), ffn, there)
+        ordered = made[0][:real].cpu().sort(dim=-1).values
+        torch.testing.assert_close(ordered, weights.sort(dim=-1).values, rtol=1e-5, atol=1e-7)
+        return made
+
+    def expert_ffn(
+        self,
+        kernel: Kernel,
+        packed: torch.Tensor,
+        counts: torch.Tensor,
+        gate_up: torch.Tensor | Scaled,
+        down: torch.Tensor | Scaled,
+        **others: Any,
+    ) -> torch.Tensor:
+        given = packed.clone()
+        y: torch.Tensor = kernel(packed, counts, gate_up, down, **others)
+        got, exact = [], []
+        for slot, count in enumerate(counts.tolist()):
+            got.append(y[slot, :count])
+            exact.append(exact_expert(given[slot, :count], slot, gate_up, down))
+        check("expert_ffn", torch.cat(got), torch.cat(exact))
+        return y
+
+
+def exact_expert(
+    rows: torch.Tensor, slot: int, gate_up: torch.Tensor | Scaled, down: torch.Tensor | Scaled
+) -> torch.Tensor:
+    """In float64; what is between the two products, too."""
+    if not len(rows):
+        return rows.double()
+    hidden = rows.shape[1]
+    inner = down.codes.shape[2] if isinstance(down, Scaled) else down.shape[1]
+    gated, up = (rows.double() @ _matrix(gate_up, slot, (inner, hidden), 2)).chunk(2, dim=-1)
+    return (functional.silu(gated) * up) @ _matrix(down, slot, (hidden, inner), 1)
+
+
+def _matrix(of: torch.Tensor | Scaled, slot: int, shape: tuple[int, int], pieces: int) -> torch.Tensor:
+    """[in, out], of pieces [out, in] where it is codes."""
+    if isinstance(of, torch.Tensor):
+        return of[slot].double()
+    made = Fp8(of.rows, of.columns, "weight_scale")
+    both = zip(of.codes[slot].chunk(pieces), of.scales[slot].chunk(pieces), strict=True)
+    numbers = [dequantised(made, {"codes": codes, "scales": scales}, shape) for codes, scales in both]
+    return torch.cat(numbers).double().t()
+
+
+@contextmanager
+def checked(inputs: StepInputs) -> Iterator[Counter[str]]:
+    """Of a runner whose step inputs these are; gives the calls, by name."""
+    stands = Checked(inputs)
+    names = [name for name, of in vars(Checked).items() if callable(of) and not name.startswith("_")]
+
+    def replaced(name: str) -> Kernel:
+        kernel, compare = getattr(ops, name), getattr(stands, name)
+
+        def call(*arguments: Any, **others: Any) -> Any:
+            stands.calls[name] += 1
+            return compare(kernel, *arguments, **others)
+
+        return call
+
+    stand_ins: dict[str, Any] = {name: replaced(name) for name in names}
+    with mock.patch.multiple(ops, **stand_ins):
+        yield stands.calls
