@@ -16,6 +16,16 @@ def check(*words: str) -> None:
     """`words` are for pytest. Raises AssertionError with its output if it fails."""
     # One thread: products this small lose more to waking the others than they win.
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.kit.interpreter",
+        *words,
+    ]
     result = run(command, DEADLINE_S, env=env, cwd=_ROOT)
     assert result.returncode == 0, result.stdout + result.stderr

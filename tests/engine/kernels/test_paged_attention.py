@@ -186,7 +186,4 @@ def test_decode_gives_the_bits_of_prefill(
     for token in range(size):
         cache.lengths[0] = length - size + token + 1
         one = cache.decode(q[token : token + 1])
-        if device.type == "cpu":  # numpy's product sums in an order that depends on the shape
-            check("attention", one, exact[token : token + 1])
-        else:
-            assert torch.equal(one[0], prompt[token])
+        assert torch.equal(one[0], prompt[token])
