@@ -28,7 +28,8 @@ from train.problems import held_out
 from bench.kit.command_line import command_line
 from bench.kit.kills import Case, strike
 from bench.kit.load import cpu_seconds
-from bench.kit.sections import quartiles
+from bench.kit.sections import gpu, quartiles
+from bench.kit.sides import add_model_options, server_arguments
 
 AT_ONCE = 64
 NEXT_KILL_S = 120.0
@@ -168,17 +169,18 @@ async def measure(target: Server, options: argparse.Namespace) -> dict[str, Any]
 
 def main() -> None:
     parser = command_line(__doc__, "guided", ranks=8)
+    add_model_options(parser, "cpu")
     parser.add_argument("--streams", type=int, default=200, help="different requests (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=12, help="(default: %(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="(default: %(default)s)")
     options = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory(prefix="guided-") as scratch,
-        server([*TOOLS, "--ranks", str(options.ranks)], Path(scratch)) as target,
-    ):
-        result = asyncio.run(measure(target, options))
+    with tempfile.TemporaryDirectory(prefix="guided-") as name:
+        scratch = Path(name)
+        with server([*TOOLS, *server_arguments(options, scratch)], scratch / "runs") as target:
+            result = asyncio.run(measure(target, options))
     print(json.dumps(result, indent=1))
-    write_result(options.out, {"ranks": options.ranks, **result})
+    machine = {"gpu": gpu()} if options.device == "cuda" else {}
+    write_result(options.out, {**machine, "ranks": options.ranks, **result})
 
 
 if __name__ == "__main__":

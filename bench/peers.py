@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -20,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,12 @@ from bench.kit.closed_load import Case, put_on
 from bench.kit.command_line import command_line
 from bench.kit.sections import gpu
 from bench.kit.sides import add_side_options, context_for, server_arguments, side
+from elastic_ep.config import PAGE_SIZE
 
 PEER_START_S = 400.0
 POLL_S = 0.5
 STOP_S = 30.0
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 CASES = ("1:128:256", "16:128:256", "64:128:256", "256:128:256", "8:4096:32", "4:15000:32")
 
 
@@ -69,6 +73,20 @@ def _is_ready(url: str) -> bool:
         return False
 
 
+def cache_tokens(url: str) -> int | None:
+    """That fit in the KV cache of all ranks, if the server says so: ours in its status, vLLM in its metrics."""
+    with suppress(urllib.error.URLError):
+        with urllib.request.urlopen(f"{url}/v1/fault_tolerance/status", timeout=10) as answer:
+            told = json.load(answer)
+        return int(sum(PAGE_SIZE * rank["kv_pages"]["device"] for rank in told["engines"]))
+    with suppress(urllib.error.URLError), urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        for line in answer.read().decode().splitlines():
+            if line.startswith("vllm:cache_config_info"):
+                said = dict(_LABEL.findall(line))
+                return int(said["num_gpu_blocks"]) * int(said["block_size"])
+    return None
+
+
 def loaded(url: str, options: argparse.Namespace, ready_s: float) -> dict[str, Any]:
     rows = []
     for case in options.cases:
@@ -84,7 +102,7 @@ def loaded(url: str, options: argparse.Namespace, ready_s: float) -> dict[str, A
         )
         print(f"    {row}", flush=True)
         rows.append(row)
-    return {"start_s": round(ready_s, 1), "cases": rows}
+    return {"start_s": round(ready_s, 1), "cache_tokens": cache_tokens(url), "cases": rows}
 
 
 def ours(

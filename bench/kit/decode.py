@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,24 +76,40 @@ class Engine:
                 tokens[request].append(token)
         return stamps, tokens
 
-    def steady(self, prompts: Sequence[list[int]], steps: int) -> dict[str, Any]:
-        """All of them decoding: a step's wall time, the device's share of it, the experts that it hits in all layers."""
+    @property
+    def steps(self) -> int:
+        """Since it was made."""
+        return self._step
+
+    @contextmanager
+    def decoding(self, prompts: Sequence[list[int]]) -> Iterator[Callable[[], None]]:
+        """All of them decode within; a call is one step."""
         self._add(prompts, self._limits.max_model_len)
         begun: set[int] = set()
         while len(begun) < len(prompts):
             begun.update(self._run())
+
+        def step() -> None:
+            assert len(self._run()) == len(prompts), "some sequence did not decode"
+
         for _ in range(_SETTLE_STEPS):
-            self._run()
+            step()
+        try:
+            yield step
+        finally:
+            for request in range(len(prompts)):
+                self.runner.cancel(request)
+
+    def steady(self, prompts: Sequence[list[int]], steps: int) -> dict[str, Any]:
+        """All of them decoding: a step's wall time, the device's share of it, the experts that it hits in all layers."""
         wall = []
-        for _ in range(steps):
-            began = time.perf_counter()
-            tokens = self._run()
-            wall.append((time.perf_counter() - began) * 1000)
-            assert len(tokens) == len(prompts), "some sequence did not decode"
-        hit = self._experts_hit()
-        busy = self._busy_ms(len(prompts))
-        for request in range(len(prompts)):
-            self.runner.cancel(request)
+        with self.decoding(prompts) as step:
+            for _ in range(steps):
+                began = time.perf_counter()
+                step()
+                wall.append((time.perf_counter() - began) * 1000)
+            hit = self._experts_hit()
+            busy = self._busy_ms(len(prompts))
         idle = max(0.0, 1 - busy / percentile(wall, 0.5))
         return {
             "batch": len(prompts),
