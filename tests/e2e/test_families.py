@@ -43,6 +43,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "PhimoeForCausalLM": {"tie_word_embeddings": False},
     "GraniteMoeForCausalLM": {"tie_word_embeddings": False, "attention_multiplier": 0.1},
     "Ernie4_5_MoeForCausalLM": {"moe_num_experts": 16, "moe_k": 2, "tie_word_embeddings": False},
+    "Llama4ForCausalLM": {
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 96,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 16,
+        "floor_scale": 8,
+        "tie_word_embeddings": False,
+    },
     "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "tie_word_embeddings": False},
 }
 IN_SUITE = {family.ARCHITECTURE for family in (mixtral, olmoe)}

@@ -34,6 +34,9 @@ SPECS = {name: spec for name, spec in SPECS.items() if not unknown(spec, CUDA)} 
     "qwen3_moe with dense layers": small_spec(
         "qwen3_moe", mlp_only_layers=[1], attention_bias=True, rope_parameters=LLAMA3
     ),
+    "llama4_text whose layers are alike": small_spec(
+        "llama4_text", no_rope_layers=[1, 1, 1], layer_types=["full_attention"] * 3
+    ),
     "ernie4_5_moe with biases": small_spec("ernie4_5_moe", use_bias=True),
     "granitemoe with factors": small_spec(
         "granitemoe",

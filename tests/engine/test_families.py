@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cpu import runner as runner_module
+from elastic_ep.engine.ops_cpu.gate import choose
+from elastic_ep.engine.ops_cpu.layers import ROWS
 from elastic_ep.models.registry import FAMILIES
-from elastic_ep.models.spec import ModelSpec, Moe
+from elastic_ep.models.spec import Gate, ModelSpec, Moe, Scores
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Weights
 from tests.engine.solo import SoloExchange, assign, drain, dummy_weights, solo_runner
@@ -84,6 +87,16 @@ def test_neighbours_and_chunks_change_no_bit(
     together = run(EngineLimits(400, 16, budget, page_size, num_pages=2000 // page_size), others)
     assert alone.keys() == together.keys()
     assert all(torch.equal(row, together[key]) for key, row in alone.items())
+
+
+@pytest.mark.parametrize("scores", [Scores.SIGMOID, Scores.SIGMOID_OF_CHOSEN])
+def test_a_gate_gives_a_row_the_same_bits_in_any_place(scores: Scores) -> None:
+    """Also with a number of experts that fills no vectors."""
+    ffn = replace(small_spec("minimax_m2", num_local_experts=13).moe, gate=Gate(scores))
+    logits = torch.randn(800, 13, generator=torch.Generator().manual_seed(1))
+    whole = choose(logits, ffn, None)[0]
+    tiles = torch.cat([choose(tile, ffn, None)[0] for tile in logits.split(ROWS)])
+    assert torch.equal(whole, tiles)
 
 
 def test_a_step_has_operations_of_the_layers_that_mix_experts_alone() -> None:

@@ -204,15 +204,28 @@ def write_pair(
         value = (torch.randn(shape, generator=generator) * 0.3 + (len(shape) == 1)).to(getattr(torch, dtype))
         matrix = len(shape) == 2 and (name.endswith(".weight") or ".experts." in name)
         if matrix and scheme.only(module) and not any(one in f"{module}." for one in GATES):
-            turned = module == name  # gpt-oss: experts lie [in, out], but not their blocks
-            made = scheme.coder((value.t() if turned else value).float().numpy())
-            codes |= {module + ending: tensor for ending, tensor in made.tensors.items()}
-            value = torch.from_numpy(made.numbers.T.copy() if turned else made.numbers)
+            turned = module == name  # experts that lie [in, out], but not their codes
+            apart = turned and scheme.coder is not mxfp4
+            parts = _one_by_one(module, value.t()) if apart else {module: value.t() if turned else value}
+            made = {name: scheme.coder(part.float().numpy()) for name, part in parts.items()}
+            codes |= {
+                name + ending: tensor for name, one in made.items() for ending, tensor in one.tensors.items()
+            }
+            both = np.concatenate([one.numbers for one in made.values()])
+            value = torch.from_numpy(both.T.copy() if turned else both)
         else:
             codes[name] = value
         numbers[name] = value
     for folder, tensors in ((coded, codes), (plain, numbers)):
         save_file(_stacked(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _one_by_one(module: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """An expert's matrix [out, in] that is stacked where it is numbers, as it is called where it is codes."""
+    if not module.endswith("gate_up_proj"):
+        return {module: matrix}
+    prefix = module.removesuffix("gate_up_proj")
+    return dict(zip((f"{prefix}gate_proj", f"{prefix}up_proj"), matrix.chunk(2), strict=True))
 
 
 def _plain_tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -99,6 +99,17 @@ OWN: dict[str, dict[str, Any]] = {
         "rotary_dim": 12,
         "num_local_experts": 9,
     },
+    "llama4_text": {
+        **HEADS,
+        "head_dim": 16,
+        "num_experts_per_tok": 1,
+        "num_local_experts": 9,
+        "intermediate_size_mlp": 56,
+        "no_rope_layers": [1, 0, 1],
+        "attention_chunk_size": 37,
+        "floor_scale": 20,
+        "rope_parameters": ROPE,
+    },
 }
 """Of each family's small model, beside what all have."""
 

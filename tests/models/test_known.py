@@ -27,6 +27,7 @@ REFUSED = {
     "deepseek_v3": "LatentAttention",
     "gpt_oss": "Attention.window",
     "phimoe": "ModelSpec.norm",
+    "llama4_text": "Attention.window",
 }
 
 

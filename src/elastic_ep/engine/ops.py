@@ -68,8 +68,8 @@ class Ops(Protocol[StepT]):
         """
         ...
 
-    def tokens(self, h: torch.Tensor) -> torch.Tensor:
-        """What of h [R, H] is dispatched; as many rows as `gate` gives."""
+    def rows(self, h: torch.Tensor, weights: torch.Tensor, mixture: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What of h [R, H] is dispatched, as many rows as `gate` gave `weights`, and by what the results are weighed."""
         ...
 
     def experts(self, received: Received, layer: Parts, mixture: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from elastic_ep.models.spec import LinearScaling, Llama3Scaling, LongScaling, Rotary, YarnScaling
+from elastic_ep.models.spec import LinearScaling, Llama3Scaling, LongScaling, Rotary, Temperature, YarnScaling
 
 
 def rotary_table(rotary: Rotary, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,6 +15,12 @@ def rotary_table(rotary: Rotary, max_len: int) -> tuple[torch.Tensor, torch.Tens
     angles = torch.arange(max_len, dtype=torch.float32)[:, None] * frequencies
     cosines, sines = angles.cos(), angles.sin()
     return (cosines, sines) if factor == 1 else (cosines * factor, sines * factor)
+
+
+def temperatures(kind: Temperature, max_len: int) -> torch.Tensor:
+    """Of positions up to `max_len` [max_len] float32: by what queries are multiplied."""
+    steps = torch.floor((torch.arange(max_len, dtype=torch.float32) + 1) / kind.floor)
+    return torch.log1p(steps) * kind.scale + 1
 
 
 def _frequencies(rotary: Rotary, max_len: int) -> tuple[torch.Tensor, float]:
@@ -41,7 +47,8 @@ def _frequencies(rotary: Rotary, max_len: int) -> tuple[torch.Tensor, float]:
 
 def _llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
     lengths = 2 * math.pi / frequencies
-    share = (scaling.original / lengths - scaling.low) / (scaling.high - scaling.low)
+    width = scaling.high - scaling.low or 1.0  # of none at all: nothing lies between
+    share = (scaling.original / lengths - scaling.low) / width
     between = (1 - share) * frequencies / scaling.factor + share * frequencies
     stretched = torch.where(lengths > scaling.original / scaling.low, frequencies / scaling.factor, between)
     return torch.where(lengths < scaling.original / scaling.high, frequencies, stretched)

@@ -69,5 +69,6 @@ class Transformer(Generic[StepT]):
 
     def _mix(self, h: torch.Tensor, layer: Parts, mixture: int, exchange: Carrier) -> torch.Tensor:
         chosen, weights = self._ops.gate(h, layer, mixture)
-        received = exchange.dispatch(self._ops.tokens(h), chosen)
+        rows, weights = self._ops.rows(h, weights, mixture)
+        received = exchange.dispatch(rows, chosen)
         return exchange.combine(self._ops.experts(received, layer, mixture), weights)

@@ -59,6 +59,13 @@ class ConfigFields:
         """The same, but for these."""
         return ConfigFields(self.file, {**self._plain, **values}, self.within)
 
+    def inside(self, name: str) -> ConfigFields:
+        """Those of the object `name`."""
+        plain = self.get(name)
+        if not isinstance(plain, dict):
+            raise self.error(name, f"must be an object, not {shown(plain)}")
+        return ConfigFields(self.file, plain, f"{self.within}{name}.")
+
     def error(self, name: str, fault: str) -> CheckpointError:
         return CheckpointError(f"{self.file}: {self.within}{name} {fault}")
 

@@ -24,6 +24,8 @@ from elastic_ep.models.spec import (
     QkNorm,
     Shared,
     Stacked,
+    Temperature,
+    Window,
 )
 
 
@@ -35,6 +37,8 @@ class MoeNames:
     gate_proj: str
     up_proj: str
     down_proj: str
+    dense: str = "mlp"
+    """The FFN of a layer without experts."""
     gate: str = "gate"
     """Below `block`, as are the next two."""
     correction: str = "gate.e_score_correction_bias"
@@ -48,8 +52,11 @@ class MoeNames:
 class Extras:
     """What a family adds to the plain decoder; the defaults add nothing."""
 
-    windows: tuple[int | None, ...] = ()
+    windows: tuple[Window | None, ...] = ()
     """Of each layer's attention."""
+    unrotated: frozenset[int] = frozenset()
+    """Layers without rotary embeddings; nothing is normed there, and `temperature` is theirs."""
+    temperature: Temperature | None = None
     interleaved: bool = False
     sinks: bool = False
     scale: float | None = None
@@ -89,17 +96,19 @@ def decoder(
     extras: Extras = PLAIN,
 ) -> ModelSpec:
     def attention(index: int) -> AnyAttention:
+        bare = index in extras.unrotated
         return extras.latent or Attention(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             rope_theta=config.rope_theta,
-            qk_norm=qk_norm,
+            qk_norm=QkNorm.NONE if bare else qk_norm,
             clip_qkv=clip_qkv,
-            rotary_dim=config.rotary_dim,
+            rotary_dim=0 if bare else config.rotary_dim,
             interleaved=extras.interleaved,
             scaling=config.scaling,
             window=extras.windows[index] if extras.windows else None,
+            temperature=extras.temperature if bare else None,
             sinks=extras.sinks,
             scale=extras.scale,
         )
@@ -148,7 +157,7 @@ def _layer(config: DecoderConfig, kind: AnyAttention, names: MoeNames, index: in
         *_norm("post_norm", prefix + "post_attention_layernorm", hidden, extras.norm),
     )
     if index in extras.dense_layers:
-        ffn = _feed_forward("", prefix + "mlp.", hidden, extras.dense_inner, extras.ffn_bias)
+        ffn = _feed_forward("", f"{prefix}{names.dense}.", hidden, extras.dense_inner, extras.ffn_bias)
         return Layer(kind, Dense(extras.dense_inner), (*dense, *ffn))
     block = f"{prefix}{names.block}."
     experts = (
@@ -189,7 +198,7 @@ def _qk_norm(prefix: str, kind: Attention) -> tuple[Parameter, ...]:
     q_norm, k_norm = prefix + "q_norm.weight", prefix + "k_norm.weight"
     shape = (kind.heads + kind.kv_heads, kind.head_dim)
     match kind.qk_norm:
-        case QkNorm.NONE:
+        case QkNorm.NONE | QkNorm.UNWEIGHTED:
             return ()
         case QkNorm.HEAD:
             norms = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from elastic_ep.models.config_json import ConfigFields, as_integer, eos_token_ids, shown
 from elastic_ep.models.rope import read_rope
-from elastic_ep.models.spec import Gate, Scaling
+from elastic_ep.models.spec import Gate, Scaling, Window
 
 MOST_LAYERS, MOST_EXPERTS = 1024, 4096
 """What is planned for each of them takes time and memory before anybody asks whether they fit a machine."""
@@ -145,8 +145,8 @@ def grouped_gate(fields: ConfigFields, gate: Gate, experts: int, top_k: int, def
     return replace(gate, groups=groups, top_groups=kept)
 
 
-def one_window(fields: ConfigFields, layers: int, *, wanted: bool = False) -> tuple[int | None, ...]:
+def one_window(fields: ConfigFields, layers: int, *, wanted: bool = False) -> tuple[Window | None, ...]:
     """Of all layers: `sliding_window`, which must be there if it is `wanted`. Raises `CheckpointError`."""
     if not fields.has("sliding_window") and not wanted:
         return ()
-    return (fields.positive("sliding_window"),) * layers
+    return (Window(fields.positive("sliding_window")),) * layers

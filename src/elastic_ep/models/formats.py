@@ -27,6 +27,8 @@ class Stacked:
     shape: tuple[int, ...]
     offset: int = 0
     stride: int = 0
+    also: str = ""
+    """What the tensor is called in other checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)

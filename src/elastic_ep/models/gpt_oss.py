@@ -7,7 +7,7 @@ import math
 from elastic_ep.models.config_json import ConfigFields, shown
 from elastic_ep.models.decoder import Extras, MoeNames, decoder
 from elastic_ep.models.decoder_config import DecoderConfig, read_config
-from elastic_ep.models.spec import Clamped, Gate, ModelSpec, Parameter, Piece, Scores, Stacked
+from elastic_ep.models.spec import Clamped, Gate, ModelSpec, Parameter, Piece, Scores, Stacked, Window
 
 ARCHITECTURE, MODEL_TYPE = "GptOssForCausalLM", "gpt_oss"
 NAMES = MoeNames("mlp", "gate_proj", "up_proj", "down_proj", gate="router", fused_gate="mlp.router")
@@ -49,14 +49,14 @@ def read(fields: ConfigFields) -> ModelSpec:
     return decoder(MODEL_TYPE, config, NAMES, extras=extras)
 
 
-def _windows(fields: ConfigFields, layers: int) -> tuple[int | None, ...]:
+def _windows(fields: ConfigFields, layers: int) -> tuple[Window | None, ...]:
     kinds = fields.get("layer_types")
     if kinds is None:
         kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(layers)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != layers or any(one not in known for one in kinds):
         raise fields.error("layer_types", f"must be a list of {layers} of {known}, not {shown(kinds)}")
-    window = fields.positive("sliding_window", 128)
+    window = Window(fields.positive("sliding_window", 128))
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

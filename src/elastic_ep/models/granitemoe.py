@@ -41,7 +41,10 @@ def _experts(prefix: str, config: DecoderConfig) -> tuple[Parameter, ...]:
 
     def part(name: str, tensor: str, rows: int, columns: int) -> Parameter:
         stacked = Stacked(
-            f"{prefix}block_sparse_moe.{tensor}.weight", (count, columns, rows), 0, rows * columns
+            f"{prefix}block_sparse_moe.{tensor}.weight",
+            (count, columns, rows),
+            stride=rows * columns,
+            also=f"{prefix}block_sparse_moe.experts.{name}_proj",
         )
         one = f"{prefix}block_sparse_moe.experts.{{expert}}.{tensor}.weight"
         return Parameter(name, (rows, columns), (Piece(one, (columns, rows), stacked),))

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 from elastic_ep.models.config_json import UNQUANTISED, CheckpointError, ConfigFields, shown
 from elastic_ep.models.formats import MX_BLOCK, PLAIN, Format, Fp8, Int4, Mxfp4
-from elastic_ep.models.spec import ModelSpec, Moe, Parameter, Piece
+from elastic_ep.models.spec import ModelSpec, Moe, Parameter, Piece, with_parameters
 
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
 """As `quant_method` and --quantization name them."""
@@ -30,7 +30,7 @@ def quantised(spec: ModelSpec, config: ConfigFields) -> ModelSpec:
     chosen = _chosen(config)
     if chosen is None:
         return spec
-    made = _mapped(spec, chosen.parameter)
+    made = with_parameters(spec, chosen.parameter)
     for layer in made.layers:
         if isinstance(layer.ffn, Moe):
             _check_experts(layer.ffn, chosen)
@@ -273,17 +273,3 @@ _READERS: dict[str, Callable[[ConfigFields], Callable[[str, Piece], Format]]] = 
     "compressed-tensors": _compressed_tensors,
 }
 assert tuple(_READERS) == METHODS
-
-_T = TypeVar("_T")
-
-
-def _mapped(value: _T, change: Callable[[Parameter], Parameter]) -> _T:
-    """A frozen tree of dataclasses and tuples, with each parameter in it as `change` has it."""
-    if isinstance(value, Parameter):
-        return cast(_T, change(value))
-    if isinstance(value, tuple):
-        return cast(_T, tuple(_mapped(one, change) for one in value))
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: _mapped(getattr(value, field.name), change) for field in fields(value)}
-        return cast(_T, replace(value, **parts))
-    return value

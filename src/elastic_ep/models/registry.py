@@ -11,6 +11,7 @@ from elastic_ep.models import (
     glm4_moe,
     gpt_oss,
     granitemoe,
+    llama4,
     minimax_m2,
     mixtral,
     olmoe,
@@ -36,12 +37,15 @@ FAMILIES = (
     granitemoe,
     ernie4_5_moe,
     minimax_m2,
+    llama4,
 )
 ARCHITECTURES: dict[str, Reader] = {family.ARCHITECTURE: family.read for family in FAMILIES}
+ARCHITECTURES[llama4.CONDITIONAL] = llama4.read_conditional
 ARCHITECTURE_TYPES = {family.ARCHITECTURE: family.MODEL_TYPE for family in FAMILIES}
+ARCHITECTURE_TYPES[llama4.CONDITIONAL] = llama4.CONDITIONAL_TYPE
 _ALIASES = {deepseek_v3.ARCHITECTURE: ("kimi_k2",)}
 """Other types that name an architecture of ours."""
-_MODEL_TYPES = {family.MODEL_TYPE: family.ARCHITECTURE for family in FAMILIES}
+_MODEL_TYPES = {kind: architecture for architecture, kind in ARCHITECTURE_TYPES.items()}
 
 
 def load_spec(folder: Path) -> ModelSpec:

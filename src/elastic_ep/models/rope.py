@@ -100,8 +100,8 @@ def _scaling(fields: ConfigFields, inside: ConfigFields, theta: float, dim: int)
         case "llama3":
             low = inside.number("low_freq_factor", 1.0, 1e-3, 1e3)
             high = inside.number("high_freq_factor", 4.0, 1e-3, 1e3)
-            if high <= low:
-                raise inside.error("high_freq_factor", "must be more than low_freq_factor")
+            if high < low:
+                raise inside.error("high_freq_factor", "must not be less than low_freq_factor")
             return Llama3Scaling(factor, low, high, original)
         case "yarn":
             if theta <= 1:

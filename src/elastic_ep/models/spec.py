@@ -6,9 +6,10 @@ Plain data, standard library only: the run process plans with it, and the engine
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
+from typing import TypeVar, cast
 
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.models.formats import PLAIN, Format, Need
@@ -27,6 +28,8 @@ class QkNorm(Enum):
     """Each head by itself."""
     PROJECTION = "projection"
     """All heads of a token together: queries, and keys."""
+    UNWEIGHTED = "unweighted"
+    """Each head by itself, and no parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,23 @@ class Rotary:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """A token sees itself and at most `size` - 1 before it: the last ones, or those of its own chunk."""
+
+    size: int
+    chunked: bool = False
+    """Positions are cut into chunks of `size`, of which none sees another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Temperature:
+    """Queries at position p are multiplied by 1 + `scale` ln(1 + floor((p + 1) / `floor`))."""
+
+    floor: float
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention with rotary embeddings."""
 
@@ -101,11 +121,12 @@ class Attention:
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to plus and minus this, after the norm."""
     rotary_dim: int | None = None
-    """None: all of a head is rotated."""
+    """None: all of a head is rotated; 0: nothing of it."""
     interleaved: bool = False
     scaling: Scaling | None = None
-    window: int | None = None
-    """A token sees so many tokens, itself included."""
+    window: Window | None = None
+    """None: a token sees all that are before it."""
+    temperature: Temperature | None = None
     sinks: bool = False
     """A score for each query head that takes probability from all keys: parameter `sinks` [Hq]."""
     scale: float | None = None
@@ -145,7 +166,7 @@ class LatentAttention:
     score_scale: float
     norm_eps: float
     """Of the latents' norms."""
-    window: int | None = None
+    window: Window | None = None
 
     @property
     def kv_elements(self) -> int:
@@ -235,7 +256,7 @@ def _kept(name: str, needs: tuple[Need, ...]) -> Kept:
 
 def _of_expert(piece: Piece, expert: int) -> Piece:
     at = piece.stacked
-    moved = at and Stacked(at.tensor, at.shape, at.offset + expert * at.stride)
+    moved = at and replace(at, offset=at.offset + expert * at.stride)
     return replace(piece, tensor=piece.tensor.format(expert=expert), stacked=moved)
 
 
@@ -254,6 +275,8 @@ class Scores(Enum):
     SIGMOID = "sigmoid"
     SOFTMAX_OF_CHOSEN = "softmax of the chosen"
     """The highest logits are chosen, and the softmax is theirs alone."""
+    SIGMOID_OF_CHOSEN = "sigmoid of the chosen"
+    """The highest logits are chosen, also where sigmoids are all one."""
     SPARSE_MIXER = "sparse mixer"
     """PhiMoE: two are chosen, each with its share among the logits that come within twice `jitter` of it."""
 
@@ -287,6 +310,8 @@ class Gate:
     factor: float = 1.0
     """Of the weights, in the end."""
     jitter: float = 0.0
+    into: bool = False
+    """The weight is of what goes into the expert, not of what comes out. One is chosen then: a row is sent once."""
 
 
 SOFTMAX_GATE = Gate()
@@ -346,7 +371,7 @@ class Norm(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Layers that mix experts are alike in sizes; layers differ in attention by window and rotary embedding at most.
+    """Layers that mix experts are alike in sizes; of attention layers may differ in all but heads and their size.
 
     Slots, loads and exchange operations are those of `mixtures`: a number that says which counts these alone.
     """
@@ -440,3 +465,18 @@ class ModelSpec:
                 for expert in range(layer.ffn.experts):
                     for part in layer.ffn.parts:
                         yield from part.of_expert(expert).pieces
+
+
+_T = TypeVar("_T")
+
+
+def with_parameters(value: _T, change: Callable[[Parameter], Parameter]) -> _T:
+    """A frozen tree of dataclasses and tuples, with each parameter in it as `change` has it."""
+    if isinstance(value, Parameter):
+        return cast(_T, change(value))
+    if isinstance(value, tuple):
+        return cast(_T, tuple(with_parameters(one, change) for one in value))
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: with_parameters(getattr(value, field.name), change) for field in fields(value)}
+        return cast(_T, replace(value, **parts))
+    return value

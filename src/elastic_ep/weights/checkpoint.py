@@ -50,6 +50,8 @@ def validate_checkpoint(path: Path, spec: ModelSpec) -> dict[str, TensorEntry]:
 
 def _checked(path: Path, need: Need, entries: Mapping[str, TensorEntry]) -> TensorEntry:
     stacked = need.stacked
+    if stacked is not None and stacked.also in entries:
+        stacked = replace(stacked, tensor=stacked.also)
     alone = need.role == "values" and (
         need.tensor in entries or stacked is None or stacked.tensor not in entries
     )
@@ -183,7 +185,7 @@ def _refuse_others(
     needed, modules = set[str](), dict[str, tuple[str, ...]]()
     for piece, needs in pieces:
         needed.update(need.tensor for need in needs)
-        needed.update(need.stacked.tensor for need in needs if need.stacked)
+        needed.update(name for need in needs if (at := need.stacked) for name in (at.tensor, at.also))
         modules[piece.tensor.removesuffix(".weight")] = piece.format.beside
         if piece.stacked:
             modules[piece.stacked.tensor.removesuffix(".weight")] = piece.format.beside

@@ -21,7 +21,7 @@ import torch
 from elastic_ep.engine.ops_cpu.layers import padded
 from elastic_ep.engine.scheduler import Chunk
 from elastic_ep.kv.page_table import NULL_PAGE
-from elastic_ep.models.spec import AnyAttention, LatentAttention
+from elastic_ep.models.spec import AnyAttention, LatentAttention, Window
 
 QUERY_TILE = 2
 KEY_BLOCK = 64
@@ -81,7 +81,7 @@ class Batch:
     """[P * Hk * QUERY_TILE * G] rows of [Tp * (Hq + Hk)]"""
     context: torch.Tensor
     """[planes * P * KEY_BLOCK / page_size] cache pages of each pair's keys and values"""
-    biases: dict[int | None, torch.Tensor]
+    biases: dict[Window | None, torch.Tensor]
     """Of each window, None for no window: [P * Hk, QUERY_TILE * G, KEY_BLOCK] 0 where the query may look, else -inf"""
     score_rows: torch.Tensor
     """[P * Hk * QUERY_TILE * G] rows of the scores when joined: [N * Hk * QUERY_TILE * G * B]"""
@@ -97,7 +97,7 @@ class BatchMaker:
     """Keeps what does not change from step to step."""
 
     def __init__(
-        self, layout: CacheLayout, device: torch.device, windows: Collection[int | None] = (None,)
+        self, layout: CacheLayout, device: torch.device, windows: Collection[Window | None] = (None,)
     ) -> None:
         kv_heads, group = layout.num_kv_heads, layout.group
         self._layout = layout
@@ -158,7 +158,7 @@ class BatchMaker:
         samples = [int(end) - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]
         samples += [0] * (padded(len(samples)) - len(samples))
         most = int(blocks.max())
-        seen_of_block = seen[pair_tile] - (pair_block * KEY_BLOCK)[:, None]
+        before = (pair_block * KEY_BLOCK)[:, None]
         item = pair_tile[:, None] * layout.num_kv_heads + self._kv_heads
         score_rows = (item[:, :, None] * len(self._rows) + self._rows) * most + pair_block[:, None, None]
         part_rows = pair_block[:, None] * (len(blocks) * layout.num_kv_heads) + item
@@ -171,7 +171,7 @@ class BatchMaker:
             write_rows=self._tensor(write_rows),
             query_rows=self._tensor(query_rows),
             context=self._tensor(self._context(table, tile_chunk[pair_tile], pair_block)),
-            biases={window: self._bias_of(seen_of_block, window) for window in self._windows},
+            biases={window: self._bias_of(seen[pair_tile], before, window) for window in self._windows},
             score_rows=self._tensor(score_rows),
             part_rows=self._tensor(part_rows),
             output_rows=self._tensor(output_rows),
@@ -195,16 +195,18 @@ class BatchMaker:
         context: _Ints = self._planes.reshape(-1, 1, self._layout.num_kv_heads, 1) + pages[:, None, :]
         return context
 
-    def _bias_of(self, seen: _Ints, window: int | None) -> torch.Tensor:
-        """`seen` [P, QUERY_TILE]: how many keys from the block's first on each query may see without `window`."""
+    def _bias_of(self, seen: _Ints, before: _Ints, window: Window | None) -> torch.Tensor:
+        """`seen` [P, QUERY_TILE]: how many keys each query may see without `window`; `before` [P, 1]: those before
+        the block."""
         layout = self._layout
         shape = (len(seen), layout.num_kv_heads, QUERY_TILE, layout.group)
 
         def rows(counts: _Ints) -> _Ints:
             return np.broadcast_to(counts.clip(0, KEY_BLOCK)[:, None, :, None], shape).flatten()
 
-        bias = self._bias.index_select(0, torch.from_numpy(rows(seen)))
+        bias = self._bias.index_select(0, torch.from_numpy(rows(seen - before)))
         if window is not None:
-            hidden = torch.from_numpy(np.arange(KEY_BLOCK) < rows(seen - window)[:, None])
+            first = (seen - 1) // window.size * window.size if window.chunked else seen - window.size
+            hidden = torch.from_numpy(np.arange(KEY_BLOCK) < rows(first - before)[:, None])
             bias.masked_fill_(hidden, -torch.inf)
         return bias.view(-1, QUERY_TILE * layout.group, KEY_BLOCK).to(self._device)

@@ -8,7 +8,7 @@ from collections.abc import MutableSequence
 import torch
 from torch.nn import functional
 
-from elastic_ep.engine.ops_cpu.layers import ROWS, linear
+from elastic_ep.engine.ops_cpu.layers import ROWS, by_element, linear
 from elastic_ep.exchange.base import Received
 from elastic_ep.models.spec import Clamped
 from elastic_ep.weights.bank import Parts
@@ -68,4 +68,4 @@ def _activated(gate_up: torch.Tensor, activation: Clamped | None) -> torch.Tenso
         return functional.silu(gated).mul_(up)
     gated = gated.clamp(max=activation.limit)
     up = up.clamp(-activation.limit, activation.limit)
-    return torch.sigmoid(gated * activation.alpha).mul_(gated).mul_(up + 1)
+    return by_element(torch.sigmoid, gated * activation.alpha).mul_(gated).mul_(up + 1)

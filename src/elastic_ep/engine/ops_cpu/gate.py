@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from elastic_ep.engine.ops_cpu.layers import by_element
 from elastic_ep.models.spec import Gate, GroupScores, Moe, Scores
 
 Chosen = tuple[torch.Tensor, torch.Tensor]
@@ -19,10 +20,13 @@ def choose(logits: torch.Tensor, ffn: Moe, correction: torch.Tensor | None) -> C
         case Scores.SOFTMAX_OF_CHOSEN:
             highest, logical = torch.topk(logits, ffn.top_k, dim=-1)
             return torch.softmax(highest, dim=-1), logical
+        case Scores.SIGMOID_OF_CHOSEN:
+            highest, logical = torch.topk(logits, ffn.top_k, dim=-1)
+            return by_element(torch.sigmoid, highest), logical
         case Scores.SOFTMAX:
             scores = torch.softmax(logits, dim=-1)
         case Scores.SIGMOID:
-            scores = torch.sigmoid(logits)
+            scores = by_element(torch.sigmoid, logits)
     ranked = scores if correction is None else scores + correction
     if gate.groups > 1:
         ranked = _within_groups(ranked, gate)
@@ -32,6 +36,11 @@ def choose(logits: torch.Tensor, ffn: Moe, correction: torch.Tensor | None) -> C
     if ffn.renormalise:
         weights /= weights.sum(dim=-1, keepdim=True).add_(gate.added_to_sum).clamp_(min=gate.least_sum)
     return weights * gate.factor if gate.factor != 1 else weights, logical
+
+
+def weighed(rows: torch.Tensor, weights: torch.Tensor) -> Chosen:
+    """Rows [T, H] times their weights [T, 1], and the weights that are left: ones."""
+    return (rows * weights).to(rows.dtype), torch.ones_like(weights)
 
 
 def _within_groups(ranked: torch.Tensor, gate: Gate) -> torch.Tensor:

@@ -7,6 +7,8 @@ holds the libraries underneath to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from elastic_ep.engine.rotary import rotary_table
@@ -61,17 +63,32 @@ def by_head(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     )
 
 
+_VECTORS = 32
+"""Elements that torch computes at a time, on any processor."""
+
+
+def by_element(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`function` of each element.
+
+    HAZARD: of a row of elements in memory torch computes those at its end, which fill no vector, with other
+    instructions; of exponentials their bits differ. So all elements are one row, and its end is nobody's.
+    """
+    flat = torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % _VECTORS))
+    return function(flat)[: x.numel()].view(x.shape)
+
+
 class RmsNorm:
     """x / sqrt(mean(x^2) + eps) over the last dimension. `functional.rms_norm` takes twice as many operations."""
 
     def __init__(self, eps: float, device: torch.device) -> None:
         self._eps = torch.tensor(eps, device=device)
 
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [..., D], `weight` broadcasts to it."""
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """x [..., D], `weight`, if there is one, broadcasts to it."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(weight)
+        normed = x * scale
+        return normed if weight is None else normed.mul_(weight)
 
 
 class LayerNorm:

@@ -9,11 +9,22 @@ import torch
 from elastic_ep.engine.ops_cpu.attention import attend
 from elastic_ep.engine.ops_cpu.batch import Batch, CacheLayout
 from elastic_ep.engine.ops_cpu.experts import feed_forward, gated_experts
-from elastic_ep.engine.ops_cpu.gate import choose
+from elastic_ep.engine.ops_cpu.gate import choose, weighed
 from elastic_ep.engine.ops_cpu.layers import LayerNorm, RmsNorm, Rope, Rotation, by_head, linear
+from elastic_ep.engine.rotary import temperatures
 from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.exchange.base import Received
-from elastic_ep.models.spec import Attention, LatentAttention, ModelSpec, Moe, Norm, QkNorm, Rotary
+from elastic_ep.models.spec import (
+    AnyAttention,
+    Attention,
+    LatentAttention,
+    ModelSpec,
+    Moe,
+    Norm,
+    QkNorm,
+    Rotary,
+    Temperature,
+)
 from elastic_ep.weights.bank import Parts
 
 
@@ -37,6 +48,8 @@ class CpuOps:
         self.caches = [torch.zeros(layout.rows, width, device=device) for _ in spec.layers]
         """Of each layer, rows as `CacheLayout` orders them."""
         kinds = {layer.attention.rotary for layer in spec.layers}
+        tempered = {one for layer in spec.layers if (one := _temperature(layer.attention))}
+        self._temperatures = {kind: temperatures(kind, max_len).to(device) for kind in tempered}
         self._ropes = {kind: Rope(kind, max_len, device) for kind in kinds if kind.dim}
         self._norm = RmsNorm(spec.rms_norm_eps, device)
         self._layer_norm = LayerNorm(spec.rms_norm_eps)
@@ -88,8 +101,8 @@ class CpuOps:
         parts = qkv.view(len(qkv), -1, dim)
         qk, values = parts[:, :rotated], parts[:, rotated:]
         match kind.qk_norm:
-            case QkNorm.HEAD:
-                qk = self._norm(qk, layer["qk_norm"])
+            case QkNorm.HEAD | QkNorm.UNWEIGHTED:
+                qk = self._norm(qk, layer.get("qk_norm"))
             case QkNorm.PROJECTION:
                 norms = layer["qk_norm"].view(-1).split([heads * dim, kind.kv_heads * dim])
                 sides = qkv[:, : rotated * dim].split([len(norm) for norm in norms], dim=1)
@@ -100,7 +113,10 @@ class CpuOps:
         qk = self._rotate(qk, kind.rotary)
         kv = torch.cat((qk[:, heads:], values), dim=1)
         self.caches[index].index_copy_(0, self._step.write_rows, kv.view(-1, dim))
-        return qk
+        if kind.temperature is None:
+            return qk
+        factors = self._temperatures[kind.temperature].index_select(0, self._step.positions)
+        return torch.cat((qk[:, :heads] * factors[:, None, None], qk[:, heads:]), dim=1)
 
     def _project_latents(
         self, h: torch.Tensor, layer: Parts, index: int, kind: LatentAttention
@@ -157,8 +173,9 @@ class CpuOps:
         weights, logical = choose(logits, self._moes[mixture], layer.get("gate_correction"))
         return torch.take(self.routing.physical[mixture], logical)[:count], weights[:count]
 
-    def tokens(self, h: torch.Tensor) -> torch.Tensor:
-        return h if self._batch is None else h[: self._batch.num_tokens]
+    def rows(self, h: torch.Tensor, weights: torch.Tensor, mixture: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sent = h if self._batch is None else h[: self._batch.num_tokens]
+        return weighed(sent, weights) if self._moes[mixture].gate.into else (sent, weights)
 
     def experts(self, received: Received, layer: Parts, mixture: int) -> torch.Tensor:
         return gated_experts(received, layer, self._loads[mixture], self._moes[mixture].activation)
@@ -183,3 +200,7 @@ class CpuOps:
     def _step(self) -> Batch:
         assert self._batch is not None, "a step without tokens has no rows"
         return self._batch
+
+
+def _temperature(kind: AnyAttention) -> Temperature | None:
+    return kind.temperature if isinstance(kind, Attention) else None

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.engine.ops_cpu.gate import choose
+from elastic_ep.engine.ops_cpu.gate import choose, weighed
 from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.dense import dense
@@ -53,6 +53,7 @@ class CudaOps:
         self._cos, self._sin = cosines.to(device), sines.to(device)
         rows = max(limits.max_num_batched_tokens, limits.max_num_seqs) + TILE_ROWS
         self._rows = torch.arange(rows, device=device)
+        self._ones = torch.ones(kind.heads + kind.kv_heads, kind.head_dim, dtype=dtype, device=device)
         self.load = torch.zeros(spec.moe_layers, slots, dtype=torch.int32, device=device)
         self._counts: list[torch.Tensor] = []
         """Of the step's layers so far: the rows [slots] or [slots, parts] that this rank's experts had."""
@@ -96,6 +97,8 @@ class CudaOps:
         qkv = self.linear(h, layer, "qkv")
         keys, values = self.caches[index]
         norm = layer["qk_norm"] if kind.qk_norm is QkNorm.HEAD else None
+        if kind.qk_norm is QkNorm.UNWEIGHTED:
+            norm = self._ones
         if kind.qk_norm is QkNorm.PROJECTION:
             qkv = self._norm_projections(qkv, layer["qk_norm"].view(-1), kind.heads * kind.head_dim)
         return norm_rope_write(
@@ -148,8 +151,8 @@ class CudaOps:
         real = (self._rows[: len(logits)] < count)[:, None]
         return torch.where(real, physical[logical], -1), torch.where(real, weights, 0.0)
 
-    def tokens(self, h: torch.Tensor) -> torch.Tensor:
-        return h
+    def rows(self, h: torch.Tensor, weights: torch.Tensor, mixture: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return weighed(h, weights) if self._moes[mixture].gate.into else (h, weights)
 
     def experts(self, received: Received, layer: Parts, mixture: int) -> torch.Tensor:
         self._counts.append(received.counts)
