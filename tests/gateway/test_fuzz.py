@@ -30,8 +30,38 @@ CHECKS = [
 ]
 
 
+Cases = dict[GenerationMode, list[Case[Any]]]
+SEEDS = {GenerationMode.POSITIVE: 20261123, GenerationMode.NEGATIVE: 20261124}
+_few = hypothesis_settings(
+    max_examples=200,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def cases_of(mode: GenerationMode) -> list[Case[Any]]:
+    made: list[Case[Any]] = []
+
+    @seed(SEEDS[mode])
+    @_few
+    @given(case=SCHEMA.as_strategy(mode))
+    def note(case: Case[Any]) -> None:
+        made.append(case)
+
+    note()
+    return made
+
+
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def cases() -> Cases:
+    """Made before any loop runs: what rewrites schemas keeps the interpreter lock for hundreds of milliseconds."""
+    return {mode: cases_of(mode) for mode in SEEDS}
+
+
+@pytest.fixture(scope="module")
+def url(cases: Cases) -> Iterator[str]:
     """A server with an event loop on a thread of its own: schemathesis is synchronous."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -54,27 +84,11 @@ def session() -> Iterator[requests.Session]:
         yield session
 
 
-_few = hypothesis_settings(
-    max_examples=300,
-    deadline=None,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-
-
-@seed(20261123)
-@_few
-@given(case=SCHEMA.as_strategy(GenerationMode.POSITIVE))
-def test_valid_requests(case: Case[Any], url: str, session: requests.Session) -> None:
-    case.validate_response(case.call(base_url=url, session=session), checks=CHECKS)
-
-
-@seed(20261124)
-@_few
-@given(case=SCHEMA.as_strategy(GenerationMode.NEGATIVE))
-def test_invalid_requests(case: Case[Any], url: str, session: requests.Session) -> None:
-    case.validate_response(case.call(base_url=url, session=session), checks=CHECKS)
+@pytest.mark.parametrize("mode", SEEDS, ids=("valid", "invalid"))
+def test_requests(mode: GenerationMode, cases: Cases, url: str, session: requests.Session) -> None:
+    assert len(cases[mode]) == _few.max_examples
+    for case in cases[mode]:
+        case.validate_response(case.call(base_url=url, session=session), checks=CHECKS)
 
 
 BODIES: dict[str, dict[str, Any]] = {
