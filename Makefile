@@ -18,7 +18,7 @@ BENCHES := death_notice exchange throughput accuracy failover overhead footprint
 	repair_large rebalance transfer eplb host_gap control_path loss_work busy big_bodies \
 	long_context prefix page
 
-.PHONY: help setup run test test-gpu sanitize mutants lint style format charts bench bench-gpu lock clean
+.PHONY: help setup run test test-gpu test-hosts sanitize mutants lint style format charts bench bench-gpu lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,6 +44,9 @@ test: style ## style, types and the whole test suite; ARGS="..." goes to pytest
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(ARGS)
+
+test-hosts: $(READY) ## the tests with network namespaces as hosts, as root; more of them than in make test
+	$(BIN)/pytest -m hosts $(ARGS)
 
 sanitize: $(READY) ## the tests of the engine in C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 	@scripts/sanitize $(ARGS)

@@ -9,7 +9,7 @@ import pytest
 
 _OF_THE_MACHINE = re.compile(
     r"CUDA device|no MPS|interpreter|this file system|system call|came with Linux|what is on the device"
-    r"|processor with AVX2|no Chromium"
+    r"|processor with AVX2|no Chromium|network namespaces"
 )
 """Reasons to skip that no package does away with: another machine, or another run of the same test."""
 

@@ -62,7 +62,6 @@ def open_hosts(
         listener = stack.enter_context(listen(address, carrier_port))
     except OSError as error:
         raise _no_room(config, error) from error
-    keeper.carry(Carry(config.host_of_rank, HERE, 1, guard.key.carriers, plan.shape), listener)
     vocabulary = Path(told.directory) / VOCABULARY
     welcome = Welcome(
         host=HERE,
@@ -92,6 +91,8 @@ def open_hosts(
     except zmq.ZMQError as error:
         raise _no_room(config, error) from error
     stack.callback(hosts.close)
+    carried = Carry(config.host_of_rank, HERE, 1, guard.key.carriers, plan.shape)
+    keeper.carry(carried, listener, hosts.on_links)
     log.info(
         "other hosts join by: python -m elastic_ep.agent",
         join=f"{address}:{hosts.port}",

@@ -198,6 +198,8 @@ class _Life:
                 self._welcomed.set()
             case Lease(number):
                 self._renewed(number)
+            case Expelled() if self._over.is_set():
+                pass  # the answer to what it said meanwhile
             case Expelled():
                 log.warning("the group has taken this host for dead: its ranks end, and it joins anew")
                 self._end(_Then.JOIN)
@@ -260,7 +262,8 @@ class _Life:
                 tasks.start_soon(self._stay_alive, timing.lease_ms, timing.host_beat_ms)
                 async with Keeper(options, files, begun=server) as keeper:
                     key, shape = self._options.key.carriers, ExchangeShape(*welcome.shape)
-                    keeper.carry(Carry(welcome.hosts, welcome.host, welcome.incarnation, key, shape), carrier)
+                    told = Carry(welcome.hosts, welcome.host, welcome.incarnation, key, shape)
+                    keeper.carry(told, carrier, self._wire.send)
                     await self._start(keeper)
                     if not self._over.is_set():
                         self._ranks = _Ranks(keeper, here)

@@ -92,6 +92,11 @@ class Timing:
     """One that was not heard of when so many were due counts as lost. They are counted: this process may stand still."""
     closed_beats: ClassVar[int] = 2
     """So many are left to one whose connection has ended: it makes a new one, if it can."""
+    apart_beats: ClassVar[int] = 8
+    """Two hosts whose carriers are not connected for so long lose one of them: all ranks wait for what each has for the
+    other."""
+    agentless_beats: ClassVar[int] = 50
+    """So long if one of them waits for its next agent."""
     lease_ms: ClassVar[int] = 2_000
     """A host's ranks end so long after it last spoke and was answered,"""
     lease_margin_ms: ClassVar[int] = 500

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import aiohttp
 import pytest
 import zmq
-from train.problems import held_out
 
 from tests.kit.harness import title
+from tests.kit.host_faults import Texts, full, undisturbed, views, with_fault
 from tests.kit.hosts import Group, group
-from tests.kit.served import Stamps, begun, chat, http, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-QUESTIONS = [problem.question for problem in held_out(6)]
 OTHER = "127.0.0.2"
-Texts = list[str]
 
 
 @pytest.fixture(scope="module")
@@ -32,72 +26,13 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
         yield running
 
 
-async def answers(session: aiohttp.ClientSession, url: str, started: asyncio.Event | None = None) -> Texts:
-    """To every question at once, half greedy, half sampled; `started` is set when all of them stream."""
-    left = len(QUESTIONS)
-
-    async def one(index: int) -> str:
-        nonlocal left
-        stamps = Stamps()
-        how = {"temperature": 0.0} if index % 2 else {"temperature": 1.2, "seed": index}
-        text = asyncio.create_task(
-            chat(session, url, QUESTIONS[index], stamps=stamps, max_tokens=60, ignore_eos=True, **how)
-        )
-        await begun(text, stamps)
-        left -= 1
-        if started is not None and not left:
-            started.set()
-        return await text
-
-    return list(await asyncio.gather(*(one(index) for index in range(len(QUESTIONS)))))
-
-
 @pytest.fixture(scope="module")
 def expected(hosts: Group) -> Texts:
-    async def undisturbed() -> Texts:
-        async with http() as session:
-            await until_full(session, hosts.server.url)
-            return await answers(session, hosts.server.url)
-
-    return asyncio.run(undisturbed())
-
-
-async def with_fault(url: str, fault: Callable[[], object]) -> tuple[Texts, dict[int, int]]:
-    """The texts of streams under which it strikes, and the ranks' incarnations before."""
-    async with http() as session:
-        before = await until_full(session, url)
-        started = asyncio.Event()
-        streams = asyncio.create_task(answers(session, url, started))
-        await asyncio.wait_for(started.wait(), 60)
-        fault()
-        texts = await asyncio.wait_for(streams, 120)
-        return texts, {engine["id"]: engine["incarnation"] for engine in before["engines"]}
-
-
-async def full(url: str, beyond: dict[int, int]) -> dict[str, Any]:
-    async with http() as session:
-        return await until_full(session, url, beyond=beyond)
+    return undisturbed(hosts.server.url)
 
 
 def of_the_other(incarnations: dict[int, int]) -> dict[int, int]:
     return {rank: incarnation for rank, incarnation in incarnations.items() if rank >= 2}
-
-
-def notes(hosts: Group, name: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in hosts.server.events.read_text().splitlines()]
-    return [line for line in lines if line.get("note") == name]
-
-
-def views(hosts: Group) -> list[set[int]]:
-    """Which ranks each view that was published had."""
-    found = []
-    for line in map(json.loads, hosts.server.events.read_text().splitlines()):
-        for effect in line.get("effects", ()) if line.get("machine") == "membership" else ():
-            if effect[0] == "Publish":
-                body = effect[1][2] if effect[1][0] == "Commit" else effect[1]
-                if body[0] == "View":
-                    found.append({seat[1] for seat in body[2]})
-    return found
 
 
 def test_a_killed_host_costs_no_token_and_comes_back(hosts: Group, expected: Texts) -> None:

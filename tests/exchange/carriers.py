@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 
 from elastic_ep.exchange.base import ExchangeShape
@@ -29,6 +30,8 @@ class CarrierPair:
         self._silence_s = silence_s
         self.fds = [Windows.create(shape, carried=True) for _ in range(2)]
         self.carriers: dict[int, Carrier] = {}
+        self.links = threading.Condition()
+        """Told when those of one may have changed."""
         if len(set(hosts)) == 2:
             for host in (0, 1):
                 self.start(host)
@@ -37,8 +40,13 @@ class CarrierPair:
     def start(self, host: int, incarnation: int = 1, key: bytes = KEY) -> Carrier:
         """In place of the one that was there, if any."""
         config = CarrierConfig(self.hosts, host, incarnation, key, silence_s=self._silence_s)
-        self.carriers[host] = Carrier(config, Mirror(self.fds[host], self.shape, self.hosts, host))
+        mirror = Mirror(self.fds[host], self.shape, self.hosts, host)
+        self.carriers[host] = Carrier(config, mirror, on_links=self._links_changed)
         return self.carriers[host]
+
+    def _links_changed(self) -> None:
+        with self.links:
+            self.links.notify_all()
 
     def close(self) -> None:
         for carrier in self.carriers.values():

@@ -101,6 +101,17 @@ def test_a_carrier_that_is_replaced_goes_on_where_the_other_stopped() -> None:
             step_exactly(group, incarnation - host)
 
 
+def test_who_is_connected_is_told() -> None:
+    pair = CarrierPair(SHAPE, HOSTS)
+    with pair.links:
+        assert pair.links.wait_for(
+            lambda: all(pair.carriers[host].links == (1 - host,) for host in (0, 1)), 10
+        )
+        pair.carriers[0].fence(1, 1)
+        assert pair.links.wait_for(lambda: pair.carriers[0].links == (), 10)
+    pair.close()
+
+
 # Strangers
 
 

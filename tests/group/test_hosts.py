@@ -31,6 +31,7 @@ from elastic_ep.wire.host_messages import (
     Lease,
     Leave,
     Left,
+    Links,
     Reach,
     Reaped,
     Refuse,
@@ -48,6 +49,8 @@ BEAT_S = USUAL.host_beat_ms / 1000
 SILENCE_S = (USUAL.silent_beats + 2) * BEAT_S
 LEASE_S = USUAL.lease_ms / 1000
 OVER_S = LEASE_S + USUAL.lease_margin_ms / 1000
+ALL = Links((0, 1, 2))
+"""As said by a host that reaches every other."""
 
 
 class FakeKeeper:
@@ -106,6 +109,7 @@ class World:
         config = HostsConfig(hosts, "10.0.0.1", "1.0", welcome, "v3", Reach(0, "10.0.0.1", 9), USUAL)
         self.hosts = Hosts(config, cast(Any, self.keeper), self.open)
         self.hosts.start(self.events.append)
+        self.hosts.on_links(ALL)
 
     def open(self, *hears: Callable[..., None]) -> Any:
         self.wire = FakeWire(self, *hears)
@@ -138,6 +142,7 @@ class World:
     def up(self, token: bytes, address: str) -> None:
         self.join(token, address)
         self.says(token, HostReady(7))
+        self.says(token, ALL)
 
     def of(self, token: bytes, kind: type[Any]) -> list[Any]:
         return [message for message in self.messages.get(token, []) if isinstance(message, kind)]
@@ -218,6 +223,7 @@ def test_a_silent_host_is_one_loss_and_its_ranks_are_gone_when_its_lease_has_run
         [welcome] = world.of(C, Welcome)
         assert (welcome.host, welcome.incarnation) == (1, 2)
         world.says(C, HostReady(7))
+        world.says(C, ALL)
         assert world.of(C, GiveUp) == [], "nobody else was ever given up"
         assert {where.host for where in world.of(C, Reach)} == {0, 2}
         assert not world.happened(HostLost)[1:]
@@ -284,6 +290,43 @@ def test_who_is_of_no_use_is_refused_and_who_has_no_place_waits() -> None:
     assert world.of(A, Leave)
     assert world.of(B, Leave)
     assert world.of(b"late", Leave)
+
+
+def test_a_host_gets_its_ranks_when_it_and_all_others_say_that_they_reach_each_other() -> None:
+    async def story(world: World) -> None:
+        world.up(A, "10.0.0.2")
+        world.hosts.launch(RANK_4, "")
+        world.join(B, "10.0.0.3")
+        world.says(B, HostReady(7))
+        world.says(A, Links((0,)))
+        world.says(B, Links((0, 1)))
+        assert not world.of(B, LaunchWith)
+        await world.passes(3, A, B)
+        assert not world.happened(HostLost), "it holds nobody up"
+        world.says(A, ALL)
+        assert world.of(B, LaunchWith) == [LaunchWith(RANK_4, "")]
+        assert world.happened(HostUp) == [HostUp(1, "10.0.0.2", 0), HostUp(2, "10.0.0.3", 0)]
+
+    in_world(story)
+
+
+def test_of_two_hosts_that_do_not_reach_each_other_one_is_lost() -> None:
+    async def story(world: World) -> None:
+        world.up(A, "10.0.0.2")
+        world.up(B, "10.0.0.3")
+        world.says(A, Links((0,)))
+        await world.passes(USUAL.apart_beats * BEAT_S - 0.01, A, B)
+        world.says(A, ALL)
+        await world.passes(BEAT_S, A, B)
+        world.says(B, Links((0,)))
+        await world.passes(USUAL.apart_beats * BEAT_S - 0.01, A, B)
+        assert not world.happened(HostLost)
+        await world.passes(2 * BEAT_S, A, B)
+        [lost] = world.happened(HostLost)
+        assert (lost.host, lost.why) == (2, "it and host 1 do not reach each other")
+        assert world.of(B, Expelled)
+
+    in_world(story)
 
 
 @settings(max_examples=100, deadline=None)

@@ -148,8 +148,12 @@ def group(
     arguments: Sequence[str] = (),
     prefixes: Sequence[Sequence[str]] = ((), ()),
     module: str = "elastic_ep.run",
+    port: int = 0,
 ) -> Iterator[Group]:
-    """A host at each address, each with its prefix, that serve; ended at exit. `folder` is empty."""
+    """A host at each address, each with its prefix, that serve; ended at exit. `folder` is empty.
+
+    `port`: where they join.
+    """
     key, logs = folder / "key", folder / "runs"
     started = time.monotonic()
     with ExitStack() as stack:
@@ -159,7 +163,7 @@ def group(
                 *(sys.executable, "-m", module),
                 *("--port", "0", "--host", addresses[0], "--served-model-name", "default"),
                 *("--hosts", str(len(addresses)), "--ranks-per-host", str(ranks_per_host)),
-                *("--hosts-address", f"{addresses[0]}:0", "--key-file", str(key)),
+                *("--hosts-address", f"{addresses[0]}:{port}", "--key-file", str(key)),
                 *("--log-dir", str(logs), "--event-log-max-mb", "0", *arguments),
             ],
             stdin=subprocess.DEVNULL,

@@ -5,6 +5,9 @@ ranks are lost in one event, other hosts are told to take nothing of it any more
 surely run out there its ranks count as gone: only then is the number given to the next, which may be the same host. Who
 finds no free number waits, as a spare.
 
+All hosts must reach each other (`links.py`): a host has ranks launched when it has reached all that have some, and one
+of two that are apart is lost, though both are heard here.
+
 HAZARD: nobody but its own agent can kill a process of another host, and that one may be cut off. That its ranks are dead
 is known by the lease alone.
 """
@@ -19,6 +22,7 @@ from functools import partial
 
 import structlog
 
+from elastic_ep.group.links import LinkTable
 from elastic_ep.host.keeper import Keeper
 from elastic_ep.machines.membership.relaunch import HOST_LOST
 from elastic_ep.timing import Timing
@@ -40,6 +44,7 @@ from elastic_ep.wire.host_messages import (
     Lease,
     Leave,
     Left,
+    Links,
     Reach,
     Reaped,
     Refuse,
@@ -84,6 +89,11 @@ class _Place:
     address: str = ""
     carrier: Reach | None = None
     ready: bool = False
+    """It takes orders."""
+    linked: bool = False
+    """It has reached all others that were linked: ranks may run there."""
+    unlinked: int = 0
+    """So many beats it has waited for that."""
     silent: int = 0
     answered: float = 0.0
     """When it was last told that it may live on, on the loop's clock."""
@@ -113,6 +123,7 @@ class Hosts:
         self._timing = config.timing
         self._loop = asyncio.get_running_loop()
         self._places = {number: _Place(number) for number in sorted(set(config.hosts) - {HERE})}
+        self._links = LinkTable(HERE, config.timing)
         self._waiting: dict[bytes, Join] = {}
         """Who wants to join, in the order of asking."""
         self._on_event: Callable[[HostEvent], None] = lambda _event: None
@@ -146,7 +157,7 @@ class Hosts:
         place = self._places.get(self._config.hosts[member.rank])
         if place is None:
             self._keeper.launch(member, config_json)
-        elif place.ready:
+        elif place.linked:
             place.members.add(member)
             self._wire.send(place.token, LaunchWith(member, config_json))
         else:
@@ -195,6 +206,8 @@ class Hosts:
                 self._wire.send(token, Lease(number))
             case HostReady(carrier_port):
                 self._on_ready(place, carrier_port)
+            case Links():
+                self._heard_links(place.number, message)
             case Left():
                 self._lose(place, "it has left", over=True)
             case Launched() | Died() | Reaped() | LaunchFailed():
@@ -284,14 +297,47 @@ class Hosts:
             if where.host != place.number:
                 self._wire.send(place.token, where)
         self._tell_others(place, place.carrier)
-        held, place.held = place.held, {}
-        for member, config_json in held.items():
-            self.launch(member, config_json)
-        self._on_event(HostUp(place.number, place.address, place.incarnation - 1))
+        self._link_more()
 
     def _carriers(self) -> Collection[Reach]:
         ready = [place.carrier for place in self._places.values() if place.ready and place.carrier]
         return [self._config.carrier, *ready]
+
+    # Who reaches whom
+
+    def on_links(self, links: Links) -> None:
+        """Of this host."""
+        self._heard_links(HERE, links)
+
+    def _heard_links(self, number: int, links: Links) -> None:
+        self._links.say(number, links)
+        self._link_more()
+
+    def _link_more(self) -> None:
+        """Hosts that are ready, and have reached all others, get their ranks."""
+        for place in self._places.values():
+            if place.ready and not place.linked and not self._links.apart_from(place.number, self._linked()):
+                place.linked = True
+                held, place.held = place.held, {}
+                for member, config_json in held.items():
+                    self.launch(member, config_json)
+                self._on_event(HostUp(place.number, place.address, place.incarnation - 1))
+
+    def _linked(self) -> list[int]:
+        return [HERE, *(place.number for place in self._places.values() if place.linked)]
+
+    def _look_at_links(self) -> None:
+        if (apart := self._links.look(self._linked())) is not None:
+            number, other = apart
+            self._lose(self._places[number], f"it and host {other} do not reach each other")
+        for place in self._places.values():
+            if place.ready and not place.linked:
+                place.unlinked += 1
+                if place.unlinked == self._timing.apart_beats:
+                    others = self._links.apart_from(place.number, self._linked())
+                    log.warning(
+                        "a host does not reach others: its ranks wait", host=place.number, others=others
+                    )
 
     def _beat(self) -> None:
         """Look who has been heard of since the last look."""
@@ -304,6 +350,7 @@ class Hosts:
                 place.silent += 1
                 if place.silent > self._timing.silent_beats:
                     self._lose(place, "it is not heard of any more")
+        self._look_at_links()
 
     def _lose(self, place: _Place, why: str, over: bool = False) -> None:
         """`over`: nothing runs there any more."""
@@ -311,7 +358,8 @@ class Hosts:
         place.members.clear()
         if not over:
             self._wire.send(place.token, Expelled())
-        place.token, place.ready = b"", False
+        place.token, place.ready, place.linked, place.unlinked = b"", False, False, 0
+        self._links.forget(place.number)
         self._on_event(HostLost(place.number, members, why))
         self._tell_others(place, GiveUp(place.number, place.incarnation))
         ends = place.answered + (self._timing.lease_ms + self._timing.lease_margin_ms) / 1000

@@ -44,6 +44,7 @@ from elastic_ep.wire.host_messages import (
     Fence,
     GiveUp,
     Launch,
+    Links,
     RankEvent,
     Reach,
     Reaped,
@@ -70,6 +71,7 @@ class Agent:
         self._options: LaunchOptions | None = None
         self._files: SharedFiles | None = None
         self._carrier: Carrier | None = None
+        self._links: Links | None = None
         self._lease: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[int] = self._loop.create_future()
@@ -136,7 +138,24 @@ class Agent:
         assert self._files is not None, "the keeper begins with them"
         config = CarrierConfig(told.hosts, told.own, told.incarnation, told.key)
         windows = Mirror(self._files.windows, told.shape, told.hosts, told.own)
-        self._carrier = Carrier(config, windows, listener=socket.socket(fileno=listener_fd))
+        self._carrier = Carrier(
+            config,
+            windows,
+            listener=socket.socket(fileno=listener_fd),
+            on_links=self._links_changed,
+        )
+        self._tell_links()
+
+    def _links_changed(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed: it is over
+            self._loop.call_soon_threadsafe(self._tell_links)
+
+    def _tell_links(self) -> None:
+        assert self._carrier is not None, "it calls this"
+        links = Links(self._carrier.links)
+        if links != self._links:
+            self._links = links
+            self._link.send(links)
 
     def _renew(self, until_ns: int) -> None:
         if self._lease is not None:

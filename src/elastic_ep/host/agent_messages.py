@@ -18,6 +18,7 @@ from elastic_ep.wire.host_messages import (
     Launch,
     Launched,
     LaunchFailed,
+    Links,
     Reach,
     Reaped,
     ServerReady,
@@ -154,4 +155,5 @@ FromAgent = (
     | LaunchFailed
     | Died
     | Reaped
+    | Links
 )

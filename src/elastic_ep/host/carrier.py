@@ -70,7 +70,7 @@ class CarrierConfig:
     key: bytes
     listen: Address = ("127.0.0.1", 0)
     beat_s: float = 0.1
-    silence_s: float = 1.0
+    silence_s: float = 0.5
 
 
 @dataclass
@@ -109,8 +109,10 @@ class Carrier:
         windows: Mirror | None = None,
         steps: StepLines | None = None,
         listener: socket.socket | None = None,
+        on_links: Callable[[], None] = lambda: None,
     ) -> None:
-        """`listener` instead of one at `config.listen`; it is this object's."""
+        """`listener` instead of one at `config.listen`; it is this object's. `on_links`: `links` may have changed. It is
+        called on any thread, and must not wait."""
         if config.own not in config.hosts:
             raise ValueError(f"host {config.own} has no rank")
         if not config.key:
@@ -119,6 +121,7 @@ class Carrier:
         self.counts = Counts()
         self._windows = windows
         self._steps = steps
+        self._on_links = on_links
         self._peers = {host: _Peer(host) for host in set(config.hosts) - {config.own}}
         self._strangers = threading.Semaphore(_MOST_STRANGERS)
         self._closed = threading.Event()
@@ -150,6 +153,11 @@ class Carrier:
             if peer.connection is not None and peer.connection.incarnation <= peer.fenced:
                 peer.connection.end()
                 peer.connection = None
+
+    @property
+    def links(self) -> tuple[int, ...]:
+        """The hosts that it is connected with."""
+        return tuple(host for host in sorted(self._peers) if self.connected(host))
 
     def connected(self, host: int) -> bool:
         connection = self._peers[host].connection
@@ -216,8 +224,12 @@ class Carrier:
                 except OSError as error:
                     self._refuse(stream, error)
                 else:
-                    pause = _FIRST_PAUSE_S
+                    began = time.monotonic()
                     self._serve(connection)
+                    if (
+                        time.monotonic() - began > _LONGEST_PAUSE_S
+                    ):  # else it may be one that the other end refuses
+                        pause = _FIRST_PAUSE_S
             with self._changed:
                 self._changed.wait_for(self._closed.is_set, pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -293,6 +305,7 @@ class Carrier:
 
     def _serve(self, connection: _Connection) -> None:
         """Until it ends."""
+        self._on_links()
         try:
             outgoing = self._outgoing(connection)
             sender = threading.Thread(
@@ -312,6 +325,7 @@ class Carrier:
             connection.reader.close()
             connection.stream.close()
             self.counts.broken += 1
+            self._on_links()
 
     def _outgoing(self, connection: _Connection) -> Outgoing | None:
         if self._windows is None:

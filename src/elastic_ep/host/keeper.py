@@ -60,6 +60,7 @@ from elastic_ep.wire.host_messages import (
     Launch,
     Launched,
     LaunchFailed,
+    Links,
     Reach,
     Reaped,
     ServerLost,
@@ -139,6 +140,7 @@ class Keeper:
         self._pause_s = LEAST_PAUSE_S
         self._carried: Carry | None = None
         self._listener: socket.socket | None = None
+        self._on_links: Callable[[Links], None] = lambda _links: None
         self._reached: dict[int, Reach] = {}
         self._given_up: dict[int, GiveUp] = {}
         self._renewed: Renewed | None = None
@@ -215,9 +217,9 @@ class Keeper:
             self._cut(rank)
             self._send(Fence(member))
 
-    def carry(self, told: Carry, listener: socket.socket) -> None:
+    def carry(self, told: Carry, listener: socket.socket, on_links: Callable[[Links], None]) -> None:
         """Ranks of other hosts take part. `listener` is where they are to dial, and stays the caller's."""
-        self._carried, self._listener = told, listener
+        self._carried, self._listener, self._on_links = told, listener, on_links
         self._send(told, listener.fileno())
 
     def reach(self, where: Reach) -> None:
@@ -278,6 +280,7 @@ class Keeper:
         self._link.hear()  # what it said before it died
         self._link.close()
         agent, self._agent, self._link = self._agent, None, None
+        self._on_links(Links((), known=False))
         status = status_text(agent.popen.returncode)
         if self._server is not None and not self._server.ready:
             # How far it is nobody knows, and while it imports a message would kill it. It has no ranks.
@@ -341,6 +344,8 @@ class Keeper:
                 self._on_died(message)
             case Reaped() | LaunchFailed():
                 self._tell(message)
+            case Links():
+                self._on_links(message)
         self._stir()
 
     def _on_asked(self, rank: _Rank, slot: int, server_pid: int, life_fd: int) -> None:

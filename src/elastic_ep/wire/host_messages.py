@@ -185,6 +185,14 @@ class HostReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Links:
+    """Its carrier has a connection with `hosts` now. Not `known`: there is no carrier, until the next agent is there."""
+
+    hosts: tuple[int, ...]
+    known: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class HostAlive:
     number: int
 
@@ -236,5 +244,5 @@ class LaunchWith:
     config: str
 
 
-FromHost = Join | HostReady | HostAlive | Left | Launched | LaunchFailed | Died | Reaped
+FromHost = Join | HostReady | Links | HostAlive | Left | Launched | LaunchFailed | Died | Reaped
 ToHost = Wait | Refuse | Welcome | Lease | Expelled | Leave | Reach | GiveUp | LaunchWith | Watch | Fence
