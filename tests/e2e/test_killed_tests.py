@@ -111,8 +111,13 @@ SHORT = {
     for name in ("tests/kit/served.py", "bench/kit/sections.py", "bench/kit/sides.py", "bench/page.py")
 }
 """Programs that ask for a fact and end by themselves."""
-OWN = {("bench/gpu_failover.py", "subprocess.run"), ("bench/kit/failover_rank.py", "os.fork")}
-"""The MPS daemon of a bench, and ranks of a fork server that is bound itself and kills them at its end."""
+OWN = {
+    ("bench/gpu_failover.py", "subprocess.run"),
+    ("bench/kit/failover_rank.py", "os.fork"),
+    ("tests/kit/text_processes.py", "os.fork"),
+}
+"""The MPS daemon of a bench, ranks of a fork server that is bound itself and kills them at its end, and processes that
+bind themselves to the life line of who asked for them."""
 
 
 def test_nothing_is_started_that_could_outlive_the_test_or_bench() -> None:

@@ -13,6 +13,7 @@ import pytest
 from pydantic._internal._generate_schema import GenerateSchema
 
 import elastic_ep
+from elastic_ep.gateway import text_worker
 from elastic_ep.gateway.app import READING, Server, create_app, serve
 from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.settings import ApiSettings
@@ -20,6 +21,7 @@ from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.gateway.text_worker import TextWorker
 from elastic_ep.group.metrics import Metrics
 from tests.gateway.fakes import END, MODEL, FakeBackend, sample_text
+from tests.kit.text_processes import TextProcesses
 from tests.loop_plugin import not_held_against_it
 
 
@@ -40,6 +42,19 @@ class Running:
 
 
 Start = Callable[..., Coroutine[Any, Any, Running]]
+
+
+@pytest.fixture(scope="session")
+def text_processes() -> Iterator[TextProcesses]:
+    processes = TextProcesses()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(autouse=True)
+def text_processes_are_forked(monkeypatch: pytest.MonkeyPatch, text_processes: TextProcesses) -> None:
+    """Not those of test_reading.py whose start is what is tested."""
+    monkeypatch.setattr(text_worker, "_spawn", text_processes.start)
 
 
 _PREPARED: set[ApiSettings] = set()

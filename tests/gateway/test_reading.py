@@ -29,6 +29,13 @@ from tests.kit.bound import Bound
 
 pytestmark = pytest.mark.anyio
 DEADLINE_S = 20.0
+_SPAWN = text_worker._spawn
+
+
+@pytest.fixture
+def spawned(text_processes_are_forked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes start as they do in a server."""
+    monkeypatch.setattr(text_worker, "_spawn", _SPAWN)
 
 
 @pytest.fixture
@@ -195,6 +202,7 @@ async def test_a_body_whose_process_dies_is_tried_once_more(worker: TextWorker, 
     assert isinstance(await worker.read("tokenize", prompt("Anna")), bytes)
 
 
+@pytest.mark.usefixtures("spawned")
 async def test_a_process_that_is_killed_as_it_starts_is_started_again(tmp_path: Path) -> None:
     worker = TextWorker(WorkerSetup(settings(), partial(text_after_a_death, str(tmp_path / "died"))))
     try:
@@ -299,6 +307,7 @@ async def test_what_its_client_left_late_is_not_the_next_ones_answer(
     assert json.loads(answer)["tokens"] == held_text().encode("Anna")
 
 
+@pytest.mark.usefixtures("spawned")
 async def test_a_text_that_does_not_load_is_said(anyio_backend: str) -> None:
     worker = TextWorker(WorkerSetup(settings(), broken_text))
     for _ in range(2):
