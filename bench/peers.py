@@ -4,7 +4,7 @@
     python -m bench.peers --peer 'vllm=PYTHONPATH=SITE vllm serve {model} --load-format dummy --port {port} ...'
 
 Every side is started, loaded with each case, and stopped before the next is started: a GPU has room for one. Weights are
-random, of Qwen3-30B-A3B's shape with `--layers` layers. A `--peer` is a name and a shell command; {model} and {port} are
+random, of Qwen3-30B-A3B's shape with `--layers` layers, or of the `--model` that is given. A `--peer` is a name and a shell command; {model} and {port} are
 filled in, {name} is what the model must be called. `--cases`: streams:prompt:tokens.
 """
 
@@ -34,6 +34,7 @@ from bench.kit.command_line import command_line
 from bench.kit.sections import gpu
 from bench.kit.sides import add_side_options, context_for, server_arguments, side
 from elastic_ep.config import PAGE_SIZE
+from elastic_ep.run import BUNDLED_MODEL
 
 PEER_START_S = 400.0
 POLL_S = 0.5
@@ -156,7 +157,7 @@ def _case(text: str) -> Case:
 def main() -> None:
     parser = command_line(__doc__, "peers", ranks=1)
     add_side_options(parser)
-    parser.set_defaults(device="cuda", config_only=True)
+    parser.set_defaults(device="cuda", load_format="dummy")
     add = parser.add_argument
     add("--peer", action="append", default=[], metavar="NAME=COMMAND")
     add("--port", type=int, default=8002, help="of peers")
@@ -165,6 +166,7 @@ def main() -> None:
     add("--warm", type=float, default=3.0, help="seconds before those that count, of each case")
     add("--seconds", type=float, default=10.0)
     options = parser.parse_args()
+    options.config_only |= options.model == BUNDLED_MODEL
     context_for(options, max(case.prompt + case.tokens for case in options.cases))
     with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
         result = measure(options, Path(scratch))
