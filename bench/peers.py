@@ -4,8 +4,8 @@
     python -m bench.peers --peer 'vllm=PYTHONPATH=SITE vllm serve {model} --load-format dummy --port {port} ...'
 
 Every side is started, loaded with each case, and stopped before the next is started: a GPU has room for one. Weights are
-random, of Qwen3-30B-A3B's shape with `--layers` layers, or of the `--model` that is given. A `--peer` is a name and a shell command; {model} and {port} are
-filled in, {name} is what the model must be called. `--cases`: streams:prompt:tokens.
+random, of Qwen3-30B-A3B's shape with `--layers` layers, or of the `--model` that is given. A `--peer` is a name and a
+command for the shell; {model} and {port} are filled in, {name} is what to call the model.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def ours(
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    arguments = [*server_arguments(options, scratch), *options.server_flags.split()]
+    named = ("--served-model-name", MODEL)
+    arguments = [*server_arguments(options, scratch), *named, *options.server_flags.split()]
     model = scratch / "model" if options.config_only else options.model
     result: dict[str, Any] = {}
     trees = {"old": options.old.resolve()} if options.old else {}
@@ -161,7 +162,13 @@ def main() -> None:
     add = parser.add_argument
     add("--peer", action="append", default=[], metavar="NAME=COMMAND")
     add("--port", type=int, default=8002, help="of peers")
-    add("--cases", type=_case, nargs="+", default=[_case(case) for case in CASES])
+    add(
+        "--cases",
+        type=_case,
+        nargs="+",
+        default=[_case(case) for case in CASES],
+        help="streams:prompt:tokens",
+    )
     add("--prompt-vocabulary", type=int, default=400, help="prompts are of tokens below this")
     add("--warm", type=float, default=3.0, help="seconds before those that count, of each case")
     add("--seconds", type=float, default=10.0)
