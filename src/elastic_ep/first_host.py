@@ -12,11 +12,13 @@ import structlog
 import zmq
 
 from elastic_ep.config import ConfigError, RankConfig, ServeConfig
-from elastic_ep.group.hosts import HERE, Hosts, HostsConfig
+from elastic_ep.group.hosts import Hosts
 from elastic_ep.guided.vocabulary import FILE as VOCABULARY
 from elastic_ep.host.agent_messages import Carry
 from elastic_ep.host.fork_messages import LaunchOptions
 from elastic_ep.host.keeper import Keeper
+from elastic_ep.machines.hosts.events import HostsConfig
+from elastic_ep.machines.hosts.machine import HERE
 from elastic_ep.plan import ServePlan
 from elastic_ep.wire.group_key import BadKey, GroupKey
 from elastic_ep.wire.host_messages import Reach, Welcome
@@ -84,10 +86,9 @@ def open_hosts(
         welcome=welcome,
         fused=plan.fused,
         carrier=Reach(HERE, address, listener.getsockname()[1]),
-        timing=config.timing,
     )
     try:
-        hosts = Hosts(told_of, keeper, partial(HostsWire, wire.context, guard, address, port))
+        hosts = Hosts(told_of, config.timing, keeper, partial(HostsWire, wire.context, guard, address, port))
     except zmq.ZMQError as error:
         raise _no_room(config, error) from error
     stack.callback(hosts.close)

@@ -35,6 +35,7 @@ from elastic_ep.host.keeper import ForkServerFailed, Keeper
 from elastic_ep.host.private_directory import remove
 from elastic_ep.host.server_process import ServerProcess, begun
 from elastic_ep.kv.shelf_file import ShelfError
+from elastic_ep.machines.hosts.lease import Lease as OwnLease
 from elastic_ep.wire.control_address import ControlAddress
 from elastic_ep.wire.group_key import GroupKey
 from elastic_ep.wire.host_messages import (
@@ -135,10 +136,8 @@ class _Life:
         self._error: str | None = None
         self._ranks: _Ranks | None = None
         self._waits = False
-        self._number = 0
-        self._sent: dict[int, int] = {}
-        """When each sign of life was sent that is not answered, CLOCK_BOOTTIME nanoseconds."""
-        self._until_ns = self._lease_ns = 0
+        self._lease = OwnLease(0, 0)
+        """CLOCK_BOOTTIME nanoseconds."""
         self._orders: list[ToHost] = []
         """That came while the keeper was not there yet."""
         group, port = options.group
@@ -218,24 +217,16 @@ class _Life:
     # The lease
 
     async def _stay_alive(self, lease_ms: int, beat_ms: int) -> None:
-        self._lease_ns = lease_ms * 1_000_000
-        self._until_ns = _now_ns() + self._lease_ns  # nothing runs here before the first answer
-        while _now_ns() < self._until_ns:
-            self._number += 1
-            self._sent[self._number] = _now_ns()
-            self._wire.send(HostAlive(self._number))
+        self._lease = OwnLease.begun(lease_ms * 1_000_000, _now_ns())
+        while not self._lease.ended(_now_ns()):
+            self._wire.send(HostAlive(self._lease.speak(_now_ns())))
             await anyio.sleep(beat_ms / 1000)
         log.warning("the group was not heard of for too long: this host's ranks end", for_s=lease_ms / 1000)
         self._end(_Then.JOIN)
 
     def _renewed(self, number: int) -> None:
-        sent_ns = self._sent.get(number)
-        if sent_ns is None:
-            return
-        self._sent = {later: at for later, at in self._sent.items() if later > number}
-        self._until_ns = max(self._until_ns, sent_ns + self._lease_ns)
-        if self._ranks is not None:
-            self._ranks.keeper.renew(Renewed(self._until_ns))
+        if self._lease.answered(number) and self._ranks is not None:
+            self._ranks.keeper.renew(Renewed(self._lease.until))
 
     # The ranks
 

@@ -30,6 +30,7 @@ from elastic_ep.event_log import writer as log_writer
 from elastic_ep.event_log.files import CURRENT, segment_name
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.machines.registry import MACHINES
+from elastic_ep.machines.snapshot import UNLOGGED
 from elastic_ep.machines.requests import events as ev
 from elastic_ep.machines.requests.prefixes import marks_of
 from elastic_ep.machines.requests.routing import RoutingMachine
@@ -236,6 +237,8 @@ def logged() -> set[type]:
     not_logged = {prefix + name for name in NOT_LOGGED}
     assert names > not_logged
     for name in names - not_logged:
+        if name.startswith(UNLOGGED):
+            continue
         module = importlib.import_module(name)
         classes(getattr(module, "Effect", None), found)
         for value in vars(module).values():

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_ep.group.hosts import Hosts, HostsConfig
+from elastic_ep.group.hosts import Hosts
+from elastic_ep.machines.hosts.events import HostsConfig
 from elastic_ep.machines.membership.relaunch import HOST_LOST
 from elastic_ep.timing import USUAL
 from elastic_ep.wire.host_messages import (
@@ -106,8 +107,8 @@ class World:
         self.asked: dict[bytes, dict[int, float]] = {}
         self.number_of: dict[bytes, int] = {}
         welcome = Welcome(0, 1, hosts, "{}", "entry:main", (), SHAPE, b"", "run", 1, 2, 0)
-        config = HostsConfig(hosts, "10.0.0.1", "1.0", welcome, "v3", Reach(0, "10.0.0.1", 9), USUAL)
-        self.hosts = Hosts(config, cast(Any, self.keeper), self.open)
+        config = HostsConfig(hosts, "10.0.0.1", "1.0", welcome, "v3", Reach(0, "10.0.0.1", 9))
+        self.hosts = Hosts(config, USUAL, cast(Any, self.keeper), self.open)
         self.hosts.start(self.events.append)
         self.hosts.on_links(ALL)
 
@@ -227,6 +228,22 @@ def test_a_silent_host_is_one_loss_and_its_ranks_are_gone_when_its_lease_has_run
         assert world.of(C, GiveUp) == [], "nobody else was ever given up"
         assert {where.host for where in world.of(C, Reach)} == {0, 2}
         assert not world.happened(HostLost)[1:]
+
+    in_world(story)
+
+
+def test_a_lease_that_began_late_ends_late_though_no_sign_of_life_came() -> None:
+    async def story(world: World) -> None:
+        world.join(A, "10.0.0.2")
+        await world.passes(SILENCE_S - 2.5 * BEAT_S)
+        began = world.loop.time()
+        world.says(A, HostReady(7))
+        world.says(A, ALL)
+        world.hosts.launch(RANK_2, "")
+        assert world.of(A, LaunchWith)
+        while not world.happened(Reaped):
+            await world.passes(BEAT_S)
+        assert world.loop.time() >= began + LEASE_S + USUAL.lease_margin_ms / 1000 - BEAT_S / 100
 
     in_world(story)
 

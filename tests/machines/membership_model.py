@@ -36,6 +36,7 @@ from tests.machines.model_rank import RankModel, Violation, lost_between
 
 ALIVE, DOOMED, DEAD, NOTICED, GONE = range(5)
 """A process: running; running but fenced; dead and nobody knows; noticed; nothing left of it."""
+DEATHS, TIMEOUTS, WORK_CHANGES, LOSSES = range(4)
 LIFE = ("alive", "fenced", "dead", "noticed", "gone")
 UNSUBSCRIBED = -1
 FREE_TICKS = 4
@@ -66,9 +67,14 @@ class World(NamedTuple):
     cursors: tuple[int, ...]
     up: tuple[tuple[int, ...], ...]
     down: tuple[tuple[int, ...], ...]
-    budget: tuple[int, int, int, int]
-    """Deaths, timeouts, changes of work and lost PUB messages that may still happen."""
+    budget: tuple[int, ...]
+    """Deaths, timeouts, changes of work and lost PUB messages that may still happen, and what others count."""
     free_ticks: int = 0
+    hosts: int = -1
+    """The hosts' machine and the other hosts, where there are several (`hosts_model.py`)."""
+    far: tuple[Any, ...] = ()
+    born: tuple[Any, ...] = ()
+    arrived: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,13 @@ class Model:
     # Keeping things once
 
     def keep_controller(self, machine: MembershipMachine) -> int:
-        return _keep(machine, machine.state(), self._controller_ids, self.controllers)
+        return keep(machine, machine.state(), self._controller_ids, self.controllers)
 
     def keep_rank(self, rank: RankModel) -> int:
-        return _keep(rank, rank.key(), self._rank_ids, self.ranks)
+        return keep(rank, rank.key(), self._rank_ids, self.ranks)
 
     def keep_message(self, message: Any) -> int:
-        return _keep(message, message, self._message_ids, self.messages)
+        return keep(message, message, self._message_ids, self.messages)
 
     # The real machines, each transition computed once
 
@@ -149,7 +155,7 @@ class Model:
 
     def successors(self, world: World) -> Iterator[tuple[Any, Callable[[], World]]]:
         """Every enabled action: a label and what to call for the state after it (may raise `Violation`)."""
-        deaths, timeouts, work_changes, losses = world.budget
+        deaths, timeouts, work_changes, losses = world.budget[:4]
         for rank in range(len(world.ranks)):
             life = world.life[rank]
             if life in (ALIVE, DOOMED):
@@ -208,7 +214,7 @@ class Model:
         model = self.ranks[after]
         if model.in_step:
             self._check_no_split(world, rank, model)
-        return world._replace(ranks=_with(world.ranks, rank, after))
+        return world._replace(ranks=with_item(world.ranks, rank, after))
 
     def _check_no_split(self, world: World, rank: int, model: RankModel) -> None:
         """Whoever runs this step too runs it with the same members, but for those that one of the two holds for lost.
@@ -234,7 +240,9 @@ class Model:
                         f"split: step {step} runs with {sorted(active)} on {me} "
                         f"and with {sorted(theirs.active)} on {it}"
                     )
-            if it in active - excused and peer.begun and peer.begun[0].step > step:
+            past = bool(peer.begun) and peer.begun[0].step > step
+            # Who is lost with its host may run on for a while, and begin what others have had without it.
+            if past and it in active - excused and me not in lost_between(model, peer):
                 raise Violation(f"split: {it} is past step {step}, which {me} begins with it")
 
     def _deliver(self, world: World, rank: int) -> World:
@@ -244,8 +252,7 @@ class Model:
         return self._with_cursor(self._rank_moved(world, rank, after, out), rank, number)
 
     def _lose(self, world: World, rank: int) -> World:
-        deaths, timeouts, work_changes, losses = world.budget
-        world = world._replace(budget=(deaths, timeouts, work_changes, losses - 1))
+        world = spent(world, LOSSES)
         return self._with_cursor(world, rank, world.cursors[rank] + 1)
 
     def _lacks(self, world: World, rank: int) -> bool:
@@ -263,35 +270,40 @@ class Model:
     def _direct(self, world: World, rank: int) -> World:
         first, *rest = world.down[rank]
         after, out = self._step_rank(world.ranks[rank], first, -1)
-        world = world._replace(down=_with(world.down, rank, tuple(rest)))
+        world = world._replace(down=with_item(world.down, rank, tuple(rest)))
         return self._rank_moved(world, rank, after, out)
 
     def _rank_moved(self, world: World, rank: int, after: int, out: tuple[int, ...]) -> World:
-        return world._replace(
-            ranks=_with(world.ranks, rank, after),
-            up=_with(world.up, rank, world.up[rank] + out),
+        world = world._replace(
+            ranks=with_item(world.ranks, rank, after),
+            up=with_item(world.up, rank, world.up[rank] + out),
             free_ticks=0,
         )
+        return self.expelled(world, rank) if self.ranks[after].expelled else world
+
+    def expelled(self, world: World, rank: int) -> World:
+        """Such a rank ends; and it should not be: whoever is not in the view any more is dead."""
+        raise Violation(f"{self.ranks[world.ranks[rank]].machine.me} lives and is expelled")
 
     def _die(self, world: World, rank: int) -> World:
         if world.life[rank] == ALIVE:
-            world = world._replace(budget=(world.budget[0] - 1, *world.budget[1:]))
-        world = world._replace(life=_with(world.life, rank, DEAD), down=_with(world.down, rank, ()))
+            world = spent(world, DEATHS)
+        world = world._replace(life=with_item(world.life, rank, DEAD), down=with_item(world.down, rank, ()))
         return self._with_cursor(world, rank, UNSUBSCRIBED)
 
     def _notice(self, world: World, rank: int) -> World:
         member = self.ranks[world.ranks[rank]].machine.me
-        world = world._replace(life=_with(world.life, rank, NOTICED), up=_with(world.up, rank, ()))
+        world = world._replace(life=with_item(world.life, rank, NOTICED), up=with_item(world.up, rank, ()))
         return self._tell_controller(world, ev.DeathNoticed(member, "killed"))
 
     def _gone(self, world: World, rank: int) -> World:
         member = self.ranks[world.ranks[rank]].machine.me
-        world = world._replace(life=_with(world.life, rank, GONE))
+        world = world._replace(life=with_item(world.life, rank, GONE))
         return self._tell_controller(world, ev.ProcessGone(member, "SIGKILL"))
 
     def _hear(self, world: World, rank: int) -> World:
         first, *rest = world.up[rank]
-        world = world._replace(up=_with(world.up, rank, tuple(rest)))
+        world = world._replace(up=with_item(world.up, rank, tuple(rest)))
         message = self.messages[first]
         if not isinstance(message, SnapshotRequest):
             return self._tell_controller(world, message)
@@ -301,22 +313,17 @@ class Model:
         attempt = machine.attempt
         prepare = Prepare(attempt.number, tuple(sorted(attempt.joiners))) if attempt else None
         snapshot = self.keep_message(Snapshot(world.head, machine.view, prepare))
-        return world._replace(down=_with(world.down, rank, (*world.down[rank], snapshot)))
+        return world._replace(down=with_item(world.down, rank, (*world.down[rank], snapshot)))
 
     def _tick(self, world: World, free: bool) -> World:
         deadline = self.controllers[world.controller].next_deadline_ms()
         assert deadline is not None
-        if free:
-            world = world._replace(free_ticks=world.free_ticks + 1)
-        else:
-            deaths, timeouts, work_changes, losses = world.budget
-            world = world._replace(budget=(deaths, timeouts - 1, work_changes, losses))
+        world = world._replace(free_ticks=world.free_ticks + 1) if free else spent(world, TIMEOUTS)
         return self._tell_controller(world, Tick(deadline))
 
     def _change_work(self, world: World) -> World:
-        deaths, timeouts, work_changes, losses = world.budget
         began = not self.controllers[world.controller].has_work
-        world = world._replace(budget=(deaths, timeouts, work_changes - 1, losses))
+        world = spent(world, WORK_CHANGES)
         return self._tell_controller(world, ev.WorkBegan() if began else ev.WorkEnded())
 
     def _tell_controller(self, world: World, event: Any) -> World:
@@ -330,10 +337,14 @@ class Model:
                 case ev.Publish(body):
                     world = self._publish(world, body)
                 case ev.Fence(member, _):
-                    if world.life[member.rank] == ALIVE:
-                        world = world._replace(life=_with(world.life, member.rank, DOOMED))
+                    world = self.fence(world, member)
                 case ev.Launch(member):
                     world = self.launch(world, member)
+        return world
+
+    def fence(self, world: World, member: Member) -> World:
+        if world.life[member.rank] == ALIVE:
+            world = world._replace(life=with_item(world.life, member.rank, DOOMED))
         return world
 
     def _publish(self, world: World, body: Published) -> World:
@@ -343,18 +354,18 @@ class Model:
         """A new process that has initialised its device and has not spoken to anybody yet."""
         rank = member.rank
         world = world._replace(
-            ranks=_with(world.ranks, rank, self.keep_rank(RankModel(member))),
-            life=_with(world.life, rank, ALIVE),
-            cursors=_with(world.cursors, rank, UNSUBSCRIBED),
-            up=_with(world.up, rank, (self.keep_message(SnapshotRequest()),)),
-            down=_with(world.down, rank, ()),
+            ranks=with_item(world.ranks, rank, self.keep_rank(RankModel(member))),
+            life=with_item(world.life, rank, ALIVE),
+            cursors=with_item(world.cursors, rank, UNSUBSCRIBED),
+            up=with_item(world.up, rank, (self.keep_message(SnapshotRequest()),)),
+            down=with_item(world.down, rank, ()),
         )
         world = self._tell_controller(world, ev.ProcessStarted(member))
         return self._tell_controller(world, ev.Reported(member, RankState.INIT_DIST))
 
     def _with_cursor(self, world: World, rank: int, cursor: int) -> World:
         """Moves a rank's place in the log and forgets what everybody has had."""
-        cursors = _with(world.cursors, rank, cursor)
+        cursors = with_item(world.cursors, rank, cursor)
         oldest = min((each for each in cursors if each != UNSUBSCRIBED), default=world.head)
         keep = world.head - oldest
         return world._replace(cursors=cursors, log=world.log[-keep:] if keep else ())
@@ -414,11 +425,15 @@ class Model:
         return "\n".join(lines)
 
 
-def _with(values: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
+def spent(world: World, what: int) -> World:
+    return world._replace(budget=with_item(world.budget, what, world.budget[what] - 1))
+
+
+def with_item(values: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
     return (*values[:index], value, *values[index + 1 :])
 
 
-def _keep(thing: Any, key: Any, ids: dict[Any, int], things: list[Any]) -> int:
+def keep(thing: Any, key: Any, ids: dict[Any, int], things: list[Any]) -> int:
     number = ids.get(key)
     if number is None:
         number = ids[key] = len(things)

@@ -60,6 +60,7 @@ class RankModel:
         """Attempt and step: what the rank gave its word for, whatever its machine believes."""
         self.over = 0
         """The last attempt whose end has reached the rank, perhaps ahead of a message that it lacks."""
+        self.expelled = False
         self.out: list[Any] = []
 
     def copy(self) -> RankModel:
@@ -76,7 +77,7 @@ class RankModel:
         machine = [part for part in self.machine.state().fields if part[0] not in _NOT_IN_KEY]
         early = frozenset(self.machine._early.items())
         mailbox = [getattr(self.mailbox, name) for name in _MAILBOX]
-        own = (self.step, self.in_step, self.view, self.begun, self.promised, self.over)
+        own = (self.step, self.in_step, self.view, self.begun, self.promised, self.over, self.expelled)
         return *machine, early, *mailbox, *own
 
     def hear(self, message: Numbered | Snapshot) -> None:
@@ -94,7 +95,7 @@ class RankModel:
                 case RankReport(state):
                     self.out.append(ev.Reported(self.machine.me, state))
                 case rk.Expelled():
-                    raise Violation(f"{self.machine.me} lives and is expelled")
+                    self.expelled = True
         self.machine.check()
 
     def boundary(self) -> None:

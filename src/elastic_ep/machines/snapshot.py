@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from elastic_ep.machines.machine import Machine
 
 
+UNLOGGED = "elastic_ep.machines.hosts"
+"""In no event log, so never restored; and its names may be those of others."""
+
+
 class MalformedState(ValueError):
     """This is no state of such a machine."""
 
@@ -256,5 +260,6 @@ def _public() -> Iterator[Any]:
     """All that the modules of machines and messages define."""
     package = importlib.import_module("elastic_ep.machines")
     names = [module.name for module in pkgutil.walk_packages(package.__path__, "elastic_ep.machines.")]
-    for name in ("elastic_ep.wire.messages", "elastic_ep.placement", *names):
+    logged = [name for name in names if not name.startswith(UNLOGGED)]
+    for name in ("elastic_ep.wire.messages", "elastic_ep.placement", *logged):
         yield from vars(importlib.import_module(name)).values()

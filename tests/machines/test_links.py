@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 
-from elastic_ep.group.links import LinkTable
+from elastic_ep.machines.hosts.links import LinkTable
 from elastic_ep.timing import USUAL
 from elastic_ep.wire.host_messages import Links
 
@@ -14,7 +14,7 @@ HOSTS = (0, 1, 2, 3)
 
 
 def table(*cuts: tuple[int, int]) -> LinkTable:
-    made = LinkTable(0, USUAL)
+    made = LinkTable(0)
     gone = {*cuts, *((b, a) for a, b in cuts)}
     for host in HOSTS:
         made.say(host, Links(tuple(other for other in HOSTS if other != host and (host, other) not in gone)))

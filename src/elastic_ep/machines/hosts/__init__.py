@@ -1,0 +1,1 @@
+"""Who has which number among a group's hosts, and until when what ran there may go on."""

@@ -1,0 +1,118 @@
+"""What goes into the hosts' machine and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic_ep.machines.contract import Tick
+from elastic_ep.wire.host_messages import (
+    Fence,
+    FromHost,
+    GiveUp,
+    HostEvent,
+    LaunchWith,
+    Links,
+    Reach,
+    ToHost,
+    Watch,
+    Welcome,
+)
+
+Order = LaunchWith | Watch | Fence
+"""What the controller wants of a rank's host."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostsConfig:
+    """`hosts[rank]`. `welcome` is what a host is told that joins, but for its number. `address` is this host's."""
+
+    hosts: tuple[int, ...]
+    address: str
+    release: str
+    welcome: Welcome
+    fused: str
+    """The build of the engine in C++ that all ranks compute with; "": none."""
+    carrier: Reach
+    """Of this host."""
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """`token` names one life of one host."""
+
+    token: str
+    message: FromHost
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The connection of `token` has ended; another may follow."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotUnderstood:
+    token: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Every host should have been heard of since the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLinks:
+    """Of this host."""
+
+    links: Links
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOver:
+    """All hosts may go."""
+
+
+Event = Tick | Heard | Closed | NotUnderstood | Beat | Ordered | OwnLinks | GroupOver
+
+# Effects
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    token: str
+    message: ToHost
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """For the keeper of this host."""
+
+    message: Order | Reach | GiveUp
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """For the controller. Of what is the machine's own, `at_ns` is 0."""
+
+    event: HostEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """`host` has not reached `others` for a while, and its ranks wait for that. Said once."""
+
+    host: int
+    others: tuple[int, ...]
+
+
+Effect = Say | Here | Tell | Apart
