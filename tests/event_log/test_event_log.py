@@ -30,10 +30,10 @@ from elastic_ep.event_log import writer as log_writer
 from elastic_ep.event_log.files import CURRENT, segment_name
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.machines.registry import MACHINES
-from elastic_ep.machines.snapshot import UNLOGGED
 from elastic_ep.machines.requests import events as ev
 from elastic_ep.machines.requests.prefixes import marks_of
 from elastic_ep.machines.requests.routing import RoutingMachine
+from elastic_ep.machines.snapshot import UNLOGGED
 from elastic_ep.replay import DIFFERS, SAME, UNREADABLE, main
 from elastic_ep.run import parse
 from elastic_ep.wire.messages import (
