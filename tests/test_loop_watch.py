@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import FrameType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from structlog.testing import capture_logs
@@ -177,3 +178,20 @@ def test_without_what_the_kernel_counts_nothing_is_watched(
 ) -> None:
     monkeypatch.setattr(loop_watch, "SCHEDSTAT", f"{tmp_path}/{{}}")
     assert holds(compute) == []
+
+
+def test_a_frame_that_ends_while_it_is_described_is_described_by_what_is_left() -> None:
+    class Ending:
+        """Its caller is known when it is asked for first, and no more."""
+
+        f_code = SimpleNamespace(co_filename="/elsewhere/library.py", co_qualname="call")
+        f_lineno = 1
+
+        def __init__(self) -> None:
+            self._callers: list[object] = [SimpleNamespace(f_code=self.f_code, f_lineno=7, f_back=None)]
+
+        @property
+        def f_back(self) -> object:
+            return self._callers.pop() if self._callers else None
+
+    assert loop_watch.describe(cast(FrameType, Ending())) == "/elsewhere/library.py:1 (call)"

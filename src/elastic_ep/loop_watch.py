@@ -213,10 +213,13 @@ def make_loop(on_held: Callable[[Held], None]) -> asyncio.AbstractEventLoop:
 
 
 def describe(frame: FrameType) -> str:
-    """The innermost frame of this project, and the innermost of all where that is another."""
+    """The innermost frame of this project, and the innermost of all where that is another.
+
+    HAZARD: another thread may run it meanwhile. One that has ended has no `f_back` any more, though it just had one.
+    """
     innermost, ours = frame, frame
-    while not ours.f_code.co_filename.startswith(_PACKAGE) and ours.f_back is not None:
-        ours = ours.f_back
+    while not ours.f_code.co_filename.startswith(_PACKAGE) and (outer := ours.f_back) is not None:
+        ours = outer
     if not ours.f_code.co_filename.startswith(_PACKAGE):
         ours = innermost
     shown = _place(ours)

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.skipif(bool(refused()), reason=refused()),
 ]
-JOIN, RANKS = 9000, 9002
+JOIN, PUB, RANKS = 9000, 9001, 9002
 ALL = {0, 1, 2, 3, 4, 5}
 
 
@@ -121,6 +121,20 @@ def test_ranks_that_are_not_heard_are_fenced_though_their_host_is(hosts: Hosts) 
     with ExitStack() as cut:
         before = under(hosts, lambda: cut.enter_context(hosts.network.cut(hosts.number_of(3), 0, RANKS)))
     again(hosts, before, {2, 3})
+
+
+@pytest.mark.long
+def test_ranks_that_do_not_hear_of_a_loss_do_not_hold_others_up_for_ever(hosts: Hosts) -> None:
+    with ExitStack() as cut:
+
+        def fault() -> None:
+            cut.enter_context(hosts.network.cut(hosts.number_of(3), 0, PUB))
+            hosts.at(lost).kill()
+
+        lost = hosts.number_of(5)
+        before = under(hosts, fault)
+    hosts.start(lost)
+    again(hosts, before, {4, 5})
 
 
 @pytest.mark.long

@@ -45,6 +45,7 @@ from elastic_ep.wire.messages import (
     Heartbeat,
     Hello,
     Member,
+    Numbered,
     Promise,
     RankReport,
     RequestFailed,
@@ -119,6 +120,8 @@ class RankProcess:
         self._reported = anyio.Event()
         """Set when a step report has gone out since the last heartbeat was due: it is a sign of life too."""
         self._fell_behind = anyio.Event()
+        self._quiet_beats = 0
+        """Since something that was published has come."""
 
     async def run(self) -> int:
         self._loop = asyncio.get_running_loop()
@@ -128,7 +131,7 @@ class RankProcess:
         self._wire = RankWire(
             Path(self._config.directory),
             self._me,
-            self._hear,
+            self._on_published,
             self._on_direct,
             self._refuse,
             self._config.control,
@@ -141,6 +144,7 @@ class RankProcess:
         self._forward.start()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._synchronise)
+            tasks.start_soon(self._doubt_quiet)
             if self._config.timing.heartbeat_ms:
                 tasks.start_soon(self._send_heartbeats)
             status = await self._exit
@@ -219,6 +223,20 @@ class RankProcess:
                 await anyio.sleep(self._config.timing.sync_retry_ms / 1000)
             self._fell_behind = anyio.Event()
             await self._fell_behind.wait()
+
+    async def _doubt_quiet(self) -> None:
+        """Beats are published again and again. If none comes, others may hear what this rank does not (a connection to
+        another host breaks in silence), and would wait for it: so it asks, which goes another way."""
+        timing = self._config.timing
+        while True:
+            await anyio.sleep(timing.beat_ms / 1000)
+            self._quiet_beats += 1
+            if self._quiet_beats > timing.calm_factor:
+                self._wire.send(SnapshotRequest())
+
+    def _on_published(self, message: Numbered) -> None:
+        self._quiet_beats = 0
+        self._hear(message)
 
     def _on_direct(self, message: ToRank) -> None:
         match message:
