@@ -55,7 +55,7 @@ async def with_fault(url: str, fault: Callable[[], object]) -> tuple[Texts, dict
         started = asyncio.Event()
         streams = asyncio.create_task(answers(session, url, started))
         await asyncio.wait_for(started.wait(), 60)
-        fault()
+        await asyncio.to_thread(fault)
         texts = await asyncio.wait_for(streams, 120)
         return texts, {engine["id"]: engine["incarnation"] for engine in before["engines"]}
 
