@@ -6,6 +6,7 @@ The kernels themselves are tried in tests/engine/kernels/, engine and kernels to
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -34,9 +35,10 @@ SPECS = {name: spec for name, spec in SPECS.items() if not unknown(spec, CUDA)} 
     "qwen3_moe with dense layers": small_spec(
         "qwen3_moe", mlp_only_layers=[1], attention_bias=True, rope_parameters=LLAMA3
     ),
-    "llama4_text whose layers are alike": small_spec(
-        "llama4_text", no_rope_layers=[1, 1, 1], layer_types=["full_attention"] * 3
+    "llama4_text with other layers": small_spec(
+        "llama4_text", moe_layers=[1], attention_bias=True, attention_chunk_size=8
     ),
+    "gpt_oss with narrow windows": small_spec("gpt_oss", sliding_window=5),
     "ernie4_5_moe with biases": small_spec("ernie4_5_moe", use_bias=True),
     "granitemoe with factors": small_spec(
         "granitemoe",
@@ -58,15 +60,14 @@ def decode_attention(
     values: torch.Tensor,
     tables: torch.Tensor,
     lengths: torch.Tensor,
-    *,
-    scale: float,
+    **more: Any,
 ) -> torch.Tensor:
     bounds = torch.arange(len(q) + 1)
-    return prefill_attention(q, keys, values, tables, bounds, lengths, scale=scale)
+    return prefill_attention(q, keys, values, tables, bounds, lengths, **more)
 
 
-def prefill_attention(q: torch.Tensor, *rest: torch.Tensor, scale: float) -> torch.Tensor:
-    return plain_kernels.paged_attention(q * (scale * q.shape[-1] ** 0.5), *rest)
+def prefill_attention(q: torch.Tensor, *rest: torch.Tensor, scale: float, **more: Any) -> torch.Tensor:
+    return plain_kernels.paged_attention(q * (scale * q.shape[-1] ** 0.5), *rest, **more)
 
 
 def expert_ffn(
@@ -77,8 +78,9 @@ def expert_ffn(
     *,
     expected_rows: int,
     out: torch.Tensor,
+    **more: Any,
 ) -> torch.Tensor:
-    return out.copy_(plain_kernels.expert_ffn(packed, counts, gate_up, down))
+    return out.copy_(plain_kernels.expert_ffn(packed, counts, gate_up, down, **more))
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from elastic_ep.models.spec import Clamped, Window
+
 
 def gate(
     logits: torch.Tensor,
@@ -30,14 +32,33 @@ def gate(
 
 
 def expert_ffn(
-    packed: torch.Tensor, counts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    packed: torch.Tensor,
+    counts: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    activation: Clamped | None = None,
 ) -> torch.Tensor:
     """See `expert_ffn.expert_ffn`; rows beyond the counts are zero."""
     y = torch.zeros_like(packed)
     for slot, count in enumerate(counts.tolist()):
-        gated, up = (packed[slot, :count] @ gate_up[slot]).chunk(2, dim=-1)
-        y[slot, :count] = (functional.silu(gated) * up) @ down[slot]
+        both = packed[slot, :count] @ gate_up[slot]
+        if biases is not None:
+            both = both + biases[0][slot]
+        y[slot, :count] = activated(both, activation) @ down[slot]
+        if biases is not None:
+            y[slot, :count] += biases[1][slot]
     return y
+
+
+def activated(both: torch.Tensor, activation: Clamped | None) -> torch.Tensor:
+    """Of gate and up side by side."""
+    gated, up = both.chunk(2, dim=-1)
+    if activation is None:
+        return functional.silu(gated) * up
+    gated = gated.clamp(max=activation.limit)
+    up = up.clamp(-activation.limit, activation.limit)
+    return gated * torch.sigmoid(activation.alpha * gated) * (up + 1)
 
 
 def add_rms_norm(
@@ -92,6 +113,9 @@ def paged_attention(
     block_tables: torch.Tensor,
     cu_seqlens: torch.Tensor,
     context_lens: torch.Tensor,
+    *,
+    window: Window | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `prefill_attention.prefill_attention`; rows that belong to no sequence are zero."""
     _, kv_heads, page, dim = keys.shape
@@ -108,7 +132,15 @@ def paged_attention(
         mine = q[first:end].view(end - first, kv_heads, -1, dim)
         scores = torch.einsum("thgd,hkd->hgtk", mine, k) * dim**-0.5
         position = torch.arange(length - (end - first), length, device=q.device)
-        hidden = torch.arange(length, device=q.device) > position[:, None]
-        weights = torch.softmax(scores.masked_fill(hidden, -float("inf")), dim=-1)
+        key = torch.arange(length, device=q.device)
+        hidden = key > position[:, None]
+        if window is not None:
+            chunks = key // window.size < position[:, None] // window.size
+            hidden |= chunks if window.chunked else key <= position[:, None] - window.size
+        scores = scores.masked_fill(hidden, -float("inf"))
+        if sinks is not None:
+            sunk = sinks.to(q).view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, sunk), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :length]
         out[first:end] = torch.einsum("hgtk,hkd->thgd", weights, v).reshape(end - first, -1, dim)
     return out

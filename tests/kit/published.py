@@ -128,6 +128,53 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gpt-oss-20b": (
+        "gpt_oss",
+        {
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+            "rope_theta": 150_000.0,
+        },
+    ),
+    "Llama-4-Scout": (
+        "llama4_text",
+        {
+            "vocab_size": 202048,
+            "hidden_size": 5120,
+            "intermediate_size": 8192,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 1,
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 64,
+            "floor_scale": 32,
+            "rope_theta": 500_000.0,
+        },
+    ),
+    "Phi-3.5-MoE": (
+        "phimoe",
+        {
+            "vocab_size": 32064,
+            "hidden_size": 4096,
+            "intermediate_size": 6400,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.01,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
     "OLMoE-1B-7B": (
         "olmoe",
         {
@@ -154,12 +201,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Family and configuration of all that a GPU serves."""
+"""Family and configuration of all that a GPU serves. Llama 4's chunks are short here, so that a test sees several."""
 
-EXPERTS: dict[str, tuple[int, int, int, tuple[int, int] | None]] = {
-    "DeepSeek-V3": (7168, 2048, 64, (128, 128)),
-    "gpt-oss-20b": (2880, 2880, 32, None),
-}
+EXPERTS: dict[str, tuple[int, int, int, tuple[int, int]]] = {"DeepSeek-V3": (7168, 2048, 64, (128, 128))}
 """Hidden size, width of an expert, slots of a rank and blocks of scales, of models that a GPU does not serve yet."""
 
 

@@ -25,9 +25,6 @@ def test_what_is_compared_with_plain_torch_is_known(name: str) -> None:
 REFUSED = {
     "deepseek_v2": "LatentAttention",
     "deepseek_v3": "LatentAttention",
-    "gpt_oss": "Attention.window",
-    "phimoe": "ModelSpec.norm",
-    "llama4_text": "Attention.window",
 }
 
 
@@ -36,10 +33,10 @@ def test_which_families_the_kernels_know(family: str) -> None:
     assert unknown(small_spec(family), CUDA) == REFUSED.get(family, "")
 
 
-def test_a_window_and_layers_that_attend_differently_are_no_affair_of_the_kernels() -> None:
-    assert unknown(small_spec("mixtral", sliding_window=9), CUDA) == "Attention.window"
-    spec = small_spec("qwen3_moe")
-    assert unknown(with_attention(spec, replace(spec.grouped, rope_theta=7.0), index=1), CUDA)
+def test_a_window_and_layers_that_attend_differently_are_no_affair_of_the_engine_in_c() -> None:
+    assert unknown(small_spec("mixtral", sliding_window=9), FUSED) == "Attention.window"
+    spec = small_spec("mixtral")
+    assert unknown(with_attention(spec, replace(spec.grouped, rope_theta=7.0), index=1), FUSED)
 
 
 @dataclass(frozen=True, slots=True)

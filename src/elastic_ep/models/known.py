@@ -35,28 +35,31 @@ class Known:
     layer: frozenset[str] = _LAYER
     expert: frozenset[str] = frozenset({"gate_up", "down"})
     several_kinds: bool = False
-    """Layers may differ in their FFN."""
+    """Layers may differ in their attention and FFN."""
 
 
 FUSED = Known(_PLAIN)
 """fused/engine.cpp"""
 CUDA = Known(
     {
-        ModelSpec: _PLAIN[ModelSpec] | {"embed_factor", "branch_factor", "logits_divisor"},
+        ModelSpec: _PLAIN[ModelSpec] | {"embed_factor", "branch_factor", "logits_divisor", "norm"},
         Layer: _PLAIN[Layer],
-        Attention: _PLAIN[Attention] | {"rotary_dim", "interleaved", "scaling", "scale"},
-        Moe: _PLAIN[Moe] | {"gate", "shared"},
+        Attention: _PLAIN[Attention]
+        | {"rotary_dim", "interleaved", "scaling", "scale", "window", "temperature", "sinks"},
+        Moe: _PLAIN[Moe] | {"gate", "shared", "activation"},
         Dense: frozenset({"inner"}),
         Gate: frozenset(field.name for field in fields(Gate)),
         Shared: frozenset(field.name for field in fields(Shared)),
     },
-    outside=frozenset({"embed", "final_norm", "lm_head", "lm_head_bias"}),
+    outside=frozenset({"embed", "final_norm", "final_norm_bias", "lm_head", "lm_head_bias"}),
     layer=_LAYER
     | {f"{prefix}{name}" for prefix in ("", "shared_") for name in _FFN}
-    | {"qkv_bias", "out_bias", "gate_bias", "gate_correction", "shared_gate"},
+    | {"qkv_bias", "out_bias", "gate_bias", "gate_correction", "shared_gate", "sinks"}
+    | {"input_norm_bias", "post_norm_bias"},
+    expert=_FFN,
     several_kinds=True,
 )
-"""engine/ops_cuda. All layers have one kind of attention there."""
+"""engine/ops_cuda"""
 
 
 def unknown(spec: ModelSpec, known: Known) -> str:
@@ -74,8 +77,8 @@ def unknown(spec: ModelSpec, known: Known) -> str:
         parts = layer.ffn.parts if isinstance(layer.ffn, Moe) else ()
         if said := _unknown_name(layer.dense, known.layer) or _unknown_name(parts, known.expert):
             return said
-    alike = {(layer.attention, None if known.several_kinds else _sizes(layer)) for layer in spec.layers}
-    return "" if len(alike) == 1 else "layers of several kinds"
+    alike = known.several_kinds or len({(layer.attention, _sizes(layer)) for layer in spec.layers}) == 1
+    return "" if alike else "layers of several kinds"
 
 
 def _unknown_field(part: object, known: Known) -> str:

@@ -12,13 +12,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.nn import functional
 
 from elastic_ep.engine.ops_cuda import ops
 from elastic_ep.engine.ops_cuda.inputs import StepInputs
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled
 from elastic_ep.models.formats import Fp8
-from elastic_ep.models.spec import Moe
+from elastic_ep.models.spec import Clamped, Moe, Window
 from elastic_ep.weights.dequantise import dequantised
 from tests.engine.kernels.errors import check, relative_error
 from tests.kit import plain_kernels
@@ -96,19 +95,19 @@ class Checked:
         return q
 
     def decode_attention(
-        self, kernel: Kernel, q: torch.Tensor, *places: torch.Tensor, scale: float
+        self, kernel: Kernel, q: torch.Tensor, *places: torch.Tensor, **others: Any
     ) -> torch.Tensor:
         keys, values, tables, lengths = places
         bounds = torch.arange(len(q) + 1)
-        out: torch.Tensor = kernel(q, *places, scale=scale)
-        self._attended(out, q, keys, values, tables, bounds, lengths, scale=scale)
+        out: torch.Tensor = kernel(q, *places, **others)
+        self._attended(out, q, keys, values, tables, bounds, lengths, **others)
         return out
 
     def prefill_attention(
-        self, kernel: Kernel, q: torch.Tensor, *places: torch.Tensor, scale: float
+        self, kernel: Kernel, q: torch.Tensor, *places: torch.Tensor, **others: Any
     ) -> torch.Tensor:
-        out: torch.Tensor = kernel(q, *places, scale=scale)
-        self._attended(out, q, *places, scale=scale)
+        out: torch.Tensor = kernel(q, *places, **others)
+        self._attended(out, q, *places, **others)
         return out
 
     def _attended(
@@ -119,9 +118,13 @@ class Checked:
         values: torch.Tensor,
         *rest: torch.Tensor,
         scale: float,
+        window: Window | None,
+        sinks: torch.Tensor | None,
     ) -> None:
         wide = q.double() * (scale * q.shape[-1] ** 0.5)
-        exact = plain_kernels.paged_attention(wide, keys.double(), values.double(), *rest)
+        exact = plain_kernels.paged_attention(
+            wide, keys.double(), values.double(), *rest, window=window, sinks=sinks
+        )
         real = self._real(len(q))
         check("attention", out[:real], exact[:real])
 
@@ -153,28 +156,39 @@ class Checked:
         counts: torch.Tensor,
         gate_up: torch.Tensor | Scaled,
         down: torch.Tensor | Scaled,
+        *,
+        biases: tuple[torch.Tensor, torch.Tensor] | None,
+        activation: Clamped | None,
         **others: Any,
     ) -> torch.Tensor:
         given = packed.clone()
-        y: torch.Tensor = kernel(packed, counts, gate_up, down, **others)
+        more = {"biases": biases, "activation": activation, **others}
+        y: torch.Tensor = kernel(packed, counts, gate_up, down, **more)
         got, exact = [], []
         for slot, count in enumerate(counts.tolist()):
             got.append(y[slot, :count])
-            exact.append(exact_expert(given[slot, :count], slot, gate_up, down))
+            exact.append(exact_expert(given[slot, :count], slot, gate_up, down, biases, activation))
         check("expert_ffn", torch.cat(got), torch.cat(exact))
         return y
 
 
 def exact_expert(
-    rows: torch.Tensor, slot: int, gate_up: torch.Tensor | Scaled, down: torch.Tensor | Scaled
+    rows: torch.Tensor,
+    slot: int,
+    gate_up: torch.Tensor | Scaled,
+    down: torch.Tensor | Scaled,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    activation: Clamped | None = None,
 ) -> torch.Tensor:
     """In float64; what is between the two products, too."""
     if not len(rows):
         return rows.double()
     hidden = rows.shape[1]
     inner = down.codes.shape[2] if isinstance(down, Scaled) else down.shape[1]
-    gated, up = (rows.double() @ _matrix(gate_up, slot, (inner, hidden), 2)).chunk(2, dim=-1)
-    return (functional.silu(gated) * up) @ _matrix(down, slot, (hidden, inner), 1)
+    both = rows.double() @ _matrix(gate_up, slot, (inner, hidden), 2)
+    of_both, of_down = (one[slot].double() for one in biases) if biases else (0.0, 0.0)
+    between = plain_kernels.activated(both + of_both, activation)
+    return between @ _matrix(down, slot, (hidden, inner), 1) + of_down
 
 
 def _matrix(of: torch.Tensor | Scaled, slot: int, shape: tuple[int, int], pieces: int) -> torch.Tensor:

@@ -45,9 +45,7 @@ LIMITS = EngineLimits(max_model_len=8192, max_num_seqs=256, max_num_batched_toke
 STEPS = {"decode": StepShape(64, decode=True), "prompts": StepShape(2048, decode=False, sequences=256)}
 EACH = [(name, step) for name in PUBLISHED for step in STEPS]
 CHOSEN = (
-    EACH
-    if "ELASTIC_EP_ALL_FAMILIES" in os.environ
-    else [("MiniMax-M2", "decode"), ("GLM-4.6-FP8", "prompts")]
+    EACH if "ELASTIC_EP_ALL_FAMILIES" in os.environ else [("MiniMax-M2", "decode"), ("gpt-oss-20b", "decode")]
 )
 """All together take minutes."""
 MODULES = (decode_attention, dense, expert_ffn, gate, norm_rope, prefill_attention)
@@ -160,13 +158,11 @@ def test_real_layers(name: str, step: str) -> None:
     compile_all(launches)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("DeepSeek-V3", 1), ("gpt-oss-20b", 1000)])
+@pytest.mark.parametrize(("name", "rows"), [("DeepSeek-V3", 1)])
 def test_real_experts(name: str, rows: int) -> None:
     hidden, inner, slots, block = EXPERTS[name]
 
-    def matrices(rows: int, columns: int) -> torch.Tensor | expert_ffn.Scaled:
-        if block is None:
-            return torch.empty(slots, columns, rows, dtype=torch.bfloat16, device=META)
+    def matrices(rows: int, columns: int) -> expert_ffn.Scaled:
         codes = torch.empty(slots, rows, columns, dtype=torch.float8_e4m3fn, device=META)
         scales = torch.empty(slots, -(-rows // block[0]), -(-columns // block[1]), device=META)
         return expert_ffn.Scaled(codes, scales, *block)

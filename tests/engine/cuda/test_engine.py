@@ -51,7 +51,10 @@ FAMILIES = {
     "mixtral": mixtral.spec(replace(TINY_CONFIG, num_hidden_layers=1)),
     "olmoe": olmoe.spec(replace(TINY_CONFIG, num_hidden_layers=1), clip_qkv=0.05),
 }
-OTHERS = ("qwen2_moe", "glm4_moe", "granitemoe", "ernie4_5_moe", "minimax_m2")
+OTHERS = (
+    *("qwen2_moe", "glm4_moe", "granitemoe", "ernie4_5_moe", "minimax_m2"),
+    *("gpt_oss", "phimoe", "llama4_text"),
+)
 ON_A_GPU = {family: small_spec(family) for family in OTHERS}
 """The interpreter would take too long: there tests/engine/test_cuda_ops.py does."""
 if not INTERPRETED:

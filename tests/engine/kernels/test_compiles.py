@@ -105,7 +105,9 @@ def test_norms(norm: bool, clip: bool, rotated: int, interleaved: bool) -> None:
 def compiled_experts(
     tiles: Tiles, dtype: torch.dtype, down: bool, parts: int, block: tuple[int, int] | None = None
 ) -> Any:
-    types = dict.fromkeys(("x", "w", "y"), _NAMES[dtype]) | {
+    types = dict.fromkeys(("x", "w", "y", "bias"), _NAMES[dtype]) | {
+        "alpha": "fp32",
+        "limit": "fp32",
         "counts": "*i32",
         "part": "i32",
         "scales": "*fp32",
@@ -119,6 +121,8 @@ def compiled_experts(
         "DOWN": down,
         "PARTS": parts,
         "BLOCK_P": power_of_2(parts),
+        "BIASED": False,
+        "CLAMPED": False,
         "SCALED": block is not None,
     }
     constants |= dict(zip(("SCALE_ROWS", "SCALE_COLUMNS"), block or (1, 1), strict=True))
@@ -153,24 +157,27 @@ def test_expert_ffn_of_codes(rows: int, down: bool) -> None:
 def test_decode_attention(dtype: torch.dtype, cut: Cut | None, plan: DecodePlan) -> None:
     cut = cut or CUT[dtype]
     types = dict.fromkeys(("q", "keys", "values", "out"), _NAMES[dtype])
-    types |= dict.fromkeys(("tables", "lengths", "ended"), "*i32")
+    types |= dict.fromkeys(("tables", "lengths", "ended"), "*i32") | {"sinks": _NAMES[dtype]}
     parts = dict.fromkeys(("parts", "tops", "totals"), "*fp32")
     numbers = {"scale": "fp32", "table_stride": "i32", "splits": "i32"}
     shape = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": 16, "PAGE": 16}
-    choices = {"SPLIT": cut.split, "BLOCK": cut.block}
+    choices = {"SPLIT": cut.split, "BLOCK": cut.block, "WINDOW": 0, "CHUNKED": False, "SINKS": False}
     kernel = decode_attention._decode_kernel
     result = compiled(kernel, types | parts | numbers, shape | choices, plan.warps, plan.stages)
     assert uses_wgmma_alone(result) or dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_prefill_attention(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "window"), [(torch.bfloat16, 0), (torch.bfloat16, 128), (torch.float32, 0)]
+)
+def test_prefill_attention(dtype: torch.dtype, window: int) -> None:
     rows = prefill_attention._ROWS[dtype]
     types = dict.fromkeys(("q", "keys", "values", "out"), _NAMES[dtype])
-    types |= dict.fromkeys(("tables", "bounds", "lengths"), "*i32")
+    types |= dict.fromkeys(("tables", "bounds", "lengths"), "*i32") | {"sinks": _NAMES[dtype]}
     types |= {"scale": "fp32", "table_stride": "i32", "sequences": "i32"}
     constants = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": rows, "TOKENS": rows // 8, "PAGE": 16}
-    constants |= {"SPLIT": CUT[dtype].split, "BLOCK": CUT[dtype].block, "BLOCK_B": 32}
+    constants |= {"SPLIT": CUT[dtype].split, "BLOCK": CUT[dtype].block, "BLOCK_B": 32, "WINDOW": window}
+    constants |= {"CHUNKED": False, "SINKS": window > 0}
     result = compiled(prefill_attention._prefill_kernel, types, constants, 8 if rows == 128 else 4, 3)
     assert uses_wgmma_alone(result) or dtype == torch.float32
 

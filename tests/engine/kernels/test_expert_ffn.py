@@ -8,6 +8,7 @@ import torch
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
 from elastic_ep.models.formats import Fp8
+from elastic_ep.models.spec import Clamped
 from elastic_ep.weights.dequantise import dequantised
 from tests.engine.kernels.conftest import INTERPRETED
 from tests.engine.kernels.errors import check
@@ -67,6 +68,22 @@ def test_is_the_reference(
     assert y.dtype == dtype
     exact = layer.exact(packed, received_rows)
     check("expert_ffn", received(y, received_rows), received(exact, received_rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, Clamped(alpha=1.702, limit=0.5)])
+def test_biases_and_a_clamped_activation(
+    device: torch.device, dtype: torch.dtype, activation: Clamped | None
+) -> None:
+    layer = Layer(device, dtype, (3, 72, 40))
+    counts = torch.tensor((5, 0, 17), dtype=torch.int32, device=device)
+    packed = layer.packed(24, counts)
+    biases = torch.randn(3, 80, device=device).to(dtype), torch.randn(3, 72, device=device).to(dtype)
+    y = expert_ffn(packed, counts, layer.gate_up, layer.down, biases=biases, activation=activation)
+    wide = (packed.double(), counts, layer.gate_up.double(), layer.down.double())
+    of_both, of_down = biases
+    exact = plain_kernels.expert_ffn(*wide, (of_both.double(), of_down.double()), activation)
+    check("expert_ffn", received(y, counts), received(exact, counts))
 
 
 @pytest.mark.parametrize("out_of_place", [False, True])

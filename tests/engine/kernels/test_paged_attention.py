@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from elastic_ep.engine.ops_cuda.kernels.decode_attention import DecodePlan, deco
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut
 from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
 from elastic_ep.kernel import COUNTERS
+from elastic_ep.models.spec import Window
+from tests.engine.kernels.conftest import INTERPRETED
 from tests.engine.kernels.errors import check
 from tests.kit import plain_kernels
 
@@ -46,18 +50,18 @@ class Cache:
         device = self.keys.device
         return torch.tensor((0, *sizes), device=device).cumsum(0).to(torch.int32)
 
-    def exact(self, q: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    def exact(self, q: torch.Tensor, sizes: tuple[int, ...], **more: Any) -> torch.Tensor:
         keys, values = self.keys.double(), self.values.double()
         return plain_kernels.paged_attention(
-            q.double(), keys, values, self.tables, self.bounds(sizes), self.lengths
+            q.double(), keys, values, self.tables, self.bounds(sizes), self.lengths, **more
         )
 
-    def prefill(self, q: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    def prefill(self, q: torch.Tensor, sizes: tuple[int, ...], **more: Any) -> torch.Tensor:
         bounds = self.bounds(sizes)
-        return prefill_attention(q, self.keys, self.values, self.tables, bounds, self.lengths)
+        return prefill_attention(q, self.keys, self.values, self.tables, bounds, self.lengths, **more)
 
-    def decode(self, q: torch.Tensor, cut: Cut | None = None, plan: DecodePlan | None = None) -> torch.Tensor:
-        return decode_attention(q, self.keys, self.values, self.tables, self.lengths, cut=cut, plan=plan)
+    def decode(self, q: torch.Tensor, **more: Any) -> torch.Tensor:
+        return decode_attention(q, self.keys, self.values, self.tables, self.lengths, **more)
 
 
 def queries(cache: Cache, tokens: int, heads: int) -> torch.Tensor:
@@ -107,10 +111,10 @@ def test_every_plan_of_decode_is_right_and_repeatable(
     q = queries(cache, len(lengths), 6)
     exact = cache.exact(q, (1,) * len(lengths))
     for plan in PLANS:
-        out = cache.decode(q, cut, plan)
+        out = cache.decode(q, cut=cut, plan=plan)
         check("attention", out, exact)
         # A plan that counts must leave its counters as it found them.
-        assert torch.equal(cache.decode(q, cut, plan), out)
+        assert torch.equal(cache.decode(q, cut=cut, plan=plan), out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,6 +128,34 @@ def test_prefill(device: torch.device, dtype: torch.dtype, shape: tuple[int, int
     cache = Cache(device, dtype, lengths, *rest)
     q = queries(cache, sum(sizes), heads)
     check("attention", cache.prefill(q, sizes), cache.exact(q, sizes))
+
+
+WINDOWS = [
+    (None, True),
+    (Window(5), False),
+    (Window(130), True),
+    (Window(64, chunked=True), False),
+    (Window(200, chunked=True), True),
+]
+"""And whether there are sinks."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "sunk"), WINDOWS)
+def test_windows_and_sinks(
+    device: torch.device, dtype: torch.dtype, window: Window | None, sunk: bool
+) -> None:
+    """What is out of sight begins within blocks and splits, and at their ends; decode goes on where prefill ends."""
+    if INTERPRETED and dtype == torch.bfloat16 and window != Window(130):
+        pytest.skip("slow in the interpreter")
+    lengths, sizes = (3, 133, LONG), (3, 9, 40)
+    cache = Cache(device, dtype, lengths)
+    more = {"window": window, "sinks": torch.randn(6, device=device).to(dtype) * 3 if sunk else None}
+    q = queries(cache, sum(sizes), 6)
+    prompt = cache.prefill(q, sizes, **more)
+    check("attention", prompt, cache.exact(q, sizes, **more))
+    last = cache.bounds(sizes)[1:].long() - 1
+    assert torch.equal(cache.decode(q[last], **more), prompt[last])
 
 
 def test_padding_of_a_decode_batch_is_zero(device: torch.device) -> None:

@@ -18,11 +18,11 @@ from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.gate import gate, has_gate
 from elastic_ep.engine.ops_cuda.kernels.norm_rope import add_rms_norm, norm_rope_write
 from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
-from elastic_ep.engine.rotary import rotary_table
+from elastic_ep.engine.rotary import rotary_table, temperatures
 from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.exchange.base import Received
 from elastic_ep.models.formats import Fp8
-from elastic_ep.models.spec import ModelSpec, QkNorm
+from elastic_ep.models.spec import Attention, ModelSpec, Norm, QkNorm
 from elastic_ep.weights.bank import Parts
 
 
@@ -44,13 +44,22 @@ class CudaOps:
         self._spec = spec
         self._inputs = inputs
         self._rows_per_expert = num_ranks * spec.moe.top_k / spec.moe.experts
-        kind = self._kind = spec.grouped
+        kind = spec.grouped
+        self._kinds = [layer.attention for layer in spec.layers if isinstance(layer.attention, Attention)]
         self._moes = [spec.moe_of(mixture) for mixture in range(spec.moe_layers)]
         size = (limits.cache_pages, kind.kv_heads, limits.page_size, kind.head_dim)
         self.caches = torch.zeros(len(spec.layers), 2, *size, dtype=dtype, device=device)
         """[layers, 2 (keys, values), pages, Hk, page size, D]"""
-        cosines, sines = rotary_table(kind.rotary, limits.max_model_len)
-        self._cos, self._sin = cosines.to(device), sines.to(device)
+        length = limits.max_model_len
+        self._rotations = {
+            rotary: tuple(table.to(device) for table in rotary_table(rotary, length))
+            for rotary in {one.rotary for one in self._kinds}
+        }
+        self._temperatures = {
+            one: temperatures(one, length).to(device)
+            for one in {kind.temperature for kind in self._kinds}
+            if one
+        }
         rows = max(limits.max_num_batched_tokens, limits.max_num_seqs) + TILE_ROWS
         self._rows = torch.arange(rows, device=device)
         self._ones = torch.ones(kind.heads + kind.kv_heads, kind.head_dim, dtype=dtype, device=device)
@@ -81,6 +90,10 @@ class CudaOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if residual is not None and self._spec.branch_factor != 1:
             x = x * self._spec.branch_factor
+        if self._spec.norm is Norm.LAYER:
+            total = x if residual is None else x + residual
+            weight, bias = parts[name], parts[f"{name}_bias"]
+            return functional.layer_norm(total, weight.shape, weight, bias, self._spec.rms_norm_eps), total
         return add_rms_norm(x, residual, parts[name], self._spec.rms_norm_eps)
 
     def linear(self, x: torch.Tensor, parts: Parts, name: str) -> torch.Tensor:
@@ -93,7 +106,7 @@ class CudaOps:
         return y if bias is None else y.add_(bias)
 
     def project(self, h: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
-        inputs, rows, kind = self._inputs, self._shape.rows, self._kind
+        inputs, rows, kind = self._inputs, self._shape.rows, self._kinds[index]
         qkv = self.linear(h, layer, "qkv")
         keys, values = self.caches[index]
         norm = layer["qk_norm"] if kind.qk_norm is QkNorm.HEAD else None
@@ -101,12 +114,14 @@ class CudaOps:
             norm = self._ones
         if kind.qk_norm is QkNorm.PROJECTION:
             qkv = self._norm_projections(qkv, layer["qk_norm"].view(-1), kind.heads * kind.head_dim)
-        return norm_rope_write(
+        cosines, sines = self._rotations[kind.rotary]
+        positions = inputs.positions[:rows]
+        queries = norm_rope_write(
             qkv,
             norm,
-            self._cos,
-            self._sin,
-            inputs.positions[:rows],
+            cosines,
+            sines,
+            positions,
             inputs.slots[:rows],
             keys,
             values,
@@ -114,6 +129,10 @@ class CudaOps:
             clip=kind.clip_qkv,
             interleaved=kind.interleaved,
         )
+        if kind.temperature is None:
+            return queries
+        factors = self._temperatures[kind.temperature].index_select(0, positions)
+        return (queries * factors[:, None, None]).to(queries.dtype)
 
     def _norm_projections(self, qkv: torch.Tensor, weight: torch.Tensor, queries: int) -> torch.Tensor:
         q, k, v = qkv.split([queries, len(weight) - queries, qkv.shape[1] - len(weight)], dim=1)
@@ -123,15 +142,17 @@ class CudaOps:
         return torch.cat((q, k, v), dim=1)
 
     def attend(self, queries: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
-        inputs, rows = self._inputs, self._shape.rows
+        inputs, rows, kind = self._inputs, self._shape.rows, self._kinds[index]
         keys, values = self.caches[index]
-        scale = self._kind.score_scale
+        scale, window, sinks = kind.score_scale, kind.window, layer.get("sinks")
         if self._shape.decode:
-            tables, lengths = inputs.tables[:rows], inputs.lengths[:rows]
-            out = decode_attention(queries, keys, values, tables, lengths, scale=scale)
+            places = inputs.tables[:rows], inputs.lengths[:rows]
+            out = decode_attention(queries, keys, values, *places, scale=scale, window=window, sinks=sinks)
         else:
-            places = inputs.tables, inputs.bounds, inputs.lengths
-            out = prefill_attention(queries, keys, values, *places, scale=scale)
+            all_places = inputs.tables, inputs.bounds, inputs.lengths
+            out = prefill_attention(
+                queries, keys, values, *all_places, scale=scale, window=window, sinks=sinks
+            )
         return out.view(rows, -1)
 
     def feed_forward(self, h: torch.Tensor, layer: Parts) -> torch.Tensor:
@@ -159,7 +180,17 @@ class CudaOps:
         expected = max(1, round(self._shape.rows * self._rows_per_expert))
         packed = received.packed  # the results take the places of the rows
         gate_up, down = (self._matrices(layer, mixture, name) for name in ("gate_up", "down"))
-        return expert_ffn(packed, received.counts, gate_up, down, expected_rows=expected, out=packed)
+        biases = (layer["gate_up_bias"], layer["down_bias"]) if "gate_up_bias" in layer else None
+        return expert_ffn(
+            packed,
+            received.counts,
+            gate_up,
+            down,
+            biases=biases,
+            activation=self._moes[mixture].activation,
+            expected_rows=expected,
+            out=packed,
+        )
 
     def _matrices(self, layer: Parts, mixture: int, name: str) -> torch.Tensor | Scaled:
         """Of all slots: numbers, or the codes that a quantised checkpoint has."""

@@ -13,8 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut, attend_split, exponent_scale, merge
+from elastic_ep.engine.ops_cuda.kernels.paged_attention import (
+    CUT,
+    LOG2_E,
+    Cut,
+    attend_split,
+    exponent_scale,
+    first_seen,
+    merge,
+)
 from elastic_ep.kernel import COUNTERS, counters, jit, power_of_2
+from elastic_ep.models.spec import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,7 @@ def _decode_kernel(
     tops: tl.tensor,
     totals: tl.tensor,
     out: tl.tensor,
+    sinks: tl.tensor,
     ended: tl.tensor,
     scale: tl.tensor,
     table_stride: tl.tensor,
@@ -49,25 +59,30 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    SINKS: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)  # slowest: the programs that find nothing to do come last
     length = tl.load(lengths + row).to(tl.int32)
     first = split * SPLIT
+    low = first_seen(tl.maximum(length - 1, 0), WINDOW, CHUNKED)
     lane = tl.arange(0, BLOCK_D)
     group = tl.arange(0, R)
     query = row * (HK * G) + head * G + group
     mask = (group < G)[:, None] & (lane < D)[None, :]
-    if first < length:
+    if (first < length) & (first + SPLIT > low):
         acc, top, total = attend_split(
             tl.trans(tl.load(q + query[:, None] * D + lane[None, :], mask=mask, other=0.0)),
             keys + head.to(tl.int64) * (PAGE * D),
             values + head.to(tl.int64) * (PAGE * D),
             tables + row * table_stride,
-            first,
+            tl.maximum(first, low // BLOCK * BLOCK),
             tl.minimum(first + SPLIT, length),
             tl.zeros([R], tl.int32) + length,
+            low,
             scale,
             HK * PAGE * D,
             D,
@@ -75,15 +90,20 @@ def _decode_kernel(
             R,
             PAGE,
             BLOCK,
+            WINDOW,
         )
         at = query * splits + split
         tl.store(parts + at[:, None] * BLOCK_D + lane[None, :], tl.trans(acc), mask=(group < G)[:, None])
         tl.store(tops + at, top, mask=group < G)
         tl.store(totals + at, total, mask=group < G)
         count = tl.cdiv(length, SPLIT)
+        begin = low // SPLIT
         tl.debug_barrier()  # the stores of all threads come before the one that counts them
-        if tl.atomic_add(ended + row * HK + head, 1) == count - 1:
-            _merge_group(parts, tops, totals, out, query, splits, count, G, D, BLOCK_D, R)
+        if tl.atomic_add(ended + row * HK + head, 1) == count - begin - 1:
+            sink_at = sinks + head * G + group
+            _merge_group(
+                parts, tops, totals, out, query, sink_at, splits, begin, count, G, D, BLOCK_D, R, SINKS
+            )
             tl.store(ended + row * HK + head, 0)
     padding = (length == 0) & (split == 0)
     if padding:
@@ -98,25 +118,32 @@ def _merge_group(
     totals: tl.tensor,
     out: tl.tensor,
     query: tl.tensor,
+    sink_at: tl.tensor,
     splits: tl.tensor,
+    begin: tl.tensor,
     count: tl.tensor,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     R: tl.constexpr,
+    SINKS: tl.constexpr,
 ) -> None:
-    """The first G of the rows `query` [R] from all `count` splits, each of which some program has stored."""
+    """The first G of the rows `query` [R] from the splits `begin` to `count`, each of which some program has stored."""
     lane = tl.arange(0, BLOCK_D)
     real = (tl.arange(0, R) < G)[:, None]
     acc = tl.zeros([R, BLOCK_D], tl.float32)
     top = tl.full([R, 1], -float("inf"), tl.float32)
     total = tl.zeros([R, 1], tl.float32)
-    for split in tl.range(0, count, num_stages=3):
+    for split in tl.range(begin, count, num_stages=3):
         at = (query * splits + split)[:, None]
         new_acc = tl.load(parts + at * BLOCK_D + lane[None, :], mask=real, other=0.0)
         new_top = tl.load(tops + at, mask=real, other=0.0)
         new_total = tl.load(totals + at, mask=real, other=0.0)
         acc, top, total = merge(acc, top, total, new_acc, new_top, new_total)
+    if SINKS:
+        sink = tl.load(sink_at[:, None], mask=real, other=0.0).to(tl.float32) * LOG2_E
+        nothing = tl.zeros([R, BLOCK_D], tl.float32)
+        acc, top, total = merge(acc, top, total, nothing, sink, tl.full([R, 1], 1.0, tl.float32))
     result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
     at = query[:, None] * D + lane[None, :]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=real & (lane < D)[None, :])
@@ -130,6 +157,8 @@ def decode_attention(
     context_lens: torch.Tensor,
     *,
     scale: float | None = None,
+    window: Window | None = None,
+    sinks: torch.Tensor | None = None,
     cut: Cut | None = None,
     plan: DecodePlan | None = None,
 ) -> torch.Tensor:
@@ -139,6 +168,7 @@ def decode_attention(
     reads for its head then lie page by page in one piece. Hk divides Hq. `block_tables` [B, most pages] int32, rows
     of any stride: page numbers, needed up to the context alone. `context_lens` [B] int32 or int64, the token itself
     included; 0 is padding and gives zeros. `scale` of scores, 1 / sqrt(D) if not given.
+    `sinks` [Hq]: scores that take probability from all keys, and are not scaled.
 
     Raises ValueError for more than `COUNTERS` pairs of sequence and key head.
 
@@ -167,6 +197,7 @@ def decode_attention(
         tops,
         totals,
         out,
+        q if sinks is None else sinks,
         counters(q.device),
         exponent_scale(dim, scale),
         block_tables.stride(0),
@@ -179,6 +210,9 @@ def decode_attention(
         PAGE=page,
         SPLIT=cut.split,
         BLOCK=cut.block,
+        WINDOW=window.size if window else 0,
+        CHUNKED=window is not None and window.chunked,
+        SINKS=sinks is not None,
         num_warps=plan.warps,
         num_stages=plan.stages,
         enable_fp_fusion=False,

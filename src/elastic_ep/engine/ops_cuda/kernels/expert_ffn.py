@@ -24,6 +24,8 @@ import triton.language as tl
 
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
 from elastic_ep.engine.ops_cuda.kernels.expert_tiles import (
+    activated,
+    biased,
     down_tile,
     gate_up_tile,
     scaled_down_tile,
@@ -32,6 +34,7 @@ from elastic_ep.engine.ops_cuda.kernels.expert_tiles import (
 )
 from elastic_ep.kernel import jit, power_of_2
 from elastic_ep.models.formats import SCALED_DEPTH
+from elastic_ep.models.spec import Clamped
 
 _ALL = 1 << 30
 
@@ -96,9 +99,12 @@ def _tile(
     x: tl.tensor,
     w: tl.tensor,
     scales: tl.tensor,
+    bias: tl.tensor,
     y: tl.tensor,
     counts: tl.tensor,
     part: tl.tensor,
+    alpha: tl.tensor,
+    limit: tl.tensor,
     slot: tl.tensor,
     first: tl.tensor,
     left: tl.tensor,
@@ -111,6 +117,8 @@ def _tile(
     N: tl.constexpr,
     K: tl.constexpr,
     DOWN: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
     SCALED: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
@@ -142,13 +150,15 @@ def _tile(
             )
         else:
             value = down_tile(x + begin * IN, packed, w_slot, left, column, H, INNER, R, N, K)
+        if BIASED:
+            value = biased(value, bias + slot * H, column, H, N)
         store_tile(y + begin * OUT, strewn, value, left, column, OUT, R, N)
     else:
         w_slot = w + slot.to(tl.int64) * (H * 2 * INNER)
         if SCALED:
             WIDE_BLOCKS: tl.constexpr = (H + SCALE_COLUMNS - 1) // SCALE_COLUMNS
             scales += slot * (WIDE_BLOCKS * 2 * ((INNER + SCALE_ROWS - 1) // SCALE_ROWS))
-            value = scaled_gate_up_tile(
+            gated, up = scaled_gate_up_tile(
                 x + begin * IN,
                 strewn,
                 w_slot,
@@ -164,7 +174,11 @@ def _tile(
                 SCALE_COLUMNS,
             )
         else:
-            value = gate_up_tile(x + begin * IN, strewn, w_slot, left, column, H, INNER, R, N, K)
+            gated, up = gate_up_tile(x + begin * IN, strewn, w_slot, left, column, H, INNER, R, N, K)
+        if BIASED:
+            gated = biased(gated, bias + slot * (2 * INNER), column, INNER, N)
+            up = biased(up, bias + slot * (2 * INNER) + INNER, column, INNER, N)
+        value = activated(gated, up, alpha, limit, CLAMPED)
         store_tile(y + begin * OUT, packed, value, left, column, OUT, R, N)
 
 
@@ -173,9 +187,12 @@ def _experts_kernel(
     x: tl.tensor,
     w: tl.tensor,
     scales: tl.tensor,
+    bias: tl.tensor,
     y: tl.tensor,
     counts: tl.tensor,
     part: tl.tensor,
+    alpha: tl.tensor,
+    limit: tl.tensor,
     H: tl.constexpr,
     INNER: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -187,6 +204,8 @@ def _experts_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     DOWN: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
     SCALED: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
@@ -205,18 +224,18 @@ def _experts_kernel(
         column *= N
         if FEW == ROWS:  # one body then: two would have shared memory each
             _tile(
-                x, w, scales, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, ROWS, N, K, DOWN,
-                SCALED, SCALE_ROWS, SCALE_COLUMNS,
+                x, w, scales, bias, y, counts, part, alpha, limit, slot, first, left, column, H, INNER, PARTS, BLOCK_P,
+                ROWS, N, K, DOWN, BIASED, CLAMPED, SCALED, SCALE_ROWS, SCALE_COLUMNS,
             )  # fmt: skip
         elif left <= FEW:
             _tile(
-                x, w, scales, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, FEW, N, K, DOWN,
-                SCALED, SCALE_ROWS, SCALE_COLUMNS,
+                x, w, scales, bias, y, counts, part, alpha, limit, slot, first, left, column, H, INNER, PARTS, BLOCK_P,
+                FEW, N, K, DOWN, BIASED, CLAMPED, SCALED, SCALE_ROWS, SCALE_COLUMNS,
             )  # fmt: skip
         else:
             _tile(
-                x, w, scales, y, counts, part, slot, first, left, column, H, INNER, PARTS, BLOCK_P, ROWS, N, K, DOWN,
-                SCALED, SCALE_ROWS, SCALE_COLUMNS,
+                x, w, scales, bias, y, counts, part, alpha, limit, slot, first, left, column, H, INNER, PARTS, BLOCK_P,
+                ROWS, N, K, DOWN, BIASED, CLAMPED, SCALED, SCALE_ROWS, SCALE_COLUMNS,
             )  # fmt: skip
 
 
@@ -232,6 +251,8 @@ def _launch(
     weights: torch.Tensor | Scaled,
     y: torch.Tensor,
     counts: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: Clamped | None,
     *,
     down: bool,
 ) -> None:
@@ -247,9 +268,12 @@ def _launch(
         x,
         weights.codes if isinstance(weights, Scaled) else weights,
         scaled.scales if scaled else x,
+        x if bias is None else bias,
         y,
         counts,
         capacity // parts,
+        activation.alpha if activation else 0.0,
+        activation.limit if activation else 0.0,
         H=y.shape[-1] if down else width,
         INNER=width if down else y.shape[-1],
         SLOTS=slots,
@@ -261,6 +285,8 @@ def _launch(
         N=tiles.columns,
         K=tiles.depth,
         DOWN=down,
+        BIASED=bias is not None,
+        CLAMPED=activation is not None,
         SCALED=scaled is not None,
         SCALE_ROWS=(scaled.rows if scaled else 0) or _ALL,
         SCALE_COLUMNS=(scaled.columns if scaled else 0) or _ALL,
@@ -276,6 +302,8 @@ def expert_ffn(
     gate_up: torch.Tensor | Scaled,
     down: torch.Tensor | Scaled,
     *,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    activation: Clamped | None = None,
     expected_rows: int | None = None,
     plan: Plan | None = None,
     out: torch.Tensor | None = None,
@@ -286,6 +314,7 @@ def expert_ffn(
     on hold does not matter. With `counts` [S, P] each slot has P parts of C / P rows, and a count for each.
     `gate_up` [S, H, 2 I] (gate first), `down` [S, I, H]: as weights/bank.py has them, which suits the GPU too: both are
     read along their last dimension. All contiguous, all of one dtype. The product between is rounded to that dtype.
+    `biases`, if there are some: [S, 2 I] and [S, H] of the two products; `activation`, if it is not silu.
     Where they are `Scaled`: codes [S, 2 I, H] and [S, H, I]. Raises ValueError for blocks of which a step has several.
 
     `expected_rows` a slot (C if not given) chooses the tiles, unless a `plan` is given: it makes the call fast, not
@@ -301,6 +330,7 @@ def expert_ffn(
     inner = down.codes.shape[2] if isinstance(down, Scaled) else down.shape[1]
     between = packed.new_empty(slots, capacity, inner)
     y = torch.empty_like(packed) if out is None else out
-    _launch(plan.gate_up, packed, gate_up, between, counts, down=False)
-    _launch(plan.down, between, down, y, counts, down=True)
+    of_both, of_down = biases or (None, None)
+    _launch(plan.gate_up, packed, gate_up, between, counts, of_both, activation, down=False)
+    _launch(plan.down, between, down, y, counts, of_down, None, down=True)
     return y

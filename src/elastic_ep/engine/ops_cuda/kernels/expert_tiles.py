@@ -29,8 +29,24 @@ def store_tile(
 
 
 @jit
-def _swiglu(gated: tl.tensor, up: tl.tensor) -> tl.tensor:
+def activated(
+    gated: tl.tensor, up: tl.tensor, alpha: tl.tensor, limit: tl.tensor, CLAMPED: tl.constexpr
+) -> tl.tensor:
+    """silu(gated) * up, or as models.spec.Clamped says."""
+    if CLAMPED:
+        gated = tl.minimum(gated, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        return gated / (1.0 + tl.exp(-gated * alpha)) * (up + 1.0)
     return gated / (1.0 + tl.exp(-gated)) * up
+
+
+@jit
+def biased(
+    value: tl.tensor, bias: tl.tensor, column: tl.tensor, OUT: tl.constexpr, N: tl.constexpr
+) -> tl.tensor:
+    """value [N, R] and the bias of its columns, of `OUT`."""
+    n = column + tl.arange(0, N)
+    return value + tl.load(bias + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
 
 
 @jit
@@ -46,7 +62,7 @@ def gate_up_tile(
     N: tl.constexpr,
     K: tl.constexpr,
 ) -> tl.tensor:
-    """silu(gate) * up of one tile [N, R] of the `rows` [R] of x; w points to their slot."""
+    """Gate and up of one tile [N, R] of the `rows` [R] of x; w points to their slot."""
     row = tl.arange(0, R)
     n = column + tl.arange(0, N)
     k = tl.arange(0, K)
@@ -72,7 +88,7 @@ def gate_up_tile(
         up = dot(tl.trans(right_weights), tl.trans(values), up)
         x_at += K
         w_at += K * (2 * INNER)
-    return _swiglu(gated, up)
+    return gated, up
 
 
 @jit
@@ -165,7 +181,7 @@ def scaled_gate_up_tile(
         up = _times_codes(up_codes, values, up_scale, up, N, R)
         x_at += K
         w_at += K
-    return _swiglu(gated, up)
+    return gated, up
 
 
 @jit

@@ -1,11 +1,12 @@
 """Attention over a paged KV cache: what decode_attention.py and prefill_attention.py share, so that their bits agree.
 
-A context is cut into splits, a split into blocks of keys, as `CUT` says, whatever the batch. A split is an
-online softmax over its blocks (FlashAttention-2); the splits' results are merged one after the other, first to last.
-Decode does the splits in parallel and merges them when all are done (flash-decoding); prefill does them in a row and
-merges as it goes. What a query may not see adds exact zeros, and the sum of the weights is exact. So a token's result
-depends on its query and its context alone: not on its batch, nor on whether it was computed in a prompt of any cutting
-or one by one, which is what a request that moves to another rank relies on.
+A context is cut into splits, a split into blocks of keys, as `CUT` says, whatever the batch. A split is an online
+softmax over its blocks (FlashAttention-2); the splits' results are merged one after the other, first to last. Decode
+does the splits in parallel and merges them when all are done (flash-decoding); prefill does them in a row and merges as
+it goes. What a query may not see adds exact zeros, and the sum of the weights is exact. So a token's result depends on
+its query and its context alone: not on its batch, nor on whether it was computed in a prompt of any cutting or one by
+one, which is what a request that moves to another rank relies on. Blocks and splits that a window hides from all rows
+are left out: their zeros change no bit.
 
 In decode the products are transposed, as in expert_ffn.py (`attend_split`): keys and values are the left operand, the
 query rows (tokens times the heads that share a key-value head) the right one, as few as 16. In prefill there are many
@@ -43,6 +44,19 @@ def exponent_scale(dim: int, scale: float | None = None) -> float:
     return 1.4426950408889634 * float(dim**-0.5 if scale is None else scale)
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@jit
+def first_seen(position: tl.tensor, WINDOW: tl.constexpr, CHUNKED: tl.constexpr) -> tl.tensor:
+    """The first key that a query at `position` sees (see models.spec.Window); 0 if `WINDOW` is."""
+    if WINDOW == 0:
+        return position * 0
+    if CHUNKED:
+        return position // WINDOW * WINDOW
+    return tl.maximum(position - WINDOW + 1, 0)
+
+
 @jit
 def _pages(
     table: tl.tensor, start: tl.tensor, end: tl.tensor, PAGE: tl.constexpr, BLOCK: tl.constexpr
@@ -61,6 +75,7 @@ def attend_split(
     first: tl.tensor,
     end: tl.tensor,
     last_seen: tl.tensor,
+    low: tl.tensor,
     scale: tl.tensor,
     page_stride: tl.tensor,
     D: tl.constexpr,
@@ -68,8 +83,10 @@ def attend_split(
     R: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
 ) -> tl.tensor:
-    """Keys first..end for q [BLOCK_D, R], row r up to key `last_seen`[r]: sum [BLOCK_D, R], maximum [R], total [R].
+    """Keys first..end for q [BLOCK_D, R], row r up to key `last_seen`[r]: sum [BLOCK_D, R], maximum [R], total [R]. With
+    a `WINDOW` from key `low` on.
 
     `keys` and `values` point to the head's place in page 0. The sum is not yet divided by the total; a row that sees
     none of the keys has sum 0, maximum -inf, total 0.
@@ -92,6 +109,8 @@ def attend_split(
         v = tl.load(values + at, mask=real, other=0.0)
         page = _pages(table, start + BLOCK, end, PAGE, BLOCK)
         score = dot(k, q, tl.zeros([BLOCK, R], tl.float32)) * scale
+        if WINDOW:
+            exists = exists & (key >= low)
         score = tl.where(exists[:, None] & (key[:, None] <= last_seen[None, :]), score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, axis=0))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -118,6 +137,7 @@ def attend_rows(
     first: tl.tensor,
     end: tl.tensor,
     last_seen: tl.tensor,
+    low: tl.tensor,
     scale: tl.tensor,
     page_stride: tl.tensor,
     acc: tl.tensor,
@@ -128,11 +148,13 @@ def attend_rows(
     R: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
     ALL_SEEN: tl.constexpr,
 ) -> tl.tensor:
     """Goes on with keys first..end, many rows of queries on the left: q and acc [R, BLOCK_D], weight [R, BLOCK], top [R].
 
-    With `ALL_SEEN` there are whole blocks, of which every row sees every key. The numbers are those of `attend_split`:
+    With `ALL_SEEN` there are whole blocks, of which every row sees every key; else row r sees those up to `last_seen`[r],
+    and with a `WINDOW` from `low`[r] on. The numbers are those of `attend_split`:
     products with sides exchanged, sums in the same order.
     """
     lane = tl.arange(0, BLOCK_D)
@@ -152,6 +174,8 @@ def attend_rows(
         score = dot(q, tl.trans(k), tl.zeros([R, BLOCK], tl.float32)) * scale
         if not ALL_SEEN:
             seen = exists[None, :] & (key[None, :] <= last_seen[:, None])
+            if WINDOW:
+                seen = seen & (key[None, :] >= low[:, None])
             score = tl.where(seen, score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, axis=1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)

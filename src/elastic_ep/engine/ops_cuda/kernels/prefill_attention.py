@@ -11,13 +11,16 @@ import triton.language as tl
 
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import (
     CUT,
+    LOG2_E,
     Cut,
     attend_rows,
     exact_sum,
     exponent_scale,
+    first_seen,
     merge,
 )
 from elastic_ep.kernel import jit, power_of_2
+from elastic_ep.models.spec import Window
 
 _ROWS = {torch.bfloat16: 128, torch.float32: 16}
 """Of a tile: tokens times the heads that share a key-value head. Two sums of that many rows must fit the registers."""
@@ -32,6 +35,7 @@ def _prefill_kernel(
     bounds: tl.tensor,
     lengths: tl.tensor,
     out: tl.tensor,
+    sinks: tl.tensor,
     scale: tl.tensor,
     table_stride: tl.tensor,
     sequences: tl.tensor,
@@ -45,6 +49,9 @@ def _prefill_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    SINKS: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # those with the longest contexts first
@@ -72,6 +79,7 @@ def _prefill_kernel(
         mask = real[:, None] & (lane < D)[None, :]
         query = tl.load(q + at, mask=mask, other=0.0)
         last_seen = tl.where(real, position, -1)
+        low = first_seen(position, WINDOW, CHUNKED)
 
         acc = tl.zeros([R, BLOCK_D], tl.float32)
         top = tl.full([R, 1], -float("inf"), tl.float32)
@@ -81,22 +89,31 @@ def _prefill_kernel(
         head_keys = keys + head.to(tl.int64) * (PAGE * D)
         head_values = values + head.to(tl.int64) * (PAGE * D)
         table = tables + mine.to(tl.int64) * table_stride
-        for first in range(0, seen, SPLIT):
+        lowest = first_seen(length - tokens + offset, WINDOW, CHUNKED)  # of the tile's first token
+        for first in range(lowest // SPLIT * SPLIT, seen, SPLIT):
             stop = tl.minimum(first + SPLIT, seen)
-            middle = tl.minimum(tl.maximum(seen_by_all, first), stop)
+            if WINDOW:
+                middle = tl.maximum(first, lowest // BLOCK * BLOCK)
+            else:
+                middle = tl.minimum(tl.maximum(seen_by_all, first), stop)
             new_acc = tl.zeros([R, BLOCK_D], tl.float32)
             weight = tl.zeros([R, BLOCK], tl.float32)
             new_top = tl.full([R], -float("inf"), tl.float32)
+            if WINDOW == 0:
+                new_acc, weight, new_top = attend_rows(
+                    query, head_keys, head_values, table, first, middle, last_seen, low, scale, HK * PAGE * D,
+                    new_acc, weight, new_top, D, BLOCK_D, R, PAGE, BLOCK, WINDOW, True,
+                )  # fmt: skip
             new_acc, weight, new_top = attend_rows(
-                query, head_keys, head_values, table, first, middle, last_seen, scale, HK * PAGE * D,
-                new_acc, weight, new_top, D, BLOCK_D, R, PAGE, BLOCK, True,
-            )  # fmt: skip
-            new_acc, weight, new_top = attend_rows(
-                query, head_keys, head_values, table, middle, stop, last_seen, scale, HK * PAGE * D,
-                new_acc, weight, new_top, D, BLOCK_D, R, PAGE, BLOCK, False,
+                query, head_keys, head_values, table, middle, stop, last_seen, low, scale, HK * PAGE * D,
+                new_acc, weight, new_top, D, BLOCK_D, R, PAGE, BLOCK, WINDOW, False,
             )  # fmt: skip
             new_total = exact_sum(weight, 1)
             acc, top, total = merge(acc, top, total, new_acc, new_top[:, None], new_total[:, None])
+        if SINKS:
+            sink = tl.load(sinks + head * G + row % G).to(tl.float32)[:, None] * LOG2_E
+            nothing = tl.zeros([R, BLOCK_D], tl.float32)
+            acc, top, total = merge(acc, top, total, nothing, sink, tl.full([R, 1], 1.0, tl.float32))
         result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
         tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
 
@@ -110,14 +127,16 @@ def prefill_attention(
     context_lens: torch.Tensor,
     *,
     scale: float | None = None,
+    window: Window | None = None,
+    sinks: torch.Tensor | None = None,
     cut: Cut | None = None,
 ) -> torch.Tensor:
     """The last tokens of each sequence, each seeing its context up to itself: [T, Hq, D] like q.
 
     `q` [T, Hq, D], contiguous: sequence b has rows `cu_seqlens`[b] to `cu_seqlens`[b + 1], none or more, and they are
     the last of its `context_lens`[b] tokens, whose keys and values are all in the cache. Both int32 or int64, [B + 1]
-    and [B], B at most 1024. Rows beyond the last sequence are undefined. The rest, `scale` and
-    `cut`, as in `decode_attention`.
+    and [B], B at most 1024. Rows beyond the last sequence are undefined. The rest, `scale`,
+    `sinks` and `cut`, as in `decode_attention`.
     """
     tokens, heads, dim = q.shape
     _, kv_heads, page, _ = keys.shape
@@ -137,6 +156,7 @@ def prefill_attention(
         cu_seqlens,
         context_lens,
         out,
+        q if sinks is None else sinks,
         exponent_scale(dim, scale),
         block_tables.stride(0),
         sequences,
@@ -150,6 +170,9 @@ def prefill_attention(
         SPLIT=cut.split,
         BLOCK=cut.block,
         BLOCK_B=power_of_2(sequences),
+        WINDOW=window.size if window else 0,
+        CHUNKED=window is not None and window.chunked,
+        SINKS=sinks is not None,
         num_warps=8 if q.dtype == torch.bfloat16 else 4,
         num_stages=3 if q.dtype == torch.bfloat16 else 2,
         enable_fp_fusion=False,
