@@ -16,6 +16,7 @@ from elastic_ep.gateway.jobs import JobReader
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.guided import grammars
+from elastic_ep.guided.structural_tags import structural_tag
 from elastic_ep.wire.messages import Grammar
 from tests.gateway.conftest import Running, Start, settings
 from tests.gateway.fakes import MODEL, sample_text
@@ -24,6 +25,9 @@ pytestmark = pytest.mark.anyio
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 EBNF = 'root ::= "yes" | "no"'
+STRUCTURES = {"structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f>"]}
+FORMAT = {"format": {"type": "tag", "begin": "<f>", "content": {"type": "any_text"}, "end": "</f>"}}
+TAG = {"type": "structural_tag"}
 
 
 def grammar_of(
@@ -67,6 +71,11 @@ def grammar_of(
         ({"json_schema": "", "regex": "", "guided_choice": []}, None),
         ({"regex": "a+"}, grammars.regex("a+")),
         ({"ebnf": EBNF}, grammars.ebnf(EBNF)),
+        ({"response_format": TAG | STRUCTURES}, structural_tag(STRUCTURES).grammar),
+        ({"response_format": TAG | FORMAT}, structural_tag(FORMAT).grammar),
+        ({"structured_outputs": {"structural_tag": json.dumps(TAG | FORMAT)}}, structural_tag(FORMAT).grammar),
+        ({"structural_tag": STRUCTURES}, structural_tag(STRUCTURES).grammar),
+        ({"structural_tag": ""}, None),
     ],
 )  # fmt: skip
 def test_every_name_for_a_grammar(fields: dict[str, Any], grammar: Grammar | None) -> None:
@@ -78,11 +87,18 @@ GRAMMARS: dict[str, Any] = {
     "guided_json": SCHEMA, "json_schema": SCHEMA, "guided_regex": "a+", "regex": "a+", "guided_choice": ["a"],
     "guided_grammar": EBNF, "ebnf": EBNF, "json": SCHEMA, "json_object": True, "structured regex": "a+",
     "choice": ["a"], "grammar": EBNF, "no grammar": None, "JSON": {"type": "json_object"}, "text": {"type": "text"},
+    "structural_tag": STRUCTURES, "new tag": FORMAT, "tags": TAG | STRUCTURES, "tag format": TAG | FORMAT,
 }  # fmt: skip
 """By the field, or the field of `structured_outputs`, that asks for it."""
+FIELDS = {
+    "JSON": "response_format", "text": "response_format", "structured regex": "regex", "new tag": "structural_tag",
+    "tags": "response_format", "tag format": "response_format",
+}  # fmt: skip
 DETAILS: dict[str, tuple[str | None, Any]] = {
     "guided_whitespace_pattern": (None, " ?"), "whitespace_pattern": ("structured_outputs", " ?"),
     "disable_any_whitespace": ("structured_outputs", True), "json_schema": ("response_format", {"schema": {}}),
+    "format": ("response_format", {"type": "any_text"}), "triggers": ("response_format", ["<f"]),
+    "structures": ("response_format", [{"begin": "<f>", "schema": {}, "end": ""}]),
 }  # fmt: skip
 
 
@@ -90,10 +106,8 @@ DETAILS: dict[str, tuple[str | None, Any]] = {
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_what_is_said_of_a_grammar_beside_it_changes_it_or_is_refused(name: str, detail: str) -> None:
     given = GRAMMARS[name]
-    field = {"JSON": "response_format", "text": "response_format", "structured regex": "regex"}.get(
-        name, name
-    )
-    of_new = name in ("json", "json_object", "structured regex", "choice", "grammar")
+    field = FIELDS.get(name, name)
+    of_new = name in ("json", "json_object", "structured regex", "choice", "grammar", "new tag")
     body = {"structured_outputs": {field: given}} if of_new else {field: given} if given is not None else {}
     inside, value = DETAILS[detail]
     if inside == "response_format" and field != "response_format":
@@ -107,7 +121,10 @@ def test_what_is_said_of_a_grammar_beside_it_changes_it_or_is_refused(name: str,
     if fault is None:
         assert changed != plain
     else:
-        assert (fault.param, fault.code) == (f"{inside}.{detail}" if inside else detail, "invalid_value")
+        forms = {"response_format.format", "response_format.structures", "response_format.triggers"}
+        named = f"{inside}.{detail}" if inside else detail
+        assert fault.param == named or {fault.param, named} <= forms, "one form of a tag's or the other's"
+        assert fault.code in ("invalid_value", "invalid_grammar")
 
 
 async def refused(running: Running, path: str = "/v1/completions", **fields: Any) -> tuple[str, str, str]:
@@ -145,6 +162,33 @@ async def test_what_is_refused_names_the_field_and_the_place(start: Start) -> No
         ({"response_format": {"type": "grammar"}}, "response_format.type", "must be"),
         ({"response_format": {"type": "json_object", "of": 1}}, "response_format.of", "not known"),
         ({"regex": "a", "guided_choice": ["a"]}, "regex", "together with 'guided_choice'"),
+        (
+            {"regex": "a", "response_format": TAG | FORMAT},
+            "response_format",
+            "together with 'regex'",
+        ),
+        ({"response_format": TAG}, "response_format.structures", "required"),
+        (
+            {"response_format": TAG | STRUCTURES | {"triggers": ["<g>"]}},
+            "response_format.structures[0].begin",
+            "none of the triggers",
+        ),
+        (
+            {"structural_tag": {"format": {"type": "regex", "pattern": "a("}}},
+            "structural_tag.format.pattern",
+            "character 2",
+        ),
+        (
+            {
+                "structured_outputs": {
+                    "structural_tag": {"format": {"type": "json_schema", "json_schema": wrong}}
+                }
+            },
+            "structured_outputs.structural_tag.format.json_schema.properties.b",
+            "str",
+        ),
+        ({"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag", "not JSON"),
+        ({"structural_tag": 7}, "structural_tag", "must be an object"),
         (
             {"regex": "a", "guided_whitespace_pattern": " "},
             "guided_whitespace_pattern",

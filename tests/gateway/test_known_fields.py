@@ -138,6 +138,7 @@ OTHERS: dict[str, Any] = {
     "guided_whitespace_pattern": " ?",
     "json_schema": '{"type": "object"}',
     "ebnf": 'root ::= "Anna"',
+    "structural_tag": {"format": {"type": "any_text"}},
 }
 """A valid value that is not the default. For other fields: anything will do, as none must pass unseen."""
 BESIDE: dict[str, dict[str, Any]] = {
@@ -332,7 +333,6 @@ def test_labels_are_few() -> None:
 
 
 SHAPING: list[dict[str, Any]] = [
-    {"structured_outputs": {"regex": "a+", "structural_tag": "x"}},
     {"structured_outputs": {"regex": "a+", "backend": "x"}},
     {"regex": "a+", "guided_decoding_backend": "outlines"},
     {"regex": "a+", "ignore_eos": True},

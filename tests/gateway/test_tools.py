@@ -329,6 +329,13 @@ async def test_a_grammar_is_of_content(start: Start) -> None:
     assert body["choices"][0]["message"]["content"] == '{"a": 1}'
 
 
+async def test_calls_are_read_from_a_text_of_structural_tags(running: Running) -> None:
+    form = {"type": "structural_tag", "format": {"type": "any_text"}}
+    asked = {"messages": MESSAGES, "tools": TOOLS, "response_format": form}
+    _, body = await running.post("/v1/chat/completions", asked)
+    assert body["choices"][0]["finish_reason"] == "tool_calls"
+
+
 async def test_only_one_thing_says_what_comes(start: Start) -> None:
     running = await begin(start)
     for other in ({"response_format": {"type": "json_object"}}, {"allowed_token_ids": [5]}):

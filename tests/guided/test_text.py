@@ -20,6 +20,7 @@ from elastic_ep.guided import grammars
 from elastic_ep.guided.grammars import LIMITS, to_lark
 from elastic_ep.guided.masks import Asked, MaskMaker
 from elastic_ep.guided.shared import Guide
+from elastic_ep.guided.structural_tags import structural_tag
 from elastic_ep.guided.text import GuidedText
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.wire.messages import Grammar
@@ -87,7 +88,13 @@ GRAMMARS = {
     "schema": grammars.json_schema({"type": "object", "properties": {"ab": {"enum": ["é", 12, None]}}}),
     "compact": grammars.json_schema({"type": "array", "items": {"type": "boolean"}}, compact=True),
     "tag": grammars.lark(f"start: {grammars.literal('<tag>ab', {'<tag>': TAG})} {grammars.json_rule(True)}"),
-}
+    "tags": structural_tag(
+        {"triggers": ["ab", "<tag>"], "structures": [
+            {"begin": "abb", "schema": {"type": "integer"}, "end": "}"}, {"begin": "<tag>", "schema": True, "end": ""}
+        ]},
+        {"<tag>": TAG},
+    ).grammar,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GRAMMARS)

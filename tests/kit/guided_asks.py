@@ -26,8 +26,8 @@ class GuidedAsk:
 
 
 def guided_asks(count: int) -> list[GuidedAsk]:
-    """All different: half JSON, half patterns and choices, in turn; one in three greedy, the others sampled."""
-    kinds = (_json, _pattern, _json, _choice)
+    """All different: JSON, patterns, JSON behind free text, choices, in turn; one in three greedy, the others sampled."""
+    kinds = (_json, _pattern, _tagged, _choice)
     return [_sampled(kinds[index % 4](index), index) for index in range(count)]
 
 
@@ -90,6 +90,27 @@ def _json(index: int) -> GuidedAsk:
 def _pattern(index: int) -> GuidedAsk:
     pattern = rf"({index}: [A-Z][a-z]{{2,9}} [0-9]{{2}}-[0-9]{{4}}(, [a-z]{{3,12}}){{2,6}}\.\n){{2}}"
     return GuidedAsk({"regex": pattern}, lambda text: re.fullmatch(pattern, text) is not None)
+
+
+def _tagged(index: int) -> GuidedAsk:
+    """Free text up to the first "a", and a list behind that."""
+    schema = {"type": "array", "items": {"enum": [*_TAGS, index]}, "minItems": 6, "maxItems": 8}
+    content = {"type": "json_schema", "json_schema": schema}
+    form = {
+        "type": "triggered_tags",
+        "triggers": ["a"],
+        "tags": [{"type": "tag", "begin": "a: ", "content": content, "end": "."}],
+        "stop_after_first": True,
+    }
+    fields = {"response_format": {"type": "structural_tag", "format": form}}
+
+    def valid(text: str) -> bool:
+        _, met, rest = text.partition("a")
+        return not met or (
+            rest.startswith(": ") and rest.endswith(".") and is_valid(rest[2:-1], schema=schema)
+        )
+
+    return GuidedAsk(fields, valid)
 
 
 def _call(index: int) -> GuidedAsk:

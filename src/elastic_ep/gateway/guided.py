@@ -21,6 +21,7 @@ from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.guided import grammars
 from elastic_ep.guided.check import GrammarChecker
 from elastic_ep.guided.grammars import BadGrammar
+from elastic_ep.guided.structural_tags import structural_tag
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.wire.messages import Grammar
 
@@ -43,6 +44,23 @@ _NotEmpty = Annotated[Text, Field(min_length=1)]
 """In an object that is there for a grammar alone; beside other fields an empty one is none, as clients send it."""
 
 
+def _tag_like(given: Any) -> Any:
+    if not isinstance(given, dict | str):
+        raise fault("invalid_type", "must be an object, or its JSON as a string.")
+    return given
+
+
+TagLike = Annotated[
+    Any,
+    AfterValidator(_tag_like),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]}),
+    Field(
+        description="Text that is free up to a trigger, and then as the tag of the trigger has it: {format}, or "
+        "{structures, triggers}; its JSON as a string will do, too."
+    ),
+]
+
+
 class JsonSchemaFormat(Body):
     """`strict` or not, every answer fits."""
 
@@ -63,8 +81,11 @@ class _Whole(Body):
 
 
 class ResponseFormat(_Whole):
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
+    format: dict[str, Any] | None = Field(None, description="Of a structural tag.")
+    structures: list[dict[str, Any]] | None = Field(None, description="Of one in the form before 'format'.")
+    triggers: list[Text] | None = Field(None, description="What a structure begins with.")
 
 
 class StructuredOutputs(_Whole):
@@ -79,6 +100,7 @@ class StructuredOutputs(_Whole):
     whitespace_pattern: Text | None = Field(None, description="Of what may stand between parts of JSON.")
     disable_any_whitespace: bool = Field(False, description="JSON without blanks.")
     disable_fallback: bool = Field(False, description="There is none.")
+    structural_tag: TagLike = None
 
 
 class Guiding(Body):
@@ -86,12 +108,13 @@ class Guiding(Body):
 
     response_format: ResponseFormat | None = Field(
         None,
-        description="{type: text or json_object}, or {type: json_schema, json_schema: {schema}}: what the answer is.",
+        description="{type: text or json_object}, {type: json_schema, json_schema: {schema}} or {type: structural_tag, "
+        "format} (or with structures and triggers): what the answer is.",
     )
     structured_outputs: StructuredOutputs | None = Field(
         None,
-        description="vLLM's: one of json, json_object, regex, choice and grammar; beside JSON whitespace_pattern or "
-        "disable_any_whitespace.",
+        description="vLLM's: one of json, json_object, regex, choice, grammar and structural_tag; beside JSON "
+        "whitespace_pattern or disable_any_whitespace.",
     )
     guided_json: Schema = Field(None, description="As structured_outputs.json, and so are the others.")
     guided_regex: Text = ""
@@ -101,6 +124,7 @@ class Guiding(Body):
     json_schema: Schema = Field(None, description="SGLang's name for structured_outputs.json.")
     regex: Text = Field("", description="SGLang's name for structured_outputs.regex.")
     ebnf: Text = Field("", description="SGLang's name for structured_outputs.grammar.")
+    structural_tag: TagLike = Field(None, description="As structured_outputs.structural_tag.")
 
 
 def asks_for_grammar(body: Mapping[str, Any]) -> bool:
@@ -112,6 +136,16 @@ def _may_ask(value: Any) -> bool:
     if isinstance(value, dict) and value.get("type") == "text":
         return False
     return value is not None and value != "" and value != []
+
+
+def is_tagged(values: Guiding) -> bool:
+    """Whether the text is to follow a structural tag: then what the model says freely is read as ever."""
+    form, new = values.response_format, values.structured_outputs
+    return (
+        (form is not None and form.type == "structural_tag")
+        or _given(values.structural_tag)
+        or (new is not None and new.structural_tag is not None)
+    )
 
 
 def certain_calls(functions: Sequence[Mapping[str, Any]], *, several: bool) -> Grammar:
@@ -150,7 +184,7 @@ class GrammarReader:
         self._text = text
 
     def read(self, values: Guiding) -> Grammar | None:
-        asked = [(param, make) for param, given, make in _wishes(values) if given]
+        asked = [(param, make) for param, given, make in _wishes(values, self._tagged) if given]
         _check_details(values, [param for param, _ in asked])
         if not asked:
             return None
@@ -181,6 +215,22 @@ class GrammarReader:
             raise _refusal(param, error) from error
         return grammar
 
+    def _tagged(self, given: Any) -> Grammar:
+        """Raises `BadGrammar`, with the place of the part that is wrong."""
+        tagged = structural_tag(grammars.parsed(given), self._text.special_ids)
+        if isinstance(self._checker, str):
+            return tagged.grammar
+        try:
+            self._checker.check(tagged.grammar)
+        except BadGrammar:
+            for place, part in tagged.parts:
+                try:
+                    self._checker.check(part)
+                except BadGrammar as error:
+                    raise BadGrammar(str(error), place + error.place) from error
+            raise
+        return tagged.grammar
+
     @cached_property
     def _checker(self) -> GrammarChecker | str:
         """Or why there is none."""
@@ -201,7 +251,9 @@ def vocabulary(settings: ApiSettings, text: ChatTokenizer) -> Vocabulary | str:
     return Vocabulary(tokens, special, tuple(sorted(ends)))
 
 
-def _wishes(values: Guiding) -> list[tuple[str, bool, Callable[[], Grammar]]]:
+def _wishes(
+    values: Guiding, tagged: Callable[[Any], Grammar]
+) -> list[tuple[str, bool, Callable[[], Grammar]]]:
     """Field, whether it is given, and what makes a grammar of it, which raises `BadGrammar`."""
     old, pattern = values, values.guided_whitespace_pattern
     wishes: list[tuple[str, bool, Callable[[], Grammar]]] = [
@@ -212,6 +264,7 @@ def _wishes(values: Guiding) -> list[tuple[str, bool, Callable[[], Grammar]]]:
         ("json_schema", _given(old.json_schema), lambda: _schema(old.json_schema, pattern)),
         ("regex", bool(old.regex), lambda: grammars.regex(old.regex)),
         ("ebnf", bool(old.ebnf), lambda: grammars.ebnf(old.ebnf)),
+        ("structural_tag", _given(old.structural_tag), lambda: tagged(old.structural_tag)),
     ]
     if (form := values.response_format) is not None:
         wishes += [
@@ -220,6 +273,11 @@ def _wishes(values: Guiding) -> list[tuple[str, bool, Callable[[], Grammar]]]:
                 "response_format.json_schema.schema",
                 form.type == "json_schema",
                 lambda: _schema(_required(form.json_schema).given, pattern),
+            ),
+            (
+                "response_format",
+                form.type == "structural_tag",
+                lambda: tagged({name: getattr(form, name) for name in form.model_fields_set}),
             ),
         ]
     if (new := values.structured_outputs) is not None:
@@ -237,6 +295,11 @@ def _wishes(values: Guiding) -> list[tuple[str, bool, Callable[[], Grammar]]]:
                 "structured_outputs.json_object",
                 new.json_object,
                 lambda: _schema({"type": "object"}, blanks, compact=compact),
+            ),
+            (
+                "structured_outputs.structural_tag",
+                new.structural_tag is not None,
+                lambda: tagged(new.structural_tag),
             ),
         ]
     return wishes
@@ -262,8 +325,18 @@ def _check_details(values: Guiding, asked: Sequence[str]) -> None:
         if given and not set(beside) & set(asked):
             raise bad_value(name, f"needs '{beside[0]}' beside it.")
     form = values.response_format
-    if form is not None and form.json_schema is not None and form.type != "json_schema":
-        raise bad_value("response_format.json_schema", "needs 'response_format.type' to be \"json_schema\".")
+    for name, kind in _OF_TYPES.items():
+        if form is not None and getattr(form, name) is not None and form.type != kind:
+            raise bad_value(f"response_format.{name}", f"needs 'response_format.type' to be \"{kind}\".")
+
+
+_OF_TYPES = {
+    "json_schema": "json_schema",
+    "format": "structural_tag",
+    "structures": "structural_tag",
+    "triggers": "structural_tag",
+}
+"""Fields of `response_format`, and the type that has them."""
 
 
 def _required(form: JsonSchemaFormat | None) -> JsonSchemaFormat:
@@ -278,12 +351,7 @@ def _given(schema: Any) -> bool:
 
 
 def _schema(given: Any, whitespace: str | None, *, compact: bool = False) -> Grammar:
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            raise BadGrammar(f"is not JSON: {error}") from error
-    return grammars.json_schema(given, whitespace=whitespace, compact=compact)
+    return grammars.json_schema(grammars.parsed(given), whitespace=whitespace, compact=compact)
 
 
 def _refusal(param: str, error: BadGrammar) -> ApiError:

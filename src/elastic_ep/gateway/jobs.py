@@ -14,7 +14,7 @@ from elastic_ep.gateway.bodies import Chat, Completion, Generating, StreamOption
 from elastic_ep.gateway.conversation import ChatPrompt
 from elastic_ep.gateway.errors import ApiError, unknown_model
 from elastic_ep.gateway.fields import bad_value, read, unsupported
-from elastic_ep.gateway.guided import GrammarReader
+from elastic_ep.gateway.guided import GrammarReader, is_tagged
 from elastic_ep.gateway.job import Job, Output, Part, Previous
 from elastic_ep.gateway.messages.body import RENAMED as MESSAGES_NAMES
 from elastic_ep.gateway.messages.body import Model
@@ -146,7 +146,8 @@ class JobReader:
         limit = self.prompts.room(ids, asked, "messages", default=default)
         self.prompts.check_known(ids, "messages")
         grammar = self._grammar(values)
-        form = message_form(self._settings, values, prompt, guided=grammar is not None)
+        guided = grammar is not None and not is_tagged(values)
+        form = message_form(self._settings, values, prompt, guided=guided)
         if form is not None and form.calls in (NAMED, REQUIRED):
             grammar = self._certain(values, form, grammar)
         words = self._bad_words(values)

@@ -28,7 +28,6 @@ def _refused(why: str, **neutral: Any) -> dict[str, Refused]:
 
 _GRAMMARS = {
     **_refused("llguidance is what there is", guided_decoding_backend=("", "auto", "guidance", "llguidance")),
-    **_refused("give a grammar of the whole text: see 'structured_outputs'", structural_tag=""),
 }
 _SAMPLING = {
     **_refused(
@@ -125,7 +124,6 @@ CHAT = {
 }  # fmt: skip
 
 STRUCTURED_OUTPUTS = {
-    **_refused("give a grammar of the whole text: see 'grammar'", structural_tag=""),
     **_refused("say so in the schema", disable_additional_properties=False),
 }
 

@@ -63,6 +63,16 @@ def json_schema(schema: Any, *, whitespace: str | None = None, compact: bool = F
     return Grammar(GrammarKind.JSON_SCHEMA, _short(text))
 
 
+def parsed(schema: Any) -> Any:
+    """Of a schema as a client gives it: its JSON as a string will do, too. Raises `BadGrammar`."""
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise BadGrammar(f"is not JSON: {error}") from error
+
+
 def json_object() -> Grammar:
     """Any JSON object."""
     return json_schema({"type": "object"})
@@ -105,7 +115,7 @@ def literal(text: str, special: Mapping[str, int] | None = None) -> str:
     known = special or {}
     names = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True) if name)
     parts = [part for part in re.split(f"({names})", text) if part] if names else [text]
-    return " ".join(f"<[{known[part]}]>" if part in known else _quoted(part) for part in parts)
+    return " ".join(f"<[{known[part]}]>" if part in known else _quoted(part) for part in parts) or _quoted("")
 
 
 def json_rule(schema: Mapping[str, Any] | bool) -> str:

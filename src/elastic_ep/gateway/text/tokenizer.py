@@ -6,7 +6,7 @@ Uses `tokenizers` and `jinja2` only: importing transformers would cost the run p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,11 @@ class ChatTokenizer:
     def spells_tokens(self) -> bool:
         """Whether `token_bytes` tells what a token adds to a text."""
         return self._spelling is not None
+
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Of special tokens by their name in the vocabulary."""
+        return {self.token_name(token): token for token in sorted(self._special_ids)}
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
