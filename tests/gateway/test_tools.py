@@ -14,11 +14,12 @@ from llguidance import LLMatcher, LLTokenizer
 
 from elastic_ep.config import CALL_PARSERS, REASONING_PARSERS
 from elastic_ep.gateway.guided import certain_calls
+from elastic_ep.gateway.jobs import JobReader
 from elastic_ep.gateway.parsers.registry import CALL_FORMATS, REASONING_FORMATS
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.guided.grammars import to_lark
 from elastic_ep.wire.messages import Grammar
-from tests.gateway.conftest import Running, Start
+from tests.gateway.conftest import Running, Start, settings
 from tests.gateway.fakes import MODEL, FakeBackend, byte_level_tokenizer, says
 from tests.gateway.test_openai_client import MESSAGES, connect, imported
 
@@ -329,11 +330,13 @@ async def test_a_grammar_is_of_content(start: Start) -> None:
     assert body["choices"][0]["message"]["content"] == '{"a": 1}'
 
 
-async def test_calls_are_read_from_a_text_of_structural_tags(running: Running) -> None:
-    form = {"type": "structural_tag", "format": {"type": "any_text"}}
-    asked = {"messages": MESSAGES, "tools": TOOLS, "response_format": form}
-    _, body = await running.post("/v1/chat/completions", asked)
-    assert body["choices"][0]["finish_reason"] == "tool_calls"
+def test_calls_are_read_from_a_text_of_structural_tags() -> None:
+    reader = JobReader(settings(**PARSING), tool_text())
+    asked = {"messages": MESSAGES, "tools": TOOLS}
+    tag = {"type": "structural_tag", "format": {"type": "any_text"}}
+    job = reader.chat(asked | {"response_format": tag})
+    assert job.parts[0].params.grammar is not None
+    assert job.output.form == reader.chat(asked).output.form
 
 
 async def test_only_one_thing_says_what_comes(start: Start) -> None:
