@@ -24,7 +24,7 @@ from tests.kit.served import Server, Stamps, begun, chat, counters, http, status
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-QUESTIONS = [problem.question for problem in held_out(24)]
+QUESTIONS = [problem.question for problem in held_out(16)]
 GUIDED = guided_asks(12)
 Texts = dict[int, str]
 

@@ -80,8 +80,8 @@ def test_nobody_notices_a_large_body(long_context: Server, made: Made) -> None:
             for name, expected in EXPECTED.items():
                 status, text = await post(session, url, made[name])
                 assert status == expected, (name, text)
-            several = [post(session, url, made["600 KB to tokenize"]) for _ in range(4)]
-            assert [status for status, _ in await asyncio.gather(*several)] == [200] * 4
+            several = [post(session, url, made["600 KB to tokenize"]) for _ in range(2)]
+            assert [status for status, _ in await asyncio.gather(*several)] == [200] * 2
             over.set()
             assert await streaming > 0
 

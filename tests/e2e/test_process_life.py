@@ -45,9 +45,14 @@ def wait_gone(processes: list[psutil.Process], directory: Path, deadline_s: floa
 
 
 def test_sigterm_lets_streams_finish_and_leaves_nothing(tmp_path: Path) -> None:
+    """Of a group of an odd size, which has answered."""
+
     async def stream_and_stop(url: str, pid: int) -> str:
         stamps = Stamps()
         async with http() as session:
+            await until_full(session, url)
+            answer = await chat(session, url, held_out(1)[0].question, temperature=0.0)
+            assert answer.endswith(f"#### {held_out(1)[0].answer}")
             task = asyncio.create_task(
                 chat(session, url, held_out(1)[0].question, stamps=stamps, max_tokens=60, ignore_eos=True)
             )
@@ -56,9 +61,9 @@ def test_sigterm_lets_streams_finish_and_leaves_nothing(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGTERM)
             return await asyncio.wait_for(task, 30)
 
-    with server(["--ranks", "2"], tmp_path) as running:
+    with server(["--ranks", "5"], tmp_path) as running:
         processes, directory = family(running.process.pid), sockets_directory(running.process.pid)
-        assert len(processes) >= 3
+        assert len(processes) >= 6
         text = asyncio.run(stream_and_stop(running.url, running.process.pid))
         assert text
         assert running.process.wait(30) == 0
@@ -67,7 +72,15 @@ def test_sigterm_lets_streams_finish_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_sigkill_of_the_run_process_leaves_nothing(tmp_path: Path) -> None:
-    with server(["--ranks", "3"], tmp_path) as running:
+    """Of a group of one, which has answered."""
+
+    async def ask(url: str) -> str:
+        async with http() as session:
+            await until_full(session, url)
+            return await chat(session, url, held_out(1)[0].question, temperature=0.0)
+
+    with server(["--ranks", "1"], tmp_path) as running:
+        assert asyncio.run(ask(running.url)).endswith(f"#### {held_out(1)[0].answer}")
         processes, directory = family(running.process.pid), sockets_directory(running.process.pid)
         os.kill(processes[-1].pid, signal.SIGSTOP)  # a stopped one must go, too
         running.process.kill()
@@ -156,7 +169,7 @@ def test_when_nothing_will_serve_any_more_all_are_told_and_the_process_ends(
 @pytest.mark.parametrize("do", ["raise", "exit"])
 def test_when_every_rank_fails_to_start_alike_it_is_said_once(tmp_path: Path, do: str) -> None:
     script = str(Path(__file__).with_name("failing_run.py"))
-    flags = ["--ranks", "4", "--port", "0", "--log-dir", str(tmp_path)]
+    flags = ["--ranks", "2", "--port", "0", "--log-dir", str(tmp_path)]
     done = run([sys.executable, script, do, *flags], 60)
     assert done.returncode == 2, done.stderr
     reason = {"raise": "RuntimeError: cannot compile", "exit": "exit status 7"}[do]
@@ -165,17 +178,6 @@ def test_when_every_rank_fails_to_start_alike_it_is_said_once(tmp_path: Path, do
     (log,) = tmp_path.glob("*/events.jsonl")
     assert log.read_text().count('"fork_server_ready"') == 1
     replay(log.parent)
-
-
-@pytest.mark.parametrize("ranks", ["1", "5"])
-def test_other_group_sizes_answer(tmp_path: Path, ranks: str) -> None:
-    async def ask(url: str) -> str:
-        async with http() as session:
-            await until_full(session, url)
-            return await chat(session, url, held_out(1)[0].question, temperature=0.0)
-
-    with server(["--ranks", ranks], tmp_path) as running:
-        assert asyncio.run(ask(running.url)).endswith(f"#### {held_out(1)[0].answer}")
 
 
 def run_wrongly(*arguments: str) -> str:
@@ -194,8 +196,6 @@ def broken_copy(folder: Path) -> Path:
 
 
 def test_wrong_flags() -> None:
-    assert "--ranks 65 is out of range" in run_wrongly("--ranks", "65")
-    assert "--port" in run_wrongly("--port", "70000")
     assert "is --ranks meant?" in run_wrongly("--rank", "3")
 
 

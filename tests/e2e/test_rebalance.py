@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,6 @@ async def rebalance_under_load(target: Server) -> None:
         assert await metric(session, url, "elastic_ep:eplb_rebalances_total") >= 1
 
 
-def test_rebalancing_while_serving(tmp_path: Path) -> None:
-    with server(["--ranks", "8", "--enable-eplb"], tmp_path) as target:
-        asyncio.run(rebalance_under_load(target))
-    replay(target.run_dir)
-
-
 async def lose_a_rank_during_a_plan(target: Server) -> None:
     async with http() as session:
         url = target.url
@@ -80,10 +75,20 @@ async def lose_a_rank_during_a_plan(target: Server) -> None:
         assert (await verify(session, url))["differ"] == []
 
 
-def test_a_loss_during_a_plan(tmp_path: Path) -> None:
-    with server(["--ranks", "8", "--enable-eplb"], tmp_path) as target:
-        asyncio.run(lose_a_rank_during_a_plan(target))
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Whose log replays when both tests have passed."""
+    with server(["--ranks", "8", "--enable-eplb"], tmp_path_factory.mktemp("runs")) as target:
+        yield target
     replay(target.run_dir)
+
+
+def test_a_loss_during_a_plan(eight: Server) -> None:
+    asyncio.run(lose_a_rank_during_a_plan(eight))
+
+
+def test_rebalancing_while_serving(eight: Server) -> None:
+    asyncio.run(rebalance_under_load(eight))
 
 
 async def every_so_many_steps(target: Server) -> None:
