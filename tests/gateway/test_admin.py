@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_ep.gateway import probe
 from elastic_ep.gateway.settings import SamplingDefaults
 from elastic_ep.group.metrics import ERROR_STATUSES, FINISH_REASONS, Metrics
 from elastic_ep.group.port import LossCause
@@ -322,6 +323,28 @@ async def test_probes_of_load_balancers(start: Start) -> None:
                 assert (response.status, await response.read()) == (status, b"")
 
 
+async def test_a_probe_has_a_token_generated(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = await start(api_keys=("key",))
+
+    async def asked() -> tuple[int, str]:
+        async with running.http.get(f"{running.url}/health_generate") as response:
+            return response.status, (await response.json())["reason"]
+
+    assert await asked() == (200, "")
+    (submitted,) = running.backend.submitted
+    assert submitted.params.max_tokens == 1
+    running.backend.capacity = 0
+    assert await asked() == (200, "")
+    running.backend.capacity = None
+    running.backend.reply = never_ends("")
+    monkeypatch.setattr(probe, "DEADLINE_S", 0.2)
+    for answer in await asyncio.gather(asked(), asked()):
+        assert answer == (503, "no token came within 0 s")
+    assert len(running.backend.submitted) == 2, "who asks at once shares one request"
+    running.backend.serving = 0
+    assert (await asked())[0] == 503
+
+
 async def test_load_is_what_is_being_answered(start: Start) -> None:
     running = await start(FakeBackend(never_ends("one")))
 
@@ -359,6 +382,9 @@ async def test_what_is_served(start: Start) -> None:
         about = await response.json()
     assert (about["model"], about["max_model_len"], about["tool_call_parser"]) == (MODEL, 256, "hermes")
     assert "api_keys" not in about
+    for path in ("/model_info", "/get_model_info"):
+        async with running.http.get(running.url + path) as response:
+            assert (await response.json())["model_path"] == MODEL
     async with running.http.get(f"{running.url}/tokenizer_info") as response:
         about = await response.json()
     assert about["chat_template"] == TEMPLATE

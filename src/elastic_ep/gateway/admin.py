@@ -14,6 +14,7 @@ from elastic_ep.gateway.bodies import Kill, Relaunch
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.fields import parse_object, read
 from elastic_ep.gateway.openapi import description
+from elastic_ep.gateway.probe import Probe
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.serving import Serving
 from elastic_ep.gateway.settings import ApiSettings
@@ -33,6 +34,7 @@ class AdminHandlers:
         text: ChatTokenizer,
         serving: Serving,
         reading: Reading,
+        probe: Probe,
     ) -> None:
         self._backend = backend
         self._settings = settings
@@ -40,16 +42,21 @@ class AdminHandlers:
         self._serving = serving
         self._metrics = serving.metrics
         self._reading = reading
+        self._probe = probe
         self._description: dict[str, Any] | None = None
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/live", self.live),
             web.get("/health", self.health),
+            web.get("/health_generate", self.health_generate),
             web.get("/ping", self.ping),
             web.post("/ping", self.ping),
             web.get("/load", self.load),
             web.get("/server_info", self.server_info),
+            web.get("/get_server_info", self.server_info),
+            web.get("/model_info", self.model_info),
+            web.get("/get_model_info", self.model_info),
             web.get("/tokenizer_info", self.tokenizer_info),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
@@ -73,6 +80,11 @@ class AdminHandlers:
         health = self._backend.health()
         return web.json_response(asdict(health), status=200 if health.healthy else 503)
 
+    async def health_generate(self, request: web.Request) -> web.StreamResponse:
+        """200 when a token has been generated, 503 when none was within the deadline."""
+        reason = self._backend.health().reason or await self._probe.fault()
+        return web.json_response({"healthy": not reason, "reason": reason}, status=503 if reason else 200)
+
     async def ping(self, request: web.Request) -> web.StreamResponse:
         """As health, without a body: for load balancers."""
         return web.Response(status=200 if self._backend.health().healthy else 503)
@@ -83,6 +95,11 @@ class AdminHandlers:
 
     async def server_info(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(about_server(self._settings))
+
+    async def model_info(self, request: web.Request) -> web.StreamResponse:
+        """As SGLang's clients ask for it: the model by its name, as where its files lie is nobody's business."""
+        name, longest = self._settings.model_name, self._settings.max_model_len
+        return web.json_response({"model_path": name, "is_generation": True, "max_model_len": longest})
 
     async def tokenizer_info(self, request: web.Request) -> web.StreamResponse:
         text = self._text

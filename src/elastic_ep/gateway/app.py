@@ -19,6 +19,7 @@ from elastic_ep.gateway.messages.handlers import MessagesHandlers
 from elastic_ep.gateway.openai import OpenAiHandlers
 from elastic_ep.gateway.page import routes as page
 from elastic_ep.gateway.page.films import Films
+from elastic_ep.gateway.probe import Probe
 from elastic_ep.gateway.reading import BodyReader, Reading
 from elastic_ep.gateway.request_id import send_request_id
 from elastic_ep.gateway.responses.handlers import ResponsesHandlers
@@ -32,7 +33,7 @@ from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend
 
 log = structlog.get_logger()
-_OPEN_PATHS = frozenset({"/live", "/health", "/ping", "/metrics"}) | page.OPEN_PATHS
+_OPEN_PATHS = frozenset({"/live", "/health", "/health_generate", "/ping", "/metrics"}) | page.OPEN_PATHS
 _ADMIN_PATHS = frozenset(page.ACTIONS.values())
 
 
@@ -70,12 +71,14 @@ def create_app(
         app.cleanup_ctx.append(traces.life)
     serving = Serving(backend, text, metrics, traces)
     responses = ResponsesHandlers(serving, settings, reading)
+    probe = Probe(serving, reading)
     app.on_shutdown.append(lambda _: responses.close())
+    app.on_shutdown.append(lambda _: probe.close())
     routes = [
         *OpenAiHandlers(serving, settings, reading).routes(),
         *responses.routes(),
         *MessagesHandlers(serving, settings, reading).routes(),
-        *AdminHandlers(backend, settings, text, serving, reading).routes(),
+        *AdminHandlers(backend, settings, text, serving, reading, probe).routes(),
         *page.attach(app, backend, settings, metrics, films),
     ]
     attach(app, settings.root_path, routes)

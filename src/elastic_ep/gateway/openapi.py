@@ -46,7 +46,7 @@ def description(settings: ApiSettings) -> dict[str, Any]:
     if guarded:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
-        for path in ("/live", "/health", "/ping", "/metrics"):
+        for path in ("/live", "/health", "/health_generate", "/ping", "/metrics"):
             for method in document["paths"][path].values():
                 method["security"] = []
     return document
@@ -104,6 +104,7 @@ def _generating_paths(settings: ApiSettings) -> dict[str, Any]:
 def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
     model = _object(id=_STRING, object={"const": "model"}, created=_INTEGER, max_model_len=_INTEGER)
     models = _object(object={"const": "list"}, data={"type": "array", "items": model})
+    generates = _json("Whether one is, and why not.", _object(healthy={"type": "boolean"}, reason=_STRING))
     health = _json("The service as a whole, and why nobody serves at this moment.", _schema(port.Health))
     name = {"name": "model", "in": "path", "required": True, "schema": _STRING}
     tokens = {"type": "array", "items": _INTEGER}
@@ -149,12 +150,20 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
         "/health": {
             "get": {"summary": "Can a request be served?", "responses": {"200": health, "503": health}}
         },
+        "/health_generate": {
+            "get": {"summary": "Is a token generated?", "responses": {"200": generates, "503": generates}}
+        },
         "/ping": {
             method: {"summary": "As /health, without a body.", "responses": {"200": _EMPTY, "503": _EMPTY}}
             for method in ("get", "post")
         },
         "/load": _get("Requests that are being answered.", _object(server_load=_INTEGER)),
         "/server_info": _get("What the server was started with.", _object(version=_STRING, model=_STRING)),
+        "/get_server_info": _get("As /server_info.", _object(version=_STRING, model=_STRING)),
+        **{
+            path: _get("The model.", _object(model_path=_STRING, is_generation={"const": True}))
+            for path in ("/model_info", "/get_model_info")
+        },
         "/tokenizer_info": _get("The tokenizer.", _object(vocab_size=_INTEGER, special_tokens=_OBJECT)),
         "/metrics": {"get": {"summary": "Prometheus metrics.", "responses": {"200": _text("text/plain")}}},
         "/tokenize": _post(

@@ -248,6 +248,11 @@ class Metrics:
         if seconds > self._longest_gap_s:
             self._longest_gap_s = seconds
 
+    @property
+    def generated(self) -> float:
+        """Tokens, of all choices."""
+        return self._generation_tokens.value
+
     def flow(self) -> Flow:
         """For one asker, as it begins the time anew."""
         seen = Flow(self._generation_tokens.value, self._longest_gap_s)
