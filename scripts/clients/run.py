@@ -149,48 +149,66 @@ def node(place: Place) -> Told:
 
 
 def lm_eval(place: Place) -> Told:
-    """Generation, by both endpoints: the bundled model knows all answers."""
-    package = TOOLS["lm-eval"]
-    program = place.environment("lm-eval", [package]) / "lm_eval"
+    """Generation, by both endpoints, and log-likelihoods: the bundled model knows all answers."""
     folder = place.work / "tasks"
     folder.mkdir(exist_ok=True)
-    problems = [{"question": one.question, "answer": str(one.answer)} for one in held_out(QUESTIONS)]
-    (folder / "held_out.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    task = (HERE / "lm_eval_task.yaml").read_text().replace("{here}", str(folder))
-    (folder / "held_out.yaml").write_text(task)
+    _lm_eval_tasks(folder)
+    chat, text = "local-chat-completions", "local-completions"
+    template = ["--apply_chat_template"]
+    remote = f"tokenizer_backend=remote,auth_token={KEY}"
+    plain = "tokenizer_backend=None"
     found: Told = []
-    for kind, path, more in (
-        ("local-chat-completions", "chat/completions", ["--apply_chat_template"]),
-        ("local-completions", "completions", []),
+    for kind, task, metric, tokenizer, more, least in (
+        (chat, "held_out", "exact_match,last-number", plain, template, 0.95),
+        # Without its template the model does not know a question for one.
+        (text, "held_out", "exact_match,last-number", plain, [], 0.0),
+        # Its task has the template: lm-eval 0.4.13 cannot apply one to these.
+        (text, "held_out_choices", "acc,none", remote, [], 0.95),
+        (text, "held_out_rolling", "word_perplexity,none", remote, [], 1.0),
     ):
-        about = f"model=default,base_url={place.url}/v1/{path},num_concurrent=4,tokenizer_backend=None"
-        out = place.work / f"lm-eval-{kind}.json"
-        words = [
-            "run",
-            "--model",
-            kind,
-            "--model_args",
-            about,
-            "--tasks",
-            "held_out",
-            "--include_path",
-            str(folder),
-        ]
-        done = place.told([str(program), *words, "--output_path", str(out), *more], folder)
-        results = sorted(place.work.glob(f"{out.stem}*.json"), key=os.path.getmtime)
-        score = (
-            json.loads(results[-1].read_text())["results"]["held_out"]
-            if results and not done.returncode
-            else {}
-        )
-        exact = score.get("exact_match,last-number", -1.0)
-        right = exact >= (
-            0.95 if more else 0.0
-        )  # without its template the model does not know a question for one
+        path = "chat/completions" if kind == chat else "completions"
+        about = f"model=default,base_url={place.url}/v1/{path},num_concurrent=4,{tokenizer}"
+        score, error = _lm_eval_score(place, folder, [kind, about, task, metric], more)
         found += one(
-            "lm-eval", package.split("==")[1], f"generate_until, {kind}: {exact}", right, done.stderr
+            "lm-eval", TOOLS["lm-eval"].split("==")[1], f"{task}, {kind}: {score}", score >= least, error
         )
     return found
+
+
+def _lm_eval_tasks(folder: Path) -> None:
+    """Questions to answer; the solution among such that end in another number; and texts as they are."""
+    problems = held_out(QUESTIONS)
+    rows = [{"question": one.question, "answer": str(one.answer)} for one in problems]
+    choices = [
+        {
+            "question": one.question,
+            "choices": [
+                one.solution.replace(f"#### {one.answer}", f"#### {one.answer + more}")
+                for more in (7, 0, 1, 2)
+            ],
+        }
+        for one in problems
+    ]
+    texts = [{"text": f"{one.question} {one.solution}"} for one in problems]
+    for name, lines_of in (("held_out", rows), ("held_out_choices", choices), ("held_out_rolling", texts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines_of))
+        task = (HERE / f"lm_eval_{name}.yaml").read_text().replace("{here}", str(folder))
+        (folder / f"{name}.yaml").write_text(task)
+
+
+def _lm_eval_score(
+    place: Place, folder: Path, asked: Sequence[str], more: Sequence[str]
+) -> tuple[float, str]:
+    """`asked`: kind of model, what it is told, task and metric. -1 and what it wrote if it came to none."""
+    kind, about, task, metric = asked
+    program = place.environment("lm-eval", [TOOLS["lm-eval"]]) / "lm_eval"
+    out = place.work / f"lm-eval-{kind}-{task}.json"
+    words = ["run", "--model", kind, "--model_args", about, "--tasks", task, "--include_path", str(folder)]
+    done = place.told([str(program), *words, "--output_path", str(out), *more], folder)
+    results = sorted(place.work.glob(f"{out.stem}*.json"), key=os.path.getmtime)
+    if done.returncode or not results:
+        return -1.0, done.stderr
+    return float(json.loads(results[-1].read_text())["results"][task][metric]), done.stderr
 
 
 def guidellm(place: Place) -> Told:

@@ -389,6 +389,7 @@ async def test_what_is_served(start: Start) -> None:
         about = await response.json()
     assert about["chat_template"] == TEMPLATE
     assert about["special_tokens"] == {"eos_token": "<|im_end|>"}
+    assert about["eos_token"] == "<|im_end|>", "as vLLM's clients look for it"
 
 
 async def test_a_conversation_is_tokenised_as_it_is_answered(start: Start) -> None:

@@ -105,6 +105,7 @@ class AdminHandlers:
         text = self._text
         templates = text.chat_templates
         about = {
+            **text.special_tokens,  # where vLLM has them
             "vocab_size": text.vocab_size,
             "special_tokens": {**text.special_tokens},
             "chat_template": templates.get(DEFAULT) if len(templates) < 2 else templates,
