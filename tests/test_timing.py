@@ -18,7 +18,7 @@ GOLDEN = {
     "heartbeat_ms": 200, "parked_heartbeat_ms": 800, "pulse_ms": 100, "calm_factor": 3, "held_up_ms": 300,
     "quiet_ms": 2_000, "beat_ms": 250, "sync_retry_ms": 20, "kernel_wait_ms": 500, "drain_ms": 0,
     "slot_pull_ms": 3_000, "expert_pull_ms": 5_000, "dense_pull_ms": 30_000, "store_get_ms": 10_000,
-    "host_beat_ms": 100, "silent_beats": 5, "closed_beats": 2, "host_silent_ms": 700,
+    "host_beat_ms": 100, "silent_beats": 5, "preparing_beats": 20, "closed_beats": 2, "host_silent_ms": 700,
     "apart_beats": 8, "agentless_beats": 50,
     "lease_ms": 2_000, "lease_margin_ms": 500,
     "audit_ms": 30_000, "carry_out_ms": 60_000,

@@ -90,6 +90,8 @@ class Timing:
     """A host that has joined says that it lives, and the controller looks who has."""
     silent_beats: ClassVar[int] = 5
     """One that was not heard of when so many were due counts as lost. They are counted: this process may stand still."""
+    preparing_beats: ClassVar[int] = 20
+    """So many if it has no rank yet: nothing waits for it, and it may be busy."""
     closed_beats: ClassVar[int] = 2
     """So many are left to one whose connection has ended: it makes a new one, if it can."""
     apart_beats: ClassVar[int] = 8

@@ -261,6 +261,17 @@ def test_one_whose_connection_has_ended_is_lost_sooner_unless_it_comes_again() -
     in_world(story)
 
 
+def test_one_that_prepares_may_be_silent_for_longer() -> None:
+    async def story(world: World) -> None:
+        world.join(A, "10.0.0.2")
+        await world.passes(USUAL.preparing_beats * BEAT_S - 0.01)
+        assert not world.happened(HostLost)
+        await world.passes(3 * BEAT_S)
+        assert [lost.host for lost in world.happened(HostLost)] == [1]
+
+    in_world(story)
+
+
 def test_one_that_leaves_has_nothing_left_and_its_number_is_free() -> None:
     async def story(world: World) -> None:
         world.up(A, "10.0.0.2")

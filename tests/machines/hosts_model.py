@@ -73,6 +73,7 @@ class Beats(Timing):
     """In beats: lost after two, and surely over two after that."""
 
     silent_beats: ClassVar[int] = 1
+    preparing_beats: ClassVar[int] = 1
     closed_beats: ClassVar[int] = 0
     lease_ms: ClassVar[int] = 3
     lease_margin_ms: ClassVar[int] = 1

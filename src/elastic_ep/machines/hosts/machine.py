@@ -90,7 +90,7 @@ class Place:
 
 @dataclass(eq=False)
 class HostsMachine(Machine[Event, Effect]):
-    """Of `timing` it takes `silent_beats`, `closed_beats`, `lease_ms` and `lease_margin_ms`."""
+    """Of `timing` it takes `silent_beats`, `preparing_beats`, `closed_beats`, `lease_ms` and `lease_margin_ms`."""
 
     transient = Machine.transient | {"timing"}
     config: HostsConfig
@@ -205,7 +205,7 @@ class HostsMachine(Machine[Event, Effect]):
         self.waiting.pop(event.token, None)
         for place in self.places.values():
             if place.token == event.token:
-                place.silent = max(place.silent, self.timing.silent_beats - self.timing.closed_beats)
+                place.silent = max(place.silent, self._patience(place) - self.timing.closed_beats)
 
     # Who is there
 
@@ -305,9 +305,13 @@ class HostsMachine(Machine[Event, Effect]):
         for place in self.places.values():
             if place.token:
                 place.silent += 1
-                if place.silent > self.timing.silent_beats:
+                if place.silent > self._patience(place):
                     self._lose(place, "it is not heard of any more")
         self._look_at_links()
+
+    def _patience(self, place: Place) -> int:
+        """Beats. One that is not ready has much to do, on a busy machine for long, and nothing that others wait for."""
+        return self.timing.silent_beats if place.ready else self.timing.preparing_beats
 
     def _lose(self, place: Place, why: str, over: bool = False) -> None:
         """`over`: nothing runs there any more."""
