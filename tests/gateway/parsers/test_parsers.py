@@ -264,3 +264,59 @@ def test_at_every_cut(name: str, text: str) -> None:
     whole = read([text], form(name))
     for place in range(len(text)):
         assert read([text[:place], text[place:]], form(name)) == whole
+
+
+TRANSCRIPTS: dict[str, tuple[MessageForm, str, str, str]] = {
+    "qwen3": (
+        form("hermes", "qwen3"),
+        f"<think>\nThey want <both>.\n\nSo two calls.\n</think>\n\nOne moment.\n{WRITTEN['hermes']}",
+        "They want <both>.\n\nSo two calls.", "One moment.",
+    ),
+    "qwen3 without reasoning": (form("hermes", "qwen3"), f"<think>\n\n</think>\n\n{WRITTEN['hermes']}", "", ""),
+    "qwen3-coder": (form("qwen3_coder"), f"I look: a < b.\n\n{WRITTEN['qwen3_coder']}", "", "I look: a < b."),
+    "deepseek r1": (
+        form("deepseek_v3", "deepseek_r1", thinking=True),
+        f"Let me see <｜tool▁ what.\n</think>\n\nOf course.\n\n{WRITTEN['deepseek_v3']}",
+        "Let me see <｜tool▁ what.", "Of course.",
+    ),
+    "deepseek v3.1": (
+        form("deepseek_v31", "deepseek_v3", thinking=True), f"Hm.</think>{WRITTEN['deepseek_v31']}", "Hm.", "",
+    ),
+    "glm 4.5": (
+        form("glm45", "glm45"), f"<think>Both.</think>\nI ask.\n{WRITTEN['glm45']}", "Both.", "I ask.",
+    ),
+    "mistral": (form("mistral"), f"Wait [TOOL_ ... {OTHER_FORMS['mistral']}", "", "Wait [TOOL_ ..."),
+    "gpt-oss": (
+        form("openai", "openai_gptoss"),
+        "<|channel|>analysis<|message|>Two <|calls.<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
+        f"<|end|><|start|>assistant{WRITTEN['openai']}",
+        "Two <|calls.", "I look.",
+    ),
+}  # fmt: skip
+"""Whole answers as each family writes them: reasoning, a word before, and both calls."""
+
+
+@pytest.mark.parametrize("family", TRANSCRIPTS)
+def test_a_whole_answer_at_every_cut(family: str) -> None:
+    one, text, reasoning, content = TRANSCRIPTS[family]
+    whole = read([text], one)
+    assert (whole["reasoning"], whole["content"]) == (reasoning, content)
+    assert as_said(whole["calls"]) == SAID
+    assert read(text, one) == whole, "one character after the other"
+    for place in range(len(text)):
+        assert read([text[:place], text[place:]], one) == whole, text[:place]
+
+
+def test_every_format_has_an_answer() -> None:
+    """Of all parsers of calls and of reasoning, by whichever of their names."""
+    forms = [one for one, *_ in TRANSCRIPTS.values()]
+    assert {CALL_FORMATS[one.calls].make for one in forms if one.calls} == {
+        known.make for known in CALL_FORMATS.values()
+    }
+    assert {one.reasoning for one in forms} >= {
+        "qwen3",
+        "glm45",
+        "deepseek_v3",
+        "deepseek_r1",
+        "openai_gptoss",
+    }
