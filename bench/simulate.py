@@ -10,7 +10,8 @@ is cut now and then, and of more than 32 hosts racks of sixteen are lost. How lo
 
 Goodput is what the group computes, of what it would if nobody were ever lost: a rank that is away computes nothing; while
 a death is noticed, and for the step that runs again then, nobody does; nor while an expert has no copy. Processor time
-is what the machines take for all events that a loss leads to, until it is masked, and until all its ranks are back.
+is what the machines take for all events that a loss leads to: until the view without the lost is out, which is all that
+the others wait for, and from there until all its ranks are back, copies of experts included.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from elastic_ep.machines.experts import events as rp
 from elastic_ep.machines.experts.repair import RepairMachine
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
+from elastic_ep.machines.membership.relaunch import HOST_LOST
 from elastic_ep.placement import launch_placement
 from elastic_ep.wire.messages import Commit, Member, Prepare, RankState, View
 
@@ -79,7 +81,7 @@ class Loss:
     ranks: tuple[int, ...]
     away_ms: int
     masked_s: float = 0.0
-    """Processor time of the machines until nobody waits for the lost any more."""
+    """Processor time of the machines until the view without the lost is out, which the others wait for."""
     back_s: float = 0.0
     """And from then on until all are back."""
     waiting: set[int] = field(default_factory=set)
@@ -153,9 +155,15 @@ class Simulation:
         self.losses.append(loss)
         self.open.append(loss)
         gone = self.pace.gone_host if whole else self.pace.gone
+        if whole:
+            by_host = itertools.groupby(alive, lambda member: self.host[member.rank])
+            for _, some in by_host:
+                self.at(self.now + notice, ev.HostLost(tuple(some), loss.cause))
+        else:
+            self.at(self.now + notice, ev.DeathNoticed(alive[0], loss.cause))
         for member in alive:
-            self.at(self.now + notice, ev.DeathNoticed(member, loss.cause))
-            self.at(self.now + notice + gone, ev.ProcessGone(member, "signal 9"))
+            status = HOST_LOST if whole else "signal 9"
+            self.at(self.now + notice + gone, ev.ProcessGone(member, status))
 
     def feed(self, event: Any) -> None:
         began = time.process_time()
@@ -165,10 +173,10 @@ class Simulation:
         else:
             effects += self.membership.step(Tick(self.now)) if not isinstance(event, Tick) else []
             effects += self.membership.step(event)
+        published = time.process_time()
         if any(isinstance(e, ev.Publish) and isinstance(e.body, View | Commit) for e in effects):
             effects += self.placing(rp.MembersChanged(tuple(sorted(self.membership.view.members))))
-        spent = time.process_time() - began
-        self.charge(event, spent)
+        self.charge(event, published - began, time.process_time() - published)
         for effect in effects:
             self.perform(effect)
         due = self.membership.next_deadline_ms()
@@ -188,14 +196,19 @@ class Simulation:
             effects += self.repair.step(Tick(self.now))
         return effects
 
-    def charge(self, event: Any, spent: float) -> None:
-        self.spent_s += spent
+    def charge(self, event: Any, until_published: float, placing: float) -> None:
+        """What a loss is told by counts until the view without the lost is out; the rest as what follows."""
+        self.spent_s += until_published + placing
+        lost = {*event.members} if isinstance(event, ev.HostLost) else set()
+        if isinstance(event, ev.DeathNoticed):
+            lost = {event.member}
         for loss in self.open:
-            if isinstance(event, ev.DeathNoticed) and event.member.rank in loss.waiting:
-                loss.masked_s += spent
+            if loss.waiting & {member.rank for member in lost}:
+                loss.masked_s += until_published
+                loss.back_s += placing
                 return
         for loss in self.open:
-            loss.back_s += spent / len(self.open)
+            loss.back_s += (until_published + placing) / len(self.open)
 
     def perform(self, effect: Any) -> None:
         match effect:

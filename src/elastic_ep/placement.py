@@ -6,9 +6,10 @@ death of all its ranks: so copies of an expert are on different ranks, and on di
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 EMPTY = -1
@@ -54,18 +55,22 @@ class Placement:
 
     def by_host(self, ranks: Iterable[int]) -> dict[int, list[int]]:
         """`ranks`, in their order, by the hosts that they are on."""
-        found: dict[int, list[int]] = {}
+        if not self.hosts:
+            return {0: list(ranks)}
+        found: dict[int, list[int]] = defaultdict(list)
         for rank in ranks:
-            found.setdefault(self.host_of(rank), []).append(rank)
-        return found
+            found[self.hosts[rank]].append(rank)
+        return dict(found)
 
     def host_copies(self, layer: int, ranks: Collection[int]) -> list[int]:
         """How many hosts of `ranks` hold each logical expert there, shape [num_experts]."""
-        counts = [0] * self.num_experts
-        for there in self.by_host(ranks).values():
-            for expert in {e for rank in there for e in self.on_rank(layer, rank)} - {EMPTY}:
-                counts[expert] += 1
-        return counts
+        row, width = self.slots[layer], self.slots_per_rank
+        held: dict[int, set[int]] = {}
+        for host, there in self.by_host(ranks).items():
+            held[host] = set()
+            for rank in there:
+                held[host].update(row[rank * width : (rank + 1) * width])
+        return self._counts(held.values())
 
     def spread(self, ranks: Collection[int], copies: int) -> int:
         """On how many hosts each expert can be, if it has `copies` copies on `ranks`: at most, and at least 1."""
@@ -76,11 +81,13 @@ class Placement:
 
     def copies(self, layer: int, ranks: Collection[int]) -> list[int]:
         """How many of `ranks` hold each logical expert, shape [num_experts]."""
-        counts = [0] * self.num_experts
-        for rank in ranks:
-            for expert in set(self.on_rank(layer, rank)) - {EMPTY}:
-                counts[expert] += 1
-        return counts
+        row, width = self.slots[layer], self.slots_per_rank
+        return self._counts(set(row[rank * width : (rank + 1) * width]) for rank in ranks)
+
+    def _counts(self, held: Iterable[set[int]]) -> list[int]:
+        """In how many each logical expert is, shape [num_experts]."""
+        counts = Counter(chain.from_iterable(held))
+        return [counts[expert] for expert in range(self.num_experts)]
 
     def on_rank(self, layer: int, rank: int) -> tuple[int, ...]:
         """The logical expert of each slot of `rank`, shape [slots_per_rank]."""

@@ -33,6 +33,7 @@ STEP_GAP_AFTER_TOTAL_LOSS = 100_000
 class MembershipMachine(Machine[Event, Effect]):
     """Feed it with `step`; `view` and `records` may be read."""
 
+    transient = Machine.transient | {"_covered", "_unseated"}
     num_ranks: int
     placement: Placement
     config: MembershipConfig = field(default_factory=MembershipConfig)
@@ -56,6 +57,9 @@ class MembershipMachine(Machine[Event, Effect]):
         """Since when nobody could serve a request; None: somebody can."""
         self._all_stopped_said = False
         self._coverage = Coverage.of(self.placement)
+        self._covered = (self.view, self._coverage, False)
+        self._unseated = (self.view, tuple(self.records))
+        """Both asked at every event, and the same until the view, or the placement, is another."""
         self._effects: list[Effect] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.Start: self._on_start,
@@ -95,7 +99,11 @@ class MembershipMachine(Machine[Event, Effect]):
 
     @property
     def covered(self) -> bool:
-        return self._coverage.by(seat.rank for seat in self.view.seats)
+        view, coverage, covered = self._covered
+        if view is not self.view or coverage is not self._coverage:
+            covered = self._coverage.by(seat.rank for seat in self.view.seats)
+            self._covered = (self.view, self._coverage, covered)
+        return covered
 
     @property
     def tolerates(self) -> int:
@@ -122,12 +130,9 @@ class MembershipMachine(Machine[Event, Effect]):
 
     def next_deadline_ms(self) -> int | None:
         """When a `Tick` may next have an effect."""
-        times = [
-            record.relaunch_at_ms for record in self.records.values() if record.relaunch_at_ms is not None
-        ]
-        times += [
-            due for record in self.records.values() if (due := record.init_due_ms(self.config)) is not None
-        ]
+        unseated = self._without_seat()
+        times = [record.relaunch_at_ms for record in unseated if record.relaunch_at_ms is not None]
+        times += [due for record in unseated if (due := record.init_due_ms(self.config)) is not None]
         if self.attempt:
             times.append(self.attempt.deadline_ms)
         elif self._would_park():
@@ -169,7 +174,7 @@ class MembershipMachine(Machine[Event, Effect]):
         self.now_ms = max(self.now_ms, event.now_ms)
         if self.attempt and self.now_ms >= self.attempt.deadline_ms:
             self._time_out(self.attempt)
-        for record in self.records.values():
+        for record in self._without_seat():
             if record.relaunch_at_ms is not None and self.now_ms >= record.relaunch_at_ms:
                 self._relaunch(record)
             due_ms = record.init_due_ms(self.config)
@@ -290,6 +295,15 @@ class MembershipMachine(Machine[Event, Effect]):
                 self._fence(record, f"{ev.STOPPING}: deadline passed")
 
     # Moves
+
+    def _without_seat(self) -> list[RankRecord]:
+        """Who is seated waits for no launch, and starts no more."""
+        view, ranks = self._unseated
+        if view is not self.view:
+            seated = {seat.rank for seat in self.view.seats}
+            ranks = tuple(rank for rank in self.records if rank not in seated)
+            self._unseated = (self.view, ranks)
+        return [self.records[rank] for rank in ranks]
 
     def _current(self, member: Member) -> RankRecord | None:
         """The record, if this incarnation is its present one: news of an older one is dropped."""
@@ -434,7 +448,7 @@ class MembershipMachine(Machine[Event, Effect]):
     def _ready_joiners(self) -> frozenset[Member]:
         waiting = frozenset(
             record.member
-            for record in self.records.values()
+            for record in self._without_seat()
             if record.state is RankState.JOINING and not record.fenced
         )
         if self.view.seats or not waiting:

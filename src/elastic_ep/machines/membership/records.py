@@ -54,7 +54,8 @@ class RankRecord:
 
     @property
     def state(self) -> RankState:
-        return RankState(self.lifecycle.state)
+        state: RankState = self.lifecycle.state
+        return state
 
     @property
     def over(self) -> bool:
