@@ -223,6 +223,8 @@ class ServeConfig:
         within=(1, MOST_RANKS))
     hosts_address: str | None = _flag(None,
         "ADDRESS:PORT of this machine where others join, in a private network; the next three ports are used, too")
+    ray: str | None = _flag(None,
+        "ADDRESS of a Ray cluster, or auto: it starts an agent on each of the other hosts, and anew where one is lost")
     key_file: str | None = _flag(None, "the key that all hosts share, made here if there is no such file")
     model: str = _flag(MISSING, "folder with a checkpoint in Hugging Face layout; the bundled one if not given",
         other_name="--model-path")
@@ -360,6 +362,7 @@ class ServeConfig:
                 ("--ranks-per-host", self.ranks_per_host),
                 ("--hosts-address", self.hosts_address),
                 ("--key-file", self.key_file),
+                ("--ray", self.ray),
             ):
                 if value is not None:
                     raise ConfigError(f"{name} is for several hosts: give --hosts, or leave it out")

@@ -19,6 +19,7 @@ from elastic_ep.host.fork_messages import LaunchOptions
 from elastic_ep.host.keeper import Keeper
 from elastic_ep.machines.hosts.events import HostsConfig
 from elastic_ep.machines.hosts.machine import HERE
+from elastic_ep.on_ray import agents
 from elastic_ep.plan import ServePlan
 from elastic_ep.wire.group_key import BadKey, GroupKey
 from elastic_ep.wire.host_messages import Reach, Welcome
@@ -94,6 +95,10 @@ def open_hosts(
     stack.callback(hosts.close)
     carried = Carry(config.host_of_rank, HERE, 1, guard.key.carriers, plan.shape)
     keeper.carry(carried, listener, hosts.on_links)
+    if config.ray is not None:
+        join = f"[{address}]" if ":" in address else address
+        key_file = config.key_file or ""
+        stack.enter_context(agents(config.ray, config.hosts - 1, f"{join}:{hosts.port}", key_file))
     log.info(
         "other hosts join by: python -m elastic_ep.agent",
         join=f"{address}:{hosts.port}",
