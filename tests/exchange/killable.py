@@ -22,6 +22,8 @@ from tests.exchange.group import Batch, Routing, random_batch, reference, run_st
 
 BATCHES = 5
 """Different batches a rank has; a step uses one of them."""
+Expected = dict[tuple[int, frozenset[int]], torch.Tensor]
+"""By batch, and the ranks that are gone."""
 
 
 class Moment(StrEnum):
@@ -168,6 +170,7 @@ def rank_main(pipe: Connection, windows: str, shape: ExchangeShape, me: Member, 
 
     threading.Thread(target=listen, daemon=True).start()
     batches = [random_batch(shape, shape.max_tokens, me.rank * BATCHES + seed) for seed in range(BATCHES)]
+    expected: Expected = {}
     routing = Routing.plain(shape)
     while (message := work.get()) is not None:
         if isinstance(message, Start):
@@ -178,15 +181,19 @@ def rank_main(pipe: Connection, windows: str, shape: ExchangeShape, me: Member, 
             exchange.death = message.death
             pipe.send(None)
         else:
-            pipe.send(_run(exchange, message, batches, routing, gone))
+            pipe.send(_run(exchange, message, batches, expected, routing, gone))
 
 
 def _run(
-    exchange: DyingShm | DyingFused, run: Run, batches: list[Batch], routing: Routing, gone: set[int]
+    exchange: DyingShm | DyingFused,
+    run: Run,
+    batches: list[Batch],
+    expected: Expected,
+    routing: Routing,
+    gone: set[int],
 ) -> Done:
     shape, rank = exchange.shape, exchange.member.rank
     good, wrong, poisoned = 0, [], {}
-    expected: dict[tuple[int, frozenset[int]], torch.Tensor] = {}
     for step in range(run.first, run.last):
         absent = frozenset(gone)
         batch = _route_around(batches[step % BATCHES], absent, shape)
