@@ -79,7 +79,7 @@ def _run(machine: Any) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40, stateful_step_count=50, deadline=None, derandomize=True, phases=[Phase.generate]
+            max_examples=25, stateful_step_count=50, deadline=None, derandomize=True, phases=[Phase.generate]
         ),
     )
 
