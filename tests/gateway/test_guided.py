@@ -195,8 +195,8 @@ async def test_what_is_refused_names_the_field_and_the_place(start: Start) -> No
             "needs 'guided_json'",
         ),
         ({"guided_json": {}, "guided_whitespace_pattern": "("}, "guided_json", "unclosed"),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
-        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "at least 1"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1 item,"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "at least 1 character,"),
         ({"structured_outputs": {"grammar": ""}}, "structured_outputs.grammar", "at least 1"),
         ({"structured_outputs": {"json": ""}}, "structured_outputs.json", "not JSON"),
         (

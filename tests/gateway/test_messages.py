@@ -225,7 +225,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("messages[0].content", {"messages": [{"role": "user"}]}),
     ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [IMAGE]}]}),
     ("messages[0].content[0].text", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
-    ("tools[0].type", {"tools": [{"type": "web_search_20250305", "name": "x", "input_schema": {}}]}),
+    ("tools[0].type", {"tools": [{"type": "web_search_20250305", "name": "x"}]}),
     ("tools[0].input_schema", {"tools": [{"name": "x"}]}),
     ("tool_choice.name", {"tools": FLAT, "tool_choice": {"type": "tool"}}),
     ("tool_choice.name", {"tools": FLAT, "tool_choice": {"type": "any", "name": "weather"}}),

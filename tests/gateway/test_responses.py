@@ -276,7 +276,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("input[0].content[0].type", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}),
     ("input[0].type", {"input": [{"type": "item_reference", "id": "x"}]}),
     ("input[0].call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
-    ("tools[0].type", {"tools": [{"type": "web_search", "name": "x"}]}),
+    ("tools[0].type", {"tools": [{"type": "web_search"}]}),
     ("tool_choice", {"tool_choice": "any"}),
     ("tool_choice", {"tools": FLAT, "tool_choice": {"type": "function", "name": "x"}}),
     ("truncation", {"truncation": "auto"}),

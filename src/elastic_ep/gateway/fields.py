@@ -200,8 +200,12 @@ _parse = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).
 
 
 def refusal(error: ValidationError) -> ApiError:
-    """What a client is told of the first of its faults."""
-    fault = error.errors(include_url=False)[0]
+    """What a client is told of the first of its faults; what an object lacks is told after that its kind is not known."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    if fault["type"] == "missing":
+        beside = [other for other in faults if other["loc"][:-1] == fault["loc"][:-1]]
+        fault = next((other for other in beside if other["type"] == "unsupported_parameter"), fault)
     param, kind, message = _path(fault), fault["type"], fault["msg"]
     match kind:
         case "missing":
@@ -215,6 +219,8 @@ def refusal(error: ValidationError) -> ApiError:
     message = re.sub(
         r" after validation| or instance of \w+|\.$", "", re.sub(r"^\w+ should", "must", message)
     )
+    if isinstance(fault["input"], str):
+        message = re.sub(r"\bitem(s?)\b", r"character\1", message)
     message = message.replace("valid dictionary", "valid object").replace("valid list", "valid array")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return ApiError(f"'{param}' {message}.", param=param, code=code)
