@@ -172,6 +172,16 @@ def never_ends(words: str) -> Reply:
     return reply
 
 
+def aborts(words: str) -> Reply:
+    """The words, whose last token is one that says that the rest does not come."""
+
+    def reply(request: Submitted) -> Iterable[tuple[Token, ...]]:
+        *batches, (last,) = never_ends(words)(request)
+        return [*batches, (Token(0, last.index, 5, "abort"),)]
+
+    return reply
+
+
 @dataclass
 class FakeBackend:
     reply: Reply = field(default_factory=lambda: says("The answer is 7."))

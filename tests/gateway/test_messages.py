@@ -15,7 +15,7 @@ import pytest
 
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from tests.gateway.conftest import Running, Start, served_once
-from tests.gateway.fakes import MODEL, TEMPLATE, FakeBackend, byte_level_tokenizer, never_ends, says
+from tests.gateway.fakes import MODEL, TEMPLATE, FakeBackend, aborts, byte_level_tokenizer, says
 from tests.gateway.test_responses import prompt_of
 from tests.gateway.test_tools import ANSWER, ARGUMENTS, PARSING, TOOLS, begin, tool_text
 
@@ -204,12 +204,7 @@ async def test_keys(start: Start) -> None:
 async def test_a_failure_is_told_within_the_stream(
     client: anthropic.AsyncAnthropic, running: Running
 ) -> None:
-    def aborts(request: Any) -> Any:
-        batches = [*never_ends("one")(request)]
-        batches[-1] = (type(batches[-1][0])(0, 1, 5, "abort"),)
-        return batches
-
-    running.backend.reply = aborts
+    running.backend.reply = aborts("one")
     with pytest.raises(anthropic.APIStatusError, match="ended this request"):
         async for _ in await client.messages.create(model=MODEL, max_tokens=9, messages=ASKED, stream=True):
             pass

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.anyio
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 12 - 5?"}]
 
 
-def connect(running: Running, api_key: str) -> openai.AsyncOpenAI:
+def connect(url: str, api_key: str = "none") -> openai.AsyncOpenAI:
     # Without it the client reads all certificates of this machine, on the event loop.
     plain = openai.DefaultAsyncHttpxClient(verify=False)
-    return openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=api_key, max_retries=0, http_client=plain)
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, http_client=plain)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +51,7 @@ async def running(start: Start) -> Running:
 
 @pytest.fixture
 async def client(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with connect(running, "none") as client:
+    async with connect(running.url) as client:
         yield client
 
 
@@ -336,9 +336,9 @@ async def test_echo(client: openai.AsyncOpenAI, stream: bool) -> None:
 async def test_api_key(start: Start) -> None:
     running = await start(FakeBackend(), api_keys=("secret", "other"))
     for key in ("secret", "other"):
-        async with connect(running, key) as client:
+        async with connect(running.url, key) as client:
             assert (await client.completions.create(model=MODEL, prompt="A")).choices
-    async with connect(running, "wrong") as client:
+    async with connect(running.url, "wrong") as client:
         with pytest.raises(openai.AuthenticationError):
             await client.completions.create(model=MODEL, prompt="A")
     for path in ("/health", "/live", "/metrics"):

@@ -16,17 +16,12 @@ from elastic_ep.gateway.responses.body import conversation
 from elastic_ep.gateway.responses.store import ResponseStore, Stored
 from elastic_ep.gateway.serving import Run, Serving
 from tests.gateway.conftest import Running, Start, served_once
-from tests.gateway.fakes import MODEL, FakeBackend, never_ends, says
+from tests.gateway.fakes import MODEL, FakeBackend, aborts, never_ends, says
+from tests.gateway.test_openai_client import connect
 from tests.gateway.test_tools import ANSWER, ARGUMENTS, PARSING, TOOLS, begin, tool_text
 
 pytestmark = pytest.mark.anyio
 FLAT: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
-
-
-def connect(url: str) -> openai.AsyncOpenAI:
-    # Without it the client reads all certificates of this machine, on the event loop.
-    plain = openai.DefaultAsyncHttpxClient(verify=False)
-    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=plain)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -254,12 +249,7 @@ async def test_cancelled_in_the_background(client: openai.AsyncOpenAI, running: 
 
 
 async def test_a_failure_is_told_within_the_stream(client: openai.AsyncOpenAI, running: Running) -> None:
-    def aborts(request: Any) -> Any:
-        batches = [*never_ends("one")(request)]
-        batches[-1] = (type(batches[-1][0])(0, 1, 5, "abort"),)
-        return batches
-
-    running.backend.reply = aborts
+    running.backend.reply = aborts("one")
     events: list[Any] = [
         event async for event in await client.responses.create(model=MODEL, input="x", stream=True)
     ]

@@ -81,7 +81,7 @@ async def running(start: Start) -> Running:
 
 @pytest.fixture
 async def client(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with connect(running, "none") as client:
+    async with connect(running.url) as client:
         yield client
 
 
