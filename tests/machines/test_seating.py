@@ -64,6 +64,15 @@ def test_a_request_goes_to_the_rank_that_has_the_longest_beginning_of_its_prompt
     assert assigned(run(machine, asked(4, 4, 100, 200))) == {4: C}, "of nobody's, the least loaded"
 
 
+def test_a_request_goes_where_there_is_room_for_all_that_it_wants_from_the_first() -> None:
+    """Beside the other of the same beginning it would need 81 + 21 pages."""
+    machine = machine_of(num_pages=100)
+    run(machine, ev.RankUp(A), ev.RankUp(B))
+    assert assigned(run(machine, asked(0, 4, 1, 2, 3, 4, new=304))) == {0: A}
+    assert assigned(run(machine, asked(1, 4, new=264))) == {1: B}
+    assert assigned(run(machine, asked(2, 4, 1, 2, 3, 4, new=80))) == {2: B}
+
+
 def test_a_beginning_that_is_computed_in_a_step_or_two_is_no_reason() -> None:
     machine = machine_of(least_shared=8)
     run(machine, ev.RankUp(A), ev.RankUp(B))

@@ -117,6 +117,7 @@ class RoutingMachine(Machine[Event, Effect]):
             self._effects.append(refusal)
             return
         request = Request(asked, TableMachine(REQUEST))
+        request.promise(self.config)  # what it costs is asked before a rank has it
         if self.config.request_timeout_ms:
             request.due_ms = self.now_ms + self.config.request_timeout_ms
         self.requests[asked.request_id] = self.waiting[asked.request_id] = request
