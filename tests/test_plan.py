@@ -61,6 +61,17 @@ def test_mooncake_gets_an_even_number_of_physical_experts(
     assert first_placement(config, model, redundant, "cpu").slots_per_rank <= slots
 
 
+@pytest.mark.parametrize(
+    ("ranks", "given", "slots"), [(1, None, 16), (1, 3, 19), (2, None, 16), (4, None, 8)]
+)
+def test_a_single_rank_keeps_no_room_for_second_copies_unless_it_is_told_to(
+    ranks: int, given: int | None, slots: int
+) -> None:
+    placement = make_plan(replace(CONFIG, ranks=ranks, ep_num_redundant_experts=given)).placement
+    assert placement.num_experts == 16
+    assert placement.slots_per_rank == slots
+
+
 def test_what_carries_rows_between_gpus_is_refused_where_there_are_none() -> None:
     with pytest.raises(ConfigError, match="--all2all-backend mooncake: the ranks run on the CPU"):
         make_plan(replace(CONFIG, device="cpu", all2all_backend="mooncake"))

@@ -268,7 +268,7 @@ class ServeConfig:
     max_queued: int = _flag(1024, "requests that may wait; more get 429", within=(1, 1_000_000))
     request_timeout_s: float = _flag(600.0, "seconds after which a request that is not complete fails",
         name="--request-timeout", within=(0.1, 1_000_000))
-    ep_num_redundant_experts: int | None = _flag(None, "extra expert copies; as many as experts if not given",
+    ep_num_redundant_experts: int | None = _flag(None, "extra expert copies; if not given as many as experts (1 rank: 0)",
         within=(0, 1 << 16))
     enable_eplb: bool = _flag(False, "rebalance experts by load; keeps a slot of each rank spare")
     eplb_rebalance_num_iterations: int = _flag(1000, "steps between two rebalances, with --enable-eplb",

@@ -173,8 +173,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         find_program()
     fused, notices = _fused_build(device, model)
     numbers = precision(config, model, dtypes, device, fused=bool(fused))
-    redundant = config.ep_num_redundant_experts
-    redundant = model.moe.experts if redundant is None else redundant
+    redundant = _redundant(config, model)
     limits = engine_limits(config, model, device)
     return ServePlan(
         config=config,
@@ -256,6 +255,13 @@ def _content_form(config: ServeConfig) -> ContentForm | None:
     """None: as each template wants it."""
     given = config.chat_template_content_format
     return None if given == "auto" else ContentForm(given)
+
+
+def _redundant(config: ServeConfig, model: ModelSpec) -> int:
+    """Copies beyond one of each expert. A single rank cannot hold two of one, and empty slots take as much memory."""
+    if config.ep_num_redundant_experts is not None:
+        return config.ep_num_redundant_experts
+    return model.moe.experts if config.ranks > 1 else 0
 
 
 def first_placement(config: ServeConfig, model: ModelSpec, redundant: int, device: str) -> Placement:
