@@ -108,9 +108,15 @@ def starts(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 SHORT = {
     (name, "subprocess.run")
-    for name in ("tests/kit/served.py", "bench/kit/sections.py", "bench/kit/sides.py", "bench/page.py")
+    for name in (
+        "tests/kit/served.py",
+        "tests/kit/network.py",
+        "bench/kit/sections.py",
+        "bench/kit/sides.py",
+        "bench/page.py",
+    )
 }
-"""Programs that ask for a fact and end by themselves."""
+"""Programs that ask for a fact, or set one in a namespace, and end by themselves."""
 OWN = {
     ("bench/gpu_failover.py", "subprocess.run"),
     ("bench/kit/failover_rank.py", "os.fork"),
