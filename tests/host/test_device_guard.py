@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -112,25 +111,35 @@ def test_nothing_is_let_go_on_the_loops_thread(monkeypatch: pytest.MonkeyPatch) 
     """Not even on exit: it takes the driver tenths of a second."""
     monkeypatch.setattr(FakeHold, "open_of", Counter())
     monkeypatch.setattr(guard_module, "DeviceFiles", FakeHold)
-    threads: list[int] = []
+    elsewhere = [False]
+    released: list[int] = []
     let_go = FakeHold.release
 
     def release(hold: FakeHold) -> None:
-        threads.append(threading.get_ident())
+        assert elsewhere[-1], "on the loop's thread"
+        released.append(hold.pid)
         let_go(hold)
 
     monkeypatch.setattr(FakeHold, "release", release)
 
     async def main(loop: VirtualTimeLoop) -> None:
+        def run_in_executor(_executor: None, work: Any, *given: Any) -> asyncio.Future[None]:
+            elsewhere.append(True)
+            work(*given)
+            elsewhere.pop()
+            done = loop.create_future()
+            done.set_result(None)
+            return done
+
+        monkeypatch.setattr(loop, "run_in_executor", run_in_executor)
         with DeviceGuard(DRAIN_S, lambda kind, /, **facts: None) as guard:
             for rank in range(3):
                 for _ in range(2):  # what was kept first is let go
                     guard.keep(Member(rank, 1), 100 * rank)
             guard.gone(Member(0, 1))
-            assert sum(FakeHold.open_of.values()) >= 3
+            assert sum(FakeHold.open_of.values()) == 3
+        assert not +FakeHold.open_of
         await asyncio.sleep(2 * DRAIN_S)  # a drain that was under way finds nothing left to do
 
     run_virtually(main)
-    assert not +FakeHold.open_of
-    assert len(threads) == 6
-    assert threading.get_ident() not in threads
+    assert sorted(released) == [0, 0, 100, 100, 200, 200]
