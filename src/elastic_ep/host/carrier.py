@@ -226,9 +226,8 @@ class Carrier:
                 else:
                     began = time.monotonic()
                     self._serve(connection)
-                    if (
-                        time.monotonic() - began > _LONGEST_PAUSE_S
-                    ):  # else it may be one that the other end refuses
+                    # One that ends sooner may be one that the other end refuses.
+                    if time.monotonic() - began > _LONGEST_PAUSE_S:
                         pause = _FIRST_PAUSE_S
             with self._changed:
                 self._changed.wait_for(self._closed.is_set, pause)
