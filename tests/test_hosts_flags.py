@@ -28,6 +28,17 @@ def test_ranks_are_numbered_host_by_host_and_no_expert_is_on_one_host_alone() ->
     assert plan.placement.tolerates_hosts(range(4)) == 1
 
 
+def test_what_is_shared_is_sized_for_the_capacity_and_the_group_begins_with_its_hosts() -> None:
+    config = parse([*TWO, "--max-hosts", "3", "--device", "cpu"])
+    assert (config.ranks, config.capacity, config.host_of_rank) == (4, 6, (0, 0, 1, 1, 2, 2))
+    plan = make_plan(config)
+    assert (plan.shape.num_ranks, plan.placement.hosts) == (6, (0, 0, 1, 1, 2, 2))
+    assert plan.shelf is None or plan.shelf.regions == 6
+    assert plan.placement.tolerates_hosts(range(4)) == 1
+    alone = parse([*without("--hosts"), "--max-hosts", "2", "--device", "cpu"])
+    assert (alone.hosts, alone.ranks, alone.host_of_rank) == (1, 2, (0, 0, 1, 1))
+
+
 def test_one_host_is_as_ever() -> None:
     config = parse([])
     assert (config.ranks, config.host_of_rank) == (8, ())
@@ -41,6 +52,9 @@ def test_one_host_is_as_ever() -> None:
         (without("--hosts", "--ranks-per-host"), "--hosts-address is for several hosts"),
         (without("--ranks-per-host"), "needs --ranks-per-host"),
         ([*without("--ranks-per-host"), "--ranks-per-host", "33"], "at most 64 ranks"),
+        ([*TWO, "--max-hosts", "1"], "--max-hosts 1 is less than --hosts 2"),
+        ([*TWO, "--max-hosts", "33"], "--max-hosts 33 needs --ranks-per-host, for at most 64 ranks"),
+        (["--max-hosts", "2", "--ranks-per-host", "2"], "--max-hosts 2 needs --hosts-address"),
         (without("--hosts-address"), "needs --hosts-address ADDRESS:PORT"),
         (without("--key-file"), "and --key-file"),
         ([*TWO, "--ranks", "5"], "give --ranks-per-host alone"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_ep.placement import EMPTY, Change, Coverage, Placement, launch_placement
+from elastic_ep.placement import EMPTY, Change, Coverage, Placement, grown, launch_placement
 
 SIZES = [
     (8, 0),
@@ -121,6 +121,23 @@ def test_hosts_of_unequal_size_have_as_much_as_their_slots_allow(
     placement = launch_placement(len(hosts), 1, experts, redundant, hosts=hosts)
     assert placement.tolerates_hosts(range(len(hosts))) == tolerates
     assert placement.spread(range(len(hosts)), (experts + redundant) // experts) == tolerates + 1
+
+
+@pytest.mark.parametrize(("experts", "spare"), [(8, 0), (8, 1), (12, 0), (60, 1)])
+def test_whoever_a_group_grows_by_has_further_copies_spread_over_its_host(experts: int, spare: int) -> None:
+    hosts = (0, 0, 1, 1, 2, 2, 3, 3)
+    first = launch_placement(4, 2, experts, experts, num_spare=spare, hosts=hosts[:4])
+    grown_by_two = grown(first, hosts, num_spare=spare)
+    assert (grown_by_two.num_ranks, grown_by_two.hosts) == (8, hosts)
+    for layer, row in enumerate(grown_by_two.slots):
+        assert row[: len(first.slots[layer])] == first.slots[layer]
+        for rank in range(8):
+            held = [expert for expert in grown_by_two.on_rank(layer, rank) if expert != EMPTY]
+            assert len(held) == len(set(held)) == min(first.slots_per_rank - spare, experts)
+        for there in ((4, 5), (6, 7)):
+            assert set(grown_by_two.copies(layer, there)) == {1}, "each new host has one copy of everything"
+    assert grown_by_two.tolerates_hosts(range(6)) == first.tolerates_hosts(range(4)) + 1
+    assert grown(first, hosts[:4], num_spare=spare) == first
 
 
 def test_hosts_of_other_ranks_are_refused() -> None:

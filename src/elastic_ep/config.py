@@ -219,6 +219,9 @@ class ServeConfig:
     ranks: int = _flag(USUAL.ranks, f"rank processes, 1 to {MOST_RANKS}", within=(1, MOST_RANKS))
     hosts: int = _flag(1, "machines that ranks are on: this one, and others that join (see docs/hosts.md)",
         within=(1, MOST_RANKS))
+    max_hosts: int | None = _flag(None,
+        "the group's capacity: hosts beyond --hosts that join make it grow up to so many; --hosts if not given",
+        within=(1, MOST_RANKS))
     ranks_per_host: int | None = _flag(None, "with --hosts, instead of --ranks: ranks on each of them",
         within=(1, MOST_RANKS))
     hosts_address: str | None = _flag(None,
@@ -357,7 +360,7 @@ class ServeConfig:
             )
 
     def _check_hosts(self) -> None:
-        if self.hosts == 1:
+        if self.hosts == self.capacity_hosts == 1:
             for name, value in (
                 ("--ranks-per-host", self.ranks_per_host),
                 ("--hosts-address", self.hosts_address),
@@ -367,17 +370,20 @@ class ServeConfig:
                 if value is not None:
                     raise ConfigError(f"{name} is for several hosts: give --hosts, or leave it out")
             return
-        if self.ranks_per_host is None or self.ranks_per_host * self.hosts > MOST_RANKS:
+        if self.capacity_hosts < self.hosts:
             raise ConfigError(
-                f"--hosts {self.hosts} needs --ranks-per-host, for at most {MOST_RANKS} ranks on all of them"
+                f"--max-hosts {self.max_hosts} is less than --hosts {self.hosts}: raise it, or leave it out"
             )
+        most = f"--max-hosts {self.max_hosts}" if self.max_hosts else f"--hosts {self.hosts}"
+        if self.ranks_per_host is None or self.ranks_per_host * self.capacity_hosts > MOST_RANKS:
+            raise ConfigError(f"{most} needs --ranks-per-host, for at most {MOST_RANKS} ranks on all of them")
         if self.ranks not in (USUAL.ranks, self.ranks_per_host * self.hosts):
             raise ConfigError(f"--ranks {self.ranks}: with --hosts give --ranks-per-host alone")
         # The number of ranks follows; nothing else of this class is derived.
         object.__setattr__(self, "ranks", self.ranks_per_host * self.hosts)
         if self.hosts_address is None or self.key_file is None:
             raise ConfigError(
-                f"--hosts {self.hosts} needs --hosts-address ADDRESS:PORT, where the others join, and --key-file"
+                f"{most} needs --hosts-address ADDRESS:PORT, where the others join, and --key-file"
             )
         address_of("--hosts-address", self.hosts_address)
         if not self.fault_tolerance:
@@ -391,18 +397,28 @@ class ServeConfig:
         return address_of("--hosts-address", self.hosts_address or "")
 
     @property
+    def capacity_hosts(self) -> int:
+        """Hosts that the group may have."""
+        return self.hosts if self.max_hosts is None else self.max_hosts
+
+    @property
+    def capacity(self) -> int:
+        """Ranks that the group may have, and that what they share is sized for. It begins with `ranks`."""
+        return self.ranks if self.ranks_per_host is None else self.ranks_per_host * self.capacity_hosts
+
+    @property
     def host_of_rank(self) -> tuple[int, ...]:
-        """The number of each rank's host; nothing: there is one host."""
+        """The number of the host of each rank that there may be; nothing: there is one host."""
         if self.ranks_per_host is None:
             return ()
-        return tuple(rank // self.ranks_per_host for rank in range(self.ranks))
+        return tuple(rank // self.ranks_per_host for rank in range(self.capacity))
 
     @property
     def timing(self) -> Timing:
         return Timing(
             hang_deadline_ms=round(self.hang_deadline_s * 1000),
             stop_deadline_ms=round(self.stop_deadline_s * 1000),
-            ranks=self.ranks,
+            ranks=self.capacity,
             fault_tolerance=self.fault_tolerance,
             mps=self.mps,
             relaunch_limit=self.relaunch_limit,

@@ -82,6 +82,7 @@ def open_hosts(
     )
     told_of = HostsConfig(
         hosts=config.host_of_rank,
+        at_start=config.hosts,
         address=address,
         release=importlib.metadata.version("elastic-ep"),
         welcome=welcome,
@@ -95,7 +96,7 @@ def open_hosts(
     stack.callback(hosts.close)
     carried = Carry(config.host_of_rank, HERE, 1, guard.key.carriers, plan.shape)
     keeper.carry(carried, listener, hosts.on_links)
-    if config.ray is not None:
+    if config.ray is not None and config.hosts > 1:
         join = f"[{address}]" if ":" in address else address
         key_file = config.key_file or ""
         stack.enter_context(agents(config.ray, config.hosts - 1, f"{join}:{hosts.port}", key_file))
@@ -104,6 +105,7 @@ def open_hosts(
         join=f"{address}:{hosts.port}",
         key_file=config.key_file,
         awaited=config.hosts - 1,
+        capacity=config.capacity_hosts,
     )
     return hosts
 

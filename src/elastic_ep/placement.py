@@ -186,6 +186,29 @@ def launch_placement(
     return Placement(0, num_ranks, slots_per_rank, num_experts, (row,) * num_layers, tuple(hosts))
 
 
+def grown(placement: Placement, hosts: Sequence[int], num_spare: int = 0) -> Placement:
+    """With the rows of ranks that come later: `hosts[rank]`, of all of them, begins with the hosts that are there.
+
+    They hold further copies, so that whoever comes first finds its share: on each rank those experts that have fewest
+    copies by then and none on its host. All layers of `placement` are alike, and stay so.
+    """
+    row = list(placement.slots[0])
+    copies = Counter(row)
+    on_host: dict[int, set[int]] = defaultdict(set)
+    width = min(placement.slots_per_rank - num_spare, placement.num_experts)
+    for host in hosts[placement.num_ranks :]:
+        there = on_host[host]
+        hand = sorted(range(placement.num_experts), key=lambda expert: (expert in there, copies[expert]))[
+            :width
+        ]
+        copies.update(hand)
+        there.update(hand)
+        row += hand + [EMPTY] * (placement.slots_per_rank - len(hand))
+    return replace(
+        placement, num_ranks=len(hosts), slots=(tuple(row),) * len(placement.slots), hosts=tuple(hosts)
+    )
+
+
 def _hands(copies: Sequence[int], num_ranks: int) -> list[list[int]]:
     """What each rank is given, hosts not minded."""
     hands: list[list[int]] = [[] for _ in range(num_ranks)]

@@ -33,7 +33,7 @@ from elastic_ep.models.config_json import CheckpointError
 from elastic_ep.models.known import CUDA, FUSED, unknown
 from elastic_ep.models.registry import load_spec
 from elastic_ep.models.spec import ModelSpec
-from elastic_ep.placement import Placement, launch_placement
+from elastic_ep.placement import Placement, grown, launch_placement
 from elastic_ep.precision import Precision, precision
 from elastic_ep.weights.checkpoint import validate_checkpoint
 
@@ -127,7 +127,7 @@ class ServePlan:
             placement=self.placement,
             all2all_backend=self.config.all2all_backend,
             gpu_memory_utilization=self.memory_utilization,
-            host_address=self.config.joined_at[0] if self.config.hosts > 1 else LOCAL_ADDRESS,
+            host_address=self.config.joined_at[0] if self.config.capacity_hosts > 1 else LOCAL_ADDRESS,
             log=self.config.log,
         )
 
@@ -163,7 +163,7 @@ def make_plan(config: ServeConfig) -> ServePlan:
         raise ConfigError(
             f"--all2all-backend {config.all2all_backend}: the ranks run on the CPU, through shared memory: leave it out"
         )
-    if config.hosts > 1 and device == "cuda":
+    if config.capacity_hosts > 1 and device == "cuda":
         raise ConfigError(
             "--hosts: ranks on GPUs are on one host as yet (docs/hosts.md): give --device cpu, or leave it out"
         )
@@ -271,14 +271,16 @@ def first_placement(config: ServeConfig, model: ModelSpec, redundant: int, devic
     mooncake = device == "cuda" and config.all2all_backend == "mooncake"
     if mooncake and config.ranks * slots % EXPERTS_MULTIPLE:
         spare += 1
-    return launch_placement(
+    hosts = config.host_of_rank
+    first = launch_placement(
         config.ranks,
         model.moe_layers,
         model.moe.experts,
         redundant,
         num_spare=spare,
-        hosts=config.host_of_rank,
+        hosts=hosts[: config.ranks],
     )
+    return grown(first, hosts, num_spare=spare) if hosts else first
 
 
 def engine_limits(config: ServeConfig, model: ModelSpec, device: str) -> EngineLimits:
@@ -325,14 +327,14 @@ def shelf_layout(config: ServeConfig, page_bytes: int) -> ShelfLayout | None:
     asked, available = config.kv_shelf_gib, available_memory()
     if asked is None:
         size = min(int(total_memory() * SHELF_SHARE), available // 2) if config.fault_tolerance else 0
-        return ShelfLayout.fit(config.ranks, page_bytes, size)
+        return ShelfLayout.fit(config.capacity, page_bytes, size)
     if asked * 2**30 > available:
         raise ConfigError(
             f"--kv-shelf-gib {asked:g}: only {available / 2**30:.1f} GiB of memory are available: give less, or 0"
         )
-    layout = ShelfLayout.fit(config.ranks, page_bytes, int(asked * 2**30))
+    layout = ShelfLayout.fit(config.capacity, page_bytes, int(asked * 2**30))
     if asked and layout is None:
-        least = ShelfLayout(config.ranks, 1, page_bytes).total / 2**30
+        least = ShelfLayout(config.capacity, 1, page_bytes).total / 2**30
         raise ConfigError(
             f"--kv-shelf-gib {asked:g} has no room for a page of each rank: give at least {2 * least:.2g}, or 0"
         )

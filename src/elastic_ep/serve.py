@@ -189,7 +189,7 @@ class RunProcess:
             host = await stack.enter_async_context(Keeper(options, files, environment, self._server))
             told = replace(self._plan.rank_config(directory), event_log=self._rank_log())
             hosts = None
-            if self._config.hosts > 1:
+            if self._config.capacity_hosts > 1:
                 run = "" if self._log.path is None else self._log.path.parent.name
                 hosts = open_hosts(stack, self._config, self._plan, host, wire, told, options, run)
             processes = RankProcesses(
@@ -350,7 +350,7 @@ class RunProcess:
             os.close(fd)
 
     def _create_windows(self) -> int:
-        if self._config.hosts == 1:
+        if self._config.capacity_hosts == 1:
             return Windows.create(self._plan.shape)
         return Windows.create(self._plan.shape, carried=True)
 
@@ -371,7 +371,7 @@ class RunProcess:
         """Two incarnations of each rank have a log at a time."""
         if self._log.path is None:
             return None
-        each = (self._config.event_log_max_mb << 20) // _RANKS_PART // (2 * self._config.ranks)
+        each = (self._config.event_log_max_mb << 20) // _RANKS_PART // (2 * self._config.capacity)
         return RankLog(str(self._log.path.parent.resolve() / RANKS), self._config.event_log_mode, each)
 
     def _parts(self, wire: ControllerWire, processes: RankProcesses) -> Parts:

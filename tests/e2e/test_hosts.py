@@ -1,4 +1,5 @@
-"""Two hosts of two ranks: one dies, falls silent or loses its agent under streams, and no client sees it."""
+"""Two hosts of two ranks: one dies, falls silent or loses its agent under streams, and no client sees it. Nor that a
+third comes, and dies."""
 
 from __future__ import annotations
 
@@ -11,18 +12,19 @@ import pytest
 import zmq
 
 from tests.kit.harness import title
-from tests.kit.host_faults import Texts, full, undisturbed, views, with_fault
+from tests.kit.host_faults import Texts, full, grown, undisturbed, views, while_they_stream, with_fault
 from tests.kit.hosts import Group, group
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-OTHER = "127.0.0.2"
+OTHER, THIRD = "127.0.0.2", "127.0.0.3"
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
     """Every test leaves both of them there."""
-    with group(tmp_path_factory.mktemp("hosts"), arguments=["--event-log", "full"]) as running:
+    given = ["--event-log", "full", "--max-hosts", "3"]
+    with group(tmp_path_factory.mktemp("hosts"), arguments=given) as running:
         yield running
 
 
@@ -88,3 +90,14 @@ def test_who_does_not_have_the_key_is_refused_and_counted(hosts: Group, expected
     context.destroy(linger=0)
     texts, _ = asyncio.run(with_fault(hosts.server.url, lambda: None))
     assert texts == expected
+
+
+def test_a_host_that_joins_makes_the_group_grow_and_may_be_killed(hosts: Group, expected: Texts) -> None:
+    """The last of these: the group misses that host from then on."""
+    third = hosts.start(THIRD)
+    waves, _ = asyncio.run(while_they_stream(hosts.server.url, grown(hosts.server.url, 6)))
+    assert waves == [expected] * len(waves)
+    assert set(range(6)) in views(hosts)
+    texts, _ = asyncio.run(with_fault(hosts.server.url, third.kill))
+    assert texts == expected
+    assert views(hosts)[-1] == set(range(4))

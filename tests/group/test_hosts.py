@@ -97,7 +97,7 @@ class FakeWire:
 class World:
     """Holds every host's lease as the host would, and that nobody is launched where another life may go on."""
 
-    def __init__(self, loop: VirtualTimeLoop, hosts: tuple[int, ...]) -> None:
+    def __init__(self, loop: VirtualTimeLoop, hosts: tuple[int, ...], at_start: int) -> None:
         self.loop = loop
         self.keeper = FakeKeeper()
         self.messages: dict[bytes, list[ToHost]] = {}
@@ -107,7 +107,7 @@ class World:
         self.asked: dict[bytes, dict[int, float]] = {}
         self.number_of: dict[bytes, int] = {}
         welcome = Welcome(0, 1, hosts, "{}", "entry:main", (), SHAPE, b"", "run", 1, 2, 0)
-        config = HostsConfig(hosts, "10.0.0.1", "1.0", welcome, "v3", Reach(0, "10.0.0.1", 9))
+        config = HostsConfig(hosts, at_start, "10.0.0.1", "1.0", welcome, "v3", Reach(0, "10.0.0.1", 9))
         self.hosts = Hosts(config, USUAL, cast(Any, self.keeper), self.open)
         self.hosts.start(self.events.append)
         self.hosts.on_links(ALL)
@@ -162,9 +162,11 @@ class World:
             await asyncio.sleep(min(BEAT_S, until - self.loop.time()) or 0.001)
 
 
-def in_world(story: Callable[[World], Coroutine[Any, Any, None]], hosts: tuple[int, ...] = HOSTS) -> World:
+def in_world(
+    story: Callable[[World], Coroutine[Any, Any, None]], hosts: tuple[int, ...] = HOSTS, at_start: int = 3
+) -> World:
     async def main(loop: VirtualTimeLoop) -> World:
-        world = World(loop, hosts)
+        world = World(loop, hosts, at_start)
         await story(world)
         world.hosts.leave()
         return world
@@ -286,6 +288,46 @@ def test_one_that_leaves_has_nothing_left_and_its_number_is_free() -> None:
         assert world.of(A, Welcome)[1].host == 2
 
     in_world(story)
+
+
+def test_a_group_grows_when_no_host_is_missing_and_who_comes_to_a_full_one_is_a_spare() -> None:
+    async def story(world: World) -> None:
+        world.up(A, "10.0.0.2")
+        world.hosts.launch(RANK_2, "")
+        world.says(A, HostAlive(1))
+        await world.passes(SILENCE_S)
+        world.join(B, "10.0.0.3")
+        assert world.of(B, Wait), (
+            "a host is missing: the next takes its place, though there is room for another"
+        )
+        world.join(C, "10.0.0.4")
+        await world.passes(OVER_S, B, C)
+        assert [world.of(token, Welcome)[0].host for token in (B, C)] == [1, 2]
+        for token in (B, C):
+            world.says(token, HostReady(7))
+            world.says(token, ALL)
+        assert [up.host for up in world.happened(HostUp)] == [1, 1, 2]
+        world.join(b"spare", "10.0.0.5")
+        assert world.of(b"spare", Wait)
+        world.says(C, Left())
+        await world.passes(BEAT_S, B)
+        assert world.of(b"spare", Welcome)[0].host == 2, "what it has grown by is missed, too"
+
+    in_world(story, at_start=2)
+
+
+def test_a_host_that_ends_before_it_serves_is_not_grown_by() -> None:
+    async def story(world: World) -> None:
+        world.join(A, "10.0.0.2")
+        world.says(A, Left())
+        world.join(B, "10.0.0.3")
+        world.says(B, Left())
+        await world.passes(BEAT_S)
+        world.join(A, "10.0.0.4")
+        world.join(C, "10.0.0.5")
+        assert [world.of(token, Welcome)[-1].host for token in (A, C)] == [1, 2]
+
+    in_world(story, at_start=1)
 
 
 def test_who_is_of_no_use_is_refused_and_who_has_no_place_waits() -> None:

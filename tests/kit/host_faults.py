@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import aiohttp
 from train.problems import held_out
@@ -15,6 +15,7 @@ from tests.kit.served import Stamps, begun, chat, http, until_full
 
 QUESTIONS = [problem.question for problem in held_out(6)]
 Texts = list[str]
+T = TypeVar("T")
 
 
 async def answers(session: aiohttp.ClientSession, url: str, started: asyncio.Event | None = None) -> Texts:
@@ -58,6 +59,23 @@ async def with_fault(url: str, fault: Callable[[], object]) -> tuple[Texts, dict
         await asyncio.to_thread(fault)
         texts = await asyncio.wait_for(streams, 120)
         return texts, {engine["id"]: engine["incarnation"] for engine in before["engines"]}
+
+
+async def while_they_stream(url: str, until: Awaitable[T]) -> tuple[list[Texts], T]:
+    """The texts of streams, wave upon wave until that is over and the last one has ended."""
+    async with http() as session:
+        awaited = asyncio.ensure_future(until)
+        waves = []
+        while not awaited.done():
+            waves.append(await asyncio.wait_for(answers(session, url), 120))
+        return waves, await awaited
+
+
+async def grown(url: str, ranks: int) -> None:
+    """When so many serve."""
+    async with asyncio.timeout(120), http() as session:
+        while len((await until_full(session, url))["engines"]) < ranks:
+            pass
 
 
 async def full(url: str, beyond: dict[int, int]) -> dict[str, Any]:

@@ -93,11 +93,12 @@ class Far(NamedTuple):
 
 
 class HostsModel(Model):
-    """`hosts[rank]`, by number."""
+    """`hosts[rank]`, by number; the group begins with `at_start` of them."""
 
-    def __init__(self, bounds: Bounds, hosts: tuple[int, ...]) -> None:
+    def __init__(self, bounds: Bounds, hosts: tuple[int, ...], at_start: int) -> None:
         super().__init__(bounds)
         self.hosts = hosts
+        self.at_start = at_start
         self.machines: list[HostsMachine] = []
         self.leases: list[OwnLease] = []
         self._machine_ids: dict[Any, int] = {}
@@ -106,7 +107,7 @@ class HostsModel(Model):
 
     def first(self, machines: int) -> tuple[int, tuple[Far, ...]]:
         welcome = Welcome(0, 1, self.hosts, "", "", (), (0,) * 6, b"", "", 0, 0, 0)
-        config = ho.HostsConfig(self.hosts, "first", "1", welcome, "", Reach(HERE, "first", 0))
+        config = ho.HostsConfig(self.hosts, self.at_start, "first", "1", welcome, "", Reach(HERE, "first", 0))
         machine = HostsMachine(config, Beats)
         machine.step(ho.OwnLinks(self.links()))
         return self.keep_machine(machine), (Far(),) * machines
@@ -342,6 +343,8 @@ class HostsModel(Model):
             case ho.Here(Fence(member)):
                 world = self._fence_there(world, member)
             case ho.Tell(HostUp(host)):
+                there = tuple(rank for rank, at in enumerate(self.hosts) if at == host)
+                world = self._tell_controller(world, ev.Grown(there))
                 world = self._tell_controller(world, ev.RelaunchRequested(self._dead(world, host)))
             case ho.Tell(Died(member)):
                 world = self._tell_controller(world, ev.DeathNoticed(member, "killed"))

@@ -32,6 +32,12 @@ def test_several_hosts_have_no_split_and_no_dead_end(
     if case.bounds.relaunch:
         everybody = [m for m in model.controllers if len(m.view.seats) == len(case.hosts)]
         assert any(seat.incarnation > 1 for machine in everybody for seat in machine.view.seats)
+    if case.grows:
+        assert (
+            min(len(m.view.seats) for m in model.controllers)
+            < len(case.hosts)
+            == max(len(m.view.seats) for m in model.controllers)
+        )
     if case.machines > 1:
         addresses = {place.address for hosts in model.machines for place in hosts.places.values()}
         assert addresses > {"host 0", "host 1"}, "the spare never got the number"
@@ -87,6 +93,12 @@ def test_a_view_that_keeps_a_lost_member_is_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(MembershipMachine, "_publish_view", keep_one)
     _, found = TWO_RANKS_DIE.run()
     assert found.violation == "controller: 1.1 seated in Failed", str(found)
+
+
+def test_growth_that_is_forgotten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MembershipMachine, "_on_grown", lambda self, event: None)
+    _, found = HostsCase("mutant", (0, 1), Bounds(0, relaunch=True), grows=1).run()
+    assert found.violation.startswith("stuck: only "), str(found)
 
 
 def test_a_spare_that_is_never_called_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -511,6 +511,27 @@ def test_a_lost_host_is_one_view_and_counts_against_none_of_its_ranks() -> None:
     assert machine.records[2].early_deaths == 0
 
 
+def test_a_group_grows_by_ranks_and_misses_them_from_then_on() -> None:
+    machine = MembershipMachine(2, launch_placement(4, 1, 4, 8), CONFIG)
+    feed(machine, ev.Start(), ev.WorkBegan())
+    come_up(machine, 0, 1)
+    promise(machine)
+    assert machine.public_state == "Serving"
+    launched = [e.member for e in feed(machine, ev.Grown((1, 2, 3))) if isinstance(e, ev.Launch)]
+    assert launched == [Member(2, 1), Member(3, 1)]
+    assert machine.public_state == "Degraded"
+    assert machine.next_deadline_ms() == machine.now_ms + CONFIG.init_deadline_ms, "they must start in time"
+    for rank in (2, 3):
+        come_up(machine, rank)
+        promise(machine)
+    assert machine.public_state == "Serving"
+    assert not feed(machine, ev.Grown((2, 3)))
+    feed(machine, ev.HostLost((Member(2, 1), Member(3, 1)), "host 1 is lost"))
+    assert machine.public_state == "Degraded"
+    feed(machine, ev.StopRequested())
+    assert not feed(machine, ev.Grown((4,))), "nothing new is started"
+
+
 @pytest.mark.parametrize("stopping", [False, True])
 def test_a_rank_that_is_named_twice_is_lost_once(stopping: bool) -> None:
     machine = serving(3)

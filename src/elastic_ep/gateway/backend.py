@@ -84,7 +84,7 @@ class GroupBackend:
     def _record(self, rank: int) -> RankRecord:
         machine = self._controller.machine
         if rank not in machine.records:
-            raise UnknownRank(f"There is no rank {rank}: they are 0 to {machine.num_ranks - 1}.")
+            raise UnknownRank(f"There is no rank {rank}: they are 0 to {max(machine.records)}.")
         return machine.records[rank]
 
     async def experts(self) -> ExpertsStatus:

@@ -242,8 +242,9 @@ class Controller:
             case HostUp(host, name, rejoined):
                 self._log.note("host_up", host=host, name=name, rejoined=rejoined)
                 log.info("a host is in the group", host=host, address=name, again=rejoined > 0)
-                hosts = self.repairs.placement.hosts
-                self.relaunch(rank for rank in self.machine.records if hosts[rank] == host)
+                there = tuple(rank for rank, at in enumerate(self.repairs.placement.hosts) if at == host)
+                self.feed(ev.Grown(there))
+                self.relaunch(rank for rank in there if rank in self.machine.records)
             case HostLost(host, members, why):
                 self._on_host_lost(host, members, why)
             case AgentReady(pid, adopted):

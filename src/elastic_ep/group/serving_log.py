@@ -29,7 +29,7 @@ class ServingLog:
             return
         view = self._machine.view
         if answers and not self._answers:
-            facts = {"ranks": len(view.seats), "of": self._machine.num_ranks}
+            facts = {"ranks": len(view.seats), "of": len(self._machine.records)}
             facts["tolerates"] = self._machine.tolerates
             if self._machine.placement.hosts:
                 facts["tolerates_hosts"] = self._machine.tolerates_hosts

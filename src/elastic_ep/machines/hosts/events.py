@@ -24,9 +24,12 @@ Order = LaunchWith | Watch | Fence
 
 @dataclass(frozen=True, slots=True)
 class HostsConfig:
-    """`hosts[rank]`. `welcome` is what a host is told that joins, but for its number. `address` is this host's."""
+    """`hosts[rank]`, of all ranks that there may be; the group begins with `at_start` hosts. `welcome` is what a host is
+    told that joins, but for its number. `address` is this host's.
+    """
 
     hosts: tuple[int, ...]
+    at_start: int
     address: str
     release: str
     welcome: Welcome

@@ -3,7 +3,8 @@
 Each rank belongs to a host by number. A host that joins takes a number that nobody has; when it is taken for dead, its
 ranks are lost in one event, other hosts are told to take nothing of it any more (`GiveUp`), and when its lease has
 surely run out there its ranks count as gone: only then is the number given to the next, which may be the same host. Who
-finds no free number waits, as a spare.
+comes takes the place of a host that is missing; when none is, the group grows by it, up to its capacity; and when that
+is full, it waits, as a spare.
 
 All hosts must reach each other (`links.py`): a host has ranks launched when it has reached all that have some, and one
 of two that are apart is lost, though both are heard here.
@@ -60,6 +61,8 @@ class Place:
     """A number, and the host that has it, if one has."""
 
     number: int
+    missed: bool = True
+    """The group wants a host there: it began with one, or has grown by it."""
     token: str = ""
     """Of the host's present life; "": nobody has the number."""
     incarnation: int = 0
@@ -97,7 +100,10 @@ class HostsMachine(Machine[Event, Effect]):
     timing: type[Timing] = Timing
 
     def __post_init__(self) -> None:
-        self.places = {number: Place(number) for number in sorted(set(self.config.hosts) - {HERE})}
+        self.places = {
+            number: Place(number, missed=number < self.config.at_start)
+            for number in sorted(set(self.config.hosts) - {HERE})
+        }
         self.links = LinkTable(HERE)
         self.waiting: dict[str, Join] = {}
         """Who wants to join, in the order of asking."""
@@ -234,7 +240,8 @@ class HostsMachine(Machine[Event, Effect]):
         if any(place.token and place.address == join.address for place in self.places.values()):
             self._say(token, Wait(f"a host at {join.address} is in the group: is it the one before this?"))
             return False
-        free = [place for place in self.places.values() if place.free]
+        missing = [place for place in self.places.values() if place.missed and not place.token]
+        free = [place for place in missing or self.places.values() if place.free]
         if not free:
             self._say(token, Wait("every number is taken, or will be free when a lost host's lease ends"))
             return False
@@ -281,7 +288,7 @@ class HostsMachine(Machine[Event, Effect]):
         """Hosts that are ready, and have reached all others, get their ranks."""
         for place in self.places.values():
             if place.ready and not place.linked and not self.links.apart_from(place.number, self._linked()):
-                place.linked = True
+                place.linked = place.missed = True
                 held, place.held = place.held, {}
                 for member, config in held.items():
                     self._launch(place, LaunchWith(member, config))

@@ -34,6 +34,13 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Grown:
+    """There is a place for these ranks: those that the group does not want yet, it wants from now on."""
+
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessStarted:
     member: Member
 
@@ -139,6 +146,7 @@ class StopForced:
 
 Event = (
     Start
+    | Grown
     | Tick
     | ProcessStarted
     | Reported

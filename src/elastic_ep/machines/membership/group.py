@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from elastic_ep.machines.membership.events import GroupState
-from elastic_ep.machines.membership.records import Attempt
+from elastic_ep.machines.membership.records import Attempt, RankRecord
 from elastic_ep.wire.messages import View
 
 
 class Facts(Protocol):
     """What the group's state is derived from; the membership machine has it."""
 
-    num_ranks: int
     stopping: bool
     attempt: Attempt | None
     view: View
 
+    @property
+    def records(self) -> Mapping[int, RankRecord]: ...
     @property
     def covered(self) -> bool: ...
 
@@ -37,7 +38,7 @@ GROUP = (
     Case(GroupState.FORMING, "nobody has a seat", lambda m: not m.view.seats),
     Case(GroupState.HOLDING, "an expert has no copy", lambda m: not m.covered),
     Case(GroupState.PAUSED, "the members are parked", lambda m: m.view.park_at is not None),
-    Case(GroupState.SERVING, "every rank has a seat", lambda m: len(m.view.seats) == m.num_ranks),
+    Case(GroupState.SERVING, "every rank has a seat", lambda m: len(m.view.seats) == len(m.records)),
     Case(GroupState.DEGRADED, "else", lambda m: True),
 )
 """The group's state is the first one that holds."""

@@ -35,6 +35,7 @@ class MembershipMachine(Machine[Event, Effect]):
 
     transient = Machine.transient | {"_covered", "_unseated"}
     num_ranks: int
+    """At the start. `placement` has rows for all that there may be."""
     placement: Placement
     config: MembershipConfig = field(default_factory=MembershipConfig)
 
@@ -43,6 +44,7 @@ class MembershipMachine(Machine[Event, Effect]):
         self.records = {
             rank: RankRecord(Member(rank, 1), TableMachine(RANK)) for rank in range(self.num_ranks)
         }
+        """Of the ranks that the group wants."""
         self.attempt: Attempt | None = None
         self.attempts = 0
         self.now_ms = 0
@@ -63,6 +65,7 @@ class MembershipMachine(Machine[Event, Effect]):
         self._effects: list[Effect] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.Start: self._on_start,
+            ev.Grown: self._on_grown,
             Tick: self._on_tick,
             ev.ProcessStarted: self._on_process_started,
             ev.Reported: self._on_reported,
@@ -167,8 +170,17 @@ class MembershipMachine(Machine[Event, Effect]):
 
     def _on_start(self, _event: ev.Start) -> None:
         for record in self.records.values():
-            record.since_ms = self.now_ms
-            self._effects.append(ev.Launch(record.member))
+            self._launch_first(record)
+
+    def _on_grown(self, event: ev.Grown) -> None:
+        if self.stopping or self.verdict:
+            return
+        for rank in event.ranks:
+            if rank not in self.records:
+                self.records[rank] = RankRecord(Member(rank, 1), TableMachine(RANK))
+                self._launch_first(self.records[rank])
+        self.records = dict(sorted(self.records.items()))
+        self._find_unseated()
 
     def _on_tick(self, event: Tick) -> None:
         self.now_ms = max(self.now_ms, event.now_ms)
@@ -300,10 +312,14 @@ class MembershipMachine(Machine[Event, Effect]):
         """Who is seated waits for no launch, and starts no more."""
         view, ranks = self._unseated
         if view is not self.view:
-            seated = {seat.rank for seat in self.view.seats}
-            ranks = tuple(rank for rank in self.records if rank not in seated)
-            self._unseated = (self.view, ranks)
+            ranks = self._find_unseated()
         return [self.records[rank] for rank in ranks]
+
+    def _find_unseated(self) -> tuple[int, ...]:
+        seated = {seat.rank for seat in self.view.seats}
+        ranks = tuple(rank for rank in self.records if rank not in seated)
+        self._unseated = (self.view, ranks)
+        return ranks
 
     def _current(self, member: Member) -> RankRecord | None:
         """The record, if this incarnation is its present one: news of an older one is dropped."""
@@ -314,6 +330,10 @@ class MembershipMachine(Machine[Event, Effect]):
         if record.lifecycle.fire(trigger):
             record.since_ms = self.now_ms
             self._effects.append(ev.RankMoved(record.member, record.state, reason))
+
+    def _launch_first(self, record: RankRecord) -> None:
+        record.since_ms = self.now_ms
+        self._effects.append(ev.Launch(record.member))
 
     def _fence(self, record: RankRecord, reason: str) -> None:
         record.fenced = record.fenced or reason

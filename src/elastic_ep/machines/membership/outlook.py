@@ -58,7 +58,7 @@ def why_never(machine: MembershipMachine) -> str:
     if left == 0:
         return "no rank is left, and none is launched again (--relaunch-limit 0)"
     return (
-        f"{left} of {machine.num_ranks} ranks are left, with slots for {left * placement.slots_per_rank} of "
+        f"{left} of {len(machine.records)} ranks are left, with slots for {left * placement.slots_per_rank} of "
         f"{placement.num_experts} experts, and none is launched again (--relaunch-limit 0); "
         "more --ep-num-redundant-experts let fewer ranks go on"
     )
