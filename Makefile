@@ -70,6 +70,7 @@ bench: $(READY) ## run every benchmark; results go to bench/results/
 
 bench-gpu: $(READY) ## the benchmarks that need a CUDA device, most of them MPS
 	$(BIN)/python -m bench.kernels --out bench/results/kernels.json
+	$(BIN)/python -m bench.gpu_mla --out bench/results/gpu_mla.json
 	$(BIN)/python -m bench.sampler --out bench/results/gpu_sampler.json
 	for bench in gpu_pages gpu_throughput gpu_profile gpu_failover "gpu_moe_layer --mps" "gpu_overhead --mps"; do \
 	    echo "== $$bench"; $(BIN)/python -m bench.$$bench --out bench/results/$${bench%% *}.json; \

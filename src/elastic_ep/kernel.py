@@ -52,6 +52,11 @@ def counters(device: torch.device) -> torch.Tensor:
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors to share the work; the interpreter makes do with three."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
+
+
 def power_of_2(value: int) -> int:
     """The smallest power of two that is not below `value`, which is positive."""
     return 1 << (value - 1).bit_length()

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda.inputs import StepShape
-from elastic_ep.engine.ops_cuda.kernels import decode_attention, expert_ffn
+from elastic_ep.engine.ops_cuda.kernels import decode_attention, expert_ffn, latent_attention
 from elastic_ep.engine.ops_cuda.memory import (
     MOST_PAGES,
     Budget,
     NotEnoughMemory,
     Share,
+    _parts,
     check_memory,
     needs_of,
     pages_within,
@@ -30,9 +31,11 @@ from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.models.config_json import ConfigFields
 from elastic_ep.models.quantisation import quantised
+from elastic_ep.models.spec import LatentAttention
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Held, Weights, dummy_source
 from tests.engine.solo import TINY, dummy_weights
+from tests.models.small import small_spec
 
 LIMITS = EngineLimits(max_model_len=320, num_pages=2000)
 PLACEMENT = launch_placement(2, TINY.moe_layers, TINY.moe.experts, 2)
@@ -129,6 +132,35 @@ def test_the_parts_of_long_contexts_are_counted_as_they_are_allocated(
         for longest in (320, 40_000)
     ]
     assert needs[1].working - needs[0].working == 2 * (parts[1] - parts[0])
+
+
+@pytest.mark.parametrize("sequences", [16, 64])
+def test_the_parts_of_latents_are_counted_as_they_are_allocated(
+    monkeypatch: pytest.MonkeyPatch, sequences: int
+) -> None:
+    parts: list[int] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *tensors, **options: parts.append(sum(part.nbytes for part in tensors[4:7]))
+
+    monkeypatch.setattr(latent_attention, "_latent_decode_kernel", Kernel())
+    monkeypatch.setattr(latent_attention, "PARTS_BYTES", 2_000_000)
+    monkeypatch.setattr(latent_attention, "counters", lambda device: None)
+    spec, longest = small_spec("deepseek_v3"), 100_000
+    kind = spec.attention
+    assert isinstance(kind, LatentAttention)
+    latent_attention.latent_decode(
+        torch.empty(sequences, kind.heads, kind.kv_elements, dtype=torch.bfloat16, device="meta"),
+        torch.empty(2, 16, kind.kv_elements, dtype=torch.bfloat16, device="meta"),
+        torch.empty(sequences, longest // 16, dtype=torch.int32, device="meta"),
+        torch.empty(sequences, dtype=torch.int32, device="meta"),
+        rank=kind.kv_rank,
+        scale=1.0,
+    )
+    limits = replace(LIMITS, max_num_seqs=sequences, max_model_len=longest)
+    assert len(parts) == -(-sequences // 32)
+    assert _parts(spec, limits) == max(parts)
 
 
 def test_enough_is_enough() -> None:

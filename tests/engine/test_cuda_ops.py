@@ -22,7 +22,7 @@ from tests.engine.cuda.solo import cuda_runner, recorded
 from tests.engine.solo import SoloExchange, assign, drain, dummy_weights
 from tests.engine.test_invariance import recorded_logits
 from tests.kit import plain_kernels
-from tests.models.small import LLAMA3, OWN, small_spec
+from tests.models.small import LLAMA3, OWN, YARN, small_spec
 
 LIMITS = EngineLimits(max_model_len=100, max_num_seqs=4, max_num_batched_tokens=24, num_pages=40)
 PROMPTS = [(7 * i * i + 3 * i + 5) % 200 for i in range(27)], [11, 4, 150]
@@ -32,6 +32,13 @@ SPECS = {name: spec for name, spec in SPECS.items() if not unknown(spec, CUDA)} 
     "glm4_moe with all flags": small_spec(
         "glm4_moe", use_qk_norm=True, attention_bias=True, n_group=4, topk_group=2
     ),
+    "deepseek_v2 with groups": small_spec(
+        "deepseek_v2", topk_method="group_limited_greedy", n_group=4, topk_group=2, q_lora_rank=None
+    ),
+    "deepseek_v3 as trained further": small_spec(
+        "deepseek_v3", rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}, attention_bias=True
+    ),
+    "deepseek_v3 in halves": small_spec("deepseek_v3", rope_interleave=False),
     "qwen3_moe with dense layers": small_spec(
         "qwen3_moe", mlp_only_layers=[1], attention_bias=True, rope_parameters=LLAMA3
     ),
@@ -70,6 +77,13 @@ def prefill_attention(q: torch.Tensor, *rest: torch.Tensor, scale: float, **more
     return plain_kernels.paged_attention(q * (scale * q.shape[-1] ** 0.5), *rest, **more)
 
 
+def latent_decode(
+    q: torch.Tensor, latents: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor, **more: Any
+) -> torch.Tensor:
+    bounds = torch.arange(len(q) + 1)
+    return plain_kernels.latent_attention(q, latents, tables, bounds, lengths, **more)
+
+
 def expert_ffn(
     packed: torch.Tensor,
     counts: torch.Tensor,
@@ -94,6 +108,10 @@ def _plain_kernels() -> Iterator[None]:
         gate=plain_kernels.gate,
         add_rms_norm=plain_kernels.add_rms_norm,
         norm_rope_write=plain_kernels.norm_rope_write,
+        by_head=plain_kernels.by_head,
+        latent_write=plain_kernels.latent_write,
+        latent_decode=latent_decode,
+        latent_prefill=plain_kernels.latent_attention,
     ):
         yield
 

@@ -144,3 +144,57 @@ def paged_attention(
         weights = torch.softmax(scores, dim=-1)[..., :length]
         out[first:end] = torch.einsum("hgtk,hkd->thgd", weights, v).reshape(end - first, -1, dim)
     return out
+
+
+def by_head(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """See `by_head.by_head`."""
+    made = torch.einsum("rhi,hio->rho", x, w)
+    return made if out is None else out.copy_(made)
+
+
+def latent_write(
+    made: torch.Tensor,
+    norm: torch.Tensor,
+    q: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    latents: torch.Tensor,
+    seen: torch.Tensor,
+    eps: float,
+    *,
+    interleaved: bool = False,
+) -> None:
+    """See `latent_write.latent_write`."""
+    rank, page = len(norm), latents.shape[1]
+    latent, key = made[:, :rank], made[:, None, rank:]
+    normed = latent * torch.rsqrt(latent.square().mean(dim=-1, keepdim=True) + eps) * norm
+    c, s = cos[positions].unsqueeze(1).to(made), sin[positions].unsqueeze(1).to(made)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        low, high = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+        pairs = low * c - high * s, high * c + low * s
+        return torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
+
+    seen[..., rank:] = turned(q)
+    whole = torch.cat((normed, turned(key)[:, 0]), dim=-1)
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            latents[slot // page, slot % page] = whole[token]
+
+
+def latent_attention(
+    q: torch.Tensor,
+    latents: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    rank: int,
+    scale: float,
+) -> torch.Tensor:
+    """See `latent_attention.latent_prefill`; rows that belong to no sequence are zero."""
+    keys = latents.unsqueeze(1)
+    wide = q * (scale * q.shape[-1] ** 0.5)
+    return paged_attention(wide, keys, keys, block_tables, cu_seqlens, context_lens)[..., :rank].contiguous()

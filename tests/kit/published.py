@@ -128,6 +128,71 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        {
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "num_attention_heads": 128,
+            "q_lora_rank": 1536,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048,
+            "first_k_dense_replace": 1,
+            "n_group": 8,
+            "topk_group": 4,
+            "norm_topk_prob": True,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 40,
+                "original_max_position_embeddings": 4096,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+            **_BLOCKS,
+        },
+    ),
+    "DeepSeek-V2-Lite": (
+        "deepseek_v2",
+        {
+            "vocab_size": 102400,
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "num_attention_heads": 16,
+            "q_lora_rank": None,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "Kimi-K2": (
+        "deepseek_v3",
+        {
+            "model_type": "kimi_k2",
+            "vocab_size": 163840,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "num_attention_heads": 64,
+            "q_lora_rank": 1536,
+            "n_routed_experts": 384,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.827,
+            "rope_theta": 50_000.0,
+            **_BLOCKS,
+        },
+    ),
     "gpt-oss-20b": (
         "gpt_oss",
         {
@@ -204,7 +269,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 """Family and configuration of all that a GPU serves. Llama 4's chunks are short here, so that a test sees several."""
 
 EXPERTS: dict[str, tuple[int, int, int, tuple[int, int]]] = {"DeepSeek-V3": (7168, 2048, 64, (128, 128))}
-"""Hidden size, width of an expert, slots of a rank and blocks of scales, of models that a GPU does not serve yet."""
+"""Hidden size, width of an expert, slots of a rank and blocks of scales."""
 
 
 def published(name: str) -> ModelSpec:

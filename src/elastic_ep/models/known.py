@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
-from elastic_ep.models.spec import Attention, Dense, Gate, Layer, ModelSpec, Moe, Parameter, Shared
+from elastic_ep.models.spec import (
+    Attention,
+    Dense,
+    Gate,
+    LatentAttention,
+    Layer,
+    ModelSpec,
+    Moe,
+    Parameter,
+    Shared,
+)
 
 _PLAIN: dict[type, frozenset[str]] = {
     ModelSpec: frozenset(
@@ -46,6 +56,8 @@ CUDA = Known(
         Layer: _PLAIN[Layer],
         Attention: _PLAIN[Attention]
         | {"rotary_dim", "interleaved", "scaling", "scale", "window", "temperature", "sinks"},
+        LatentAttention: frozenset({"heads", "q_rank", "kv_rank", "nope", "rope", "value", "rotary"})
+        | {"score_scale", "norm_eps"},
         Moe: _PLAIN[Moe] | {"gate", "shared", "activation"},
         Dense: frozenset({"inner"}),
         Gate: frozenset(field.name for field in fields(Gate)),
@@ -55,7 +67,8 @@ CUDA = Known(
     layer=_LAYER
     | {f"{prefix}{name}" for prefix in ("", "shared_") for name in _FFN}
     | {"qkv_bias", "out_bias", "gate_bias", "gate_correction", "shared_gate", "sinks"}
-    | {"input_norm_bias", "post_norm_bias"},
+    | {"input_norm_bias", "post_norm_bias"}
+    | {"latents", "latents_bias", "q_norm", "q_b", "kv_norm", "kv_b"},
     expert=_FFN,
     several_kinds=True,
 )

@@ -128,6 +128,77 @@ class Checked:
         real = self._real(len(q))
         check("attention", out[:real], exact[:real])
 
+    def by_head(
+        self, kernel: Kernel, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y: torch.Tensor = kernel(x, w, out)
+        real = self._real(len(x))
+        error = relative_error(y[:real], plain_kernels.by_head(x[:real].double(), w.double()))
+        assert error < _DENSE[y.dtype], f"by_head {tuple(x.shape)} @ {tuple(w.shape)}: {error:.1e}"
+        return y
+
+    def latent_write(
+        self,
+        kernel: Kernel,
+        made: torch.Tensor,
+        norm: torch.Tensor,
+        q: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        latents: torch.Tensor,
+        seen: torch.Tensor,
+        eps: float,
+        **others: Any,
+    ) -> None:
+        real, rank = self._real(len(made)), len(norm)
+        exact = latents.double(), seen[:real].double()
+        plain_kernels.latent_write(
+            made[:real].double(),
+            norm.double(),
+            q[:real].double(),
+            cos.double(),
+            sin.double(),
+            positions[:real],
+            slots[:real],
+            *exact,
+            eps,
+            **others,
+        )
+        kernel(made, norm, q, cos, sin, positions, slots, latents, seen, eps, **others)
+        check("norm_rope", seen[:real, :, rank:], exact[1][..., rank:])
+        page, within = slots[:real].long() // latents.shape[1], slots[:real].long() % latents.shape[1]
+        check("norm_rope", latents[page, within], exact[0][page, within])
+
+    def latent_decode(
+        self,
+        kernel: Kernel,
+        q: torch.Tensor,
+        latents: torch.Tensor,
+        tables: torch.Tensor,
+        lengths: torch.Tensor,
+        **others: Any,
+    ) -> torch.Tensor:
+        out: torch.Tensor = kernel(q, latents, tables, lengths, **others)
+        bounds = torch.arange(len(q) + 1)
+        self._attended_latents(out, q, latents, tables, bounds, lengths, **others)
+        return out
+
+    def latent_prefill(
+        self, kernel: Kernel, q: torch.Tensor, *places: torch.Tensor, **others: Any
+    ) -> torch.Tensor:
+        out: torch.Tensor = kernel(q, *places, **others)
+        self._attended_latents(out, q, *places, **others)
+        return out
+
+    def _attended_latents(
+        self, out: torch.Tensor, q: torch.Tensor, latents: torch.Tensor, *rest: torch.Tensor, **others: Any
+    ) -> None:
+        exact = plain_kernels.latent_attention(q.double(), latents.double(), *rest, **others)
+        real = self._real(len(q))
+        check("attention", out[:real], exact[:real])
+
     def gate(
         self, kernel: Kernel, logits: torch.Tensor, physical: torch.Tensor, top_k: int, **others: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

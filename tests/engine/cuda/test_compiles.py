@@ -20,10 +20,13 @@ from elastic_ep.config import EngineLimits
 from elastic_ep.engine.interrupted import CountedCarrier
 from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.kernels import (
+    by_head,
     decode_attention,
     dense,
     expert_ffn,
     gate,
+    latent_attention,
+    latent_write,
     norm_rope,
     prefill_attention,
 )
@@ -48,7 +51,11 @@ CHOSEN = (
     EACH if "ELASTIC_EP_ALL_FAMILIES" in os.environ else [("MiniMax-M2", "decode"), ("gpt-oss-20b", "decode")]
 )
 """All together take minutes."""
-MODULES = (decode_attention, dense, expert_ffn, gate, norm_rope, prefill_attention)
+MODULES = (
+    *(by_head, decode_attention, dense, expert_ffn, gate),
+    *(latent_attention, latent_write, norm_rope, prefill_attention),
+)
+LATENT = {f"_{name}_kernel" for name in ("by_head", "latent_decode", "latent_prefill", "latent_write")}
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -81,8 +88,7 @@ class Recorder:
 def _type_of(value: Any) -> tuple[str, bool]:
     """And whether Triton takes it as a multiple of 16."""
     if isinstance(value, torch.Tensor):
-        assert value.is_contiguous()
-        return _TYPES[value.dtype], True
+        return _TYPES[value.dtype], value.storage_offset() * value.itemsize % 16 == 0
     return ("i32", value % 16 == 0) if isinstance(value, int) else ("fp32", False)
 
 
@@ -154,8 +160,16 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "step"), CHOSEN)
 def test_real_layers(name: str, step: str) -> None:
     launches = launches_of_a_step(published(name), STEPS[step])
-    assert {kernel for kernel, _ in launches} >= {"_experts_kernel", "_dense_kernel", "_norm_rope_kernel"}
+    assert {kernel for kernel, _ in launches} >= {"_experts_kernel", "_dense_kernel"}
     compile_all(launches)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_latents(step: str) -> None:
+    launches = launches_of_a_step(published("DeepSeek-V3"), STEPS[step])
+    latent = {launch: kernel for launch, kernel in launches.items() if launch[0] in LATENT}
+    assert len(latent) == 4, "and two products by head"
+    compile_all(latent)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("DeepSeek-V3", 1)])

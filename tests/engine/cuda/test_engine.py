@@ -53,7 +53,7 @@ FAMILIES = {
 }
 OTHERS = (
     *("qwen2_moe", "glm4_moe", "granitemoe", "ernie4_5_moe", "minimax_m2"),
-    *("gpt_oss", "phimoe", "llama4_text"),
+    *("gpt_oss", "phimoe", "llama4_text", "deepseek_v2", "deepseek_v3"),
 )
 ON_A_GPU = {family: small_spec(family) for family in OTHERS}
 """The interpreter would take too long: there tests/engine/test_cuda_ops.py does."""

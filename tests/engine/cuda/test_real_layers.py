@@ -9,7 +9,7 @@ from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
-from elastic_ep.models.spec import ModelSpec, Norm
+from elastic_ep.models.spec import LatentAttention, ModelSpec, Norm
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Held, Weights, dummy_source
 from tests.engine.cuda.checked import checked, exact_expert
@@ -45,9 +45,14 @@ def every_kernel_is_right(weights: Weights) -> tuple[list[int], Logits]:
     runner.add(assign(2, SHORT, max_tokens=NEW))
     with checked(runner._inputs) as calls, recorded() as seen:
         tokens = ids(drain(runner)[1])
-    assert {"dense", "norm_rope_write", "expert_ffn"} <= calls.keys()
+    latent = isinstance(weights.spec.attention, LatentAttention)
+    written, decoded, prompts = (
+        ("latent_write", "latent_decode", "latent_prefill")
+        if latent
+        else ("norm_rope_write", "decode_attention", "prefill_attention")
+    )
+    assert {"dense", "expert_ffn", written, decoded, prompts} <= calls.keys()
     assert weights.spec.norm is Norm.LAYER or calls["add_rms_norm"]
-    assert {"decode_attention", "prefill_attention"} <= calls.keys()
     assert calls["gate"] or calls["choose"]
     return tokens, seen
 

@@ -12,10 +12,10 @@ import torch
 from elastic_ep.config import CannotRun, EngineLimits
 from elastic_ep.engine.ops_cuda import draws
 from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, ladder
-from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT
+from elastic_ep.engine.ops_cuda.kernels.latent_attention import LATENT_CUT, sequences_at_once
+from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, part_bytes
 from elastic_ep.exchange.base import ExchangeShape
-from elastic_ep.kernel import power_of_2
-from elastic_ep.models.spec import Dense, ModelSpec, Moe
+from elastic_ep.models.spec import Dense, LatentAttention, ModelSpec, Moe
 from elastic_ep.placement import Placement
 
 _ITEM = 2
@@ -88,6 +88,7 @@ def needs_of(
         exchange=exchange_bytes,
         working=2 * shape.max_tokens * 3 * _widest(spec) * _ITEM
         + 2 * rows * (spec.hidden_size * copies_rows + spec.moe.inner) * _ITEM
+        + 2 * shape.max_tokens * _latent_widths(spec) * _ITEM
         + 2 * _parts(spec, limits)
         + _rows_of_logits(limits) * spec.vocab_size * _WIDE_ITEM
         + draws.WORKING_BYTES
@@ -102,11 +103,25 @@ def _widest(spec: ModelSpec) -> int:
     return max([ffn.inner for ffn in ffns if isinstance(ffn, Dense)] + shared, default=0)
 
 
+def _latent_widths(spec: ModelSpec) -> int:
+    """Numbers of a row of what latent attention has at work: queries before and after they are turned, and results."""
+    kind = spec.attention
+    if not isinstance(kind, LatentAttention):
+        return 0
+    return kind.heads * (kind.nope + kind.rope + kind.kv_elements + kind.kv_rank + kind.value)
+
+
 def _parts(spec: ModelSpec, limits: EngineLimits) -> int:
-    """Bytes of what the parts of the longest contexts come to, before they are merged (kernels/decode_attention.py)."""
-    kind, sequences = spec.grouped, -(-limits.max_num_seqs // TILE_ROWS) * TILE_ROWS
-    splits = -(-limits.sequence_pages * limits.page_size // CUT[torch.bfloat16].split)
-    return sequences * kind.heads * splits * (power_of_2(kind.head_dim) + 2) * _WIDE_ITEM
+    """Bytes of what the parts of the longest contexts come to, before they are merged (kernels/decode_attention.py,
+    kernels/latent_attention.py)."""
+    kind, sequences = spec.attention, -(-limits.max_num_seqs // TILE_ROWS) * TILE_ROWS
+    longest = limits.sequence_pages * limits.page_size
+    if isinstance(kind, LatentAttention):
+        splits = -(-longest // LATENT_CUT[torch.bfloat16].split)
+        at_once = min(sequences, sequences_at_once(kind.heads, kind.kv_rank, splits))
+        return at_once * part_bytes(kind.heads, kind.kv_rank, splits)
+    splits = -(-longest // CUT[torch.bfloat16].split)
+    return sequences * part_bytes(kind.heads, kind.head_dim, splits)
 
 
 def _rows_of_logits(limits: EngineLimits) -> int:

@@ -12,17 +12,20 @@ from torch.nn import functional
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cpu.gate import choose, weighed
 from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, StepInputs, StepShape
+from elastic_ep.engine.ops_cuda.kernels.by_head import by_head
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.dense import dense
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.gate import gate, has_gate
+from elastic_ep.engine.ops_cuda.kernels.latent_attention import latent_decode, latent_prefill
+from elastic_ep.engine.ops_cuda.kernels.latent_write import latent_write
 from elastic_ep.engine.ops_cuda.kernels.norm_rope import add_rms_norm, norm_rope_write
 from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attention
 from elastic_ep.engine.rotary import rotary_table, temperatures
 from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.exchange.base import Received
 from elastic_ep.models.formats import Fp8
-from elastic_ep.models.spec import Attention, ModelSpec, Norm, QkNorm
+from elastic_ep.models.spec import AnyAttention, Attention, LatentAttention, ModelSpec, Norm, QkNorm
 from elastic_ep.weights.bank import Parts
 
 
@@ -44,12 +47,14 @@ class CudaOps:
         self._spec = spec
         self._inputs = inputs
         self._rows_per_expert = num_ranks * spec.moe.top_k / spec.moe.experts
-        kind = spec.grouped
-        self._kinds = [layer.attention for layer in spec.layers if isinstance(layer.attention, Attention)]
+        kind = spec.attention
+        self._kinds = [layer.attention for layer in spec.layers]
         self._moes = [spec.moe_of(mixture) for mixture in range(spec.moe_layers)]
-        size = (limits.cache_pages, kind.kv_heads, limits.page_size, kind.head_dim)
-        self.caches = torch.zeros(len(spec.layers), 2, *size, dtype=dtype, device=device)
-        """[layers, 2 (keys, values), pages, Hk, page size, D]"""
+        sides, heads, dim = _cached(kind)
+        size = (sides, limits.cache_pages, heads, limits.page_size, dim)
+        self.caches = torch.zeros(len(spec.layers), *size, dtype=dtype, device=device)
+        """[layers, 2 (keys, values), pages, Hk, page size, D]; of latents
+        [layers, 1, pages, 1, page size, kv_rank + rope]"""
         length = limits.max_model_len
         self._rotations = {
             rotary: tuple(table.to(device) for table in rotary_table(rotary, length))
@@ -57,12 +62,12 @@ class CudaOps:
         }
         self._temperatures = {
             one: temperatures(one, length).to(device)
-            for one in {kind.temperature for kind in self._kinds}
+            for one in {kind.temperature for kind in self._kinds if isinstance(kind, Attention)}
             if one
         }
         rows = max(limits.max_num_batched_tokens, limits.max_num_seqs) + TILE_ROWS
         self._rows = torch.arange(rows, device=device)
-        self._ones = torch.ones(kind.heads + kind.kv_heads, kind.head_dim, dtype=dtype, device=device)
+        self._ones = torch.ones(kind.heads + heads, dim, dtype=dtype, device=device)
         self.load = torch.zeros(spec.moe_layers, slots, dtype=torch.int32, device=device)
         self._counts: list[torch.Tensor] = []
         """Of the step's layers so far: the rows [slots] or [slots, parts] that this rank's experts had."""
@@ -106,7 +111,48 @@ class CudaOps:
         return y if bias is None else y.add_(bias)
 
     def project(self, h: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
-        inputs, rows, kind = self._inputs, self._shape.rows, self._kinds[index]
+        kind = self._kinds[index]
+        if isinstance(kind, LatentAttention):
+            return self._project_latents(h, layer, index, kind)
+        return self._project_heads(h, layer, index, kind)
+
+    def _project_latents(
+        self, h: torch.Tensor, layer: Parts, index: int, kind: LatentAttention
+    ) -> torch.Tensor:
+        """Queries as the latents see them: [R, Hq, kv_rank + rope]"""
+        inputs, rows = self._inputs, self._shape.rows
+        made = self.linear(h, layer, "latents")
+        first = made.shape[1] - kind.kv_elements
+        queries = made[:, :first]
+        if kind.q_rank is not None:
+            normed, _ = add_rms_norm(queries.contiguous(), None, layer["q_norm"], kind.norm_eps)
+            queries = self.linear(normed, layer, "q_b")
+        plain, rotated = queries.unflatten(1, (kind.heads, -1)).split([kind.nope, kind.rope], dim=2)
+        seen = made.new_empty(rows, kind.heads, kind.kv_elements)
+        cosines, sines = self._rotations[kind.rotary]
+        latent_write(
+            made[:, first:],
+            layer["kv_norm"],
+            rotated,
+            cosines,
+            sines,
+            inputs.positions[:rows],
+            inputs.slots[:rows],
+            self._latents(index),
+            seen,
+            kind.norm_eps,
+            interleaved=kind.rotary.interleaved,
+        )
+        to_keys, _ = _of_heads(layer, kind)
+        by_head(plain, to_keys, seen[..., : kind.kv_rank])
+        return seen
+
+    def _latents(self, index: int) -> torch.Tensor:
+        """[pages, page size, kv_rank + rope]"""
+        return self.caches[index, 0, :, 0]
+
+    def _project_heads(self, h: torch.Tensor, layer: Parts, index: int, kind: Attention) -> torch.Tensor:
+        inputs, rows = self._inputs, self._shape.rows
         qkv = self.linear(h, layer, "qkv")
         keys, values = self.caches[index]
         norm = layer["qk_norm"] if kind.qk_norm is QkNorm.HEAD else None
@@ -142,7 +188,10 @@ class CudaOps:
         return torch.cat((q, k, v), dim=1)
 
     def attend(self, queries: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
-        inputs, rows, kind = self._inputs, self._shape.rows, self._kinds[index]
+        kind = self._kinds[index]
+        if isinstance(kind, LatentAttention):
+            return self._attend_latents(queries, layer, index, kind)
+        inputs, rows = self._inputs, self._shape.rows
         keys, values = self.caches[index]
         scale, window, sinks = kind.score_scale, kind.window, layer.get("sinks")
         if self._shape.decode:
@@ -154,6 +203,20 @@ class CudaOps:
                 queries, keys, values, *all_places, scale=scale, window=window, sinks=sinks
             )
         return out.view(rows, -1)
+
+    def _attend_latents(
+        self, queries: torch.Tensor, layer: Parts, index: int, kind: LatentAttention
+    ) -> torch.Tensor:
+        inputs, rows, latents = self._inputs, self._shape.rows, self._latents(index)
+        rank, scale = kind.kv_rank, kind.score_scale
+        if self._shape.decode:
+            places = inputs.tables[:rows], inputs.lengths[:rows]
+            out = latent_decode(queries, latents, *places, rank=rank, scale=scale)
+        else:
+            all_places = inputs.tables, inputs.bounds, inputs.lengths
+            out = latent_prefill(queries, latents, *all_places, rank=rank, scale=scale)
+        _, to_values = _of_heads(layer, kind)
+        return by_head(out, to_values).flatten(1)
 
     def feed_forward(self, h: torch.Tensor, layer: Parts) -> torch.Tensor:
         return self._gated(h, layer, "")
@@ -222,3 +285,16 @@ class CudaOps:
             last = h.index_select(0, self._inputs.last_rows[: self._shape.sequences])
         logits = self._product(last, outside, "lm_head", torch.float32)
         return logits if self._spec.logits_divisor == 1 else logits / self._spec.logits_divisor
+
+
+def _cached(kind: AnyAttention) -> tuple[int, int, int]:
+    """Sides, heads, and numbers of a head that a token has in the KV cache."""
+    if isinstance(kind, LatentAttention):
+        return 1, 1, kind.kv_elements
+    return 2, kind.kv_heads, kind.head_dim
+
+
+def _of_heads(layer: Parts, kind: LatentAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    """What makes a head's keys [Hq, nope, kv_rank] of latents, and its values [Hq, kv_rank, value]."""
+    by_head = layer["kv_b"].view(kind.heads, kind.nope + kind.value, kind.kv_rank)
+    return by_head[:, : kind.nope], by_head[:, kind.nope :].transpose(1, 2)

@@ -32,7 +32,7 @@ from elastic_ep.engine.ops_cuda.kernels.expert_tiles import (
     scaled_gate_up_tile,
     store_tile,
 )
-from elastic_ep.kernel import jit, power_of_2
+from elastic_ep.kernel import jit, power_of_2, processors
 from elastic_ep.models.formats import SCALED_DEPTH
 from elastic_ep.models.spec import Clamped
 
@@ -240,11 +240,6 @@ def _experts_kernel(
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors to share the work; the interpreter makes do with three."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
-
-
 def _launch(
     tiles: Tiles,
     x: torch.Tensor,
@@ -263,7 +258,7 @@ def _launch(
     slots, capacity, width = x.shape
     parts = counts.numel() // slots
     most = slots * -(-capacity // tiles.rows) * -(-y.shape[-1] // tiles.columns)
-    programs = min(_processors(x.device) * tiles.per_processor, most)
+    programs = min(processors(x.device) * tiles.per_processor, most)
     _experts_kernel[(programs,)](
         x,
         weights.codes if isinstance(weights, Scaled) else weights,

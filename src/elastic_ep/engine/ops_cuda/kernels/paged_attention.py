@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import triton.language as tl
 
-from elastic_ep.kernel import dot, jit
+from elastic_ep.kernel import dot, jit, power_of_2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,11 @@ def exponent_scale(dim: int, scale: float | None = None) -> float:
     return 1.4426950408889634 * float(dim**-0.5 if scale is None else scale)
 
 
+def part_bytes(heads: int, dim: int, splits: int) -> int:
+    """Of a decoded sequence's sums of so many splits, each with its maximum and total, before they are merged."""
+    return heads * splits * (power_of_2(dim) + 2) * 4
+
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -58,7 +63,7 @@ def first_seen(position: tl.tensor, WINDOW: tl.constexpr, CHUNKED: tl.constexpr)
 
 
 @jit
-def _pages(
+def pages_of(
     table: tl.tensor, start: tl.tensor, end: tl.tensor, PAGE: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
     """Page of each key of a block [BLOCK] int32; 0 from `end` on."""
@@ -97,7 +102,7 @@ def attend_split(
     top = tl.full([R], -float("inf"), tl.float32)
     # Page numbers are read a block before their keys, which the compiler then takes for loads without a load before
     # them: it keeps more of them in flight.
-    page = _pages(table, first, end, PAGE, BLOCK)
+    page = pages_of(table, first, end, PAGE, BLOCK)
     for start in range(first, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
         exists = key < end
@@ -107,7 +112,7 @@ def attend_split(
             real = real & (lane < D)[None, :]
         k = tl.load(keys + at, mask=real, other=0.0)
         v = tl.load(values + at, mask=real, other=0.0)
-        page = _pages(table, start + BLOCK, end, PAGE, BLOCK)
+        page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
         score = dot(k, q, tl.zeros([BLOCK, R], tl.float32)) * scale
         if WINDOW:
             exists = exists & (key >= low)
@@ -158,7 +163,7 @@ def attend_rows(
     products with sides exchanged, sums in the same order.
     """
     lane = tl.arange(0, BLOCK_D)
-    page = _pages(table, first, end, PAGE, BLOCK)
+    page = pages_of(table, first, end, PAGE, BLOCK)
     for start in range(first, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
         exists = key < end
@@ -170,7 +175,7 @@ def attend_rows(
             real = exists[:, None] & (lane < D)[None, :]
             k = tl.load(keys + at, mask=real, other=0.0)
             v = tl.load(values + at, mask=real, other=0.0)
-        page = _pages(table, start + BLOCK, end, PAGE, BLOCK)
+        page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
         score = dot(q, tl.trans(k), tl.zeros([R, BLOCK], tl.float32)) * scale
         if not ALL_SEEN:
             seen = exists[None, :] & (key[None, :] <= last_seen[:, None])
