@@ -81,11 +81,9 @@ def test_decode_and_prompts(
 ) -> None:
     """A whole prompt, a chunk behind a context, nothing, across splits; and the last token of each, decoded."""
     heads, *rest = shape
-    if INTERPRETED and heads == 66 and dtype == torch.float32:
-        pytest.skip("slow in the interpreter")
     if dtype == torch.float32 and rest[0] == 512:
         pytest.skip("float32 is for small models alone")
-    lengths, sizes = (5, 90, 17, 131), (5, 21, 0, 7)
+    lengths, sizes = (5, 90, 17, 131), (5, 21, 0, 7) if heads < 64 or not INTERPRETED else (1, 2, 0, 2)
     latents = Latents(device, dtype, lengths, *rest)
     q = latents.queries(sum(sizes), heads)
     prompt = latents.prefill(q, sizes)
@@ -126,20 +124,20 @@ def test_a_row_knows_neither_its_batch_nor_its_chunk(
     device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padding is among the rows, and gives zeros. What is computed in turns has the same bits."""
-    lengths = (40, 0, 150, 7) * 5
+    lengths = (40, 0, 150, 7, *[0] * 13)
     latents = Latents(device, dtype, lengths)
     q = latents.queries(len(lengths), 4)
     together = latents.decode(q)
-    assert (together[1::4] == 0).all()
+    assert (together[[1, *range(4, 17)]] == 0).all()
     check("attention", together[2:3], latents.exact(q, (1,) * len(lengths))[2:3])
     monkeypatch.setattr(latent_attention, "PARTS_BYTES", 1)
     assert torch.equal(latents.decode(q), together)
     one = Latents(device, dtype, (150,))
     one.cache, one.tables = latents.cache, latents.tables[2:3, :10].contiguous()
     assert torch.equal(one.decode(q[2:3])[0], together[2])
-    prompt = one.queries(70, 4)
-    whole = one.prefill(prompt, (70,))
-    assert torch.equal(one.prefill(prompt[-23:].contiguous(), (23,)), whole[-23:])
+    prompt = one.queries(30, 4)
+    whole = one.prefill(prompt, (30,))
+    assert torch.equal(one.prefill(prompt[-9:].contiguous(), (9,)), whole[-9:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
