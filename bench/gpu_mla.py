@@ -39,10 +39,9 @@ MOST_ERROR = 4e-3
 Choice = tuple[Cut, LatentPlan]
 USUAL = LATENT_CUT[BF16], PLAN[BF16]
 OTHERS = (
-    (Cut(512, 64), PLAN[BF16]),
-    (Cut(2048, 64), PLAN[BF16]),
+    (Cut(512, 32), PLAN[BF16]),
+    (Cut(2048, 32), PLAN[BF16]),
     (Cut(1024, 32), LatentPlan(64, 8, 3)),
-    (Cut(1024, 32), LatentPlan(64, 8, 4)),
 )
 
 

@@ -135,7 +135,8 @@ def launches_of_a_step(spec: ModelSpec, step: StepShape) -> dict[Launch, JITFunc
     return seen
 
 
-def compile_all(launches: dict[Launch, JITFunction[Any]]) -> None:
+def compile_all(launches: dict[Launch, JITFunction[Any]]) -> list[Any]:
+    results = []
     for (_, said), kernel in launches.items():
         arguments = dict(said)
         options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
@@ -150,6 +151,8 @@ def compile_all(launches: dict[Launch, JITFunction[Any]]) -> None:
         )
         result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert result.metadata.shared <= SHARED_MEMORY, (kernel.__name__, arguments)
+        results.append(result)
+    return results
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +172,9 @@ def test_latents(step: str) -> None:
     launches = launches_of_a_step(published("DeepSeek-V3"), STEPS[step])
     latent = {launch: kernel for launch, kernel in launches.items() if launch[0] in LATENT}
     assert len(latent) == 4, "and two products by head"
-    compile_all(latent)
+    for result in compile_all(latent):
+        layouts = [line for line in result.asm["ttgir"].splitlines() if "nvidia_mma" in line]
+        assert not any("warpsPerCTA = [8, 1]" in line for line in layouts), "scores are computed twice"
 
 
 @pytest.mark.parametrize(("name", "rows"), [("DeepSeek-V3", 1)])

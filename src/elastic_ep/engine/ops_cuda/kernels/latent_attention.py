@@ -33,7 +33,7 @@ from elastic_ep.engine.ops_cuda.kernels.paged_attention import (
 )
 from elastic_ep.kernel import counters, dot, jit, power_of_2, processors
 
-LATENT_CUT = {torch.bfloat16: Cut(split=1024, block=64), torch.float32: Cut(split=1024, block=32)}
+LATENT_CUT = {torch.bfloat16: Cut(split=1024, block=32), torch.float32: Cut(split=1024, block=32)}
 """By dtype; see `CUT`."""
 PARTS_BYTES = 1 << 30
 """Of parts at a time: a larger batch is computed in turns."""
@@ -50,7 +50,7 @@ class LatentPlan:
     stages: int
 
 
-PLAN = {torch.bfloat16: LatentPlan(64, 8, 2), torch.float32: LatentPlan(16, 4, 1)}
+PLAN = {torch.bfloat16: LatentPlan(64, 8, 4), torch.float32: LatentPlan(16, 4, 1)}
 
 
 @jit
@@ -80,6 +80,7 @@ def _attend(
     acc = tl.zeros([R, BLOCK_KV], tl.float32)
     weight = tl.zeros([R, BLOCK], tl.float32)
     top = tl.full([R], -float("inf"), tl.float32)
+    seen = tl.max(last_seen, axis=0)
     page = pages_of(table, first, end, PAGE, BLOCK)
     for start in range(first, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
@@ -96,16 +97,23 @@ def _attend(
             real = real & (turned < ROPE)[None, :]
             k_turned = tl.load(latents + KV + at + turned[None, :], mask=real, other=0.0)
         page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
-        score = dot(q, tl.trans(k), tl.zeros([R, BLOCK], tl.float32))
-        score = dot(q_turned, tl.trans(k_turned), score) * scale
-        score = tl.where(exists[None, :] & (key[None, :] <= last_seen[:, None]), score, -float("inf"))
-        new_top = tl.maximum(top, tl.max(score, axis=1))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        fade = tl.exp2(top - base)
-        p = tl.exp2(score - base[:, None])
-        weight = tl.fma(weight, tl.broadcast_to(fade[:, None], [R, BLOCK]), p)
-        acc = dot(p.to(k.dtype), k, acc * fade[:, None])
-        top = new_top
+        p = tl.zeros([R, BLOCK], k.dtype)
+        fade = tl.full([R], 1.0, tl.float32)
+        # Always so. HAZARD: where the compiler sees that scores go into another product, each half of the warps computes
+        # all of them, which takes as long as all else; it does not look out of a branch. Nor does it if the scores' two
+        # products go into one another.
+        if start <= seen:
+            zero = tl.zeros([R, BLOCK], tl.float32)
+            score = dot(q, tl.trans(k), zero) * scale + dot(q_turned, tl.trans(k_turned), zero) * scale
+            score = tl.where(exists[None, :] & (key[None, :] <= last_seen[:, None]), score, -float("inf"))
+            new_top = tl.maximum(top, tl.max(score, axis=1))
+            base = tl.where(new_top == -float("inf"), 0.0, new_top)
+            fade = tl.exp2(top - base)
+            share = tl.exp2(score - base[:, None])
+            weight = tl.fma(weight, tl.broadcast_to(fade[:, None], [R, BLOCK]), share)
+            top = new_top
+            p = share.to(k.dtype)
+        acc = dot(p, k, acc * fade[:, None])
     return acc, top, exact_sum(weight, 1)
 
 
