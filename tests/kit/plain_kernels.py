@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from elastic_ep.models.spec import Clamped, Window
+from elastic_ep.models.spec import SOFTMAX_GATE, Clamped, Gate, GroupScores, Scores, Window
 
 
 def gate(
@@ -18,13 +18,27 @@ def gate(
     *,
     renormalise: bool,
     num_tokens: torch.Tensor | None = None,
+    kind: Gate = SOFTMAX_GATE,
+    correction: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `gate.gate`; the weights come in the dtype of `logits`."""
     real = len(logits) if num_tokens is None else int(num_tokens.item())
-    weights, logical = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True, stable=True)
-    weights, logical = weights[:, :top_k].clone(), logical[:, :top_k]
+    scores = torch.sigmoid(logits) if kind.scores is Scores.SIGMOID else torch.softmax(logits, dim=-1)
+    ranked = scores if correction is None else scores + correction
+    if kind.groups > 1:
+        two = kind.group_scores is GroupScores.TWO_HIGHEST
+        grouped = ranked.unflatten(-1, (kind.groups, -1))
+        totals = grouped.topk(2 if two else 1, dim=-1).values.sum(dim=-1)
+        left = totals.sort(dim=-1, descending=True, stable=True).indices[:, kind.top_groups :]
+        ranked = grouped.index_put(
+            (torch.arange(len(left), device=left.device)[:, None], left),
+            torch.tensor(-torch.inf if two else 0.0, dtype=grouped.dtype, device=left.device),
+        ).flatten(1)
+    logical = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = scores.gather(1, logical)
     if renormalise:
-        weights /= weights.sum(dim=-1, keepdim=True)
+        weights /= (weights.sum(dim=-1, keepdim=True) + kind.added_to_sum).clamp(min=kind.least_sum)
+    weights *= kind.factor
     physical = physical_of[logical]
     physical[real:] = -1
     weights[real:] = 0

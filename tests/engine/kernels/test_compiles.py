@@ -67,9 +67,11 @@ def uses_wgmma_alone(result: Any) -> bool:
     return "wgmma.mma_async" in result.asm["ptx"] and "mma.sync" not in result.asm["ptx"].replace("wgmma", "")
 
 
-def test_gate() -> None:
+@pytest.mark.parametrize("kind", ["plain", "corrected, in groups"])
+def test_gate(kind: str) -> None:
     types = {"logits": "*bf16", "physical_of": "*i64", "num_tokens": "*i32", "physical": "*i64"}
-    types |= {"weights": "*fp32", "stride": "i32"}
+    types |= {"weights": "*fp32", "stride": "i32", "correction": "*fp32"}
+    types |= dict.fromkeys(("added", "least", "factor"), "fp32")
     constants = {
         "E": 37,
         "K": 5,
@@ -78,6 +80,10 @@ def test_gate() -> None:
         "RENORMALISE": True,
         "LIMITED": True,
     }
+    constants |= dict.fromkeys(("SIGMOID", "CORRECTED", "TWO"), kind != "plain")
+    constants |= {"GROUPS": 1, "TOP_GROUPS": 1}
+    if kind != "plain":
+        constants |= {"E": 256, "K": 8, "BLOCK_E": 256, "GROUPS": 8, "TOP_GROUPS": 4}
     compiled(gate._gate_kernel, types, constants, 1)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from elastic_ep.engine.ops_cuda.kernels.gate import gate
+from elastic_ep.models.spec import Gate, GroupScores, Scores
 from tests.engine.kernels.errors import check
 from tests.kit import plain_kernels
 
@@ -33,6 +34,49 @@ def test_is_the_reference(
     assert torch.equal(physical, expected)
     assert weights.dtype == torch.float32
     check("gate", weights, exact)
+
+
+KINDS = [
+    Gate(Scores.SIGMOID, correction=True, added_to_sum=1e-20, factor=2.5),
+    Gate(Scores.SIGMOID, correction=True, groups=8, top_groups=4, added_to_sum=1e-20, factor=2.5),
+    Gate(groups=8, top_groups=3, group_scores=GroupScores.HIGHEST, factor=16.0),
+    Gate(correction=True, groups=8, top_groups=2, group_scores=GroupScores.HIGHEST),
+    Gate(correction=True, least_sum=0.9),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("experts", "top_k", "renormalise"), [(40, 6, True), (160, 8, False), (384, 8, True)]
+)
+def test_other_kinds_are_the_reference(
+    device: torch.device, kind: Gate, experts: int, top_k: int, renormalise: bool
+) -> None:
+    logits, physical_of = torch.randn(5, experts, device=device) * 2, table(experts, device)
+    correction = torch.randn(experts, device=device) / 4 if kind.correction else None
+    wide = None if correction is None else correction.double()
+    physical, weights = gate(
+        logits, physical_of, top_k, renormalise=renormalise, kind=kind, correction=correction
+    )
+    expected, exact = plain_kernels.gate(
+        logits.double(), physical_of, top_k, renormalise=renormalise, kind=kind, correction=wide
+    )
+    assert torch.equal(physical, expected)
+    check("gate", weights, exact)
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_garbage_in_groups_still_names_experts(device: torch.device, kind: Gate, garbage: float) -> None:
+    logits, correction = torch.full((2, 64), garbage, device=device), torch.randn(64, device=device)
+    logits[1, ::2] = 0
+    said = correction if kind.correction else None
+    physical, weights = gate(
+        logits, torch.arange(64, device=device), 8, renormalise=True, kind=kind, correction=said
+    )
+    assert all(len(set(row)) == 8 for row in physical.tolist())
+    assert (physical >= 0).all()
+    assert weights.isfinite().all()
 
 
 def test_rows_from_num_tokens_on_are_padding(device: torch.device) -> None:
@@ -81,7 +125,7 @@ def test_rows_of_a_wider_tensor(device: torch.device) -> None:
     assert torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(257, 2), (16, 9), (4, 5), (8, 0)])
+@pytest.mark.parametrize(("experts", "top_k"), [(513, 2), (16, 9), (4, 5), (8, 0)])
 def test_refuses_what_it_has_no_kernel_for(device: torch.device, experts: int, top_k: int) -> None:
     with pytest.raises(ValueError, match="no kernel"):
         gate(

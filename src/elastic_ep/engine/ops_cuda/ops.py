@@ -229,9 +229,18 @@ class CudaOps:
     def gate(self, h: torch.Tensor, layer: Parts, mixture: int) -> tuple[torch.Tensor, torch.Tensor]:
         ffn, physical, count = self._moes[mixture], self.routing.physical[mixture], self._inputs.count
         logits = self._product(h, layer, "gate", torch.float32)
+        correction = layer.get("gate_correction")
         if has_gate(ffn):
-            return gate(logits, physical, ffn.top_k, renormalise=ffn.renormalise, num_tokens=count)
-        weights, logical = choose(logits, ffn, layer.get("gate_correction"))
+            return gate(
+                logits,
+                physical,
+                ffn.top_k,
+                renormalise=ffn.renormalise,
+                num_tokens=count,
+                kind=ffn.gate,
+                correction=correction,
+            )
+        weights, logical = choose(logits, ffn, correction)
         real = (self._rows[: len(logits)] < count)[:, None]
         return torch.where(real, physical[logical], -1), torch.where(real, weights, 0.0)
 
