@@ -3,8 +3,8 @@
 It is to its ranks what the run process is to those of the first host: it keeps the host's agent and fork server, the
 windows and the shelf. It decides nothing, and does what the controller says (`wire/host_messages.py`).
 
-It lives as long as it is answered. When its lease ends, whatever the reason, it kills its ranks and joins anew, with
-nothing left of before. Its agent watches over the same lease, in case that this process is stopped.
+It lives as long as it is answered. When its lease ends, whatever the reason, its ranks end by themselves
+(`host/lease.py`), and it joins anew, with nothing left of before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.fused.library import Unavailable, best_build, usable_builds
 from elastic_ep.guided.vocabulary import FILE as VOCABULARY
-from elastic_ep.host.agent_messages import Carry, Renewed
+from elastic_ep.host import lease
+from elastic_ep.host.agent_messages import Carry
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.keeper import ForkServerFailed, Keeper
 from elastic_ep.host.private_directory import remove
@@ -138,6 +139,8 @@ class _Life:
         self._waits = False
         self._lease = OwnLease(0, 0)
         """CLOCK_BOOTTIME nanoseconds."""
+        self._page: lease.LeasePage | None = None
+        """Where ranks read until when it is."""
         self._orders: list[ToHost] = []
         """That came while the keeper was not there yet."""
         group, port = options.group
@@ -218,6 +221,7 @@ class _Life:
 
     async def _stay_alive(self, lease_ms: int, beat_ms: int) -> None:
         self._lease = OwnLease.begun(lease_ms * 1_000_000, _now_ns())
+        self._show_lease()
         while not self._lease.ended(_now_ns()):
             self._wire.send(HostAlive(self._lease.speak(_now_ns())))
             await anyio.sleep(beat_ms / 1000)
@@ -225,8 +229,12 @@ class _Life:
         self._end(_Then.JOIN)
 
     def _renewed(self, number: int) -> None:
-        if self._lease.answered(number) and self._ranks is not None:
-            self._ranks.keeper.renew(Renewed(self._lease.until))
+        if self._lease.answered(number):
+            self._show_lease()
+
+    def _show_lease(self) -> None:
+        if self._page is not None:
+            self._page.renew(self._lease.until)
 
     # The ranks
 
@@ -241,6 +249,7 @@ class _Life:
         ):
             if welcome.vocabulary:
                 (directory / VOCABULARY).write_bytes(welcome.vocabulary)
+            self._page = lease.LeasePage(directory / lease.FILE, create=True)
             here = self._as_here(welcome, config, directory)
             options = LaunchOptions(
                 entry=welcome.entry,

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,6 @@ from elastic_ep.host.agent_messages import (
     Carry,
     Close,
     Ping,
-    Renewed,
     ServerBegun,
     ServerExited,
     ServerFailed,
@@ -56,7 +54,6 @@ from elastic_ep.wire.messages import Member
 if TYPE_CHECKING:
     from elastic_ep.host.carrier import Carrier
 
-_LEASE_LOOK_S = 0.05
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread that waits for a death, and has it, waits for the interpreter lock."""
 
@@ -72,7 +69,6 @@ class Agent:
         self._files: SharedFiles | None = None
         self._carrier: Carrier | None = None
         self._links: Links | None = None
-        self._lease: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[int] = self._loop.create_future()
         self._link = PacketSocket(control, ToAgent, self._hear, self._refuse, self._end)
@@ -116,8 +112,6 @@ class Agent:
             case GiveUp(host, incarnation):
                 if self._carrier is not None:
                     self._carrier.fence(host, incarnation)
-            case Renewed(until_ns):
-                self._renew(until_ns)
             case Ping():
                 self._link.send(Alive())
             case Close():
@@ -156,16 +150,6 @@ class Agent:
         if links != self._links:
             self._links = links
             self._link.send(links)
-
-    def _renew(self, until_ns: int) -> None:
-        if self._lease is not None:
-            self._lease.cancel()
-        left_s = (until_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)) / 1e9
-        # HAZARD: the loop's clock stands still while a machine sleeps, so it is looked at often, and compared.
-        if left_s > 0:
-            self._lease = self._loop.call_later(min(left_s, _LEASE_LOOK_S), self._renew, until_ns)
-        elif self._launcher is not None:
-            self._launcher.kill_all()
 
     async def _close(self, launcher: Launcher) -> None:
         await launcher.close()

@@ -87,13 +87,6 @@ class Carry:
 
 
 @dataclass(frozen=True, slots=True)
-class Renewed:
-    """If nothing else is heard, all ranks are to be dead at `until_ns`, CLOCK_BOOTTIME nanoseconds."""
-
-    until_ns: int
-
-
-@dataclass(frozen=True, slots=True)
 class Ping:
     """`Alive` follows, or the agent is ended."""
 
@@ -140,7 +133,6 @@ ToAgent = (
     | Carry
     | Reach
     | GiveUp
-    | Renewed
     | Ping
     | Close
 )

@@ -37,7 +37,6 @@ from elastic_ep.host.agent_messages import (
     Close,
     FromAgent,
     Ping,
-    Renewed,
     ServerBegun,
     ServerExited,
     ServerFailed,
@@ -143,7 +142,6 @@ class Keeper:
         self._on_links: Callable[[Links], None] = lambda _links: None
         self._reached: dict[int, Reach] = {}
         self._given_up: dict[int, GiveUp] = {}
-        self._renewed: Renewed | None = None
         self._closing = False
         self._timer: asyncio.TimerHandle | None = None
         self._changed = anyio.Event()
@@ -229,11 +227,6 @@ class Keeper:
     def give_up(self, whom: GiveUp) -> None:
         self._given_up[whom.host] = whom
         self._send(whom)
-
-    def renew(self, lease: Renewed) -> None:
-        """The agent keeps it, too: this process may be stopped."""
-        self._renewed = lease
-        self._send(lease)
 
     def hear(self) -> None:
         """Take what the agent has said by now."""
@@ -383,8 +376,6 @@ class Keeper:
             self._send(whom)
         for where in self._reached.values():
             self._send(where)
-        if self._renewed is not None:
-            self._send(self._renewed)
         for rank in self._ranks.values():
             if not rank.asked:
                 self._send(Launch(rank.member), rank.config_fd)

@@ -22,6 +22,7 @@ from elastic_ep import logs, titles
 from elastic_ep.config import RankConfig
 from elastic_ep.engine.step_runner import StepRunner
 from elastic_ep.exchange.base import Exchange
+from elastic_ep.host import lease
 from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.host.peer_notices import NoticeReader
 from elastic_ep.host.scheduling import make_prompt
@@ -69,6 +70,8 @@ log = structlog.get_logger()
 def main(config_json: str, files: SharedFiles, life_fd: int) -> int:
     """Run this rank until it is told to stop; the exit status. `life_fd` ends when the run process does."""
     config = RankConfig.from_json(config_json)
+    if config.control is not None:  # it is on a host that has joined
+        lease.live_by(Path(config.directory), config.timing.host_beat_ms / 1000)
     logs.configure(config.log, f"rank {config.rank}.{config.incarnation}")
     return live(RankProcess(config, files, life_fd))
 
