@@ -12,8 +12,6 @@ tune_kernels.py tries other tiles.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from bench.kit.kernel_timing import (
     Call,
     measure_limits,
     times,
+    write,
 )
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
@@ -79,23 +78,13 @@ def main() -> None:
         "limits": limits,
         "rows": bench.rows,
     }
-    _write(options.out, result)
+    write(options.out, result)
 
 
 def _options() -> argparse.Namespace:
     parser = command_line(__doc__, "kernels")
     parser.add_argument("--rounds", type=int, default=20)
     return parser.parse_args()
-
-
-def _write(path: Path, result: Row) -> None:
-    try:  # a machine that is there for its GPU may lack git, and what the service needs
-        from tests.kit.served import write_result
-
-        write_result(path, result)
-    except (ImportError, OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 class _Layer:

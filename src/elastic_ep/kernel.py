@@ -40,6 +40,20 @@ def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+@jit
+def to_float8(x: tl.tensor) -> tl.tensor:
+    """The nearest e4m3, to even, of float32 of at most 448 in size.
+
+    The interpreter cuts off or rounds wrongly, so there the numbers are rounded before.
+    """
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        small = (x + 24576.0) - 24576.0  # whose last bit is that of the smallest e4m3
+        x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+    return x.to(tl.float8e4nv)
+
+
 COUNTERS = 1 << 16
 
 

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from elastic_ep.config import ConfigError, ServeConfig
-from elastic_ep.models.formats import SCALED_DEPTH, Format, Fp8
-from elastic_ep.models.spec import ModelSpec
+from elastic_ep.models.formats import ROW_GROUP, SCALED_DEPTH, Fp8, Int4, Mxfp4
+from elastic_ep.models.spec import ModelSpec, Parameter
 
 _SAME = {"half": "float16", "float": "float32"}
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -53,17 +53,22 @@ def _on_gpu(model: ModelSpec, dtype: str, stored: set[str]) -> Precision:
         for name in sorted({"float16", "float32"} & stored)
         if not model.quantisation
     )
-    formats = {piece.format for part in model.moe.parts for piece in part.pieces if piece.format.quantised}
-    widened = not all(computed_on_gpu(one) for one in formats)
+    widened = not all(computed_on_gpu(part) for part in model.moe.parts if part.quantised)
     if widened and dtype == "auto":
         more = model.moe.experts * model.moe_layers * (2 * model.expert_elements - model.expert_bytes(2))
         raise ConfigError(
-            f"--model: ranks on a GPU compute with FP8, not with these quantised weights ({model.quantisation}): give "
-            f"--dtype bfloat16, which widens them as they are loaded, by {more / 2**30:.1f} GiB for one copy of each"
+            f"--model: ranks on a GPU do not compute with these quantised weights ({model.quantisation}) as they are: "
+            f"give --dtype bfloat16, which widens them as they are loaded, by {more / 2**30:.1f} GiB for one copy of each"
         )
     return Precision(widened=widened, notices=notices)
 
 
-def computed_on_gpu(made: Format) -> bool:
-    """Do kernels compute from its codes?"""
-    return isinstance(made, Fp8) and made.columns % SCALED_DEPTH == 0
+def computed_on_gpu(part: Parameter) -> bool:
+    """Do kernels compute from the codes of such a part of experts?"""
+    made = part.pieces[0].format
+    if isinstance(made, Mxfp4):
+        return True
+    whole = part.turned and not part.pieces[0].alternating
+    if isinstance(made, Int4):
+        return whole and made.group % ROW_GROUP == 0
+    return whole and isinstance(made, Fp8) and made.columns % SCALED_DEPTH == 0

@@ -75,9 +75,10 @@ def test_what_is_at_work_in_a_layer_is_counted_as_it_is_allocated(monkeypatch: p
     monkeypatch.setattr(expert_ffn, "_launch", launch)
     rows = SHAPE.num_ranks * SHAPE.max_tokens
     packed = torch.empty(SHAPE.slots_per_rank, rows, SHAPE.hidden, dtype=torch.bfloat16)
-    down = torch.empty(SHAPE.slots_per_rank, TINY.moe.inner, TINY.hidden_size, dtype=torch.bfloat16)
+    sizes = (TINY.hidden_size, 2 * TINY.moe.inner), (TINY.moe.inner, TINY.hidden_size)
+    weights = [torch.empty(SHAPE.slots_per_rank, *size, dtype=torch.bfloat16) for size in sizes]
     counts = torch.zeros(SHAPE.slots_per_rank, dtype=torch.int32)
-    expert_ffn.expert_ffn(packed, counts, cast(Any, None), down, out=packed)
+    expert_ffn.expert_ffn(packed, counts, *weights, out=packed)
     assert len(at_work) == 2
     for copies_rows, counted in (
         (True, [*at_work.values()]),

@@ -52,17 +52,29 @@ def expert_ffn(
     down: torch.Tensor,
     biases: tuple[torch.Tensor, torch.Tensor] | None = None,
     activation: Clamped | None = None,
+    *,
+    rows_too: bool = False,
 ) -> torch.Tensor:
-    """See `expert_ffn.expert_ffn`; rows beyond the counts are zero."""
+    """See `expert_ffn.expert_ffn`; rows beyond the counts are zero. `rows_too`: they become codes before each product."""
+    coded = coded_rows if rows_too else torch.Tensor.clone
     y = torch.zeros_like(packed)
     for slot, count in enumerate(counts.tolist()):
-        both = packed[slot, :count] @ gate_up[slot]
+        both = coded(packed[slot, :count]) @ gate_up[slot]
         if biases is not None:
             both = both + biases[0][slot]
-        y[slot, :count] = activated(both, activation) @ down[slot]
+        y[slot, :count] = coded(activated(both, activation)) @ down[slot]
         if biases is not None:
             y[slot, :count] += biases[1][slot]
     return y
+
+
+def coded_rows(x: torch.Tensor) -> torch.Tensor:
+    """See `row_codes.py`: what the codes of rows come to, in the dtype of `x`."""
+    made = []
+    for group in x.float().split(128, dim=-1):
+        scale = group.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+        made.append((group / scale).to(torch.float8_e4m3fn).double() * scale)
+    return torch.cat(made, dim=-1).to(x.dtype)
 
 
 def activated(both: torch.Tensor, activation: Clamped | None) -> torch.Tensor:

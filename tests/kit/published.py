@@ -21,6 +21,7 @@ _ROWS = {
             "group_0": {
                 "targets": ["Linear"],
                 "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+                "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
             }
         },
     }
@@ -206,6 +207,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 4,
             "sliding_window": 128,
             "rope_theta": 150_000.0,
+            "quantization_config": {"quant_method": "mxfp4"},
         },
     ),
     "Llama-4-Scout": (
@@ -267,9 +269,6 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Family and configuration of all that a GPU serves. Llama 4's chunks are short here, so that a test sees several."""
-
-EXPERTS: dict[str, tuple[int, int, int, tuple[int, int]]] = {"DeepSeek-V3": (7168, 2048, 64, (128, 128))}
-"""Hidden size, width of an expert, slots of a rank and blocks of scales."""
 
 
 def published(name: str) -> ModelSpec:

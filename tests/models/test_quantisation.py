@@ -77,6 +77,11 @@ def compressed(weights: dict[str, Any], packing: str = "pack-quantized", **more:
     }
 
 
+def alone(rows: int, columns: int) -> Fp8:
+    """Where activations are not quantised."""
+    return Fp8(rows, columns, "weight_scale", weights_alone=True)
+
+
 INT4 = {
     "type": "int",
     "num_bits": 4,
@@ -98,23 +103,21 @@ def test_what_compressed_tensors_are(tmp_path: Path) -> None:
     for weights, packing, made in (
         (INT4, "pack-quantized", Int4(8, zero_points=False)),
         ({**INT4, "symmetric": False, "strategy": "channel"}, "pack-quantized", Int4(0, zero_points=True)),
-        (FLOAT8, "float-quantized", Fp8(0, 0, "weight_scale")),
-        ({**FLOAT8, "strategy": "channel"}, "naive-quantized", Fp8(1, 0, "weight_scale")),
-        ({**FLOAT8, "strategy": "group", "group_size": 16}, "float-quantized", Fp8(1, 16, "weight_scale")),
-        (
-            {**FLOAT8, "strategy": "block", "block_structure": [8, 4]},
-            "float-quantized",
-            Fp8(8, 4, "weight_scale"),
-        ),
+        (FLOAT8, "float-quantized", alone(0, 0)),
+        ({**FLOAT8, "strategy": "channel"}, "naive-quantized", alone(1, 0)),
+        ({**FLOAT8, "strategy": "group", "group_size": 16}, "float-quantized", alone(1, 16)),
+        ({**FLOAT8, "strategy": "block", "block_structure": [8, 4]}, "float-quantized", alone(8, 4)),
     ):
         assert made in formats(tmp_path, compressed(weights, packing)).values()
+    both = compressed(FLOAT8, "float-quantized", group={"input_activations": {**FLOAT8, "dynamic": True}})
+    assert Fp8(0, 0, "weight_scale") in formats(tmp_path, both).values()
     mixed = compressed(FLOAT8, "mixed-precision")
     mixed["config_groups"] = {
         "a": {"targets": ["re:.*self_attn.*"], "weights": FLOAT8, "format": "float-quantized"},
         "b": {"targets": ["re:.*experts.*"], "weights": INT4, "format": "pack-quantized"},
     }
     found = formats(tmp_path, mixed)
-    assert {found[name] for name in ATTENTION} == {Fp8(0, 0, "weight_scale")}
+    assert {found[name] for name in ATTENTION} == {alone(0, 0)}
     assert {found[name] for name in EXPERTS} == {Int4(8, zero_points=False)}
 
 
@@ -260,7 +263,7 @@ def test_a_checkpoint_that_is_not_as_its_configuration_says(folder: Path) -> Non
 
 
 def test_a_static_scale_of_activations_is_not_needed(folder: Path) -> None:
-    """Activations are never rounded to codes."""
+    """Where activations are rounded to codes, each group of a row has a scale of its own."""
     whole = load_file(folder / "model.safetensors")
     name = f"{PREFIX}self_attn.q_proj.input_scale"
     if name.replace("input_scale", "weight_scale") not in whole:
@@ -334,15 +337,27 @@ def test_what_quantised_experts_are_on_a_gpu(tmp_path: Path) -> None:
         FP8,
         {"quant_method": "fp8"},
         compressed({**FLOAT8, "strategy": "channel"}, "float-quantized"),
+        {"quant_method": "mxfp4"},
+        compressed({**INT4, "group_size": 128}),
+        compressed({**INT4, "symmetric": False, "strategy": "channel"}),
     ):
-        write_json(tmp_path / "config.json", CONFIG | {"quantization_config": computed})
+        config = CONFIG | {"moe_intermediate_size": 32, "quantization_config": computed}
+        write_json(tmp_path / "config.json", config)
         assert of(model, {"F8_E4M3", "F32"}, "cuda") == Precision()
-    for asked in (compressed(INT4), FP8 | {"weight_block_size": [128, 96]}, {"quant_method": "mxfp4"}):
+    for asked in (compressed(INT4), FP8 | {"weight_block_size": [128, 96]}):
         config = CONFIG | {"moe_intermediate_size": 32, "quantization_config": asked}
         write_json(tmp_path / "config.json", config)
         with pytest.raises(ConfigError, match=r"give --dtype bfloat16, .* by \d+\.\d GiB"):
             of(model, {"BF16"}, "cuda")
         assert of(model, {"BF16"}, "cuda", dtype="bfloat16") == Precision(widened=True)
+
+
+def test_rows_become_codes_where_scales_span_a_group_of_them_and_the_checkpoint_quantises_activations() -> (
+    None
+):
+    assert all(Fp8(rows, columns, "s").rows_too for rows, columns in ((128, 128), (0, 0), (1, 0), (64, 256)))
+    assert not any(Fp8(128, columns, "s").rows_too for columns in (64, 96, 192))
+    assert not Fp8(128, 128, "s", weights_alone=True).rows_too
 
 
 def test_float16_weights_are_read_as_they_are_and_rounded_as_asked(tmp_path: Path) -> None:

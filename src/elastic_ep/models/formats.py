@@ -52,6 +52,8 @@ class Need:
 
 SCALED_DEPTH = 64
 """On a GPU products sum so many codes before they multiply by a scale: a scale's columns are a multiple of it there."""
+ROW_GROUP = 128
+"""The same where rows become codes too: so many numbers of a row share a scale. And of codes of four bits."""
 
 
 class Format(Protocol):
@@ -93,8 +95,15 @@ class Fp8:
     columns: int
     scales: str
     """What the scales are called in place of `weight`."""
+    weights_alone: bool = False
+    """The checkpoint says that activations are not quantised."""
     quantised = True
     beside = (".input_scale",)
+
+    @property
+    def rows_too(self) -> bool:
+        """On a GPU rows become codes before they meet these."""
+        return not self.weights_alone and self.columns % ROW_GROUP == 0
 
     def needs(self, tensor: str, shape: tuple[int, ...], stacked: Stacked | None) -> tuple[Need, ...]:
         out, inner = shape

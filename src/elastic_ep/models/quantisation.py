@@ -198,7 +198,7 @@ def _scheme(group: ConfigFields, packing: Any) -> Format:
                 pass
             case _:
                 raise weights.error("strategy", f"is {shown(strategy)}; {_STRATEGIES}")
-        return Fp8(*block, "weight_scale")
+        return Fp8(*block, "weight_scale", weights_alone=not group.get("input_activations"))
     if kind in _INT4_KINDS:
         # Order by activation, stored: each column names its group, which the products do not ask for.
         weights.allow("actorder", None, "static", "weight")

@@ -30,7 +30,7 @@ TensorSource = Callable[[str], torch.Tensor]
 
 _DUMMY_SCALE = 0.05
 _DUMMY_EXPONENT = 127 - 6
-_DTYPES = {
+DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -193,7 +193,7 @@ class Weights:
             yield part.name, self._zeros(slots, *part.shape)
         if part.quantised and self._held is not Held.NUMBERS:
             for kept in part.kept:
-                dtype = _DTYPES[kept.dtype] if kept.dtype else self._dtype
+                dtype = DTYPES[kept.dtype] if kept.dtype else self._dtype
                 yield kept.name, torch.zeros((slots, *kept.shape), dtype=dtype, device=self._device)
 
     def _load(self, layer: int, slot: int, part: Parameter) -> None:
@@ -259,7 +259,7 @@ def blank_weights(
     needs = _needs(spec)
 
     def nothing(name: str) -> torch.Tensor:
-        return torch.zeros(needs[name].shape, dtype=_DTYPES[needs[name].held])
+        return torch.zeros(needs[name].shape, dtype=DTYPES[needs[name].held])
 
     row = (EMPTY,) * num_slots
     placement = Placement(0, 1, num_slots, spec.moe.experts, (row,) * spec.moe_layers)
@@ -310,7 +310,7 @@ def checkpoint_source(entries: dict[str, TensorEntry]) -> TensorSource:
             with entry.file.open("rb") as stream:
                 # Copy-on-write: torch wants writable memory, the file must stay as it is.
                 maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        dtype = _DTYPES[entry.dtype]
+        dtype = DTYPES[entry.dtype]
         count = entry.nbytes // dtype.itemsize
         flat = torch.frombuffer(maps[entry.file], dtype=dtype, count=count, offset=entry.offset)
         return flat.to(torch.float32 if entry.dtype in _WIDENED else dtype, copy=True).view(entry.shape)
@@ -347,10 +347,10 @@ def _dummy_codes(need: Need, generator: torch.Generator, device: torch.device) -
             return torch.full(need.shape, _DUMMY_EXPONENT, dtype=torch.uint8, device=device)
         low = _DUMMY_SCALE if need.loose and "F8_E8M0" in need.dtypes else _DUMMY_SCALE / 4
         return low * (0.5 + torch.rand(need.shape, generator=generator, device=device))
-    size = _DTYPES[need.held].itemsize
+    size = DTYPES[need.held].itemsize
     shape = *need.shape[:-1], need.shape[-1] * size
     codes = torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)
-    return codes.view(_DTYPES[need.held])
+    return codes.view(DTYPES[need.held])
 
 
 def _needs(spec: ModelSpec) -> dict[str, Need]:

@@ -18,9 +18,9 @@ from elastic_ep.engine.ops_cuda.inputs import StepInputs
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled
 from elastic_ep.models.formats import Fp8
 from elastic_ep.models.spec import Clamped, Moe, Window
-from elastic_ep.weights.dequantise import dequantised
 from tests.engine.kernels.errors import check, relative_error
 from tests.kit import plain_kernels
+from tests.kit.coded_experts import matrix
 
 Kernel = Callable[..., Any]
 _DENSE = {torch.bfloat16: 8e-3, torch.float32: 3e-6}
@@ -239,8 +239,24 @@ class Checked:
         for slot, count in enumerate(counts.tolist()):
             got.append(y[slot, :count])
             exact.append(exact_expert(given[slot, :count], slot, gate_up, down, biases, activation))
-        check("expert_ffn", torch.cat(got), torch.cat(exact))
+        check_experts(torch.cat(got), torch.cat(exact), gate_up)
         return y
+
+
+def check_experts(got: torch.Tensor, exact: torch.Tensor, gate_up: torch.Tensor | Scaled) -> None:
+    """Of rows that become codes a few fall to a code's other neighbour, each an eighth away at most."""
+    if not rows_too(gate_up):
+        check("expert_ffn", got, exact)
+    elif len(got):
+        error = relative_error(got, exact)
+        assert error < ROWS_TOO, f"expert_ffn with rows that become codes: {error:.2e}"
+
+
+ROWS_TOO = 1e-2
+
+
+def rows_too(gate_up: torch.Tensor | Scaled) -> bool:
+    return isinstance(gate_up, Scaled) and isinstance(gate_up.format, Fp8) and gate_up.format.rows_too
 
 
 def exact_expert(
@@ -255,21 +271,17 @@ def exact_expert(
     if not len(rows):
         return rows.double()
     hidden = rows.shape[1]
-    inner = down.codes.shape[2] if isinstance(down, Scaled) else down.shape[1]
-    both = rows.double() @ _matrix(gate_up, slot, (inner, hidden), 2)
+    inner = gate_up.codes.shape[1] // 2 if isinstance(gate_up, Scaled) else gate_up.shape[2] // 2
+    coded = plain_kernels.coded_rows if rows_too(gate_up) else torch.Tensor.double
+    both = coded(rows.double()) @ _matrix(gate_up, slot, [(inner, hidden)] * 2)
     of_both, of_down = (one[slot].double() for one in biases) if biases else (0.0, 0.0)
     between = plain_kernels.activated(both + of_both, activation)
-    return between @ _matrix(down, slot, (hidden, inner), 1) + of_down
+    return coded(between) @ _matrix(down, slot, [(hidden, inner)]) + of_down
 
 
-def _matrix(of: torch.Tensor | Scaled, slot: int, shape: tuple[int, int], pieces: int) -> torch.Tensor:
-    """[in, out], of pieces [out, in] where it is codes."""
-    if isinstance(of, torch.Tensor):
-        return of[slot].double()
-    made = Fp8(of.rows, of.columns, "weight_scale")
-    both = zip(of.codes[slot].chunk(pieces), of.scales[slot].chunk(pieces), strict=True)
-    numbers = [dequantised(made, {"codes": codes, "scales": scales}, shape) for codes, scales in both]
-    return torch.cat(numbers).double().t()
+def _matrix(of: torch.Tensor | Scaled, slot: int, pieces: list[tuple[int, int]]) -> torch.Tensor:
+    """[in, out]"""
+    return of[slot].double() if isinstance(of, torch.Tensor) else matrix(of, slot, pieces)
 
 
 @contextmanager

@@ -29,16 +29,20 @@ from elastic_ep.engine.ops_cuda.kernels import (
     latent_write,
     norm_rope,
     prefill_attention,
+    row_codes,
 )
+from elastic_ep.engine.ops_cuda.kernels.coded_tiles import FP8_ROWS
 from elastic_ep.engine.ops_cuda.ops import CudaOps
 from elastic_ep.engine.transformer import Transformer
 from elastic_ep.exchange.base import Received
+from elastic_ep.models.formats import Format, Fp8, Int4
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import launch_placement
-from elastic_ep.weights.bank import Held, Weights
+from elastic_ep.weights.bank import DTYPES, Held, Weights
 from tests.engine.cuda.conftest import INTERPRETED
 from tests.engine.kernels.test_compiles import SHARED_MEMORY
-from tests.kit.published import EXPERTS, PUBLISHED, published
+from tests.kit.coded_experts import scaled
+from tests.kit.published import PUBLISHED, published
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter's process")
 
@@ -53,13 +57,14 @@ CHOSEN = (
 """All together take minutes."""
 MODULES = (
     *(by_head, decode_attention, dense, expert_ffn, gate),
-    *(latent_attention, latent_write, norm_rope, prefill_attention),
+    *(latent_attention, latent_write, norm_rope, prefill_attention, row_codes),
 )
 LATENT = {f"_{name}_kernel" for name in ("by_head", "latent_decode", "latent_prefill", "latent_write")}
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -122,9 +127,7 @@ def launches_of_a_step(spec: ModelSpec, step: StepShape) -> dict[Launch, JITFunc
     needs = {need.tensor: need for piece in spec.pieces() for need in piece.needs}
 
     def nothing(name: str) -> torch.Tensor:
-        codes = needs[name].held == "F8_E4M3"
-        dtype = torch.float8_e4m3fn if codes else torch.float32
-        return torch.empty(needs[name].shape, dtype=dtype, device=META)
+        return torch.empty(needs[name].shape, dtype=DTYPES[needs[name].held], device=META)
 
     placement = launch_placement(RANKS, spec.moe_layers, spec.moe.experts, 0)
     slots = placement.slots_per_rank
@@ -155,6 +158,11 @@ def compile_all(launches: dict[Launch, JITFunction[Any]]) -> list[Any]:
     return results
 
 
+def uses_old_products(results: list[Any]) -> bool:
+    """Those of tensor cores before Hopper's, in part at least."""
+    return any("mma.sync" in result.asm["ptx"].replace("wgmma", "") for result in results)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
@@ -164,7 +172,7 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_real_layers(name: str, step: str) -> None:
     launches = launches_of_a_step(published(name), STEPS[step])
     assert {kernel for kernel, _ in launches} >= {"_experts_kernel", "_dense_kernel"}
-    compile_all(launches)
+    assert not uses_old_products(compile_all(launches))
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -177,20 +185,25 @@ def test_latents(step: str) -> None:
         assert not any("warpsPerCTA = [8, 1]" in line for line in layouts), "scores are computed twice"
 
 
-@pytest.mark.parametrize(("name", "rows"), [("DeepSeek-V3", 1)])
-def test_real_experts(name: str, rows: int) -> None:
-    hidden, inner, slots, block = EXPERTS[name]
+WEIGHTS_ALONE = Fp8(128, 128, "weight_scale", weights_alone=True)
+CODES = [
+    (Fp8(128, 128, "weight_scale_inv"), 1, "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3"),
+    (WEIGHTS_ALONE, 1000, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"),
+    (Int4(128, zero_points=True), 1, "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"),
+]
 
-    def matrices(rows: int, columns: int) -> expert_ffn.Scaled:
-        codes = torch.empty(slots, rows, columns, dtype=torch.float8_e4m3fn, device=META)
-        scales = torch.empty(slots, -(-rows // block[0]), -(-columns // block[1]), device=META)
-        return expert_ffn.Scaled(codes, scales, *block)
 
+@pytest.mark.parametrize(("format", "rows", "product"), CODES)
+def test_experts_of_codes(format: Format, rows: int, product: str) -> None:
+    """DeepSeek-V3's, and which of the tensor cores' products they are."""
+    hidden, inner, slots = 7168, 2048, 32
+    gate_up = scaled(format, [(inner, hidden)] * 2, slots, META)
+    down = scaled(format, [(hidden, inner)], slots, META)
     packed = torch.empty(slots, RANKS * 64, hidden, dtype=torch.bfloat16, device=META)
     counts = torch.empty(slots, RANKS, dtype=torch.int32, device=META)
     with recorded() as seen:
-        expert_ffn.expert_ffn(
-            packed, counts, matrices(2 * inner, hidden), matrices(hidden, inner), expected_rows=rows
-        )
-    assert len(seen) == 2
-    compile_all(seen)
+        expert_ffn.expert_ffn(packed, counts, gate_up, down, expected_rows=rows, out=packed)
+    assert len(seen) == (3 if gate_up.form == FP8_ROWS else 2)
+    made = compile_all(seen)
+    assert sum(product in result.asm["ptx"] for result in made) == 2
+    assert not uses_old_products(made)

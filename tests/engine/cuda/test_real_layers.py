@@ -7,16 +7,17 @@ import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS
-from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import expert_ffn
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
+from elastic_ep.models.formats import Format, Fp8, Int4, Mxfp4
 from elastic_ep.models.spec import LatentAttention, ModelSpec, Norm
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Held, Weights, dummy_source
-from tests.engine.cuda.checked import checked, exact_expert
+from tests.engine.cuda.checked import check_experts, checked, exact_expert
 from tests.engine.cuda.solo import Logits, recorded
-from tests.engine.kernels.errors import check
 from tests.engine.solo import assign, drain, ids
-from tests.kit.published import EXPERTS, PUBLISHED, published
+from tests.kit.coded_experts import scaled
+from tests.kit.published import PUBLISHED, published
 from tests.kit.solo_exchange import SoloDeviceExchange
 
 LIMITS = EngineLimits(max_model_len=256, max_num_seqs=32, max_num_batched_tokens=128, num_pages=64)
@@ -92,21 +93,25 @@ def test_layers_of(device: torch.device, name: str) -> None:
     torch.cuda.empty_cache()
 
 
+EXPERTS: dict[str, tuple[int, int, int, Format]] = {
+    "DeepSeek-V3": (7168, 2048, 64, Fp8(128, 128, "weight_scale_inv")),
+    "DeepSeek-V3, its weights alone": (7168, 2048, 64, Fp8(128, 128, "weight_scale_inv", weights_alone=True)),
+    "gpt-oss": (2880, 2880, 32, Mxfp4()),
+    "Qwen3-30B in INT4": (2048, 768, 128, Int4(128, zero_points=True)),
+}
+"""Hidden size, width of an expert, slots of a rank."""
+
+
 @pytest.mark.parametrize("expected_rows", [1, 1000])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_of(device: torch.device, name: str, expected_rows: int) -> None:
-    hidden, inner, slots, block = EXPERTS[name]
-
-    def matrices(rows: int, columns: int) -> Scaled:
-        codes = torch.randn(slots, rows, columns, device=device, dtype=torch.bfloat16)
-        scales = torch.rand(slots, -(-rows // block[0]), -(-columns // block[1]), device=device) + 0.5
-        return Scaled(codes.to(torch.float8_e4m3fn), scales / columns**0.5, *block)
-
-    gate_up, down = matrices(2 * inner, hidden), matrices(hidden, inner)
+    hidden, inner, slots, made = EXPERTS[name]
+    gate_up = scaled(made, [(inner, hidden)] * 2, slots, device, alternating=made == Mxfp4())
+    down = scaled(made, [(hidden, inner)], slots, device)
     counts = torch.randint(0, 9, (slots,), dtype=torch.int32, device=device)
     counts[:5] = torch.tensor([0, 1, 64, 65, 200])
     packed = torch.randn(slots, 256, hidden, device=device, dtype=torch.bfloat16)
     y = expert_ffn(packed, counts, gate_up, down, expected_rows=expected_rows)
     rows = [(slot, count) for slot, count in enumerate(counts.tolist())]
     exact = [exact_expert(packed[slot, :count], slot, gate_up, down) for slot, count in rows]
-    check("expert_ffn", torch.cat([y[slot, :count] for slot, count in rows]), torch.cat(exact))
+    check_experts(torch.cat([y[slot, :count] for slot, count in rows]), torch.cat(exact), gate_up)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from elastic_ep.engine.ops_cuda.kernels.expert_plan import Tiles, plan_for
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, Cut
 from elastic_ep.exchange import peer_kernels
 from elastic_ep.kernel import power_of_2
-from elastic_ep.models.formats import SCALED_DEPTH
 from tests.engine.kernels.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter's process")
@@ -108,30 +106,14 @@ def test_norms(norm: bool, clip: bool, rotated: int, interleaved: bool) -> None:
     compiled(norm_rope._norm_rope_kernel, types, constants, 4)
 
 
-def compiled_experts(
-    tiles: Tiles, dtype: torch.dtype, down: bool, parts: int, block: tuple[int, int] | None = None
-) -> Any:
-    types = dict.fromkeys(("x", "w", "y", "bias"), _NAMES[dtype]) | {
-        "alpha": "fp32",
-        "limit": "fp32",
-        "counts": "*i32",
-        "part": "i32",
-        "scales": "*fp32",
-    }
-    if block:
-        types |= {"w": "*fp8e4nv"}
+def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool, parts: int) -> Any:
+    types = dict.fromkeys(("x", "x_scales", "w", "scales", "y", "y_scales", "bias"), _NAMES[dtype])
+    types |= {"alpha": "fp32", "limit": "fp32", "counts": "*i32", "part": "i32", "zeros": "*i32"}
     constants = {"H": 2048, "INNER": 768, "SLOTS": 40, "BLOCK_S": 64, "ROWS": tiles.rows, "FEW": tiles.few}
-    constants |= {
-        "N": tiles.columns,
-        "K": tiles.depth,
-        "DOWN": down,
-        "PARTS": parts,
-        "BLOCK_P": power_of_2(parts),
-        "BIASED": False,
-        "CLAMPED": False,
-        "SCALED": block is not None,
-    }
-    constants |= dict(zip(("SCALE_ROWS", "SCALE_COLUMNS"), block or (1, 1), strict=True))
+    constants |= {"X_STRIDE": 768 if down else 2048, "Y_STRIDE": 2048 if down else 768, "WIDTH": 0, "FORM": 0}
+    constants |= {"N": tiles.columns, "K": tiles.depth, "DOWN": down, "PARTS": parts}
+    constants |= {"BLOCK_P": power_of_2(parts), "SCALE_ROWS": 1, "SCALE_COLUMNS": 1}
+    constants |= dict.fromkeys(("BIASED", "CLAMPED", "ALTERNATING", "ZEROS"), False)
     return compiled(expert_ffn._experts_kernel, types, constants, tiles.warps, tiles.stages)
 
 
@@ -143,13 +125,6 @@ def test_expert_ffn(dtype: torch.dtype, rows: int, down: bool, parts: int) -> No
     plan = plan_for(rows, dtype)
     result = compiled_experts(plan.down if down else plan.gate_up, dtype, down, parts)
     assert uses_wgmma_alone(result) or dtype == torch.float32
-
-
-@pytest.mark.parametrize(("rows", "down"), [(1, False), (1000, True)])
-def test_expert_ffn_of_codes(rows: int, down: bool) -> None:
-    plan = plan_for(rows, torch.bfloat16)
-    tiles = replace(plan.down if down else plan.gate_up, depth=SCALED_DEPTH)
-    assert uses_wgmma_alone(compiled_experts(tiles, torch.bfloat16, down, 1, (128, 128)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

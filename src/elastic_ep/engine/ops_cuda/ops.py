@@ -24,7 +24,6 @@ from elastic_ep.engine.ops_cuda.kernels.prefill_attention import prefill_attenti
 from elastic_ep.engine.rotary import rotary_table, temperatures
 from elastic_ep.engine.routing_table import RoutingTable
 from elastic_ep.exchange.base import Received
-from elastic_ep.models.formats import Fp8
 from elastic_ep.models.spec import AnyAttention, Attention, LatentAttention, ModelSpec, Norm, QkNorm
 from elastic_ep.weights.bank import Parts
 
@@ -269,9 +268,10 @@ class CudaOps:
         if name in layer:
             return layer[name]
         (part,) = (part for part in self._moes[mixture].parts if part.name == name)
-        made = part.pieces[0].format
-        assert isinstance(made, Fp8), "other codes are refused, or widened as they are loaded"
-        return Scaled(layer[f"{name}.codes"], layer[f"{name}.scales"], made.rows, made.columns)
+        piece = part.pieces[0]
+        zeros = layer.get(f"{name}.zeros")
+        codes, scales = layer[f"{name}.codes"], layer[f"{name}.scales"]
+        return Scaled(codes, scales, piece.format, zeros, piece.alternating)
 
     def add_shared(self, mixed: torch.Tensor, h: torch.Tensor, layer: Parts, mixture: int) -> torch.Tensor:
         shared = self._moes[mixture].shared

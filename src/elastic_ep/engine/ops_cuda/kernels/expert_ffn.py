@@ -10,30 +10,37 @@ and the token rows are the right one, which may be as few as 16 (as DeepGEMM's s
 kind of instruction therefore serves one row and thousands, and it sums k in steps of 16 from the first to the last,
 each onto the accumulator: every shape of tile gives a row the same bits, as tests/engine/kernels/ checks on the GPU.
 
-Weights may be codes in float8 with scales, as checkpoints in FP8 have them: they are read as codes, and what a step of
-the sum over k comes to is multiplied by its scale. That step has one length then, whatever the tiles.
+Weights may be codes with scales, as quantised checkpoints have them (coded_tiles.py): they are read as codes, and no
+matrix is made of them. Rows may become codes before they meet them (row_codes.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 import triton.language as tl
 
-from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
+from elastic_ep.engine.ops_cuda.kernels.coded_tiles import (
+    FP8,
+    FP8_ROWS,
+    INT4,
+    MXFP4,
+    coded_tile,
+    store_row_codes,
+)
+from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for, plan_of_codes
 from elastic_ep.engine.ops_cuda.kernels.expert_tiles import (
     activated,
     biased,
     down_tile,
     gate_up_tile,
-    scaled_down_tile,
-    scaled_gate_up_tile,
     store_tile,
 )
+from elastic_ep.engine.ops_cuda.kernels.packed_rows import find_tile, rows_by_slot, rows_of
+from elastic_ep.engine.ops_cuda.kernels.row_codes import RowCodes, blank_codes, code_rows
 from elastic_ep.kernel import jit, power_of_2, processors
-from elastic_ep.models.formats import SCALED_DEPTH
+from elastic_ep.models.formats import MX_BLOCK, ROW_GROUP, SCALED_DEPTH, Format, Fp8, Int4, Mxfp4
 from elastic_ep.models.spec import Clamped
 
 _ALL = 1 << 30
@@ -41,66 +48,76 @@ _ALL = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """Matrices of all slots in float8: `codes` [S, out, in] and `scales` [S, blocks, blocks] float32.
+    """Matrices of all slots as a checkpoint in `format` has them: its `codes` and `scales`, and perhaps `zeros`.
 
-    A block has `rows` and `columns`, the latter a multiple of `SCALED_DEPTH`; 0 is all. Those of gate and up, one below
-    the other, begin anew.
+    Of FP8 codes [S, out, in] and scales [S, blocks, blocks] float32, of MXFP4 [S, out, in / 2] and [S, out, in / 32]
+    uint8, of INT4 [S, out, in / 8] int32 and [S, out, groups] float32. Gate and up lie one below the other, and their
+    blocks begin anew; or their rows alternate.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
-    rows: int
-    columns: int
+    format: Format
+    zeros: torch.Tensor | None = None
+    alternating: bool = False
+
+    @property
+    def form(self) -> int:
+        """As coded_tiles.py counts. Raises ValueError for blocks of which a step of the sum has several."""
+        match self.format:
+            case Fp8() as made:
+                _check_columns(made.columns, SCALED_DEPTH)
+                return int(FP8_ROWS if made.rows_too else FP8)
+            case Int4() as made:
+                _check_columns(made.group, ROW_GROUP)
+                return int(INT4)
+            case Mxfp4():
+                return int(MXFP4)
+        raise ValueError(f"no kernel computes from {self.format}")
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        match self.format:
+            case Fp8() as made:
+                return made.rows or _ALL, made.columns or _ALL
+            case Int4() as made:
+                return 1, made.group or _ALL
+        return 1, MX_BLOCK
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        return self.codes if self.codes.dtype == torch.float8_e4m3fn else self.codes.view(torch.uint8)
+
+    def plan(self, expected_rows: int, dtype: torch.dtype) -> Plan:
+        form = self.form
+        return plan_for(expected_rows, dtype) if form == FP8 else plan_of_codes(form == FP8_ROWS)
+
+    def cut(self, tiles: Tiles, *, down: bool) -> Tiles:
+        """Steps are as long as the format has it, and a tile of rows that become codes is a group of theirs wide."""
+        uneven = self.form == MXFP4 and self.codes.shape[2] % (ROW_GROUP // 2)
+        if self.form == FP8 or uneven:
+            return replace(tiles, depth=SCALED_DEPTH)
+        if self.form == FP8_ROWS and not down:
+            tiles = replace(tiles, columns=ROW_GROUP)
+        return replace(tiles, depth=ROW_GROUP)
 
 
-@jit
-def _find_tile(
-    tile: tl.tensor,
-    counts: tl.tensor,
-    end: tl.tensor,
-    ROWS: tl.constexpr,
-) -> tl.tensor:
-    """Slot, first row, number of rows left, column tile; rows of a slot and a column tile are neighbours.
-
-    `counts` [slots] are the slots' rows, `end` [slots] the running sum of their tiles.
-    """
-    slot = tl.sum((end <= tile).to(tl.int32), axis=0)
-    tile -= tl.max(tl.where(end <= tile, end, 0), axis=0)
-    count = tl.sum(tl.where(tl.arange(0, end.shape[0]) == slot, counts, 0), axis=0)
-    row_tiles = (count + ROWS - 1) // ROWS
-    first = tile % row_tiles * ROWS
-    return slot, first, count - first, tile // row_tiles
-
-
-@jit
-def _rows_of(
-    counts: tl.tensor,
-    slot: tl.tensor,
-    first: tl.tensor,
-    part: tl.tensor,
-    R: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-) -> tl.tensor:
-    """Where in its slot each of the rows from `first` on lies [R] int32: one part of it after the other is filled."""
-    row = first + tl.arange(0, R)
-    if PARTS > 1:
-        index = tl.arange(0, BLOCK_P)
-        count = tl.load(counts + slot * PARTS + index, mask=index < PARTS, other=0).to(tl.int32)
-        end = tl.cumsum(count, axis=0)
-        mine = tl.sum((row[:, None] >= end[None, :]).to(tl.int32), axis=1)
-        before = tl.sum(tl.where(index[None, :] == mine[:, None], (end - count)[None, :], 0), axis=1)
-        row = mine * part + row - before
-    return row
+def _check_columns(columns: int, step: int) -> None:
+    if columns % step:
+        raise ValueError(f"scales for every {columns} columns: a multiple of {step} expected")
 
 
 @jit
 def _tile(
     x: tl.tensor,
+    x_scales: tl.tensor,
     w: tl.tensor,
     scales: tl.tensor,
+    zeros: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
+    y_scales: tl.tensor,
     counts: tl.tensor,
     part: tl.tensor,
     alpha: tl.tensor,
@@ -111,6 +128,9 @@ def _tile(
     column: tl.tensor,
     H: tl.constexpr,
     INNER: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     R: tl.constexpr,
@@ -119,7 +139,9 @@ def _tile(
     DOWN: tl.constexpr,
     BIASED: tl.constexpr,
     CLAMPED: tl.constexpr,
-    SCALED: tl.constexpr,
+    FORM: tl.constexpr,
+    ALTERNATING: tl.constexpr,
+    ZEROS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
 ) -> None:
@@ -127,74 +149,78 @@ def _tile(
     OUT: tl.constexpr = H if DOWN else INNER
     begin = slot.to(tl.int64) * part * PARTS
     packed = first + tl.arange(0, R)
-    strewn = _rows_of(counts, slot, first, part, R, PARTS, BLOCK_P)
-    if DOWN:
-        w_slot = w + slot.to(tl.int64) * (INNER * H)
-        if SCALED:
-            BLOCKS: tl.constexpr = (INNER + SCALE_COLUMNS - 1) // SCALE_COLUMNS
-            scales += slot * (BLOCKS * ((H + SCALE_ROWS - 1) // SCALE_ROWS))
-            value = scaled_down_tile(
-                x + begin * IN,
-                packed,
-                w_slot,
-                scales,
-                left,
-                column,
-                H,
-                INNER,
-                R,
-                N,
-                K,
-                SCALE_ROWS,
-                SCALE_COLUMNS,
-            )
+    strewn = rows_of(counts, slot, first, part, R, PARTS, BLOCK_P)
+    x += begin * X_STRIDE
+    y += begin * Y_STRIDE
+    source = packed if DOWN else strewn
+    if FORM == 0:
+        w += slot.to(tl.int64) * (H * INNER if DOWN else 2 * H * INNER)
+        if DOWN:
+            gated = down_tile(x, source, w, left, column, H, INNER, R, N, K)
+            up = gated
         else:
-            value = down_tile(x + begin * IN, packed, w_slot, left, column, H, INNER, R, N, K)
-        if BIASED:
-            value = biased(value, bias + slot * H, column, H, N)
-        store_tile(y + begin * OUT, strewn, value, left, column, OUT, R, N)
+            gated, up = gate_up_tile(x, source, w, left, column, H, INNER, R, N, K)
     else:
-        w_slot = w + slot.to(tl.int64) * (H * 2 * INNER)
-        if SCALED:
-            WIDE_BLOCKS: tl.constexpr = (H + SCALE_COLUMNS - 1) // SCALE_COLUMNS
-            scales += slot * (WIDE_BLOCKS * 2 * ((INNER + SCALE_ROWS - 1) // SCALE_ROWS))
-            gated, up = scaled_gate_up_tile(
-                x + begin * IN,
-                strewn,
-                w_slot,
-                scales,
-                left,
-                column,
-                H,
-                INNER,
-                R,
-                N,
-                K,
-                SCALE_ROWS,
-                SCALE_COLUMNS,
-            )
-        else:
-            gated, up = gate_up_tile(x + begin * IN, strewn, w_slot, left, column, H, INNER, R, N, K)
+        MATRICES: tl.constexpr = 1 if DOWN else 2
+        BLOCKS: tl.constexpr = (IN + SCALE_COLUMNS - 1) // SCALE_COLUMNS
+        gated, up = coded_tile(
+            x,
+            x_scales + begin * (X_STRIDE // 4),
+            source,
+            w + slot.to(tl.int64) * (MATRICES * OUT * WIDTH),
+            scales + slot * (MATRICES * ((OUT + SCALE_ROWS - 1) // SCALE_ROWS) * BLOCKS),
+            zeros + slot * (MATRICES * ((OUT + 7) // 8) * BLOCKS),
+            left,
+            column,
+            IN,
+            OUT,
+            X_STRIDE,
+            WIDTH,
+            R,
+            N,
+            K,
+            not DOWN,
+            ALTERNATING,
+            FORM,
+            ZEROS,
+            SCALE_ROWS,
+            SCALE_COLUMNS,
+        )
+    if DOWN:
+        if BIASED:
+            gated = biased(gated, bias + slot * H, column, H, N)
+        store_tile(y, strewn, gated, left, column, OUT, R, N)
+    else:
         if BIASED:
             gated = biased(gated, bias + slot * (2 * INNER), column, INNER, N)
             up = biased(up, bias + slot * (2 * INNER) + INNER, column, INNER, N)
         value = activated(gated, up, alpha, limit, CLAMPED)
-        store_tile(y + begin * OUT, packed, value, left, column, OUT, R, N)
+        if FORM == FP8_ROWS:
+            y_scales += begin * (Y_STRIDE // 4)
+            store_row_codes(y, y_scales, packed, value, left, column, OUT, Y_STRIDE, (OUT + 3) // 4, R, N)
+        else:
+            store_tile(y, packed, value, left, column, OUT, R, N)
 
 
 @jit
 def _experts_kernel(
     x: tl.tensor,
+    x_scales: tl.tensor,
     w: tl.tensor,
     scales: tl.tensor,
+    zeros: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
+    y_scales: tl.tensor,
     counts: tl.tensor,
     part: tl.tensor,
     alpha: tl.tensor,
     limit: tl.tensor,
     H: tl.constexpr,
     INNER: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PARTS: tl.constexpr,
@@ -206,45 +232,48 @@ def _experts_kernel(
     DOWN: tl.constexpr,
     BIASED: tl.constexpr,
     CLAMPED: tl.constexpr,
-    SCALED: tl.constexpr,
+    FORM: tl.constexpr,
+    ALTERNATING: tl.constexpr,
+    ZEROS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
 ) -> None:
     OUT: tl.constexpr = H if DOWN else INNER
     COLUMN_TILES: tl.constexpr = (OUT + N - 1) // N
-    slots = tl.arange(0, BLOCK_S)
-    parts = tl.arange(0, BLOCK_P)
-    real = (slots < SLOTS)[:, None] & (parts < PARTS)[None, :]
-    of_parts = tl.load(counts + slots[:, None] * PARTS + parts[None, :], mask=real, other=0)
-    count = tl.sum(of_parts.to(tl.int32), axis=1)
+    count = rows_by_slot(counts, SLOTS, BLOCK_S, PARTS, BLOCK_P)
     size = (count + ROWS - 1) // ROWS * COLUMN_TILES
     end = tl.cumsum(size, axis=0)
     for tile in range(tl.program_id(0), tl.sum(size, axis=0), tl.num_programs(0)):
-        slot, first, left, column = _find_tile(tile, count, end, ROWS)
+        slot, first, left, column = find_tile(tile, count, end, ROWS)
         column *= N
         if FEW == ROWS:  # one body then: two would have shared memory each
             _tile(
-                x, w, scales, bias, y, counts, part, alpha, limit, slot, first, left, column, H, INNER, PARTS, BLOCK_P,
-                ROWS, N, K, DOWN, BIASED, CLAMPED, SCALED, SCALE_ROWS, SCALE_COLUMNS,
+                x, x_scales, w, scales, zeros, bias, y, y_scales, counts, part, alpha, limit, slot, first, left, column,
+                H, INNER, X_STRIDE, Y_STRIDE, WIDTH, PARTS, BLOCK_P, ROWS, N, K, DOWN, BIASED, CLAMPED, FORM, ALTERNATING,
+                ZEROS, SCALE_ROWS, SCALE_COLUMNS,
             )  # fmt: skip
         elif left <= FEW:
             _tile(
-                x, w, scales, bias, y, counts, part, alpha, limit, slot, first, left, column, H, INNER, PARTS, BLOCK_P,
-                FEW, N, K, DOWN, BIASED, CLAMPED, SCALED, SCALE_ROWS, SCALE_COLUMNS,
+                x, x_scales, w, scales, zeros, bias, y, y_scales, counts, part, alpha, limit, slot, first, left, column,
+                H, INNER, X_STRIDE, Y_STRIDE, WIDTH, PARTS, BLOCK_P, FEW, N, K, DOWN, BIASED, CLAMPED, FORM, ALTERNATING,
+                ZEROS, SCALE_ROWS, SCALE_COLUMNS,
             )  # fmt: skip
         else:
             _tile(
-                x, w, scales, bias, y, counts, part, alpha, limit, slot, first, left, column, H, INNER, PARTS, BLOCK_P,
-                ROWS, N, K, DOWN, BIASED, CLAMPED, SCALED, SCALE_ROWS, SCALE_COLUMNS,
+                x, x_scales, w, scales, zeros, bias, y, y_scales, counts, part, alpha, limit, slot, first, left, column,
+                H, INNER, X_STRIDE, Y_STRIDE, WIDTH, PARTS, BLOCK_P, ROWS, N, K, DOWN, BIASED, CLAMPED, FORM, ALTERNATING,
+                ZEROS, SCALE_ROWS, SCALE_COLUMNS,
             )  # fmt: skip
 
 
-@cache
+Rows = torch.Tensor | RowCodes
+
+
 def _launch(
     tiles: Tiles,
-    x: torch.Tensor,
+    x: Rows,
     weights: torch.Tensor | Scaled,
-    y: torch.Tensor,
+    y: Rows,
     counts: torch.Tensor,
     bias: torch.Tensor | None,
     activation: Clamped | None,
@@ -254,23 +283,31 @@ def _launch(
     """One of the two products: y [S, C, OUT] of x [S, C, IN]."""
     scaled = weights if isinstance(weights, Scaled) else None
     if scaled:
-        tiles = replace(tiles, depth=SCALED_DEPTH)
-    slots, capacity, width = x.shape
+        tiles = scaled.cut(tiles, down=down)
+    (x_rows, x_scales, width), (y_rows, y_scales, out) = _memory(x), _memory(y)
+    slots, capacity, _ = x_rows.shape
     parts = counts.numel() // slots
-    most = slots * -(-capacity // tiles.rows) * -(-y.shape[-1] // tiles.columns)
-    programs = min(processors(x.device) * tiles.per_processor, most)
+    most = slots * -(-capacity // tiles.rows) * -(-out // tiles.columns)
+    programs = min(processors(x_rows.device) * tiles.per_processor, most)
+    scale_rows, scale_columns = scaled.block if scaled else (1, 1)
     _experts_kernel[(programs,)](
-        x,
-        weights.codes if isinstance(weights, Scaled) else weights,
-        scaled.scales if scaled else x,
-        x if bias is None else bias,
-        y,
+        x_rows,
+        x_scales,
+        weights.bytes if isinstance(weights, Scaled) else weights,
+        scaled.scales if scaled else x_scales,
+        scaled.zeros if scaled and scaled.zeros is not None else counts,
+        y_rows if bias is None else bias,
+        y_rows,
+        y_scales,
         counts,
         capacity // parts,
         activation.alpha if activation else 0.0,
         activation.limit if activation else 0.0,
-        H=y.shape[-1] if down else width,
-        INNER=width if down else y.shape[-1],
+        H=out if down else width,
+        INNER=width if down else out,
+        X_STRIDE=x_rows.shape[2],
+        Y_STRIDE=y_rows.shape[2],
+        WIDTH=scaled.bytes.shape[2] if scaled else 0,
         SLOTS=slots,
         BLOCK_S=power_of_2(slots),
         PARTS=parts,
@@ -282,13 +319,22 @@ def _launch(
         DOWN=down,
         BIASED=bias is not None,
         CLAMPED=activation is not None,
-        SCALED=scaled is not None,
-        SCALE_ROWS=(scaled.rows if scaled else 0) or _ALL,
-        SCALE_COLUMNS=(scaled.columns if scaled else 0) or _ALL,
+        FORM=scaled.form if scaled else 0,
+        ALTERNATING=scaled is not None and scaled.alternating,
+        ZEROS=scaled is not None and scaled.zeros is not None,
+        SCALE_ROWS=scale_rows,
+        SCALE_COLUMNS=scale_columns,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         enable_fp_fusion=False,
     )
+
+
+def _memory(rows: Rows) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Where the rows lie, where their scales do if they have some, and how many numbers a row has."""
+    if isinstance(rows, RowCodes):
+        return rows.codes, rows.scales, rows.width
+    return rows, rows, rows.shape[2]
 
 
 def expert_ffn(
@@ -310,22 +356,25 @@ def expert_ffn(
     `gate_up` [S, H, 2 I] (gate first), `down` [S, I, H]: as weights/bank.py has them, which suits the GPU too: both are
     read along their last dimension. All contiguous, all of one dtype. The product between is rounded to that dtype.
     `biases`, if there are some: [S, 2 I] and [S, H] of the two products; `activation`, if it is not silu.
-    Where they are `Scaled`: codes [S, 2 I, H] and [S, H, I]. Raises ValueError for blocks of which a step has several.
+    Where they are `Scaled` both are, in one format. If it says so (`Fp8.rows_too`) rows become codes before each of the
+    products, those between right from float32. Raises ValueError as `Scaled.form` does.
 
     `expected_rows` a slot (C if not given) chooses the tiles, unless a `plan` is given: it makes the call fast, not
     right, so a graph captured for a few rows also serves a step in which a peer sends many. `out` may be `packed`.
     """
     slots, capacity, _ = packed.shape
-    for weights in (gate_up, down):
-        if isinstance(weights, Scaled) and weights.columns % SCALED_DEPTH:
-            raise ValueError(
-                f"scales for every {weights.columns} columns: a multiple of {SCALED_DEPTH} expected"
-            )
-    plan = plan or plan_for(capacity if expected_rows is None else expected_rows, packed.dtype)
-    inner = down.codes.shape[2] if isinstance(down, Scaled) else down.shape[1]
-    between = packed.new_empty(slots, capacity, inner)
+    choose = gate_up.plan if isinstance(gate_up, Scaled) else plan_for
+    plan = plan or choose(capacity if expected_rows is None else expected_rows, packed.dtype)
+    inner = (gate_up.codes.shape[1] if isinstance(gate_up, Scaled) else gate_up.shape[2]) // 2
     y = torch.empty_like(packed) if out is None else out
     of_both, of_down = biases or (None, None)
-    _launch(plan.gate_up, packed, gate_up, between, counts, of_both, activation, down=False)
+    x: Rows = packed
+    between: Rows
+    if isinstance(gate_up, Scaled) and gate_up.form == FP8_ROWS:
+        x = code_rows(packed, counts, in_place=y.data_ptr() == packed.data_ptr())
+        between = blank_codes((slots, capacity), inner, packed.device)
+    else:
+        between = packed.new_empty(slots, capacity, inner)
+    _launch(plan.gate_up, x, gate_up, between, counts, of_both, activation, down=False)
     _launch(plan.down, between, down, y, counts, of_down, None, down=True)
     return y

@@ -45,6 +45,20 @@ _FLOAT32 = Plan(
     gate_up=Tiles(rows=32, few=16, columns=32, depth=32, warps=4, stages=2, per_processor=2),
     down=Tiles(rows=32, few=16, columns=64, depth=32, warps=4, stages=2, per_processor=2),
 )
+_CODED_ROWS = Plan(
+    gate_up=Tiles(rows=64, few=16, columns=128, depth=128, warps=8, stages=4, per_processor=1),
+    down=Tiles(rows=64, few=16, columns=128, depth=128, warps=4, stages=4, per_processor=1),
+)
+"""For rows that are codes too."""
+_HALF_BYTES = Plan(
+    gate_up=Tiles(rows=64, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=2),
+    down=Tiles(rows=64, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=2),
+)
+"""For codes of four bits."""
+
+
+def plan_of_codes(rows_too: bool) -> Plan:
+    return _CODED_ROWS if rows_too else _HALF_BYTES
 
 
 def plan_for(expected_rows: int, dtype: torch.dtype) -> Plan:

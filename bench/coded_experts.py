@@ -1,0 +1,175 @@
+"""Experts in bfloat16, FP8, MXFP4 and INT4 on a GPU, in one run: what a layer of them takes, and of what it must read.
+
+A layer is what a rank has of one: `slots` experts of DeepSeek-V3's or gpt-oss's size. `rows` is how many rows it has to
+compute in all, each of an expert drawn at random. "read" is the weights, codes and scales of the experts that have
+rows over the time, as a share of what a copy reads and writes a second here; "peak" the products as a share of a
+bfloat16 product's speed, which those in FP8 may pass. Calls are timed as kernels.py does it, experts in turns.
+
+`--tune` tries tiles for FP8 and MXFP4 and notes the fastest few, for expert_plan.py, and whether they give the same bits.
+
+    python -m bench.coded_experts [--tune] [--out bench/results/coded_experts.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from itertools import product
+from typing import Any
+
+import torch
+from tests.kit.bound import tied
+from tests.kit.coded_experts import scaled
+
+from bench.kit.command_line import command_line
+from bench.kit.kernel_timing import BF16, Call, measure_limits, times, write
+from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
+from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles
+from elastic_ep.models.formats import Format, Fp8, Int4, Mxfp4
+
+Row = dict[str, Any]
+Weights = torch.Tensor | Scaled
+ROWS = (1, 16, 64, 256, 2048)
+SHAPES = {"DeepSeek-V3": (7168, 2048, 32), "gpt-oss": (2880, 2880, 32)}
+"""Hidden size, width of an expert, slots."""
+FORMATS: dict[str, Format | None] = {
+    "bf16": None,
+    "fp8": Fp8(128, 128, "weight_scale_inv"),
+    "fp8 weights alone": Fp8(128, 128, "weight_scale_inv", weights_alone=True),
+    "mxfp4": Mxfp4(),
+    "int4": Int4(128, zero_points=False),
+}
+TUNED = (("DeepSeek-V3", "fp8"), ("gpt-oss", "mxfp4"))
+WHICH = ("gate_up", "down")
+
+
+def main() -> None:
+    options = _options()
+    if options.tune:
+        _compile_all()
+    torch.manual_seed(0)
+    torch.set_default_device("cuda")
+    limits = measure_limits(options.rounds)
+    rows = [row for shape in SHAPES for row in _shape(shape, limits, options)]
+    write(options.out, {"gpu": torch.cuda.get_device_name(), "limits": limits, "rows": rows})
+
+
+def _options() -> argparse.Namespace:
+    parser = command_line(__doc__, "coded_experts")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--formats", nargs="*", default=[*FORMATS], choices=[*FORMATS])
+    parser.add_argument("--tune", action="store_true")
+    return parser.parse_args()
+
+
+def _shape(shape: str, limits: dict[str, float], options: argparse.Namespace) -> Iterator[Row]:
+    hidden, inner, slots = SHAPES[shape]
+    weights = {name: _weights(FORMATS[name], hidden, inner, slots) for name in options.formats}
+    for rows in ROWS:
+        counts = torch.bincount(torch.randint(slots, (rows,)), minlength=slots).to(torch.int32)
+        packed = torch.randn(slots, -(-int(counts.max()) // 16) * 16, hidden, dtype=BF16)
+        sides = {name: _call(packed, counts, *both) for name, both in weights.items()}
+        taken = times(sides, options.rounds)
+        hit = int((counts > 0).sum())
+        for name, both in weights.items():
+            read = sum(_bytes(one) for one in both) * hit / slots
+            row: Row = {"shape": shape, "rows": rows, "format": name, "us": round(taken[name], 2)}
+            row["read"] = round(read / taken[name] / 1e6 / limits["copy_tb_s"], 3)
+            row["peak"] = round(rows * 6 * hidden * inner / taken[name] / 1e6 / limits["bf16_tflops"], 3)
+            if "bf16" in taken:
+                row["of bf16's time"] = round(taken[name] / taken["bf16"], 3)
+            gate_up, down = both
+            if (
+                options.tune
+                and (shape, name) in TUNED
+                and isinstance(gate_up, Scaled)
+                and isinstance(down, Scaled)
+            ):
+                row["plans"] = _tuned(packed, counts, gate_up, down, options.rounds)
+            print(row, flush=True)
+            yield row
+
+
+def _weights(format: Format | None, hidden: int, inner: int, slots: int) -> tuple[Weights, Weights]:
+    if format is None:
+        gate_up = torch.randn(slots, hidden, 2 * inner, dtype=BF16) / hidden**0.5
+        return gate_up, torch.randn(slots, inner, hidden, dtype=BF16) / inner**0.5
+    device, alternating = torch.device("cuda"), format == Mxfp4()
+    gate_up = scaled(format, [(inner, hidden)] * 2, slots, device, alternating=alternating)
+    return gate_up, scaled(format, [(hidden, inner)], slots, device)
+
+
+def _bytes(weights: Weights) -> int:
+    return (
+        weights.nbytes if isinstance(weights, torch.Tensor) else weights.codes.nbytes + weights.scales.nbytes
+    )
+
+
+def _call(
+    packed: torch.Tensor, counts: torch.Tensor, gate_up: Weights, down: Weights, plan: Plan | None = None
+) -> Call:
+    expected = max(1, int(counts.sum()) // len(counts))
+    out = torch.empty_like(packed)
+    return lambda: expert_ffn(packed, counts, gate_up, down, expected_rows=expected, plan=plan, out=out)
+
+
+def _tuned(
+    packed: torch.Tensor, counts: torch.Tensor, gate_up: Scaled, down: Scaled, rounds: int
+) -> list[Row]:
+    """The fastest tiles of each product, the other's left as they are."""
+    found: list[Row] = []
+    wanted = _call(packed, counts, gate_up, down)()
+    for which in WHICH:
+        plans = _plans(gate_up, which)
+        sides = {str(place): _call(packed, counts, gate_up, down, plan) for place, plan in enumerate(plans)}
+        taken = times(sides, rounds, repeat=4)
+        for place in sorted(range(len(plans)), key=lambda one: taken[str(one)])[:4]:
+            same = torch.equal(_received(sides[str(place)](), counts), _received(wanted, counts))
+            tiles = asdict(getattr(plans[place], which))
+            found.append({"product": which, "us": round(taken[str(place)], 2), "same": same, **tiles})
+    return found
+
+
+def _received(y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return y[torch.arange(y.shape[1]) < counts[:, None]]
+
+
+def _plans(weights: Scaled, which: str) -> list[Plan]:
+    """Those to try: one product's tiles changed."""
+    now = weights.plan(1, BF16)
+    sizes = product((16, 64, 128), (64, 128), (4, 8), (3, 4), (1, 2))
+    tiles = [
+        Tiles(rows, min(rows, 16), columns, 128, warps, stages, programs)
+        for rows, columns, warps, stages, programs in sizes
+        if rows * columns // warps <= 2048
+    ]
+    kept = [one for one in tiles if weights.cut(one, down=which == "down") == one]  # others are one of these
+    return [replace(now, **{which: one}) for one in kept]
+
+
+def _compile_all() -> None:
+    """With as many processes as there are processors, into Triton's cache."""
+    workers = max(1, min(14, (os.cpu_count() or 1) - 2))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, tied, (torch.set_default_device, "cuda")) as pool:
+        for shape, name in TUNED:
+            gate_up, _ = _weights(FORMATS[name], 128, 128, 1)
+            assert isinstance(gate_up, Scaled)
+            for which in WHICH:
+                for plan in _plans(gate_up, which):
+                    pool.submit(_compile, shape, name, plan)
+
+
+def _compile(shape: str, name: str, plan: Plan) -> None:
+    hidden, inner, slots = SHAPES[shape]
+    packed = torch.empty(slots, 16, hidden, dtype=BF16)
+    counts = torch.zeros(slots, dtype=torch.int32)
+    _call(packed, counts, *_weights(FORMATS[name], hidden, inner, slots), plan)()
+
+
+if __name__ == "__main__":
+    main()
