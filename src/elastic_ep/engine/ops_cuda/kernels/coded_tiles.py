@@ -24,7 +24,7 @@ _MX_BLOCK = tl.constexpr(32)
 
 @jit
 def _load(at: tl.tensor, real: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
-    return tl.load(at, mask=real, other=0) if MASKED else tl.load(at)
+    return tl.load(at, mask=real, other=0.0) if MASKED else tl.load(at)
 
 
 @jit
