@@ -40,7 +40,7 @@ KINDS = [
     Gate(Scores.SIGMOID, correction=True, added_to_sum=1e-20, factor=2.5),
     Gate(Scores.SIGMOID, correction=True, groups=8, top_groups=4, added_to_sum=1e-20, factor=2.5),
     Gate(groups=8, top_groups=3, group_scores=GroupScores.HIGHEST, factor=16.0),
-    Gate(correction=True, groups=8, top_groups=2, group_scores=GroupScores.HIGHEST),
+    Gate(correction=True, groups=8, top_groups=1, group_scores=GroupScores.HIGHEST),
     Gate(correction=True, least_sum=0.9),
 ]
 
