@@ -37,7 +37,7 @@ SAID = {"rank": RANK, "scale": (NOPE + ROPE) ** -0.5}
 MOST_ERROR = 4e-3
 """Of the norm: what tests/engine/kernels/errors.py allows bfloat16."""
 Choice = tuple[Cut, LatentPlan]
-USUAL = LATENT_CUT[BF16], PLAN[BF16]
+USUAL = LATENT_CUT, PLAN[BF16]
 OTHERS = (
     (Cut(512, 32), PLAN[BF16]),
     (Cut(2048, 32), PLAN[BF16]),

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from elastic_ep.config import EngineLimits
-from elastic_ep.engine.ops_cuda.inputs import StepShape
+from elastic_ep.engine.ops_cuda.inputs import StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.kernels import decode_attention, expert_ffn, latent_attention
 from elastic_ep.engine.ops_cuda.memory import (
     MOST_PAGES,
@@ -27,6 +27,7 @@ from elastic_ep.engine.ops_cuda.memory import (
     needs_of,
     pages_within,
 )
+from elastic_ep.engine.ops_cuda.ops import CudaOps
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.models.config_json import ConfigFields
@@ -35,6 +36,7 @@ from elastic_ep.models.spec import LatentAttention
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Held, Weights, dummy_source
 from tests.engine.solo import TINY, dummy_weights
+from tests.kit.published import published
 from tests.models.small import small_spec
 
 LIMITS = EngineLimits(max_model_len=320, num_pages=2000)
@@ -133,6 +135,13 @@ def test_the_parts_of_long_contexts_are_counted_as_they_are_allocated(
         for longest in (320, 40_000)
     ]
     assert needs[1].working - needs[0].working == 2 * (parts[1] - parts[0])
+
+
+def test_a_token_has_576_numbers_a_layer_in_pages_of_latents() -> None:
+    spec, page, meta = published("DeepSeek-V3"), LIMITS.page_size, torch.device("meta")
+    made = CudaOps(spec, LIMITS, StepInputs(LIMITS, 16, meta), 1, 1, torch.bfloat16, meta)
+    assert spec.kv_page_bytes("cuda", page) == 2 * len(spec.layers) * 576 * page
+    assert made.caches.nbytes == LIMITS.cache_pages * spec.kv_page_bytes("cuda", page)
 
 
 @pytest.mark.parametrize("sequences", [16, 64])

@@ -108,7 +108,7 @@ REAL = (
 @pytest.mark.parametrize(("dtype", "heads", "rank", "splits"), REAL)
 def test_real_splits(device: torch.device, dtype: torch.dtype, heads: int, rank: int, splits: int) -> None:
     """A request that moves is computed again as a prompt: it must go on as if it had stayed."""
-    length = splits * latent_attention.LATENT_CUT[dtype].split + 3
+    length = splits * latent_attention.LATENT_CUT.split + 3
     latents = Latents(device, dtype, (length, 5), rank, 64 if rank == 512 else 8)
     q = latents.queries(5, heads)
     prompt = latents.prefill(q, (5, 0), None)

@@ -117,7 +117,7 @@ def _parts(spec: ModelSpec, limits: EngineLimits) -> int:
     kind, sequences = spec.attention, -(-limits.max_num_seqs // TILE_ROWS) * TILE_ROWS
     longest = limits.sequence_pages * limits.page_size
     if isinstance(kind, LatentAttention):
-        splits = -(-longest // LATENT_CUT[torch.bfloat16].split)
+        splits = -(-longest // LATENT_CUT.split)
         at_once = min(sequences, sequences_at_once(kind.heads, kind.kv_rank, splits))
         return at_once * part_bytes(kind.heads, kind.kv_rank, splits)
     splits = -(-longest // CUT[torch.bfloat16].split)

@@ -1,7 +1,7 @@
 """Attention over cached latents (DeepSeek's MLA): one key a token for all heads, which begins with its value.
 
 Queries come as the latents see them, and results leave as latents (the products that make them are absorbed into what is
-around, `by_head.py`). A tile is `ROWS` rows, heads of a token or of neighbouring tokens, so that what is read of the
+around, `by_head.py`). A tile is `LatentPlan.rows` rows, heads of a token or of neighbouring tokens, so that what is read of the
 cache serves as many rows as registers have room for; it is read once, as keys and as values.
 
 Why prompts are computed in the same way, and not with keys and values expanded from latents, which would be a third
@@ -31,10 +31,10 @@ from elastic_ep.engine.ops_cuda.kernels.paged_attention import (
     pages_of,
     part_bytes,
 )
-from elastic_ep.kernel import counters, dot, jit, power_of_2, processors
+from elastic_ep.kernel import COUNTERS, counters, dot, jit, power_of_2, processors
 
-LATENT_CUT = {torch.bfloat16: Cut(split=1024, block=32), torch.float32: Cut(split=1024, block=32)}
-"""By dtype; see `CUT`."""
+LATENT_CUT = Cut(split=1024, block=32)
+"""See `CUT`."""
 PARTS_BYTES = 1 << 30
 """Of parts at a time: a larger batch is computed in turns."""
 _COLUMNS = 128
@@ -356,7 +356,7 @@ def latent_decode(
     out = q.new_empty(sequences, heads, rank)
     if not sequences:
         return out
-    cut, plan = cut or LATENT_CUT[q.dtype], plan or PLAN[q.dtype]
+    cut, plan = cut or LATENT_CUT, plan or PLAN[q.dtype]
     group = heads_of_a_tile(heads, plan.rows)
     groups, block_kv = triton.cdiv(heads, group), max(power_of_2(rank), 16)
     splits = triton.cdiv(block_tables.shape[1] * page, cut.split)
@@ -404,8 +404,9 @@ def heads_of_a_tile(heads: int, rows: int) -> int:
 
 
 def sequences_at_once(heads: int, rank: int, splits: int) -> int:
-    """Whose parts are in memory at a time, in `PARTS_BYTES` if that is enough for sixteen."""
-    return max(PARTS_BYTES // part_bytes(heads, rank, splits) // 16, 1) * 16
+    """Whose parts are in memory at a time, in `PARTS_BYTES` if that is enough for sixteen; each counts in a counter."""
+    most = min(PARTS_BYTES // part_bytes(heads, rank, splits), COUNTERS // heads)
+    return max(most // 16, 1) * 16
 
 
 def latent_prefill(
@@ -430,7 +431,7 @@ def latent_prefill(
     out = q.new_empty(tokens, heads, rank)
     if not tokens or not sequences:
         return out
-    cut, plan = cut or LATENT_CUT[q.dtype], plan or PLAN[q.dtype]
+    cut, plan = cut or LATENT_CUT, plan or PLAN[q.dtype]
     group = heads_of_a_tile(heads, plan.rows)
     per_tile, block_kv = plan.rows // group, max(power_of_2(rank), 16)
     most = (triton.cdiv(tokens, per_tile) + sequences) * triton.cdiv(heads, group)
