@@ -1,8 +1,8 @@
 """Attention over cached latents (DeepSeek's MLA): one key a token for all heads, which begins with its value.
 
 Queries come as the latents see them, and results leave as latents (the products that make them are absorbed into what is
-around, `by_head.py`). A tile is `LatentPlan.rows` rows, heads of a token or of neighbouring tokens, so that what is read of the
-cache serves as many rows as registers have room for; it is read once, as keys and as values.
+around, `by_head.py`). A tile is `LatentPlan.rows` rows, heads of a token or of neighbouring tokens, so that what is read
+of the cache serves as many rows as registers have room for; it is read once, as keys and as values.
 
 Why prompts are computed in the same way, and not with keys and values expanded from latents, which would be a third
 of the arithmetic for a long chunk: those are other sums. A request that moves is computed again as a prompt, and must go
