@@ -28,7 +28,7 @@ from tests.kit.coded_experts import scaled
 from bench.kit.command_line import command_line
 from bench.kit.kernel_timing import BF16, Call, measure_limits, times, write
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
-from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles
+from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
 from elastic_ep.models.formats import Format, Fp8, Int4, Mxfp4
 
 Row = dict[str, Any]
@@ -49,8 +49,7 @@ WHICH = ("gate_up", "down")
 
 def main() -> None:
     options = _options()
-    if options.tune:
-        _compile_all()
+    _compile_all(options.tune)
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     limits = measure_limits(options.rounds)
@@ -151,17 +150,19 @@ def _plans(weights: Scaled, which: str) -> list[Plan]:
     return [replace(now, **{which: one}) for one in kept]
 
 
-def _compile_all() -> None:
+def _compile_all(tune: bool) -> None:
     """With as many processes as there are processors, into Triton's cache."""
     workers = max(1, min(14, (os.cpu_count() or 1) - 2))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, tied, (torch.set_default_device, "cuda")) as pool:
-        for shape, name in TUNED:
-            gate_up, _ = _weights(FORMATS[name], 128, 128, 1)
-            assert isinstance(gate_up, Scaled)
-            for which in WHICH:
-                for plan in _plans(gate_up, which):
-                    pool.submit(_compile, shape, name, plan)
+        for shape, name in product(SHAPES, FORMATS):
+            weights, _ = _weights(FORMATS[name], 128, 128, 1)
+            of = weights.plan if isinstance(weights, Scaled) else plan_for
+            plans = [of(expected, BF16) for expected in (1, 1000)]
+            if tune and (shape, name) in TUNED and isinstance(weights, Scaled):
+                plans += [plan for which in WHICH for plan in _plans(weights, which)]
+            for plan in dict.fromkeys(plans):
+                pool.submit(_compile, shape, name, plan)
 
 
 def _compile(shape: str, name: str, plan: Plan) -> None:
