@@ -12,7 +12,6 @@ torch in float64 before it is timed. Limits and times are measured as in kernels
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from tests.kit import plain_kernels
 
 from bench.kit.command_line import command_line
-from bench.kit.kernel_timing import BF16, PAGE, Call, measure_limits, times
+from bench.kit.kernel_timing import BF16, PAGE, Call, measure_limits, times, write
 from elastic_ep.engine.ops_cuda.kernels.by_head import by_head
 from elastic_ep.engine.ops_cuda.kernels.latent_attention import (
     LATENT_CUT,
@@ -153,8 +152,7 @@ def main() -> None:
             bench.by_head(128, rows)
         gpu = torch.cuda.get_device_name()
     result = {"gpu": gpu, "torch": torch.__version__, "limits": bench._limits, "rows": bench.rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.out, result)
 
 
 def _options() -> argparse.Namespace:
