@@ -227,7 +227,7 @@ def _tell_effect(timeline: Timeline, t_ns: int, effect: list[Any], cause: str) -
 
 
 def _tell_view(timeline: Timeline, t_ns: int, view: list[Any], cause: str) -> None:
-    _, epoch, seats, park_at = view
+    _, epoch, seats, park_at, *_ = view
     members = frozenset((rank, incarnation) for _, rank, incarnation, _ in seats)
     changes = [f"without {rank}.{incarnation}" for rank, incarnation in sorted(timeline.members - members)]
     changes += [f"with {rank}.{incarnation}" for rank, incarnation in sorted(members - timeline.members)]

@@ -54,6 +54,10 @@ class MembershipConfig:
     """A group that cannot serve for so long is not called healthy, though its ranks are on their way."""
     forming_grace_ms: int = 15_000
     init_deadline_ms: int = 120_000
+    spare_copies_ms: int = 60_000
+    """A rank that has drained waits so long for others to have copies of its experts; then it serves on."""
+    leave_ms: int = 3_000
+    """One that has left the view ends by itself, or is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,7 @@ class Timing:
             stable_after_ms=max(least.stable_after_ms, idle_ms),
             relaunch_limit=self.relaunch_limit,
             init_deadline_ms=max(least.init_deadline_ms, idle_ms, 2 * self.drain_ms),
+            leave_ms=self.leave_ms,
         )
 
     @property
@@ -220,6 +225,11 @@ class Timing:
         yield 2 * self.dense_pull_ms + self.expert_pull_ms, init_ms, "one silent peer leaves time for another"
         yield 2 * self.store_get_ms, init_ms, "a rank that misses its peers says so itself"
         yield 2 * self.slot_pull_ms, copy_ms, "another source is asked in good time"
+        yield (
+            copy_ms + repair.retry_ms,
+            member.spare_copies_ms,
+            "nor does a rank stay for the want of one copy",
+        )
         yield copy_ms + repair.retry_ms, self.carry_out_ms, "a copy of a plan may be made again"
         yield 2 * self.slot_pull_ms, self.audit_ms, "a rank ends a pull before it sums its slots"
         yield 2 * self.status_ms, self.leave_ms, "who is killed at the end is heard to be gone"

@@ -16,7 +16,9 @@ from elastic_ep.gateway.text.tokenizer import ChatTokenizer
 from elastic_ep.group.history import History
 from elastic_ep.group.port import (
     Busy,
+    Conflict,
     CorruptSlot,
+    Draining,
     EngineStatus,
     ExpertsStatus,
     Failure,
@@ -26,8 +28,10 @@ from elastic_ep.group.port import (
     Layer,
     LayerStatus,
     Load,
+    OutOfRange,
     Rebalancing,
     Relaunch,
+    Scaled,
     SlotStatus,
     Stopping,
     UnknownRank,
@@ -194,6 +198,9 @@ class FakeBackend:
     streams: list[FakeStream] = field(default_factory=list)
     relaunches: list[int | None] = field(default_factory=list)
     kills: list[tuple[int, int]] = field(default_factory=list)
+    drains: list[tuple[int, float]] = field(default_factory=list)
+    sizes: list[tuple[int, float]] = field(default_factory=list)
+    scaling: bool = False
     scrapes: int = 0
     history: History = field(default_factory=History)
     engines: tuple[EngineStatus, ...] = (EngineStatus(0, "healthy", "Serving", 1, 4711, 2, 0, ""),)
@@ -251,6 +258,20 @@ class FakeBackend:
             raise UnknownRank(f"There is no rank {rank}: they are 0 to 7.")
         self.relaunches.append(rank)
         return Relaunch((2, 3), ()) if rank is None else Relaunch((), (rank,))
+
+    def drain(self, rank: int, patience_s: float) -> Draining:
+        if rank == 7:
+            raise Conflict("8 ranks are to take part, and every expert has a slot only with 8 of them.")
+        self.drains.append((rank, patience_s))
+        return Draining(rank, 1, "Draining", 7)
+
+    async def scale(self, size: int, patience_s: float) -> Scaled:
+        if size > 8:
+            raise OutOfRange("new_data_parallel_size", "'new_data_parallel_size' must be from 4 to 8.")
+        self.sizes.append((size, patience_s))
+        if size == 5:
+            raise TimeoutError("300 s have passed.")
+        return Scaled(f"Scaled to {size} data parallel engines", size, tuple(range(size)))
 
     def kill(self, rank: int, incarnation: int) -> Killing:
         if rank > 7:

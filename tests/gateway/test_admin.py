@@ -64,6 +64,38 @@ async def test_a_rank_is_killed_only_where_there_is_an_admin_key(start: Start) -
         assert running.backend.kills == []
 
 
+async def test_drain_and_scale_say_what_they_cannot_do(start: Start) -> None:
+    drain, scale = "/v1/fault_tolerance/drain", "/scale_elastic_ep"
+    running = await start()
+    for path, body in ((drain, {"rank": 2}), (scale, {"new_data_parallel_size": 4})):
+        assert (await running.post(path, body))[0] == 403, "there is no admin key"
+    assert await running.post("/is_scaling_elastic_ep", {}) == (200, {"is_scaling_elastic_ep": False})
+    running = await start(admin_key="boss")
+    running.http.headers["Authorization"] = "Bearer boss"
+    told = {"rank": 2, "incarnation": 1, "state": "Draining", "data_parallel_size": 7}
+    assert await running.post(drain, {"rank": 2}) == (200, told)
+    assert await running.post(drain, {"rank": 2, "drain_timeout": 0}) == (200, told)
+    assert running.backend.drains == [(2, 120), (2, 0)]
+    got, answer = await running.post(scale, {"new_data_parallel_size": 4, "drain_timeout": 3})
+    assert (got, answer["message"], answer["ranks"]) == (
+        200,
+        "Scaled to 4 data parallel engines",
+        [0, 1, 2, 3],
+    )
+    for path, body, status, param in (
+        (drain, {"rank": 7}, 409, None),
+        (drain, {"drain_timeout": 3}, 400, "rank"),
+        (drain, {"rank": 1, "drain_timeout": -1}, 400, "drain_timeout"),
+        (scale, {"new_data_parallel_size": 9}, 400, "new_data_parallel_size"),
+        (scale, {"new_data_parallel_size": 0}, 400, "new_data_parallel_size"),
+        (scale, {"new_data_parallel_size": "4"}, 400, "new_data_parallel_size"),
+        (scale, {"new_data_parallel_size": 4, "drain_timeout": 1.5}, 400, "drain_timeout"),
+        (scale, {"new_data_parallel_size": 5}, 408, None),
+    ):
+        got, answer = await running.post(path, body)
+        assert (got, answer["error"]["param"]) == (status, param), body
+
+
 async def test_a_kill_names_one_incarnation(start: Start) -> None:
     running = await start(admin_key="boss")
     running.http.headers["Authorization"] = "Bearer boss"

@@ -70,6 +70,8 @@ class World(NamedTuple):
     budget: tuple[int, ...]
     """Deaths, timeouts, changes of work and lost PUB messages that may still happen, and what others count."""
     free_ticks: int = 0
+    drains: int = 0
+    """How often a rank may still be asked to leave."""
     hosts: int = -1
     """The hosts' machine and the other hosts, where there are several (`hosts_model.py`)."""
     far: tuple[Any, ...] = ()
@@ -86,6 +88,8 @@ class Bounds:
     timeouts: int = 0
     work_changes: int = 0
     losses: int = 0
+    drains: int = 0
+    """How often an operator asks a rank to leave; whoever was asked may be asked back."""
     relaunch: bool = False
     """Whether processes that have died go, so that their ranks may be launched again."""
 
@@ -171,8 +175,27 @@ class Model:
         machine = self.controllers[world.controller]
         if timeouts and machine.attempt is not None:
             yield ("timeout", -1), lambda: self._tick(world, free=False)
+        yield from self._wishes(world, machine)
         if work_changes:
             yield ("work", not machine.has_work), lambda: self._change_work(world)
+
+    def _wishes(self, world: World, machine: MembershipMachine) -> Iterator[tuple[Any, Callable[[], World]]]:
+        """What an operator may ask for, and what the router says of a rank that drains."""
+        for rank, record in machine.records.items():
+            if rank in machine.retired:
+                back = ev.ReturnRequested((rank,))
+                yield ("asked back", rank), lambda back=back: self._tell_controller(world, back)  # type: ignore[misc]  # bound now
+            elif world.drains and len(machine.retired) + 1 < len(machine.records):
+                retire = ev.RetireRequested((rank,), 1)
+                yield (
+                    ("drain", rank),
+                    lambda retire=retire: self._tell_controller(
+                        world._replace(drains=world.drains - 1), retire
+                    ),  # type: ignore[misc]  # bound now
+                )
+            if rank in machine.leaving:
+                drained = ev.RankDrained(record.member)
+                yield ("drained", rank), lambda drained=drained: self._tell_controller(world, drained)  # type: ignore[misc]  # bound now
 
     def _rank_actions(
         self, world: World, rank: int, losses: int
@@ -279,6 +302,8 @@ class Model:
             up=with_item(world.up, rank, world.up[rank] + out),
             free_ticks=0,
         )
+        if self.ranks[after].stopping:
+            return self.fence(world, self.ranks[after].machine.me)  # it may run on for a while, and ends
         return self.expelled(world, rank) if self.ranks[after].expelled else world
 
     def expelled(self, world: World, rank: int) -> World:

@@ -61,6 +61,7 @@ class RankModel:
         self.over = 0
         """The last attempt whose end has reached the rank, perhaps ahead of a message that it lacks."""
         self.expelled = False
+        self.stopping = False
         self.out: list[Any] = []
 
     def copy(self) -> RankModel:
@@ -77,7 +78,16 @@ class RankModel:
         machine = [part for part in self.machine.state().fields if part[0] not in _NOT_IN_KEY]
         early = frozenset(self.machine._early.items())
         mailbox = [getattr(self.mailbox, name) for name in _MAILBOX]
-        own = (self.step, self.in_step, self.view, self.begun, self.promised, self.over, self.expelled)
+        own = (
+            self.step,
+            self.in_step,
+            self.view,
+            self.begun,
+            self.promised,
+            self.over,
+            self.expelled,
+            self.stopping,
+        )
         return *machine, early, *mailbox, *own
 
     def hear(self, message: Numbered | Snapshot) -> None:
@@ -96,6 +106,8 @@ class RankModel:
                     self.out.append(ev.Reported(self.machine.me, state))
                 case rk.Expelled():
                     self.expelled = True
+                case rk.StopSteps():
+                    self.stopping = True
         self.machine.check()
 
     def boundary(self) -> None:
@@ -103,6 +115,8 @@ class RankModel:
         if self.in_step:
             self.step += 1
             self.in_step = False
+        if self.stopping:
+            return
         me = self.machine.me
         if self.view.seat(me.rank) is None:
             seat = self.mailbox.view.seat(me.rank)

@@ -11,6 +11,7 @@ Proved within the bounds of each case, in every interleaving:
 * no broken word: no rank begins a step that it promised to hold before, until that attempt is over;
 * nothing gets stuck: every path ends with all live ranks seated and at the last step, or parked for want of work or
   of an expert; a wait for a deadline must lead there too;
+* who is asked to leave ends by itself, and takes no expert's last copy with it;
 * where ranks stay away, it is said that nothing will serve exactly when too few are left for all experts;
 * the machines' own `check()`s, and that epochs only grow and no live rank is expelled.
 """
@@ -74,6 +75,11 @@ CASES = (
     Case("expert lost and found", 2, 2, Bounds(1, deaths=1, work_changes=1, relaunch=True), redundant=0),
     Case("lost messages", 2, 2, Bounds(2, deaths=1, timeouts=1, losses=1, relaunch=True)),
     Case("who dies stays away", 3, 3, Bounds(1, deaths=2, relaunch=True), relaunch_limit=0),
+    Case("one leaves and comes back", 2, 2, Bounds(max_step=2, drains=1, relaunch=True)),
+    Case("one leaves, one dies", 3, 3, Bounds(max_step=0, deaths=1, drains=1)),
+    Case("one leaves while one joins", 3, 2, Bounds(max_step=0, drains=1)),
+    Case("one leaves, lost messages", 2, 2, Bounds(max_step=2, losses=1, drains=1)),
+    Case("the last copy does not leave", 2, 2, Bounds(1, drains=1), redundant=0),
     Case("late joiner, lost messages", 2, 1, Bounds(2, timeouts=1, losses=2), joiners_ready=False),
 )
 
@@ -124,7 +130,8 @@ def serving(model: Model, case: Case) -> World:
     machine = model.controllers[world.controller]
     assert machine.view.members == {Member(rank, 1) for rank in range(members)}
     bounds = model.bounds
-    return world._replace(budget=(bounds.deaths, bounds.timeouts, bounds.work_changes, bounds.losses))
+    budget = (bounds.deaths, bounds.timeouts, bounds.work_changes, bounds.losses)
+    return world._replace(budget=budget, drains=bounds.drains)
 
 
 def _settle(model: Model, world: World, rank: int, until_ready: bool = False) -> World:

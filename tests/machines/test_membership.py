@@ -276,7 +276,9 @@ class AnyOrder(RuleBasedStateMachine):
     def an_operator_wants_ranks_back(self, chosen: set[int]) -> None:
         records = self.machine.records
         dead = [
-            r for r in chosen & records.keys() if records[r].gone and records[r].state is RankState.FAILED
+            r
+            for r in chosen & records.keys() - self.machine.retired
+            if records[r].gone and records[r].state is RankState.FAILED
         ]
         launched = [
             e.member.rank
@@ -287,6 +289,30 @@ class AnyOrder(RuleBasedStateMachine):
         before = self.machine.state()
         assert self.feed(ev.RelaunchRequested(tuple(sorted(chosen)))) == [], "idempotent"
         assert self.machine.state() == before
+
+    @rule(chosen=st.sets(ranks), patience_ms=st.sampled_from([0, 100, 5_000]))
+    def an_operator_wants_ranks_away(self, chosen: set[int], patience_ms: int) -> None:
+        asked = ev.RetireRequested(tuple(sorted(chosen)), patience_ms)
+        self.feed(asked)
+        assert self.machine.wanted >= self.machine.least
+        before = self.machine.state()
+        assert self.feed(asked) == [], "idempotent"
+        assert self.machine.state() == before
+
+    @rule(chosen=st.sets(ranks))
+    def an_operator_asks_them_back(self, chosen: set[int]) -> None:
+        asked = ev.ReturnRequested(tuple(sorted(chosen)))
+        self.feed(asked)
+        if not (self.machine.stopping or self.machine.verdict):
+            assert not self.machine.retired & chosen
+        assert self.feed(asked) == [], "idempotent"
+
+    @rule(rank=ranks)
+    def the_router_says_that_it_is_empty(self, rank: int) -> None:
+        member = self.member(rank)
+        self.feed(ev.RankDrained(member))
+        if member not in self.machine.view.members and self.machine.view.members:
+            assert self.machine.covered or ev.GroupState.HOLDING is self.machine.group_state
 
     @rule(rank=ranks)
     def is_suspected(self, rank: int) -> None:
@@ -334,11 +360,11 @@ class AnyOrder(RuleBasedStateMachine):
         machine, seated = self.machine, len(self.machine.view.seats)
         match machine.group_state:
             case ev.GroupState.SERVING:
-                assert seated == machine.num_ranks
+                assert seated - len(machine.leaving) == machine.wanted
                 assert machine.covered
                 assert machine.view.park_at is None
             case ev.GroupState.DEGRADED:
-                assert 0 < seated < machine.num_ranks
+                assert 0 < seated < machine.num_ranks + len(machine.leaving)
                 assert machine.covered
             case ev.GroupState.HOLDING:
                 assert seated
@@ -375,6 +401,7 @@ class AnyOrder(RuleBasedStateMachine):
         """
         if not self.machine.stopping:
             self.settle()
+            assert not self.machine.scaling or self.witness.verdict
             left = [record for record in self.machine.records.values() if not record.away]
             verdict = self.witness.verdict
             assert (verdict is None) == self.machine.can_serve
@@ -384,7 +411,7 @@ class AnyOrder(RuleBasedStateMachine):
                 assert self.machine.config.relaunch_limit == 0
             else:
                 assert {record.member for record in left} == self.machine.view.members
-                assert self.machine.config.relaunch_limit == 0 or len(left) == self.machine.num_ranks
+                assert self.machine.config.relaunch_limit == 0 or len(left) == self.machine.wanted
                 parked = self.machine.view.park_at is not None
                 assert parked == (not self.machine.has_work)
             self.feed(ev.StopRequested())
@@ -411,6 +438,8 @@ class AnyOrder(RuleBasedStateMachine):
                 continue
             if member in self.witness.fenced or record.state in RANK.final:
                 self.feed(ev.ProcessGone(member, "SIGKILL"))
+            elif member in self.machine.left:
+                self.feed(ev.ProcessGone(member, "exit status 0"))
             elif record.state in STARTING_UP:
                 self.advance(member, record.state)
         self.everybody_promises()

@@ -14,6 +14,7 @@ The words of the events (a member is rank/incarnation):
     promise 0/1 1 7                                  attempt and step
     dead 0/1 killed, gone 0/1 signal 9, suspect 0/1 hang
     relaunch 0 1                                     an operator wants these ranks back
+    retire 500 0 1, back 0 1, drained 0/1            ranks are to go within so many milliseconds, and to come back
     work, idle, seen 7, tick 1000                    tick: milliseconds since the start
     stop, stop ranks, stop forced
 """
@@ -21,6 +22,7 @@ The words of the events (a member is rank/incarnation):
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.machine import MembershipMachine
 from elastic_ep.placement import launch_placement
 from elastic_ep.timing import MembershipConfig
-from elastic_ep.wire.messages import Abort, Commit, Drain, Member, Prepare, Published, RankState, View
+from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, Published, RankState, View
 
 FOLDER = Path(__file__).parents[1] / "scenarios" / "membership"
 
@@ -55,6 +57,12 @@ def parse_events(text: str) -> list[ev.Event]:
             return [ev.ProcessGone(_member(member), " ".join(status))]
         case "relaunch", ranks:
             return [ev.RelaunchRequested(tuple(map(int, ranks)))]
+        case "retire", [patience_ms, *ranks]:
+            return [ev.RetireRequested(tuple(map(int, ranks)), int(patience_ms))]
+        case "back", ranks:
+            return [ev.ReturnRequested(tuple(map(int, ranks)))]
+        case "drained", [member]:
+            return [ev.RankDrained(_member(member))]
         case "suspect", [member, *reason]:
             return [ev.Suspected(_member(member), " ".join(reason))]
         case "seen", [step]:
@@ -80,11 +88,13 @@ def show(effect: ev.Effect) -> str:
         case ev.Publish(body):
             return f"publish {_published(body)}"
         case ev.SendTo(member, message):
-            return f"send {_name(member)} {'drain' if isinstance(message, Drain) else 'shutdown'}"
+            return f"send {_name(member)} {type(message).__name__.lower()}"
         case ev.MemberUp(member):
             return f"member up {_name(member)}"
-        case ev.MemberDown(member, reason):
-            return f"member down {_name(member)}: {reason}"
+        case ev.MemberDown(member, reason, left):
+            return f"member down {_name(member)}{', as it has left' if left else ''}: {reason}"
+        case ev.MemberResumed(member, reason):
+            return f"member resumed {_name(member)}" + (f": {reason}" if reason else "")
         case ev.RankMoved(member, state, reason):
             return f"rank {_name(member)} {state}" + (f": {reason}" if reason else "")
         case ev.GroupMoved(state):
@@ -100,7 +110,7 @@ def show(effect: ev.Effect) -> str:
 def _published(body: Published) -> str:
     match body:
         case Prepare(attempt, joiners):
-            return f"prepare {attempt}: " + (", ".join(map(_name, joiners)) or "park")
+            return f"prepare {attempt}: " + (_names(joiners) or "park")
         case Commit(attempt, view):
             return f"commit {attempt}: {_view(view)}"
         case Abort(attempt):
@@ -113,7 +123,8 @@ def _published(body: Published) -> str:
 def _view(view: View) -> str:
     """A seat is shown as rank/incarnation@first step."""
     seats = " ".join(f"{_name(seat.member)}@{seat.first_step}" for seat in view.seats) or "nobody"
-    return f"view {view.epoch}: {seats}" + (f", park at {view.park_at}" if view.park_at is not None else "")
+    parks = f", park at {view.park_at}" if view.park_at is not None else ""
+    return f"view {view.epoch}: {seats}{parks}" + (f", left {_names(view.left)}" if view.left else "")
 
 
 def play(script: str) -> str:
@@ -144,6 +155,10 @@ def _machine(options: dict[str, int]) -> MembershipMachine:
 def _member(text: str) -> Member:
     rank, incarnation = text.split("/")
     return Member(int(rank), int(incarnation))
+
+
+def _names(members: Iterable[Member]) -> str:
+    return ", ".join(map(_name, members))
 
 
 def _name(member: Member) -> str:

@@ -41,7 +41,10 @@ def _assert_it_happened(case: Case, model: Model) -> None:
         assert aborts, "no attempt was ever aborted"
     if case.bounds.work_changes:
         assert any(m.group_state is ev.GroupState.PAUSED for m in model.controllers)
-    if case.redundant == 0:
+    if case.bounds.drains:
+        left = any(m.view.left for m in model.controllers)
+        assert left is bool(case.redundant), "who has an expert's last copy stays"
+    elif case.redundant == 0:
         assert any(m.group_state is ev.GroupState.HOLDING for m in model.controllers)
 
 
@@ -106,6 +109,12 @@ def test_not_aborting_when_a_joiner_dies_is_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(MembershipMachine, "_abort", lambda self: None)
     _, found = replace(TWO_AND_A_JOINER, bounds=Bounds(1, deaths=1)).run()
     assert found.violation == "controller: awaits a stranger", str(found)
+
+
+def test_a_rank_that_does_not_end_when_it_has_left_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RankMachine, "_stop", lambda self: None)
+    _, found = Case("mutant", 2, 2, Bounds(max_step=1, drains=1)).run()
+    assert found.violation.startswith("stuck: "), str(found)
 
 
 def test_not_masking_the_lost_gets_stuck(monkeypatch: pytest.MonkeyPatch) -> None:

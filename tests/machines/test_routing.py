@@ -733,6 +733,22 @@ class RoutingUnderFaults(RuleBasedStateMachine):
             self.draining.add(self.up[rank])
             self.feed(ev.RankDraining(self.up[rank]))
 
+    @rule(rank=RANKS, left=st.booleans())
+    def after_draining(self, rank: int, left: bool) -> None:
+        """It leaves with what it has, or goes on."""
+        member = self.up.get(rank)
+        if member is None or member not in self.draining:
+            return
+        self.draining.discard(member)
+        if left:
+            fruitless = {each: request.fruitless for each, request in self.machine.requests.items()}
+            self.feed(ev.RankDown(self.up.pop(rank), "as asked", left=True))
+            assert all(
+                self.machine.requests[each].fruitless <= fruitless[each] for each in self.machine.requests
+            )
+        else:
+            self.feed(ev.RankResumed(member))
+
     @precondition(lambda self: self.fakes)
     @rule(data=st.data())
     def late_words_of_the_dead(self, data: st.DataObject) -> None:

@@ -274,7 +274,7 @@ def _membership(reel: _Reel, at_ms: float, effect: Any) -> None:
 
 
 def _view(reel: _Reel, at_ms: float, view: list[Any]) -> None:
-    _, epoch, seats, _ = view
+    _, epoch, seats, *_ = view
     members = frozenset((rank, incarnation) for _, rank, incarnation, _ in seats)
     if members == reel.members:
         return

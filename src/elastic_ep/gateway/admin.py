@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from elastic_ep.gateway.bodies import Kill, Relaunch
+from elastic_ep.gateway.bodies import Drain, Kill, Relaunch, Scale
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.fields import parse_object, read
 from elastic_ep.gateway.openapi import description
@@ -66,6 +66,9 @@ class AdminHandlers:
             web.post("/v1/fault_tolerance/verify", self.verify),
             web.post("/v1/fault_tolerance/relaunch", self.relaunch),
             web.post("/v1/fault_tolerance/kill", self.kill),
+            web.post("/v1/fault_tolerance/drain", self.drain),
+            web.post("/scale_elastic_ep", self.scale),
+            web.post("/is_scaling_elastic_ep", self.is_scaling),
             web.post("/rebalance", self.rebalance),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
@@ -154,16 +157,39 @@ class AdminHandlers:
         return web.json_response(asdict(self._backend.relaunch(asked.rank)))
 
     async def kill(self, request: web.Request) -> web.StreamResponse:
-        """Kill one incarnation of a rank. Whoever may ask for answers may not do that: it takes an admin key."""
+        """Kill one incarnation of a rank."""
+        self._for_admins()
+        asked = read(Kill, parse_object(await _small_body(request)))
+        return web.json_response(asdict(self._backend.kill(asked.rank, asked.incarnation)))
+
+    async def drain(self, request: web.Request) -> web.StreamResponse:
+        """Have a rank leave without a loss; answers at once."""
+        self._for_admins()
+        asked = read(Drain, parse_object(await _small_body(request)))
+        return web.json_response(asdict(self._backend.drain(asked.rank, asked.drain_timeout)))
+
+    async def scale(self, request: web.Request) -> web.StreamResponse:
+        """Have so many ranks take part; answers when they do, as vLLM does."""
+        self._for_admins()
+        asked = read(Scale, parse_object(await _small_body(request)))
+        size, patience_s = asked.new_data_parallel_size, asked.drain_timeout
+        try:
+            return web.json_response(asdict(await self._backend.scale(size, patience_s)))
+        except TimeoutError as error:
+            raise ApiError(str(error), status=408, kind="timeout_error", code="timeout") from None
+
+    async def is_scaling(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"is_scaling_elastic_ep": self._backend.scaling})
+
+    def _for_admins(self) -> None:
+        """Whoever may ask for answers may not take ranks away: that needs an admin key, asked for if there is one."""
         if self._settings.admin_key is None:
             raise ApiError(
-                "A rank is killed only where there is an admin key: see --admin-key and --admin-key-file.",
+                "Ranks are taken away only where there is an admin key: see --admin-key and --admin-key-file.",
                 status=403,
                 kind="permission_error",
                 code="no_admin_key",
             )
-        asked = read(Kill, parse_object(await _small_body(request)))
-        return web.json_response(asdict(self._backend.kill(asked.rank, asked.incarnation)))
 
     async def rebalance(self, request: web.Request) -> web.StreamResponse:
         """Spread the experts by the load of late; answers when that is done."""

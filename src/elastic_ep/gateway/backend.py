@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from elastic_ep.gateway.router import RoutedStream, Router
 from elastic_ep.group.controller import Controller
 from elastic_ep.group.expert_status import experts_status, layer_status, verify
 from elastic_ep.group.history import History
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import (
+    Conflict,
+    Draining,
     EngineStatus,
     ExpertsStatus,
     FaultToleranceStatus,
@@ -16,8 +20,10 @@ from elastic_ep.group.port import (
     KVPages,
     Layer,
     Load,
+    OutOfRange,
     Rebalancing,
     Relaunch,
+    Scaled,
     Stopping,
     UnknownRank,
     Verification,
@@ -66,7 +72,10 @@ class GroupBackend:
             self._record(rank)
         if machine.stopping or machine.verdict:
             raise Stopping
-        asked = sorted(machine.records) if rank is None else [rank]
+        if rank in machine.retired and rank not in machine.leaving:
+            self._controller.take_back([rank])
+            return Relaunch((rank,), ())
+        asked = sorted(machine.records.keys() - machine.retired) if rank is None else [rank]
         relaunched = self._controller.relaunch(asked)
         return Relaunch(relaunched, tuple(other for other in asked if other not in relaunched))
 
@@ -80,6 +89,70 @@ class GroupBackend:
         if machine.stopping or machine.verdict:
             raise Stopping
         return Killing(self._controller.kill(Member(rank, incarnation)), present)
+
+    def drain(self, rank: int, patience_s: float) -> Draining:
+        machine = self._controller.machine
+        record = self._record(rank)
+        self._can_scale()
+        if rank not in machine.retired and machine.wanted <= machine.least:
+            raise Conflict(
+                f"{machine.wanted} ranks are to take part, and every expert has a slot only with {machine.least} of them."
+            )
+        self._controller.retire([rank], patience_s)
+        return Draining(rank, record.member.incarnation, record.state, machine.wanted)
+
+    async def scale(self, size: int, patience_s: float) -> Scaled:
+        machine, timing = self._controller.machine, self._controller.timing
+        self._can_scale()
+        if not machine.least <= size <= machine.num_ranks:
+            raise OutOfRange(
+                "new_data_parallel_size",
+                f"'new_data_parallel_size' must be from {machine.least}, so that every expert has a slot, to "
+                f"{machine.num_ranks}, the ranks that this server was started with.",
+            )
+        self._aim(size, patience_s)
+        membership = timing.membership
+        deadline_s = patience_s + (membership.spare_copies_ms + membership.init_deadline_ms) / 1000
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._controller.settled()
+        except TimeoutError:
+            raise TimeoutError(
+                f"{deadline_s:g} s have passed, and the group is still scaling to {size} ranks."
+            ) from None
+        if machine.wanted != size:
+            raise Conflict(
+                f"The group has {machine.wanted} ranks instead of {size}: it was asked for another size meanwhile, "
+                "or could not do without a rank (see the log)."
+            )
+        ranks = tuple(seat.rank for seat in machine.view.seats)
+        return Scaled(f"Scaled to {size} data parallel engines", size, ranks)
+
+    def _aim(self, size: int, patience_s: float) -> None:
+        """Away go first those that do not serve, then those of the highest number; the lowest come back first."""
+        machine = self._controller.machine
+        there = sorted(
+            machine.records.keys() - machine.retired,
+            key=lambda rank: (machine.records[rank].state is RankState.SERVING, -rank),
+        )
+        back = sorted(machine.retired, key=lambda rank: (rank not in machine.leaving, rank))
+        self._controller.retire(
+            {*there[: max(0, len(there) - size)], *back[max(0, size - len(there)) :]}, patience_s
+        )
+        self._controller.take_back(back[: max(0, size - len(there))])
+
+    @property
+    def scaling(self) -> bool:
+        return self._controller.machine.scaling
+
+    def _can_scale(self) -> None:
+        machine, timing = self._controller.machine, self._controller.timing
+        if machine.stopping or machine.verdict:
+            raise Stopping
+        if not timing.fault_tolerance:
+            raise Conflict("With --disable-fault-tolerance no rank can leave or come back.")
+        if not machine.view.epoch:
+            raise Conflict("The ranks are starting: ask again when GET /health says that they serve.")
 
     def _record(self, rank: int) -> RankRecord:
         machine = self._controller.machine
@@ -124,6 +197,8 @@ class GroupBackend:
             engines=tuple(self._engine_status(rank) for rank in sorted(machine.records)),
             idle=machine.idle,
             tolerates_hosts=machine.tolerates_hosts,
+            data_parallel_size=machine.wanted,
+            scaling=machine.scaling,
         )
 
     def _engine_status(self, rank: int) -> EngineStatus:

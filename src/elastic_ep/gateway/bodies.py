@@ -136,6 +136,23 @@ class Kill(Body):
     incarnation: Annotated[int, Integer(1)]
 
 
+DRAIN_S = 120
+"""What requests of a rank that drains have by default, in seconds; as in vLLM."""
+_Patience = Annotated[int, Integer(0, 86_400)]
+
+
+class Drain(Body):
+    """Which rank, and how many seconds its requests have to end before they go on elsewhere."""
+
+    rank: Annotated[int, Integer(0)]
+    drain_timeout: _Patience = DRAIN_S
+
+
+class Scale(Body):
+    new_data_parallel_size: Annotated[int, Integer(1)]
+    drain_timeout: _Patience = DRAIN_S
+
+
 @cache
 def completion_body(settings: ApiSettings) -> type[Completion]:
     return create_model(

@@ -11,7 +11,16 @@ from aiohttp import web
 
 from elastic_ep.gateway.request_id import request_id
 from elastic_ep.gateway.root_path import own_path
-from elastic_ep.group.port import Busy, Failure, Refused, Stopping, Unavailable, UnknownRank
+from elastic_ep.group.port import (
+    Busy,
+    Conflict,
+    Failure,
+    OutOfRange,
+    Refused,
+    Stopping,
+    Unavailable,
+    UnknownRank,
+)
 from elastic_ep.wire.messages import FailureCode
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -86,6 +95,10 @@ def translate(error: Exception) -> ApiError | None:
             return stopping()
         case UnknownRank():
             return ApiError(str(error), status=404, param="rank", code="rank_not_found")
+        case Conflict():
+            return ApiError(str(error), status=409, kind="conflict_error", code="conflict")
+        case OutOfRange():
+            return ApiError(str(error), param=error.field, code="invalid_value")
         case web.HTTPException():
             return _from_aiohttp(error)
         case web.RequestPayloadError():

@@ -7,8 +7,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from elastic_ep.gateway.bodies import (
+    Drain,
     Kill,
     Relaunch,
+    Scale,
     chat_body,
     completion_body,
     detokenize_body,
@@ -136,6 +138,33 @@ def _admin_paths(settings: ApiSettings) -> dict[str, Any]:
             404,
             503,
         ),
+        "/v1/fault_tolerance/drain": _post(
+            "Have a rank leave once its requests have ended or moved. Only with the admin key.",
+            Drain,
+            _json("What has become of it by now.", _schema(port.Draining)),
+            403,
+            404,
+            409,
+            503,
+        ),
+        "/scale_elastic_ep": _post(
+            "Have so many ranks take part; answers when they do. Only with the admin key.",
+            Scale,
+            _json("Who takes part.", _schema(port.Scaled)),
+            403,
+            408,
+            409,
+            503,
+        ),
+        "/is_scaling_elastic_ep": {
+            "post": {
+                "summary": "Are ranks leaving, or on their way back?",
+                "responses": {
+                    "200": _json("Whether.", _object(is_scaling_elastic_ep={"type": "boolean"})),
+                    **_errors(401),
+                },
+            }
+        },
         "/rebalance": {
             "post": {
                 "summary": "Spread the experts over the ranks by the load of late.",

@@ -130,6 +130,8 @@ class Controller:
         """No request is left, and none comes any more."""
         self.over = anyio.Event()
         """The machine has given its verdict: nothing will serve any more."""
+        self._settled = anyio.Event()
+        """Set unless ranks leave, or are on their way back."""
         self._hub = hub
         self._clock = clock
         self._requests = requests
@@ -320,6 +322,18 @@ class Controller:
         self.feed(ev.RelaunchRequested(dead))
         return dead
 
+    def retire(self, ranks: Iterable[int], patience_s: float) -> None:
+        """Have these ranks leave, and stay away. Their requests may end within `patience_s`, and then go on elsewhere."""
+        self.feed(ev.RetireRequested(tuple(sorted(ranks)), round(patience_s * 1000)))
+
+    def take_back(self, ranks: Iterable[int]) -> None:
+        """Have these retired ranks in the group again."""
+        self.feed(ev.ReturnRequested(tuple(sorted(ranks))))
+
+    async def settled(self) -> None:
+        """Wait until no rank leaves, and none that was taken back is on its way. Without a deadline."""
+        await self._settled.wait()
+
     def kill(self, member: Member) -> bool:
         """Have the member killed; False: it is gone, or is being killed already."""
         record = self.machine.records[member.rank]
@@ -355,18 +369,28 @@ class Controller:
         # Streams wait for a lost rank's requests to be given out: what else comes of a loss is posted after that.
         for effect in sorted(effects, key=lambda effect: not isinstance(effect, ev.MemberDown)):
             self._perform(effect)
+        if not self.machine.scaling:
+            self._settled.set()
+        elif self._settled.is_set():
+            self._settled = anyio.Event()
 
     def _perform(self, effect: ev.Effect) -> None:
         match effect:
             case ev.Publish(View() as view):
-                self._view_changed(view, "loss")
+                self._view_changed(view, "leave" if set(view.left) & self._seated else "loss")
             case ev.Publish(Commit(_, view)):
                 self._view_changed(view, "gain")
             case ev.MemberUp(member):
                 self._hub.post("routing", routing.RankUp(member, self._known(member).pages.total))
                 self.repairs.audit.ask([member])
-            case ev.MemberDown(member, reason):
-                self._hub.post("routing", routing.RankDown(member, reason))
+            case ev.MemberDown(member, reason, left):
+                self._hub.post("routing", routing.RankDown(member, reason, left))
+                if left:
+                    log.info("rank has left", rank=str(member), why="an operator wants it away")
+            case ev.MemberResumed(member, why):
+                self._hub.post("routing", routing.RankResumed(member))
+                self._tell_repairs()
+                (log.warning if why else log.info)("rank stays after all", rank=str(member), why=why)
             case ev.RankMoved(member, state):
                 self._metrics.rank_state(member.rank, state)
                 self.history.moved(*member, state)
@@ -377,6 +401,9 @@ class Controller:
                 if state is RankState.DRAINING:
                     self._wire.send(member, Drain())
                     self._hub.post("routing", routing.RankDraining(member))
+                    if not self.machine.stopping:
+                        log.info("rank drains", rank=str(member))
+                        self._tell_repairs()
             case ev.Fence(member, reason) if not self.machine.stopping:
                 self.ledger.fenced(member, reason)
             case ev.GroupMoved(state):
@@ -395,7 +422,7 @@ class Controller:
     def on_notice(self, notice: routing.Notice) -> None:
         """What becomes of requests, as far as it concerns the group."""
         match notice:
-            case routing.WorkBegan() | routing.WorkEnded():
+            case routing.WorkBegan() | routing.WorkEnded() | routing.RankDrained():
                 self.feed(notice)
             case routing.Drained():
                 self.drained.set()
@@ -414,12 +441,17 @@ class Controller:
             if kind == "loss":
                 busy = self._requests.requests
                 self.ledger.left_view(view.epoch, {seat.rank for seat in view.seats} if busy else ())
-            self.repairs.members_changed(view.members)
+            self._tell_repairs()
+
+    def _tell_repairs(self) -> None:
+        seats, leaving = self.machine.view.seats, self.machine.leaving
+        leavers = [seat.member for seat in seats if seat.rank in leaving]
+        self.repairs.members_changed(self.machine.view.members, leavers)
 
     def _disturbed(self, seen: Disturbance) -> None:
         if seen.kind == "loss":
             self._metrics.failover_stall.observe(seen.beyond_s)
-        else:
+        elif seen.kind == "gain":
             self._metrics.rejoin_pause.observe(seen.beyond_s)
         self.ledger.disturbed(seen)
         self._log.note(
@@ -514,7 +546,7 @@ class Controller:
 
     def _relaunch_in_s(self, rank: int) -> float | None:
         record = self.machine.records[rank]
-        if record.away or self.machine.stopping:
+        if record.away or self.machine.stopping or rank in self.machine.retired:
             return None
         return max(0.0, ((record.relaunch_at_ms or 0) - self.machine.now_ms) / 1000)
 

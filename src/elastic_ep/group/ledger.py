@@ -113,9 +113,10 @@ class Ledger:
 
     def moved(self, member: Member, state: RankState) -> None:
         """The member is in `state` now; for losses there is `lost`."""
+        before = self._states.get(member.rank)
         self._states[member.rank] = state
         log.debug("rank state", rank=str(member), state=state.value)
-        if state is RankState.SERVING:
+        if state is RankState.SERVING and before is not RankState.DRAINING:
             self._serves(member)
 
     def blame(self, member: Member, cause: LossCause, why: str) -> None:

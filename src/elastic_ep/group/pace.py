@@ -53,7 +53,7 @@ class PaceObserver:
         self._watches: dict[Member, list[_Watch]] = {}
 
     def view_changed(self, view: View, kind: str) -> None:
-        """`kind` is "loss" or "gain"."""
+        """`kind` is "loss", "leave" or "gain"."""
         self._paces = {member: pace for member, pace in self._paces.items() if member in view.members}
         self._watches = {member: self._watches.get(member, []) for member in self._paces}
         for watches in self._watches.values():

@@ -142,6 +142,18 @@ class UnknownRank(Exception):
     """There is no such rank, or no such incarnation of it yet: 404. The message says which there are."""
 
 
+class Conflict(Exception):
+    """The group cannot do that as it is now: 409. The message says why, and what would help."""
+
+
+class OutOfRange(Exception):
+    """No group that was started like this one can do that: 400. `field` of the body is wrong, the message says how."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 @dataclass(frozen=True, slots=True)
 class Health:
     """The body of `GET /health`: of the service as a whole.
@@ -172,6 +184,26 @@ class Killing:
 
     killed: bool
     incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """The body of `POST /v1/fault_tolerance/drain`: `state` of the rank by now: "Draining", or already one in which it
+    has no seat. `data_parallel_size`: how many ranks are to take part from now on."""
+
+    rank: int
+    incarnation: int
+    state: str
+    data_parallel_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The body of `POST /scale_elastic_ep`: `message` as vLLM says it; which ranks have a seat now."""
+
+    message: str
+    data_parallel_size: int
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +246,8 @@ class FaultToleranceStatus:
 
     `state` is the group's lifecycle word, `tolerates` how many more ranks can be lost, in the worst case,
     with every expert still alive, `tolerates_hosts` how many more hosts (0 if there is one). `idle`: there is nothing
-    to do, so no steps are run; the next request starts them.
+    to do, so no steps are run; the next request starts them. `data_parallel_size`: ranks that an operator wants;
+    `scaling`: some of the others have not left yet, or some that were asked back are not there yet.
     """
 
     state: str
@@ -224,6 +257,8 @@ class FaultToleranceStatus:
     engines: tuple[EngineStatus, ...]
     idle: bool = False
     tolerates_hosts: int = 0
+    data_parallel_size: int = 0
+    scaling: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +392,25 @@ class Backend(Protocol):
 
         Raises `UnknownRank` and `Stopping`.
         """
+        ...
+
+    def drain(self, rank: int, patience_s: float) -> Draining:
+        """Have the rank leave, its requests ending within `patience_s` or going on elsewhere, and stay away. Idempotent.
+
+        Raises `UnknownRank`, `Conflict` and `Stopping`.
+        """
+        ...
+
+    async def scale(self, size: int, patience_s: float) -> Scaled:
+        """Have `size` ranks take part; answers when they do. Who goes is asked as by `drain`.
+
+        Raises `OutOfRange`, `Conflict`, `Stopping`, and `TimeoutError`, after which it may come about still.
+        """
+        ...
+
+    @property
+    def scaling(self) -> bool:
+        """Whether ranks leave, or those that were asked back are on their way."""
         ...
 
     async def experts(self) -> ExpertsStatus: ...

@@ -114,8 +114,8 @@ class Repairs:
         peers = tuple(PeerAddress(rank, s.address) for rank, s in found if s.address is not None)
         return PeerWeights(peers, found[0][1].dense_sum, checksums)
 
-    def members_changed(self, members: Collection[Member]) -> None:
-        self.feed(ev.MembersChanged(tuple(sorted(members))))
+    def members_changed(self, members: Collection[Member], leaving: Collection[Member] = ()) -> None:
+        self.feed(ev.MembersChanged(tuple(sorted(members)), tuple(sorted(leaving))))
         self.audit.members_changed(members)
 
     def gone(self, member: Member) -> None:

@@ -50,6 +50,7 @@ from elastic_ep.wire.messages import (
     Promise,
     RankReport,
     RequestFailed,
+    Resume,
     Shutdown,
     Snapshot,
     SnapshotRequest,
@@ -243,7 +244,7 @@ class RankProcess:
 
     def _on_direct(self, message: ToRank) -> None:
         match message:
-            case Snapshot() | Drain() | Shutdown():
+            case Snapshot() | Drain() | Resume() | Shutdown():
                 self._hear(message)
             case Assign() | Cancel():
                 self._mailbox.deliver(message)

@@ -11,8 +11,8 @@ Which message travels where (`docs/architecture.md`, planes):
 * ROUTER/DEALER, rank to controller: `Hello`, `RankReport`, `Promise`, `Heartbeat`, `StepReport`, `RequestFailed`,
   `SnapshotRequest`, of `slot_messages.py` `PlacementSeen`, `StateReady`, `SlotCopied`, `SlotSums`, `ExpertLoads`, and
   of `store_messages.py` `StoreSet`, `StoreGet`, `StoreDelete`.
-* ROUTER/DEALER, controller to rank: `Snapshot`, `Assign`, `Cancel`, `Drain`, `Shutdown`, `CopySlot`,
-  `SumSlots`, `StoreValue`.
+* ROUTER/DEALER, controller to rank: `Snapshot`, `Assign`, `Cancel`, `Drain`, `Resume`, `Shutdown`,
+  `CopySlot`, `SumSlots`, `StoreValue`.
 """
 
 from __future__ import annotations
@@ -76,12 +76,14 @@ class View:
     """Who takes part, from which step on. Self-contained: the newest epoch wins, whatever came before it.
 
     A member that is in an older view and not in this one is lost: mask it at once. `park_at` is the step
-    that nobody may begin (the group pauses at the boundary before it), or None.
+    that nobody may begin (the group pauses at the boundary before it), or None. Who `left` was asked to, and may live
+    still: it ends by itself.
     """
 
     epoch: int
     seats: tuple[Seat, ...]
     park_at: int | None = None
+    left: tuple[Member, ...] = ()
 
     def seat(self, rank: int) -> Seat | None:
         return next((seat for seat in self.seats if seat.rank == rank), None)
@@ -299,6 +301,11 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """Drain no longer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Stop at the next boundary and exit."""
 
@@ -413,5 +420,5 @@ FromRank = (
     | StoreGet
     | StoreDelete
 )
-ToRank = Snapshot | Assign | Cancel | Drain | Shutdown | CopySlot | SumSlots | StoreValue
+ToRank = Snapshot | Assign | Cancel | Drain | Resume | Shutdown | CopySlot | SumSlots | StoreValue
 Published = Prepare | Commit | Abort | View | PlacementChanged | Beat

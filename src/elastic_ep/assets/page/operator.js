@@ -1,14 +1,22 @@
 "use strict";
 /* What an operator may do: each after a question that says what comes of it, and with the server's own answer. */
 
-/** How long an answer is waited for. A rebalance answers when its copies are made. */
-const ANSWER_MS = 120000;
+/** How long an answer is waited for. A change of size answers when all who leave have left, and all who come are there. */
+const ANSWER_MS = 330000;
 
 const DEEDS = {
   relaunch: {
     words: "Relaunch dead ranks",
     question: () => "Every rank that is dead is launched now, however long it was to wait. Ranks that run are left alone.",
     answer: told => told.relaunched.length ? `Launched: rank ${told.relaunched.join(", ")}.` : "No rank was dead.",
+  },
+  scale: {
+    words: "Scale",
+    amount: state => [...state.ranks.values()].filter(row => row.alive !== false && row.status !== "dead").length,
+    question: () => "So many ranks take part from now on. Ranks that are too many drain: their requests end or, after two minutes, " +
+      "go on elsewhere. Ranks that left are launched again.",
+    body: (row, amount) => ({new_data_parallel_size: amount}),
+    answer: told => `${told.message}: rank ${told.ranks.join(", ")}.`,
   },
   verify: {
     words: "Verify experts",
@@ -30,6 +38,14 @@ const RANK_DEEDS = {
     question: row => `Rank ${row.id} is launched now, however long it was to wait. If it runs already, nothing happens.`,
     body: row => ({rank: row.id}),
     answer: told => told.relaunched.length ? "It is launched." : "It runs already: nothing was done.",
+  },
+  drain: {
+    words: "Drain",
+    possible: row => row.alive && row.state !== "Draining",
+    question: row => `Rank ${row.id}.${row.incarnation} takes no new requests. When its ${row.running + row.waiting} have ended, or after two ` +
+      "minutes have gone on elsewhere, it leaves and stays away until it is launched again.",
+    body: row => ({rank: row.id}),
+    answer: told => told.state === "Draining" ? `It drains; ${told.data_parallel_size} ranks are to stay.` : `It is ${told.state}.`,
   },
   kill: {
     words: "Kill",
@@ -74,6 +90,9 @@ class Operator {
     const key = make("input", {type: "password", autocomplete: "off", required: true, "aria-label": "The admin key", placeholder: "the admin key"});
     key.hidden = Boolean(keys.get("admin-key"));
     key.disabled = key.hidden;
+    const amount = make("input", {type: "number", min: 1, step: 1, required: true, "aria-label": "How many ranks"});
+    amount.hidden = amount.disabled = !deed.amount;
+    if (deed.amount) amount.value = deed.amount(this.state);
     const yes = make("button", {type: "submit", class: "yes"}, deed.words);
     const no = make("button", {type: "button", ".onclick": () => this.sure.close()}, "Cancel");
     const form = make("form", {".onsubmit": async event => {
@@ -84,11 +103,11 @@ class Operator {
       outcome.textContent = "Waiting for the server …";
       try {
         const options = {method: "POST", signal: AbortSignal.timeout(ANSWER_MS)};
-        if (deed.body) options.body = JSON.stringify(deed.body(row));
+        if (deed.body) options.body = JSON.stringify(deed.body(row, amount.valueAsNumber));
         const told = await this.ask(path, options, "admin-key");
         outcome.className = "done";
         outcome.textContent = deed.answer(told, row);
-        yes.hidden = key.hidden = true;
+        yes.hidden = key.hidden = amount.hidden = true;
         no.textContent = "Close";
       } catch (error) {
         outcome.className = "failed";
@@ -102,7 +121,7 @@ class Operator {
         yes.disabled = false;
       }
     }}, make("h2", {}, row.id === undefined ? deed.words : `${deed.words} rank ${row.id}.${row.incarnation}`),
-    make("p", {}, deed.question(row, this.state.group)), key, outcome, make("div", {class: "buttons"}, no, yes));
+    make("p", {}, deed.question(row, this.state.group)), amount, key, outcome, make("div", {class: "buttons"}, no, yes));
     this.sure.replaceChildren(form);
     this.sure.showModal();
     (key.hidden ? no : key).focus();

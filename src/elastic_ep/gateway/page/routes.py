@@ -39,6 +39,8 @@ OPEN_PATHS = frozenset({"/", *(PREFIX + name for name in _FILES)})
 ACTIONS = {
     "relaunch": "/v1/fault_tolerance/relaunch",
     "kill": "/v1/fault_tolerance/kill",
+    "drain": "/v1/fault_tolerance/drain",
+    "scale": "/scale_elastic_ep",
     "verify": "/v1/fault_tolerance/verify",
     "rebalance": "/rebalance",
 }

@@ -12,9 +12,10 @@ from elastic_ep.wire.messages import Member, PlacementChanged
 
 @dataclass(frozen=True, slots=True)
 class MembersChanged:
-    """The seats of the newest view."""
+    """The seats of the newest view. Experts need copies on those that are not `leaving`."""
 
     members: tuple[Member, ...]
+    leaving: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

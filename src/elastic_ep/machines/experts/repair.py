@@ -59,6 +59,7 @@ class RepairMachine(Machine[Event, Effect]):
 
     def __post_init__(self) -> None:
         self.members: frozenset[Member] = frozenset()
+        self.leaving: frozenset[Member] = frozenset()
         self.reachable: frozenset[Member] = frozenset()
         self.seen: dict[Member, int] = {}
         self.emptied: dict[Place, int] = {}
@@ -132,14 +133,19 @@ class RepairMachine(Machine[Event, Effect]):
         times = [copy.deadline_ms for copy in self.copies.values() if not copy.overdue]
         return min([*times, *self.retry_at_ms.values()], default=None)
 
+    @property
+    def staying(self) -> frozenset[Member]:
+        """Where copies count. Those that leave are read from all the same."""
+        return self.members - self.leaving
+
     def floor(self, layer: int) -> int:
         """Copies that every expert of the layer should have, as the slots of the living allow."""
-        room = len(self.members) * self.placement.slots_per_rank // self.placement.num_experts
+        room = len(self.staying) * self.placement.slots_per_rank // self.placement.num_experts
         return min(self.wanted[layer], max(1, room))
 
     def spread(self, layer: int) -> int:
         """Hosts that every expert of the layer should be on, as the slots of the living allow."""
-        return self.placement.spread([member.rank for member in self.members], self.floor(layer))
+        return self.placement.spread([member.rank for member in self.staying], self.floor(layer))
 
     # Events
 
@@ -147,6 +153,8 @@ class RepairMachine(Machine[Event, Effect]):
         """A new member has heard every version published before the view that seats it: they share one ordered wire."""
         self.reachable -= self.members - frozenset(event.members)
         self.members = frozenset(event.members)
+        leaving = self.members & frozenset(event.leaving)
+        self.leaving = leaving if leaving < self.members else frozenset()
         self.seen = {member: self.seen.get(member, self.placement.version) for member in self.members}
         self.copies = {place: copy for place, copy in self.copies.items() if copy.member in self.members}
         self.distrusted.clear()
@@ -213,9 +221,9 @@ class RepairMachine(Machine[Event, Effect]):
                 self._stirred.add(layer)
 
     def _on_planned(self, event: ev.Planned) -> None:
-        """A plan made for other members than there are now is of no use."""
+        """A plan made for other members than there are now, or are to stay, is of no use."""
         self._drop_plan()
-        if not self.members or frozenset(event.members) != self.members:
+        if not self.members or self.leaving or frozenset(event.members) != self.members:
             self._effects.append(ev.PlanEnded(0, 0, event.plan))
             return
         width = self.placement.slots_per_rank
@@ -267,7 +275,7 @@ class RepairMachine(Machine[Event, Effect]):
 
     def _move(self, layer: int) -> None:
         self._refused.pop(layer, None)
-        ranks = {member.rank for member in self.members}
+        ranks = {member.rank for member in self.staying}
         floor, spread = self.floor(layer), self.spread(layer)
         enough = min(self.placement.copies(layer, ranks)) >= floor and (
             spread == 1 or min(self.placement.host_copies(layer, ranks)) >= spread

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from elastic_ep.machines.contract import Tick
 from elastic_ep.placement import Change
-from elastic_ep.wire.messages import Drain, Member, Published, RankState, Shutdown
+from elastic_ep.wire.messages import Drain, Member, Published, RankState, Resume, Shutdown
 
 AS_ASKED = "as asked"
 """Why a rank that was told to stop has ended."""
@@ -130,6 +130,32 @@ class RelaunchRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class RetireRequested:
+    """An operator wants these ranks to leave, and to stay away until they are asked back.
+
+    One that serves drains first: its requests have `patience_ms` to end, then they go on elsewhere. Asked again, the
+    shorter patience counts. Nothing happens to a rank without which experts would have no slots.
+    """
+
+    ranks: tuple[int, ...]
+    patience_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnRequested:
+    """An operator wants these ranks in the group again. One that drains goes on; nothing happens to others that run."""
+
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankDrained:
+    """The member drains, and no request is left at it."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """No more relaunches; the router drains."""
 
@@ -160,6 +186,9 @@ Event = (
     | StepSeen
     | Placed
     | RelaunchRequested
+    | RetireRequested
+    | ReturnRequested
+    | RankDrained
     | StopRequested
     | StopRanks
     | StopForced
@@ -189,7 +218,7 @@ class Publish:
 @dataclass(frozen=True, slots=True)
 class SendTo:
     member: Member
-    message: Drain | Shutdown
+    message: Drain | Resume | Shutdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +230,19 @@ class MemberUp:
 
 @dataclass(frozen=True, slots=True)
 class MemberDown:
-    """Its requests continue elsewhere."""
+    """Its requests continue elsewhere. `left`: it was asked to go, and is no loss."""
 
     member: Member
     reason: str
+    left: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemberResumed:
+    """It does not leave after all: the router may give it requests again. `reason` if nobody has asked for that."""
+
+    member: Member
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +294,7 @@ Effect = (
     | SendTo
     | MemberUp
     | MemberDown
+    | MemberResumed
     | RankMoved
     | GroupMoved
     | NothingWillServe

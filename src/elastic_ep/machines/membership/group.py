@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from elastic_ep.machines.membership.events import GroupState
-from elastic_ep.machines.membership.records import Attempt, RankRecord
+from elastic_ep.machines.membership.records import Attempt
 from elastic_ep.wire.messages import View
 
 
@@ -19,9 +19,17 @@ class Facts(Protocol):
     view: View
 
     @property
-    def records(self) -> Mapping[int, RankRecord]: ...
-    @property
     def covered(self) -> bool: ...
+
+    @property
+    def wanted(self) -> int:
+        """Ranks that are to have a seat,"""
+        ...
+
+    @property
+    def staying(self) -> int:
+        """and those that have one, and keep it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ GROUP = (
     Case(GroupState.FORMING, "nobody has a seat", lambda m: not m.view.seats),
     Case(GroupState.HOLDING, "an expert has no copy", lambda m: not m.covered),
     Case(GroupState.PAUSED, "the members are parked", lambda m: m.view.park_at is not None),
-    Case(GroupState.SERVING, "every rank has a seat", lambda m: len(m.view.seats) == len(m.records)),
+    Case(GroupState.SERVING, "every rank that is wanted has a seat", lambda m: m.staying == m.wanted),
     Case(GroupState.DEGRADED, "else", lambda m: True),
 )
 """The group's state is the first one that holds."""

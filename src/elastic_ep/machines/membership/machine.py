@@ -7,7 +7,7 @@ therefore nobody has begun. Parking is the same protocol without a joiner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from elastic_ep.machines.machine import Machine
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import Effect, Event, GroupState
 from elastic_ep.machines.membership.group import GROUP
+from elastic_ep.machines.membership.leaving import Leaving, judge
 from elastic_ep.machines.membership.outlook import Outlook, enough_slots, outlook, why_never
 from elastic_ep.machines.membership.records import STARTING, Attempt, RankRecord
 from elastic_ep.machines.membership.start_failure import alike
@@ -23,7 +24,7 @@ from elastic_ep.machines.rank.lifecycle import RANK, REPORTED_TRIGGERS, SEATED
 from elastic_ep.machines.tables import TableMachine
 from elastic_ep.placement import Coverage, Placement
 from elastic_ep.timing import MembershipConfig
-from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, RankState, Seat, Shutdown, View
+from elastic_ep.wire.messages import Abort, Commit, Member, Prepare, RankState, Resume, Seat, Shutdown, View
 
 STEP_GAP_AFTER_TOTAL_LOSS = 100_000
 """Steps that a member may have begun unseen since the last `StepSeen`; far more than could have run."""
@@ -52,6 +53,14 @@ class MembershipMachine(Machine[Event, Effect]):
         self.idle_since_ms = 0
         self.highest_step = 0
         self.first_joining_ms: int | None = None
+        self.retired: frozenset[int] = frozenset()
+        """Ranks that an operator wants away, until they are asked back."""
+        self.leaving: dict[int, Leaving] = {}
+        """Those of them that have a seat still."""
+        self.left: dict[Member, int] = {}
+        """Members that have left and may live still; when they are killed."""
+        self.returning: frozenset[int] = frozenset()
+        """Ranks that were asked back and have no seat yet."""
         self.stopping = False
         self.verdict: ev.Verdict | None = None
         """Why this run is over, if it is."""
@@ -79,6 +88,9 @@ class MembershipMachine(Machine[Event, Effect]):
             ev.StepSeen: self._on_step_seen,
             ev.Placed: self._on_placed,
             ev.RelaunchRequested: self._on_relaunch_requested,
+            ev.RetireRequested: self._on_retire_requested,
+            ev.ReturnRequested: self._on_return_requested,
+            ev.RankDrained: self._on_drained,
             ev.StopRequested: self._on_stop,
             ev.StopRanks: self._on_stop_ranks,
             ev.StopForced: self._on_stop_forced,
@@ -118,6 +130,26 @@ class MembershipMachine(Machine[Event, Effect]):
         return max(0, self.placement.tolerates_hosts([seat.rank for seat in self.view.seats]))
 
     @property
+    def wanted(self) -> int:
+        """Ranks that are to take part."""
+        return len(self.records) - len(self.retired)
+
+    @property
+    def staying(self) -> int:
+        """Those that have a seat and keep it."""
+        return len(self.view.seats) - len(self.leaving)
+
+    @property
+    def least(self) -> int:
+        """With fewer ranks some expert would have no slot."""
+        return -(-self.placement.num_experts // self.placement.slots_per_rank)
+
+    @property
+    def scaling(self) -> bool:
+        """Ranks leave, or are on their way back."""
+        return bool(self.leaving or self.left or self.returning)
+
+    @property
     def can_serve(self) -> bool:
         """Whether a request could get a token now."""
         return bool(self.view.seats) and self.covered and not self.stopping and self.verdict is None
@@ -129,6 +161,8 @@ class MembershipMachine(Machine[Event, Effect]):
     def reason(self, rank: int, now_ms: int) -> str:
         """Why a rank is not well, and if it waits for its next launch, how long it does."""
         record = self.records[rank]
+        if rank in self.retired and record.over:
+            return f"{record.reason}; stays away until it is asked back"
         return record.reason if self.verdict else record.explained(now_ms, self.config)
 
     def next_deadline_ms(self) -> int | None:
@@ -136,6 +170,10 @@ class MembershipMachine(Machine[Event, Effect]):
         unseated = self._without_seat()
         times = [record.relaunch_at_ms for record in unseated if record.relaunch_at_ms is not None]
         times += [due for record in unseated if (due := record.init_due_ms(self.config)) is not None]
+        times += self.left.values()
+        for each in self.leaving.values():
+            due_ms = each.due_ms
+            times.append(due_ms if due_ms > self.now_ms else due_ms + self.config.spare_copies_ms)
         if self.attempt:
             times.append(self.attempt.deadline_ms)
         elif self._would_park():
@@ -163,6 +201,10 @@ class MembershipMachine(Machine[Event, Effect]):
             record = self.records[seat.rank]
             assert record.member == seat.member, f"rank {seat.rank} is seated under an old incarnation"
             assert record.state in SEATED, f"{record.member} seated in {record.state}"
+        seated = {seat.rank for seat in self.view.seats}
+        assert self.leaving.keys() <= self.retired & seated, "a rank leaves that is wanted, or not there"
+        assert not self.left.keys() & self.view.members, "who has left is seated"
+        assert not self.returning & (self.retired | seated), "a rank returns that is away for good, or there"
         if self.attempt:
             assert not self.attempt.joiners & self.view.members, "a joiner is already seated"
             assert self.attempt.awaited <= self.attempt.joiners | self.view.members, "awaits a stranger"
@@ -189,6 +231,9 @@ class MembershipMachine(Machine[Event, Effect]):
         for record in self._without_seat():
             if record.relaunch_at_ms is not None and self.now_ms >= record.relaunch_at_ms:
                 self._relaunch(record)
+            if record.member in self.left and self.now_ms >= self.left[record.member]:
+                self._forget_left(record.member)
+                self._fence(record, f"{ev.AS_ASKED}, but did not end by itself")
             due_ms = record.init_due_ms(self.config)
             if due_ms is not None and self.now_ms >= due_ms:
                 record.failed = f"stuck in {record.state} for {self.config.init_deadline_ms / 1000:g} s"
@@ -249,10 +294,16 @@ class MembershipMachine(Machine[Event, Effect]):
         if not record.over:
             self._lose([(record, record.why_ended(f"died: {event.status}"))])
         record.gone = True
+        self._forget_left(event.member)
         if not record.fenced and not record.failed:
             record.reason = record.why_ended(f"died: {event.status}")
-        if not self.stopping and record.state is RankState.FAILED:
+        if self.stopping:
+            return
+        if record.state is RankState.FAILED:
             record.count_death(event.status, self.config)
+        if event.member.rank in self.retired:
+            record.away = True
+        else:
             self._plan_relaunch(record)
 
     def _on_suspected(self, event: ev.Suspected) -> None:
@@ -277,14 +328,65 @@ class MembershipMachine(Machine[Event, Effect]):
     def _on_relaunch_requested(self, event: ev.RelaunchRequested) -> None:
         if self.stopping or self.verdict:
             return
-        for record in (self.records[rank] for rank in event.ranks if rank in self.records):
+        for record in (
+            self.records[rank] for rank in event.ranks if rank in self.records.keys() - self.retired
+        ):
             if record.away or record.relaunch_at_ms is not None:
                 self._relaunch(record)
             elif not record.gone and (record.fenced or record.over):
                 record.wanted_back = True
 
+    def _on_retire_requested(self, event: ev.RetireRequested) -> None:
+        if self.stopping or self.verdict:
+            return
+        due_ms = self.now_ms + event.patience_ms
+        for rank in event.ranks:
+            if rank in self.leaving:
+                before = self.leaving[rank]
+                self.leaving = {**self.leaving, rank: replace(before, due_ms=min(before.due_ms, due_ms))}
+            elif rank in self.records and rank not in self.retired and self.wanted > self.least:
+                self._retire(self.records[rank], due_ms)
+
+    def _retire(self, record: RankRecord, due_ms: int) -> None:
+        """One that serves drains; one that is dead stays so; one that is on its way has nothing to lose."""
+        rank = record.member.rank
+        self.retired |= {rank}
+        self.returning -= {rank}
+        record.wanted_back = False
+        if record.state is RankState.SERVING:
+            self.leaving = {**self.leaving, rank: Leaving(due_ms)}
+            self._move(record, "drain")
+        elif record.over:
+            record.relaunch_at_ms, record.away = None, record.gone
+        elif record.member not in self.left:
+            if self.attempt and record.member in self.attempt.joiners:
+                self._abort()
+            record.told_to_stop = True
+            self._fence(record, f"{ev.AS_ASKED}, before it served")
+
+    def _on_return_requested(self, event: ev.ReturnRequested) -> None:
+        if self.stopping or self.verdict:
+            return
+        for record in (self.records[rank] for rank in event.ranks if rank in self.retired):
+            rank = record.member.rank
+            if rank in self.leaving:
+                self._resume(record)
+                continue
+            self.retired -= {rank}
+            self.returning |= {rank}
+            if record.gone:
+                self._relaunch(record)
+            else:
+                record.wanted_back = True
+
+    def _on_drained(self, event: ev.RankDrained) -> None:
+        rank = event.member.rank
+        if self._current(event.member) and rank in self.leaving:
+            self.leaving = {**self.leaving, rank: replace(self.leaving[rank], emptied=True)}
+
     def _on_stop(self, _event: ev.StopRequested) -> None:
         self.stopping = True
+        self.leaving, self.left, self.returning = {}, {}, frozenset()
         if self.attempt:
             self._abort()
         for record in self.records.values():
@@ -344,16 +446,56 @@ class MembershipMachine(Machine[Event, Effect]):
         seated = self.view.members
         for record, reason in losses:
             record.lost(self.now_ms, reason)
-            self._move(record, "stopped" if self.stopping else "lost", reason)
+            asked = self.stopping or record.told_to_stop
+            self._move(record, "stopped" if asked else "lost", reason)
         lost = {record.member for record, _ in losses}
         if self.attempt and lost & (self.attempt.joiners | seated):
             self._abort()
         if lost & seated:
-            seats = tuple(seat for seat in self.view.seats if seat.member not in lost)
-            self._publish_view(seats, self.view.park_at)
+            self._unseat(lost)
             self._effects += [
                 ev.MemberDown(record.member, reason) for record, reason in losses if record.member in seated
             ]
+
+    def _unseat(self, members: Set[Member]) -> None:
+        ranks = {member.rank for member in members}
+        self.leaving = {rank: each for rank, each in self.leaving.items() if rank not in ranks}
+        seats = tuple(seat for seat in self.view.seats if seat.member not in members)
+        self._publish_view(seats, self.view.park_at)
+
+    # Leaving
+
+    def _see_leavers_off(self) -> None:
+        """As a loss, but for what it is called: who is asked to go ends by itself, and what it computes is dropped.
+
+        A step in progress is computed again, which takes the others no longer than to agree on a last one would.
+        """
+        if not self.leaving:
+            return
+        seated = [seat.rank for seat in self.view.seats]
+        verdict = judge(self.leaving, seated, self._coverage, self.now_ms, self.config.spare_copies_ms)
+        for rank, why in verdict.stay.items():
+            self._resume(self.records[rank], why)
+        going = [self.records[rank] for rank in verdict.go]
+        if not going:
+            return
+        for record in going:
+            record.told_to_stop = True
+            self.left = {**self.left, record.member: self.now_ms + self.config.leave_ms}
+        if self.attempt:
+            self._abort()
+        self._unseat({record.member for record in going})
+        self._effects += [ev.MemberDown(record.member, ev.AS_ASKED, left=True) for record in going]
+
+    def _forget_left(self, member: Member) -> None:
+        self.left = {other: due_ms for other, due_ms in self.left.items() if other != member}
+
+    def _resume(self, record: RankRecord, why: str = "") -> None:
+        rank = record.member.rank
+        self.retired -= {rank}
+        self.leaving = {other: each for other, each in self.leaving.items() if other != rank}
+        self._move(record, "resume", why)
+        self._effects += [ev.SendTo(record.member, Resume()), ev.MemberResumed(record.member, why)]
 
     def _plan_relaunch(self, record: RankRecord) -> None:
         if self._all_failed_alike():
@@ -426,7 +568,8 @@ class MembershipMachine(Machine[Event, Effect]):
         if attempt.joiners and self.has_work and self._coverage.by(seat.rank for seat in all_seats):
             park_at = None
         self.highest_step = max(self.highest_step, first_step)
-        self.view = View(self.view.epoch + 1, all_seats, park_at)
+        self.returning -= {seat.rank for seat in joined}
+        self.view = View(self.view.epoch + 1, all_seats, park_at, tuple(sorted(self.left)))
         self._effects.append(ev.Publish(Commit(attempt.number, self.view)))
         self.idle_since_ms = self.now_ms
         for seat in joined:
@@ -434,7 +577,8 @@ class MembershipMachine(Machine[Event, Effect]):
             self._effects.append(ev.MemberUp(seat.member))
 
     def _publish_view(self, seats: tuple[Seat, ...], park_at: int | None) -> None:
-        self.view = View(self.view.epoch + 1, seats, park_at if seats else None)
+        left = tuple(sorted(self.left))
+        self.view = View(self.view.epoch + 1, seats, park_at if seats else None, left)
         self._effects.append(ev.Publish(self.view))
 
     # What follows from the state alone
@@ -448,6 +592,7 @@ class MembershipMachine(Machine[Event, Effect]):
             return
         if self.verdict:
             return
+        self._see_leavers_off()
         if self.attempt and not self.attempt.joiners and self.has_work and self.covered:
             self._abort()
         if self.attempt is None:

@@ -65,6 +65,9 @@ def why_never(machine: MembershipMachine) -> str:
 
 
 def _counts(machine: MembershipMachine, record: RankRecord) -> bool:
+    rank = record.member.rank
+    if rank in machine.retired and rank not in machine.leaving:
+        return False
     if record.relaunch_at_ms is not None or record.wanted_back:
         return True
     if record.fenced or record.gone or record.over:

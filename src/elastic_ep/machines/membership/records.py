@@ -100,7 +100,7 @@ class RankRecord:
         """The next incarnation. What counts over several of them stays."""
         self.relaunch_at_ms = None
         self.member = Member(self.member.rank, self.member.incarnation + 1)
-        self.gone = self.away = self.wanted_back = False
+        self.gone = self.away = self.wanted_back = self.told_to_stop = False
         self.fenced = self.failed = ""
         self.suspects = ()
         self.died_in = self.served_ms = None

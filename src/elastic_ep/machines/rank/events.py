@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_ep.placement import Placement
-from elastic_ep.wire.messages import Drain, Member, Numbered, RankReport, Shutdown, Snapshot, View
+from elastic_ep.wire.messages import Drain, Member, Numbered, RankReport, Resume, Shutdown, Snapshot, View
 
 # Events
 
@@ -54,7 +54,7 @@ class PeerDied:
 
 ThreadEvent = DeviceOpened | WarmedUp | StepsEnded | StepsFailed
 """The forward thread's own word."""
-Event = Numbered | Snapshot | Drain | Shutdown | Started | EngineReady | PeerDied | ThreadEvent
+Event = Numbered | Snapshot | Drain | Resume | Shutdown | Started | EngineReady | PeerDied | ThreadEvent
 
 # Effects; a `RankReport` is one as it goes to the controller
 

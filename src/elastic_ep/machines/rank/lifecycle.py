@@ -25,6 +25,7 @@ RANK = Table(
         Row("buffers_ready", (RankState.INIT_DIST,), RankState.JOINING),
         Row("admitted", (RankState.JOINING,), RankState.SERVING),
         Row("drain", (RankState.SERVING,), RankState.DRAINING),
+        Row("resume", (RankState.DRAINING,), RankState.SERVING),
         Row("stopped", _ALIVE, RankState.STOPPED),
         Row("lost", _ALIVE, RankState.FAILED),
         Row("lost", (RankState.FAILED, RankState.STOPPED), None),

@@ -23,6 +23,7 @@ from elastic_ep.wire.messages import (
     Published,
     RankReport,
     RankState,
+    Resume,
     Shutdown,
     Snapshot,
     View,
@@ -94,8 +95,12 @@ class RankMachine(Machine[ev.Event, ev.Effect]):
             case Drain():
                 self._drain = True
                 self._drain_if_asked()
+            case Resume():
+                self._drain = False
+                if self.stage is RankState.DRAINING:
+                    self.lifecycle.fire("resume")
             case Shutdown():
-                self._on_shutdown()
+                self._stop()
             case ev.Started():
                 self._move("process_started")
             case ev.DeviceOpened():
@@ -130,7 +135,7 @@ class RankMachine(Machine[ev.Event, ev.Effect]):
         if self._drain and self.stage is RankState.SERVING:
             self.lifecycle.fire("drain")  # the router gives nothing new; what runs, runs on
 
-    def _on_shutdown(self) -> None:
+    def _stop(self) -> None:
         """Stop at the next boundary. Peers stop too, each at its own boundary: wait for none of them."""
         self._effects.append(ev.StopSteps())
         if self.stage in _WITHOUT_ENGINE:
@@ -222,6 +227,9 @@ class RankMachine(Machine[ev.Event, ev.Effect]):
 
     def _adopt(self, view: View) -> None:
         if view.epoch <= self.view.epoch:
+            return
+        if self.me in view.left:  # that view is the others'
+            self._stop()
             return
         gone = self.view.members - view.members
         was_seated = self.me in self.view.members

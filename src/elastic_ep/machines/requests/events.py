@@ -1,7 +1,7 @@
 """What goes into the routing machine and what comes out of it.
 
-`StopRequested`, `WorkBegan`, `WorkEnded` and `NothingWillServe` are the membership machine's own: one event stops both
-machines, and what one of them says is what the other hears.
+`StopRequested`, `WorkBegan`, `WorkEnded`, `RankDrained` and `NothingWillServe` are the membership machine's own: one
+event stops both machines, and what one of them says is what the other hears.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from elastic_ep.machines.contract import Tick
-from elastic_ep.machines.membership.events import NothingWillServe, StopRequested, WorkBegan, WorkEnded
+from elastic_ep.machines.membership.events import (
+    NothingWillServe,
+    RankDrained,
+    StopRequested,
+    WorkBegan,
+    WorkEnded,
+)
 from elastic_ep.wire.messages import Assign, Cached, Cancel, FailureCode, Member, SamplingParams, Token
 from elastic_ep.wire.privacy import PRIVATE, TokenId
 
 __all__ = [
     "Blamed", "CancelRequested", "DeadlinePassed", "Deliver", "Drained", "Effect", "Event", "Failed", "Fault",
-    "Finish", "FromCache", "Moved", "NewRequest", "NothingWillServe", "RankDown", "RankDraining", "RankUp",
-    "Refuse", "Replayed", "RoutingConfig", "Send", "StopRequested", "Submitted", "Tick", "TokensCommitted",
-    "WorkBegan", "WorkEnded",
+    "Finish", "FromCache", "Moved", "NewRequest", "NothingWillServe", "RankDown", "RankDrained", "RankDraining",
+    "RankResumed", "RankUp", "Refuse", "Replayed", "RoutingConfig", "Send", "StopRequested", "Submitted", "Tick",
+    "TokensCommitted", "WorkBegan", "WorkEnded",
 ]  # fmt: skip
 
 ALONE_AT_FIRST = 1
@@ -131,11 +137,19 @@ class RankDraining:
 
 
 @dataclass(frozen=True, slots=True)
+class RankResumed:
+    """The member drains no longer, and takes requests again."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
 class RankDown:
-    """The member is lost, or has drained as far as it could: what it still has continues elsewhere."""
+    """The member is lost, or has drained as far as it could (`left`): what it still has continues elsewhere."""
 
     member: Member
     reason: str
+    left: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +201,7 @@ Event = (
     | CancelRequested
     | RankUp
     | RankDraining
+    | RankResumed
     | RankDown
     | TokensCommitted
     | Failed
@@ -263,7 +278,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The request waited in this rank and continues in one that has a free seat."""
+    """The request waited in this rank and continues in one that has a free seat, or the rank has left."""
 
     request_id: int
     from_member: Member
@@ -283,7 +298,18 @@ class Drained:
 
 
 Effect = (
-    Send | Deliver | FromCache | Finish | Refuse | Replayed | Moved | Fault | WorkBegan | WorkEnded | Drained
+    Send
+    | Deliver
+    | FromCache
+    | Finish
+    | Refuse
+    | Replayed
+    | Moved
+    | Fault
+    | WorkBegan
+    | WorkEnded
+    | RankDrained
+    | Drained
 )
-Notice = Replayed | Moved | Fault | WorkBegan | WorkEnded | Drained
+Notice = Replayed | Moved | Fault | WorkBegan | WorkEnded | RankDrained | Drained
 """Effects that concern the rest of the run process."""

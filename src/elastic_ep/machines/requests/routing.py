@@ -52,6 +52,8 @@ class RoutingMachine(Machine[Event, Effect]):
         self.stale_tokens = 0
         """From a member that does not own the request, or not any more."""
         self.duplicate_tokens = 0
+        self._draining: frozenset[Member] = frozenset()
+        """Of whom it is to be said when they have no request left."""
         self._newest: dict[int, int] = {}
         self._highest_id = -1
         self._assignments = 0
@@ -62,6 +64,7 @@ class RoutingMachine(Machine[Event, Effect]):
             ev.CancelRequested: self._on_cancel,
             ev.RankUp: self._on_rank_up,
             ev.RankDraining: self._on_rank_draining,
+            ev.RankResumed: self._on_rank_resumed,
             ev.RankDown: self._on_rank_down,
             ev.TokensCommitted: self._on_tokens,
             ev.Failed: self._on_failed,
@@ -93,6 +96,10 @@ class RoutingMachine(Machine[Event, Effect]):
         self._effects = effects
         had_work = bool(self.requests)
         self._handlers[type(event)](event)
+        for member in sorted(self._draining):
+            if not self.ranks[member].requests:
+                self._draining -= {member}
+                effects.append(ev.RankDrained(member))
         if self.requests:
             if not had_work:
                 effects.insert(0, ev.WorkBegan())
@@ -169,11 +176,20 @@ class RoutingMachine(Machine[Event, Effect]):
         rank = self.ranks.get(event.member)
         if rank is not None:
             rank.accepting = False
+            self._draining |= {event.member}
+            self._distribute()
+
+    def _on_rank_resumed(self, event: ev.RankResumed) -> None:
+        rank = self.ranks.get(event.member)
+        if rank is not None:
+            rank.accepting = not rank.faulty
+            self._draining -= {event.member}
+            self._distribute()
 
     def _on_rank_down(self, event: ev.RankDown) -> None:
         rank, incarnation = event.member
         self._newest[rank] = max(incarnation, self._newest.get(rank, 0))
-        self._remove(event.member)
+        self._remove(event.member, left=event.left)
         self._distribute()
 
     def _on_tokens(self, event: ev.TokensCommitted) -> None:
@@ -279,16 +295,17 @@ class RoutingMachine(Machine[Event, Effect]):
         self._withdraw(request, "fail")
         self._effects.append(ev.Finish(request.asked.request_id, "abort", code, detail))
 
-    def _remove(self, member: Member) -> None:
+    def _remove(self, member: Member, *, left: bool = False) -> None:
         """The member is no more; what it had goes to the front of the queue: those in mid-answer first, then as they came
-        in."""
+        in. One that has left counts no more than one that gives what waits in it."""
         rank = self.ranks.pop(member, None)
+        self._draining -= {member}
         if rank is None:
             return
         replaying = [*takewhile(_was_cut_off, self.waiting.values()), *rank.requests.values()]
         for request_id, request in rank.requests.items():
             fruitless = len(request.emitted) == request.emitted_before
-            request.fruitless = request.fruitless + 1 if fruitless else 0
+            request.fruitless = request.fruitless + (not left) if fruitless else 0
             request.owner = None
             self.waiting[request_id] = request
             request.life.fire("rank_lost")
@@ -301,6 +318,9 @@ class RoutingMachine(Machine[Event, Effect]):
             cost = self._cost(request, rank)
             if cost:
                 self._fail(request, FailureCode.FAILED, cost)
+            elif left:
+                self.moves += 1
+                self._effects.append(ev.Moved(request_id, member))
             else:
                 self.replays += 1
                 self._effects.append(ev.Replayed(request_id, member))
