@@ -18,6 +18,7 @@ import pytest
 from train.problems import held_out
 
 from elastic_ep.replay import main as replay
+from tests.e2e.conftest import ADMIN_KEY
 from tests.kit.guided_asks import guided_asks
 from tests.kit.harness import title
 from tests.kit.served import Server, Stamps, begun, chat, counters, http, status, until_full
@@ -90,6 +91,38 @@ def send(
 def test_a_killed_rank_costs_no_token(serving: Server, expected: Texts, rank: int) -> None:
     disturbed = asyncio.run(with_fault(serving.url, send(serving.url, [rank], signal.SIGKILL)))
     assert disturbed == expected
+
+
+def test_ranks_leave_and_come_back_and_no_client_notices(serving: Server, expected: Texts) -> None:
+    """Their streams move in mid-answer; a rank that is not asked to go keeps its process."""
+
+    async def fault(session: aiohttp.ClientSession) -> None:
+        async def scale(size: int) -> dict[str, Any]:
+            body = {"new_data_parallel_size": size, "drain_timeout": 0}
+            who = {"Authorization": f"Bearer {ADMIN_KEY}"}
+            async with session.post(f"{serving.url}/scale_elastic_ep", json=body, headers=who) as response:
+                assert response.status == 200, await response.text()
+                told: dict[str, Any] = await response.json()
+                return told
+
+        assert (await scale(6))["ranks"] == [0, 1, 2, 3, 4, 5]
+        told = await status(session, serving.url)
+        assert (told["state"], told["data_parallel_size"], told["scaling"]) == ("Serving", 6, False)
+        assert [engine["state"] for engine in told["engines"][6:]] == ["Stopped", "Stopped"]
+        assert [engine["last_loss"] for engine in told["engines"]] == losses
+        assert (await scale(8))["ranks"] == list(range(8))
+
+    before = asyncio.run(engines(serving.url))
+    losses = asyncio.run(last_losses(serving.url))
+    disturbed = asyncio.run(with_fault(serving.url, fault))
+    after = asyncio.run(engines(serving.url))
+    assert disturbed == expected
+    assert [rank for rank, pid in after.items() if pid != before[rank]] == [6, 7]
+
+
+async def last_losses(url: str) -> list[Any]:
+    async with http() as session:
+        return [engine["last_loss"] for engine in (await status(session, url))["engines"]]
 
 
 def test_a_killed_agent_costs_nothing_and_the_next_one_tells_of_a_killed_rank(

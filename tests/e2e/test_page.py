@@ -141,8 +141,25 @@ async def test_hundreds_of_ranks_keys_and_a_server_that_comes_back(
         await page.click("#sure .yes", timeout=DEADLINE_MS)
         await page.wait_for_selector("#sure .done:has-text('200.3 is there by now')", timeout=DEADLINE_MS)
         await page.click("#sure button >> text=Close")
+        await page.click("#rank button >> text=Drain")
+        await page.click("#sure .yes", timeout=DEADLINE_MS)
+        await page.wait_for_selector("#sure .done:has-text('It drains')", timeout=DEADLINE_MS)
+        await page.click("#sure button >> text=Close")
+        await page.wait_for_selector("#rank dd:has-text('Draining')", timeout=DEADLINE_MS)
+        assert await page.locator("#rank button >> text=Drain").count() == 0
         await page.click("#rank button >> text=Close")
-        assert group.engines[200].state == "Serving"
+        assert group.drains == [(200, 120)]
+        await page.click("#actions button >> text=Scale")
+        for size, outcome in (
+            (300, ".failed:has-text('must be from 4 to 8')"),
+            (4, ".done:has-text('Scaled to 4')"),
+        ):
+            await page.fill("#sure input[type=number]", str(size), timeout=DEADLINE_MS)
+            await page.click("#sure .yes")
+            await page.wait_for_selector(f"#sure {outcome}", timeout=DEADLINE_MS)
+        await page.click("#sure button >> text=Close")
+        assert group.sizes == [(4, 120)]
+        group.change(200, "Serving", 3)
         # The server says nothing, and its connection stays.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Feed, "_advance", lambda _: None)

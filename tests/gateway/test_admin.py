@@ -144,6 +144,8 @@ async def test_status_is_as_the_issue_says(start: Start) -> None:
             ],
             "idle": False,
             "tolerates_hosts": 0,
+            "data_parallel_size": 0,
+            "scaling": False,
         }
 
 

@@ -11,7 +11,19 @@ from typing import Any, cast
 import pytest
 
 from elastic_ep.gateway.backend import GroupBackend
-from elastic_ep.group.port import Killing, KVPages, LossCause, Stopping, Unavailable, UnknownRank
+from elastic_ep.group.port import (
+    Conflict,
+    Draining,
+    Killing,
+    KVPages,
+    LossCause,
+    OutOfRange,
+    Relaunch,
+    Scaled,
+    Stopping,
+    Unavailable,
+    UnknownRank,
+)
 from elastic_ep.group.serving_log import ServingLog
 from elastic_ep.machines.membership import events as ev
 from elastic_ep.machines.membership.events import GroupState
@@ -93,6 +105,57 @@ def test_an_operator_kills_one_incarnation_and_no_other() -> None:
         assert group.processes.fenced == [ALL[1]]
 
     simulate(main)
+
+
+def test_a_rank_drains_leaves_and_comes_back_without_a_loss() -> None:
+    async def main(group: FakeGroup) -> None:
+        backend = GroupBackend(group.controller, group.router, cast(Any, None), group.metrics)
+        streams = [group.router.submit((1, 2), SamplingParams(max_tokens=4), 0, 0) for _ in range(3)]
+        told = backend.drain(1, 5.0)
+        assert told == Draining(1, 1, "Draining", 2)
+        assert backend.drain(1, 60.0) == told, "it drains already"
+        assert backend.scaling
+        with pytest.raises(Conflict, match="2 ranks are to take part"):
+            backend.drain(0, 5.0)
+        await asyncio.sleep(4.9)
+        assert group.ranks[1].alive, "its request has some time yet"
+        group.router.submit((1, 2), SamplingParams(max_tokens=4), 0, 0)
+        assert not group.router.machine.ranks[ALL[1]].accepting
+        await group.until(lambda: not group.ranks[1].alive, "it has left")
+        assert sum(1 for each in group.router.machine.requests.values() if each.owner) == 4
+        assert [stream.failure for stream in streams] == [None] * 3
+        status = backend.status()
+        assert (status.state, status.data_parallel_size, status.scaling) == ("Serving", 2, False)
+        assert (status.engines[1].state, status.engines[1].last_loss) == ("Stopped", None)
+        assert status.engines[1].reason == "as asked; stays away until it is asked back"
+        assert metric(group, "rank_losses_total", cause="exit") == 0
+        await asyncio.sleep(30.0)
+        assert not group.ranks[1].alive
+        assert backend.relaunch(None) == Relaunch((), (0, 2)), "only who names it has it back"
+        scaled = await backend.scale(3, 5.0)
+        assert scaled == Scaled("Scaled to 3 data parallel engines", 3, (0, 1, 2))
+        assert group.ranks[1].member == AGAIN
+        assert group.processes.fenced == []
+        for size in (1, 4):
+            with pytest.raises(OutOfRange, match="must be from 2"):
+                await backend.scale(size, 5.0)
+
+    simulate(main)
+
+
+def test_copies_are_made_before_a_rank_leaves() -> None:
+    async def main(group: FakeGroup) -> None:
+        machine = group.controller.machine
+        covered: list[bool] = []
+        group.copied = lambda _rank, _order, _done: covered.append(machine.covered)
+        backend = GroupBackend(group.controller, group.router, cast(Any, None), group.metrics)
+        assert (await backend.scale(2, 0.0)).ranks == (0, 1)
+        assert covered
+        assert machine.covered
+        assert all(covered), "each expert had a copy all the time"
+        assert group.log.effects(ev.MemberResumed) == []
+
+    simulate(main, experts=4, redundant=0, spare=6)
 
 
 def test_a_rank_whose_connection_broke_may_have_missed_something_and_is_fenced() -> None:

@@ -27,6 +27,7 @@ from elastic_ep.timing import USUAL, MembershipConfig, RepairConfig
 from elastic_ep.wire.host_messages import Launched
 from elastic_ep.wire.messages import (
     Beat,
+    Drain,
     Hello,
     Member,
     Numbered,
@@ -34,6 +35,7 @@ from elastic_ep.wire.messages import (
     Published,
     RankReport,
     RankState,
+    Resume,
     Shutdown,
     Snapshot,
     SnapshotRequest,
@@ -129,10 +131,8 @@ class FakeRank:
                 self.say(SlotSums(ticket, self._sums()))
             case CopySlot():
                 self.group.ordered(self, message)
-            case Shutdown():
+            case Shutdown() | Drain() | Resume():
                 self._step(message)
-                self._step(rk.StepsEnded())
-                self.group.end(self.member, "0")
 
     def _step(self, event: rk.Event) -> None:
         for effect in self.machine.step(event):
@@ -147,6 +147,9 @@ class FakeRank:
                     self.say(PlacementSeen(placement.version))
                 case RankReport():
                     self.say(effect)
+                case rk.StopSteps():
+                    self._step(rk.StepsEnded())
+                    self.group.end(self.member, "exit status 0")
                 case rk.Expelled():
                     self.group.end(self.member, "expelled")
 

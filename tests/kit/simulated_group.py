@@ -10,7 +10,16 @@ from dataclasses import replace
 
 from elastic_ep.group.history import GROUP, HOST
 from elastic_ep.group.metrics import Metrics
-from elastic_ep.group.port import EngineStatus, FaultToleranceStatus, Killing, KVPages, Layer, Load, Loss
+from elastic_ep.group.port import (
+    Draining,
+    EngineStatus,
+    FaultToleranceStatus,
+    Killing,
+    KVPages,
+    Layer,
+    Load,
+    Loss,
+)
 from elastic_ep.placement import Placement, launch_placement
 from tests.gateway.fakes import FakeBackend
 
@@ -68,6 +77,10 @@ class SimulatedGroup(FakeBackend):
         if killed:
             self.lose(rank)
         return Killing(killed, engine.incarnation)
+
+    def drain(self, rank: int, patience_s: float) -> Draining:
+        self.change(rank, "Draining")
+        return super().drain(rank, patience_s)
 
     def lose(self, rank: int) -> None:
         incarnation = self.engines[rank].incarnation

@@ -364,7 +364,7 @@ class AnyOrder(RuleBasedStateMachine):
                 assert machine.covered
                 assert machine.view.park_at is None
             case ev.GroupState.DEGRADED:
-                assert 0 < seated < machine.num_ranks + len(machine.leaving)
+                assert 0 < seated < len(machine.records) + len(machine.leaving)
                 assert machine.covered
             case ev.GroupState.HOLDING:
                 assert seated

@@ -104,11 +104,11 @@ class GroupBackend:
     async def scale(self, size: int, patience_s: float) -> Scaled:
         machine, timing = self._controller.machine, self._controller.timing
         self._can_scale()
-        if not machine.least <= size <= machine.num_ranks:
+        if not machine.least <= size <= len(machine.records):
             raise OutOfRange(
                 "new_data_parallel_size",
                 f"'new_data_parallel_size' must be from {machine.least}, so that every expert has a slot, to "
-                f"{machine.num_ranks}, the ranks that this server was started with.",
+                f"{len(machine.records)}, the ranks that there are places for on the hosts that have joined.",
             )
         self._aim(size, patience_s)
         membership = timing.membership

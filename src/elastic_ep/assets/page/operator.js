@@ -12,7 +12,7 @@ const DEEDS = {
   },
   scale: {
     words: "Scale",
-    amount: state => [...state.ranks.values()].filter(row => row.alive !== false && row.status !== "dead").length,
+    amount: state => [...state.ranks.values()].filter(row => row.status !== "dead").length,
     question: () => "So many ranks take part from now on. Ranks that are too many drain: their requests end or, after two minutes, " +
       "go on elsewhere. Ranks that left are launched again.",
     body: (row, amount) => ({new_data_parallel_size: amount}),
