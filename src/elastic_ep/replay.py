@@ -211,12 +211,14 @@ def _tell_effect(timeline: Timeline, t_ns: int, effect: list[Any], cause: str) -
             timeline.say(t_ns, f"rank {rank}.{incarnation}: {state}{f' ({reason})' if reason else ''}")
         case ["GroupMoved", state]:
             timeline.say(t_ns, f"group: {'idle' if state == GroupState.PAUSED else state}")
-        case ["SendTo", [rank, incarnation], _]:
+        case ["SendTo", [rank, incarnation], ["Shutdown", *_]]:
             timeline.asked_to_stop.add((rank, incarnation))
             timeline.say(t_ns, f"rank {rank}.{incarnation}: asked to stop")
         case ["Publish", ["View", *_] as view] | ["Publish", ["Commit", _, ["View", *_] as view]]:
             _tell_view(timeline, t_ns, view, cause)
-        case ["MemberDown", [rank, incarnation], reason, *left] if not any(left) and (rank, incarnation) not in timeline.asked_to_stop:
+        case ["MemberDown", [rank, incarnation], reason, *left] if (
+            not any(left) and (rank, incarnation) not in timeline.asked_to_stop
+        ):
             timeline.losses.append(Loss(rank, incarnation, reason, timeline.epoch, t_ns))
         case ["MemberUp", [rank, _]]:
             for loss in timeline.losses:

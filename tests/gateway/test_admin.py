@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,7 +83,7 @@ async def test_drain_and_scale_say_what_they_cannot_do(start: Start) -> None:
         "Scaled to 4 data parallel engines",
         [0, 1, 2, 3],
     )
-    for path, body, status, param in (
+    wrong: tuple[tuple[str, dict[str, Any], int, str | None], ...] = (
         (drain, {"rank": 7}, 409, None),
         (drain, {"drain_timeout": 3}, 400, "rank"),
         (drain, {"rank": 1, "drain_timeout": -1}, 400, "drain_timeout"),
@@ -91,7 +92,8 @@ async def test_drain_and_scale_say_what_they_cannot_do(start: Start) -> None:
         (scale, {"new_data_parallel_size": "4"}, 400, "new_data_parallel_size"),
         (scale, {"new_data_parallel_size": 4, "drain_timeout": 1.5}, 400, "drain_timeout"),
         (scale, {"new_data_parallel_size": 5}, 408, None),
-    ):
+    )
+    for path, body, status, param in wrong:
         got, answer = await running.post(path, body)
         assert (got, answer["error"]["param"]) == (status, param), body
 

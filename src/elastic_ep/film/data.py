@@ -261,7 +261,9 @@ def _membership(reel: _Reel, at_ms: float, effect: Any) -> None:
             reel.mark(at_ms, "fence", rank, f"rank {rank}.{incarnation} is fenced: {masked(reason)}")
         case ["Publish", ["View", *_] as view] | ["Publish", ["Commit", _, ["View", *_] as view]]:
             _view(reel, at_ms, view)
-        case ["MemberDown", [rank, incarnation], reason, *left] if not any(left) and (rank, incarnation) not in reel.asked_to_stop:
+        case ["MemberDown", [rank, incarnation], reason, *left] if (
+            not any(left) and (rank, incarnation) not in reel.asked_to_stop
+        ):
             member = (rank, incarnation)
             loss = _Loss(rank, incarnation, reel.deaths.get(member, at_ms), masked(reason))
             loss.epoch = reel.left.get(member)
