@@ -138,7 +138,7 @@ async def test_with_an_admin_key_it_alone_changes_anything(start: Start, api_key
     for path in ACTIONS.values():
         for given, status in ((None, 401), ("k1", 401), ("boss", 200)):
             headers = {"Authorization": f"Bearer {given}"} if given else {}
-            body = {"rank": 1, "incarnation": 2}
+            body = {"rank": 1, "incarnation": 2, "new_data_parallel_size": 4}
             async with running.http.post(running.url + path, headers=headers, json=body) as response:
                 assert response.status == status, (path, given)
     assert running.backend.relaunches == [1]

@@ -90,9 +90,8 @@ class Operator {
     const key = make("input", {type: "password", autocomplete: "off", required: true, "aria-label": "The admin key", placeholder: "the admin key"});
     key.hidden = Boolean(keys.get("admin-key"));
     key.disabled = key.hidden;
-    const amount = make("input", {type: "number", min: 1, step: 1, required: true, "aria-label": "How many ranks"});
-    amount.hidden = amount.disabled = !deed.amount;
-    if (deed.amount) amount.value = deed.amount(this.state);
+    const amount = deed.amount &&
+      make("input", {type: "number", min: 1, step: 1, required: true, value: deed.amount(this.state), "aria-label": "How many ranks"});
     const yes = make("button", {type: "submit", class: "yes"}, deed.words);
     const no = make("button", {type: "button", ".onclick": () => this.sure.close()}, "Cancel");
     const form = make("form", {".onsubmit": async event => {
@@ -103,11 +102,12 @@ class Operator {
       outcome.textContent = "Waiting for the server …";
       try {
         const options = {method: "POST", signal: AbortSignal.timeout(ANSWER_MS)};
-        if (deed.body) options.body = JSON.stringify(deed.body(row, amount.valueAsNumber));
+        if (deed.body) options.body = JSON.stringify(deed.body(row, amount?.valueAsNumber));
         const told = await this.ask(path, options, "admin-key");
         outcome.className = "done";
         outcome.textContent = deed.answer(told, row);
-        yes.hidden = key.hidden = amount.hidden = true;
+        yes.hidden = key.hidden = true;
+        amount?.remove();
         no.textContent = "Close";
       } catch (error) {
         outcome.className = "failed";
@@ -121,7 +121,7 @@ class Operator {
         yes.disabled = false;
       }
     }}, make("h2", {}, row.id === undefined ? deed.words : `${deed.words} rank ${row.id}.${row.incarnation}`),
-    make("p", {}, deed.question(row, this.state.group)), amount, key, outcome, make("div", {class: "buttons"}, no, yes));
+    make("p", {}, deed.question(row, this.state.group)), ...(amount ? [amount] : []), key, outcome, make("div", {class: "buttons"}, no, yes));
     this.sure.replaceChildren(form);
     this.sure.showModal();
     (key.hidden ? no : key).focus();
@@ -157,11 +157,11 @@ class Operator {
       ...(about?.failed ? [["more", about.failed]] : [])];
     this.rank.querySelector("h2").textContent = `Rank ${row.id}.${row.incarnation}`;
     this.rank.querySelector("dl").replaceChildren(...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
-    const offered = `${row.id} ${row.incarnation} ${row.alive} ${this.live}`;
+    const deeds = Object.entries(RANK_DEEDS).filter(([name, deed]) => this.actions[name] && deed.possible(row));
+    const offered = `${row.id} ${row.incarnation} ${deeds.map(([name]) => name)} ${this.live}`;
     if (offered === this.offered) return;
     this.offered = offered;
-    this.rank.querySelector("span").replaceChildren(...Object.entries(RANK_DEEDS)
-      .filter(([name, deed]) => this.actions[name] && deed.possible(row))
+    this.rank.querySelector("span").replaceChildren(...deeds
       .map(([name, deed]) => make("button", {type: "button", disabled: !this.live, ".onclick": () => this.question(name, deed, this.row)}, deed.words)));
   }
 
