@@ -103,6 +103,15 @@ def test_a_grammar_has_a_size_and_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
         GrammarChecker(VOCABULARY).check(grammars.regex("abc"))
 
 
+def test_the_place_of_a_fault_is_looked_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = {"properties": {f"p{index}": {"type": "text"} for index in range(50)}}
+    assert fault(grammars.json_schema(schema)).place.startswith(".properties.p")
+    monkeypatch.setattr(check, "_SEARCH_CPU_S", 0.0)
+    with pytest.raises(BadGrammar, match="type: text") as raised:
+        GrammarChecker(VOCABULARY).check(grammars.json_schema(schema))
+    assert raised.value.place == ""
+
+
 def test_what_was_checked_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = grammars.regex("remembered"), grammars.regex("(")
     checker().check(good)

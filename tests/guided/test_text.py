@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
+from elastic_ep.gateway.guided import certain_arguments, certain_calls
 from elastic_ep.guided import grammars
 from elastic_ep.guided.grammars import LIMITS, to_lark
 from elastic_ep.guided.masks import Asked, MaskMaker
@@ -25,6 +26,7 @@ from elastic_ep.guided.text import GuidedText
 from elastic_ep.guided.vocabulary import Vocabulary
 from elastic_ep.wire.messages import Grammar
 from tests.kit.bound import run
+from tests.kit.guided_asks import guided_and_calls
 from tests.kit.schemas import is_valid, schemas
 
 END, OTHER_END, TAG = 0, 1, 2
@@ -125,6 +127,43 @@ def test_a_finished_text_fits_its_schema_and_replayed_is_as_stepped(
         mask(stepped)
     replayed.follow([7, 7, *tokens[:at]], 2)
     assert mask(stepped) == mask(replayed)
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_what_benches_ask_for_is_valid_when_it_is_complete_and_not_before(place: int) -> None:
+    """Without blanks, which have no end where the request does not bound them."""
+    ask = guided_and_calls(6)[place]
+    for seed in range(4):
+        draw, text, tokens = random.Random(seed), begun(_grammar(ask.fields)), list[int]()
+        while not tokens or tokens[-1] != END:
+            may = mask(text)
+            tokens.append(draw.choice([each for each in may if each == END or 35 < each < 130] or may))
+            text.follow(tokens[:-1] if tokens[-1] == END else tokens)
+        assert ask.valid(_answer(ask.fields, spelled(tokens)))
+        with pytest.raises((ValueError, AssertionError)):
+            assert ask.valid(_answer(ask.fields, spelled(tokens[:-2])))
+
+
+def _grammar(fields: dict[str, Any]) -> Grammar:
+    if "tools" in fields:
+        functions = [tool["function"] for tool in fields["tools"]]
+        if fields["tool_choice"] == "required":
+            return certain_calls(functions, several=False)
+        return certain_arguments(functions[0])
+    if "regex" in fields:
+        return grammars.regex(fields["regex"])
+    if "structured_outputs" in fields:
+        return grammars.choice(fields["structured_outputs"]["choice"])
+    return grammars.json_schema(fields["response_format"]["json_schema"]["schema"], whitespace=" ?")
+
+
+def _answer(fields: dict[str, Any], text: str) -> str:
+    """As the kit tells calls."""
+    if "tools" not in fields:
+        return text
+    if fields["tool_choice"] == "required":
+        return json.dumps([[call["name"], json.dumps(call["arguments"])] for call in json.loads(text)])
+    return json.dumps([[fields["tool_choice"]["function"]["name"], text]])
 
 
 @pytest.mark.parametrize("seed", range(6))

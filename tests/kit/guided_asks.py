@@ -34,7 +34,10 @@ def guided_asks(count: int) -> list[GuidedAsk]:
 def guided_and_calls(count: int) -> list[GuidedAsk]:
     """All different: a third JSON, a third patterns and choices, a third calls of tools, in turn."""
     kinds = (_json, _pattern, _call, _json, _choice, _call)
-    return [_sampled(kinds[index % 6](index), index) for index in range(count)]
+    asks = [_sampled(kinds[index % 6](index), index) for index in range(count)]
+    # A text is valid when it is complete, and an answer that is cut off is not. Strings of escapes, and blanks within
+    # a call, can take one beyond 400 tokens.
+    return [GuidedAsk({**ask.fields, "max_tokens": 700}, ask.valid) for ask in asks]
 
 
 def person(index: int) -> dict[str, Any]:

@@ -19,7 +19,9 @@ MAX_CPU_S = 1.0
 """To compile it, and for the first mask; a rank does so beside its steps, but needs a processor for it."""
 _KEPT = 256
 _MOST_PLACES = 200
-"""Of a schema: so many parts are looked at to find the one that is wrong."""
+"""Of a schema: so many parts are looked at to find the one that is wrong,"""
+_SEARCH_CPU_S = 2.0
+"""and no longer than this: each is compiled, and others wait."""
 _LONGEST = 300
 _AT = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _REGEX_ERROR = re.compile(r"regex parse error:\n    (.*)\n    ( *)\^+\nerror: (.*)")
@@ -73,8 +75,9 @@ class GrammarChecker:
             return None
         found = ""
         shared = {name: schema[name] for name in _DEFINITIONS if name in schema}
+        began = time.thread_time()
         for count, (place, part) in enumerate(_parts(schema, "")):
-            if count >= _MOST_PLACES:
+            if count >= _MOST_PLACES or time.thread_time() - began > _SEARCH_CPU_S:
                 break
             if len(place) > len(found) and self._refusal({**shared, **part}) == message:
                 found = place
