@@ -20,11 +20,13 @@ PAGE_SIZE = 16
 MOST_MODEL_LEN = 1 << 20
 CALL_PARSERS = (
     "hermes", "qwen3", "qwen", "qwen25", "qwen3_coder", "qwen3_xml", "mistral", "deepseek_v3", "deepseekv3",
-    "deepseek_v31", "deepseekv31", "glm45", "glm47", "glm", "openai", "harmony", "gpt-oss",
+    "deepseek_v31", "deepseekv31", "glm45", "glm47", "glm", "kimi_k2", "minimax_m2", "minimax-m2", "openai",
+    "harmony", "gpt-oss",
 )  # fmt: skip
 """By the names that vLLM and SGLang have for them."""
 REASONING_PARSERS = (
     "qwen3", "glm45", "deepseek_v3", "deepseek-v3", "deepseek_r1", "deepseek-r1", "openai_gptoss", "gpt-oss",
+    "kimi_k2", "minimax_m2", "minimax",
 )  # fmt: skip
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
 QUANTIZATIONS = ("auto", "none", "fp8", "mxfp4", "compressed-tensors")

@@ -87,6 +87,12 @@ WRITTEN = {
     "```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "deepseek_v31": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{ARGUMENTS}<｜tool▁call▁end｜>"
     "<｜tool▁call▁begin｜>clock<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+    f"{ARGUMENTS}<|tool_call_end|><|tool_call_begin|>functions.clock:1<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    "<|tool_calls_section_end|>",
+    "minimax_m2": '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Ol"d <b> \\</parameter>\n'
+    '<parameter name="days">3</parameter>\n<parameter name="deep">{"a": [1, "}"]}</parameter>\n</invoke>\n'
+    '<invoke name="clock">\n</invoke>\n</minimax:tool_call>',
     "openai": f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{ARGUMENTS}<|call|>"
     "<|start|>assistant to=functions.clock<|channel|>commentary<|message|><|call|>",
     "required": f'[{OBJECT}, {{"name": "clock", "parameters": {{}}}}]',
@@ -98,6 +104,11 @@ OTHER_FORMS = {
     '<tool_call>{"name": "clock", "arguments": null}',
     "qwen3_coder": WRITTEN["qwen3_coder"].replace("<tool_call>\n", "").replace("\n</tool_call>", ""),
     "glm45": WRITTEN["glm45"].replace("\n", ""),
+    "minimax_m2": WRITTEN["minimax_m2"].replace("\n", ""),
+    "kimi_k2": WRITTEN["kimi_k2"]
+    .replace("|>", "|> ")
+    .replace("functions.", "")
+    .removesuffix("<|tool_calls_section_end|> "),
     "openai": WRITTEN["openai"].replace("<|call|>", "", 1),
 }
 
@@ -145,6 +156,12 @@ BROKEN = {
     "mistral": ["[TOOL_CALLS]", "[TOOL_CALLS][oh]", "[TOOL_CALLS]" + "x" * 300],
     "qwen3_coder": ["<tool_call> oh", "<function=", "<tool_call><function=>"],
     "glm45": ["<tool_call>", "<tool_call>\n\n", "<tool_call>" + "x" * 300],
+    "kimi_k2": ["<|tool_calls_section_begin|>oh", "<|tool_calls_section_begin|><|tool_call_begin|>clock"],
+    "minimax_m2": [
+        "<minimax:tool_call>oh",
+        "<minimax:tool_call>\n<invoke name=",
+        '<minimax:tool_call><invoke name="">',
+    ],
     "deepseek_v3": ["<｜tool▁calls▁begin｜>oh", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"],
     "openai": ["<|channel|>analysis", "plain text", "<|start|>" + "x" * 2000],
     "required": ["{}", "no"],
@@ -232,7 +249,10 @@ MARKS = [
     "<tool_call>", "</tool_call>", "{", "}", '"', '{"name": "f", "arguments": {', "\\", "[", "]", ",", ": ", "\n", " ",
     "<function=f>", "</function>", "<parameter=days>", "</parameter>", "f", "é", "<arg_key>", "</arg_key>", "<arg_value>",
     "</arg_value>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
-    "<｜tool▁sep｜>", "function", "```json\n", "```", "[TOOL_CALLS]", "[ARGS]", "<|channel|>", "analysis", "<|message|>",
+    "<｜tool▁sep｜>", "<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "f:0",
+    "<|tool_call_end|>", "<|tool_calls_section_end|>", "<minimax:tool_call>", '<invoke name="f">', "</invoke>",
+    '<parameter name="days">', "</minimax:tool_call>", "function",
+    "```json\n", "```", "[TOOL_CALLS]", "[ARGS]", "<|channel|>", "analysis", "<|message|>",
     " to=functions.f", "<|start|>", "<|end|>", "<think>", "</think>", "3", "null", '"name"', '"arguments"',
 ]  # fmt: skip
 pieces = st.lists(st.sampled_from(MARKS), max_size=14).map("".join)
@@ -285,6 +305,11 @@ TRANSCRIPTS: dict[str, tuple[MessageForm, str, str, str]] = {
     "glm 4.5": (
         form("glm45", "glm45"), f"<think>Both.</think>\nI ask.\n{WRITTEN['glm45']}", "Both.", "I ask.",
     ),
+    "kimi k2": (form("kimi_k2", "kimi_k2"), f"<think>Hm.</think>Now.{WRITTEN['kimi_k2']}", "Hm.", "Now."),
+    "minimax m2": (
+        form("minimax_m2", "minimax_m2", thinking=True),
+        f"Hm.\n</think>\n\nNow.\n{WRITTEN['minimax_m2']}\n", "Hm.", "Now.",
+    ),
     "mistral": (form("mistral"), f"Wait [TOOL_ ... {OTHER_FORMS['mistral']}", "", "Wait [TOOL_ ..."),
     "gpt-oss": (
         form("openai", "openai_gptoss"),
@@ -319,4 +344,6 @@ def test_every_format_has_an_answer() -> None:
         "deepseek_v3",
         "deepseek_r1",
         "openai_gptoss",
+        "kimi_k2",
+        "minimax_m2",
     }

@@ -1,4 +1,4 @@
-"""DeepSeek's formats: calls between special tokens."""
+"""Calls between special tokens: DeepSeek's formats, and Kimi's."""
 
 from __future__ import annotations
 
@@ -11,25 +11,35 @@ _CALL, _CALL_END, _SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call�
 _FENCE, _FENCE_END = "```json\n", f"```{_CALL_END}"
 
 
-class DeepSeekV31(TextReader):
-    """Name, separator, arguments."""
+class SectionedCalls(TextReader):
+    """A section of calls, each with a mark before it and one behind it."""
 
-    shows_special = True
+    begin, end, call = "", "", ""
 
     def __init__(self, tools: Sequence[Tool] = ()) -> None:
         super().__init__()
 
     def _read(self) -> Reading[None]:
-        while mark := (yield from self._upto(self._content, _BEGIN)):
+        while mark := (yield from self._upto(self._content, self.begin)):
             self._keep(mark)
             yield from self._blanks()
-            while (yield from self._goes_on(_CALL)):
+            while (yield from self._goes_on(self.call)):
                 if not (yield from self._call()):
                     break
                 yield from self._blanks()
             if self._raw is not None:
                 self._give_back()
-            yield from self._goes_on(_END)
+            yield from self._goes_on(self.end)
+
+    def _call(self) -> Reading[bool]:
+        """What follows a call's first mark. False: it is none, or does not end."""
+        raise NotImplementedError
+
+
+class DeepSeekV31(SectionedCalls):
+    """Name, separator, arguments."""
+
+    begin, end, call = _BEGIN, _END, _CALL
 
     def _call(self) -> Reading[bool]:
         name, mark = yield from self._name(_SEPARATOR)
@@ -52,3 +62,18 @@ class DeepSeekV3(DeepSeekV31):
         yield from self._goes_on(_FENCE)
         ends = (f"\n{_FENCE_END}", _FENCE_END, f"\n{_CALL_END}", _CALL_END)
         return bool((yield from self._upto(tell, *ends)))
+
+
+class KimiK2(SectionedCalls):
+    """`functions.NAME:NUMBER`, a mark, arguments."""
+
+    begin, end, call = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>"
+
+    def _call(self) -> Reading[bool]:
+        header, mark = yield from self._name("<|tool_call_argument_begin|>")
+        name, _, number = header.strip().removeprefix("functions.").rpartition(":")
+        if not mark or not name or not number.isdecimal():
+            return False
+        tell = self._arguments(self._begin(name))
+        yield from self._blanks()
+        return bool((yield from self._upto(tell, "<|tool_call_end|>")))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from elastic_ep.gateway.parsers.base import CallArguments, CallBegin, Content, Delta, Reasoning, Tool
-from elastic_ep.gateway.parsers.deepseek import DeepSeekV3, DeepSeekV31
+from elastic_ep.gateway.parsers.deepseek import DeepSeekV3, DeepSeekV31, KimiK2
 from elastic_ep.gateway.parsers.harmony import Harmony
 from elastic_ep.gateway.parsers.json_calls import Hermes, Mistral, NamedCall, RequiredCalls
-from elastic_ep.gateway.parsers.tagged_calls import Glm45, Qwen3Coder
+from elastic_ep.gateway.parsers.tagged_calls import Glm45, MiniMaxM2, Qwen3Coder
 from elastic_ep.gateway.parsers.thinking import BEGIN, END, Thinking
 
 NAMED: Literal["named"] = "named"
@@ -35,11 +35,13 @@ _HERMES, _HARMONY = CallFormat(Hermes), CallFormat(Harmony, shows_special=True)
 _CODER, _GLM = CallFormat(Qwen3Coder), CallFormat(Glm45, shows_special=True)
 _MISTRAL = CallFormat(Mistral, shows_special=True)
 _V3, _V31 = CallFormat(DeepSeekV3, shows_special=True), CallFormat(DeepSeekV31, shows_special=True)
+_KIMI, _MINIMAX = CallFormat(KimiK2, shows_special=True), CallFormat(MiniMaxM2, shows_special=True)
 CALL_FORMATS: dict[str, CallFormat] = {
     "hermes": _HERMES, "qwen3": _HERMES, "qwen": _HERMES, "qwen25": _HERMES,
     "qwen3_coder": _CODER, "qwen3_xml": _CODER,
     "mistral": _MISTRAL,
     "deepseek_v3": _V3, "deepseekv3": _V3, "deepseek_v31": _V31, "deepseekv31": _V31,
+    "kimi_k2": _KIMI, "minimax_m2": _MINIMAX, "minimax-m2": _MINIMAX,
     "glm45": _GLM, "glm47": _GLM, "glm": _GLM,
     "openai": _HARMONY, "harmony": _HARMONY, "gpt-oss": _HARMONY,
 }  # fmt: skip
@@ -47,7 +49,7 @@ CALL_FORMATS: dict[str, CallFormat] = {
 
 REASONING_FORMATS: dict[str, bool] = {
     "qwen3": False, "glm45": False, "deepseek_v3": False, "deepseek-v3": False, "deepseek_r1": True,
-    "deepseek-r1": True, "openai_gptoss": False, "gpt-oss": False,
+    "deepseek-r1": True, "openai_gptoss": False, "gpt-oss": False, "kimi_k2": False, "minimax_m2": True, "minimax": True,
 }  # fmt: skip
 """By --reasoning-parser: whether the model reasons also where neither prompt nor answer has the first mark."""
 _HARMONIES = ("openai_gptoss", "gpt-oss")

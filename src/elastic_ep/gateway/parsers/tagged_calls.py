@@ -129,3 +129,38 @@ class Glm45(TaggedCalls):
             yield from self._value(name, key, tell, "</arg_value>")
             mark = ""
         tell("}")
+
+
+class MiniMaxM2(TaggedCalls):
+    """`<minimax:tool_call><invoke name="NAME"><parameter name="KEY">value</parameter></invoke></minimax:tool_call>`."""
+
+    def _read(self) -> Reading[None]:
+        while mark := (yield from self._upto(self._content, "<minimax:tool_call>")):
+            self._keep(mark)
+            yield from self._blanks()
+            while (yield from self._goes_on("<invoke name=")):
+                name, closed = yield from self._name(">")
+                if not (name := name.strip("\"' ")) or not closed:
+                    break
+                yield from self._parameters(name, self._arguments(self._begin(name)))
+                yield from self._blanks()
+            if self._raw is not None:
+                self._give_back()
+            yield from self._goes_on("</minimax:tool_call>")
+
+    def _parameters(self, name: str, tell: Tell) -> Reading[None]:
+        tell("{")
+        first = True
+        while True:
+            yield from self._blanks()
+            if (yield from self._goes_on("<parameter name=", "</invoke>")) != "<parameter name=":
+                break
+            key, closed = yield from self._name(">")
+            if not closed:
+                break
+            key = key.strip("\"' ")
+            tell(f'{"" if first else ", "}"{quoted(key)}": ')
+            first = False
+            yield from self._goes_on("\n")
+            yield from self._value(name, key, tell, "\n</parameter>", "</parameter>")
+        tell("}")
