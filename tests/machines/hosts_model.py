@@ -7,7 +7,9 @@ at a time. What `membership_model.py` leaves out is left out here too, and:
 * On a link that holds, what is said is heard within its beat, but for some beats that are counted.
 * All hosts reach each other but by a link that is cut, and say so when they are ready.
 * Rows of the exchange that were sent before a cut have arrived, or arrive when it is over.
-* Who is late in looking at its lease is so by less than the margin: no more time passes until it has.
+* What ends with a lease does so within the margin: no more time passes until it has.
+* An incarnation whose host is lost, once the next one is launched, is at work until its host ends it and does nothing
+  else: what it says is of an older one, and rows of its host are not taken any more.
 """
 
 from __future__ import annotations
@@ -119,8 +121,8 @@ class HostsModel(Model):
         """Times are kept as counted from now."""
         for place in machine.places.values():
             place.answered_ms = max(place.answered_ms - machine.now_ms, -9) if place.token else 0
-            if place.ends_ms is not None:
-                place.ends_ms -= machine.now_ms
+        for token, ending in machine.endings.items():
+            machine.endings[token] = replace(ending, until_ms=ending.until_ms - machine.now_ms)
         machine.now_ms = 0
         return keep(machine, machine.state(), self._machine_ids, self.machines)
 
@@ -194,7 +196,7 @@ class HostsModel(Model):
         if any(far.phase == IN and self.leases[far.lease].ended(0) for far in world.far):
             return False
         seated = self._seated(world)
-        return any(place.ends_ms is not None for place in self.machines[world.hosts].places.values()) or any(
+        return bool(self.machines[world.hosts].endings) or any(
             not (far.up and far.down) or (far.phase != IN and token(at, far.life) in seated)
             or token(at, far.life - 1) in seated
             for at, far in enumerate(world.far)
@@ -259,9 +261,13 @@ class HostsModel(Model):
 
     def _launch_there(self, world: World, at: int, member: Member) -> World:
         rank = member.rank
+        older = self.ranks[world.ranks[rank]].machine.me
+        if member < older:  # its host does not know yet that it is lost
+            return world._replace(unended=(*world.unended, (member, at, world.far[at].life)))
         if world.life[rank] in (ALIVE, DOOMED):
-            older = self.ranks[world.ranks[rank]].machine.me
-            raise Violation(f"two incarnations at work: {older} runs, and {member} is launched")
+            if world.born[rank][0] < 0 or token(*world.born[rank]) in self._seated(world):
+                raise Violation(f"{older} runs where it may, and {member} is launched")
+            world = world._replace(unended=(*world.unended, (older, *world.born[rank])))
         states = (RankState.INIT_CUDA, RankState.INIT_DIST)
         first = (*(ev.Reported(member, state) for state in states), SnapshotRequest())
         world = world._replace(
@@ -282,7 +288,8 @@ class HostsModel(Model):
         for rank, born in enumerate(world.born):
             if born == (at, world.far[at].life) and world.life[rank] in (ALIVE, DOOMED):
                 world = self._die_unasked(world, rank)
-        return world
+        left = tuple(each for each in world.unended if each[1:] != (at, world.far[at].life))
+        return world._replace(unended=left)
 
     def _die_unasked(self, world: World, rank: int) -> World:
         world = world._replace(life=with_item(world.life, rank, DEAD), down=with_item(world.down, rank, ()))
@@ -362,8 +369,10 @@ class HostsModel(Model):
         )
 
     def _reaped(self, world: World, member: Member, status: str) -> World:
-        """HAZARD: it may run yet, if the lease is not what it should be: then the next launch finds it."""
         rank = member.rank
+        runs = world.life[rank] in (ALIVE, DOOMED) and self.ranks[world.ranks[rank]].machine.me == member
+        if runs or any(older == member for older, *_ in world.unended):
+            raise Violation(f"two incarnations at work: {member} runs, and counts as gone")
         if self.ranks[world.ranks[rank]].machine.me == member and world.life[rank] in (DEAD, NOTICED):
             world = world._replace(life=with_item(world.life, rank, GONE), up=with_item(world.up, rank, ()))
         return self._tell_controller(world, ev.ProcessGone(member, status))
@@ -375,6 +384,14 @@ class HostsModel(Model):
         return self._tell_hosts(world, ho.Ordered(Fence(member)))
 
     # Ranks
+
+    def _tell_controller(self, world: World, event: Any) -> World:
+        world = super()._tell_controller(world, event)
+        for older, *_ in world.unended:
+            seat = self.controllers[world.controller].view.seat(older.rank)
+            if seat is not None and seat.member != older:
+                raise Violation(f"two incarnations at work: {older} runs, and {seat.member} is admitted")
+        return world
 
     def _notice(self, world: World, rank: int) -> World:
         if world.born[rank][0] < 0:
@@ -436,7 +453,7 @@ def copy_hosts(machine: HostsMachine) -> HostsMachine:
     new.places = {number: copy.copy(place) for number, place in machine.places.items()}
     for place in new.places.values():
         place.members, place.held = set(place.members), dict(place.held)
-    new.waiting = dict(machine.waiting)
+    new.waiting, new.endings = dict(machine.waiting), dict(machine.endings)
     new.links = replace(machine.links, said=dict(machine.links.said), apart=dict(machine.links.apart))
     new.now_ms, new.over = machine.now_ms, machine.over
     return new

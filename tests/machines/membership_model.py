@@ -76,6 +76,7 @@ class World(NamedTuple):
     """The hosts' machine and the other hosts, where there are several (`hosts_model.py`)."""
     far: tuple[Any, ...] = ()
     born: tuple[Any, ...] = ()
+    unended: tuple[Any, ...] = ()
     arrived: tuple[int, ...] = ()
 
 

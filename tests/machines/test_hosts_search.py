@@ -28,7 +28,7 @@ def test_several_hosts_have_no_split_and_no_dead_end(
     record_property("states", found.states)
     assert not found.violation, str(found)
     assert found.ends > 0, "no path came to its end"
-    assert any(place.ends_ms is not None for hosts in model.machines for place in hosts.places.values())
+    assert any(hosts.endings for hosts in model.machines)
     if case.bounds.relaunch:
         everybody = [m for m in model.controllers if len(m.view.seats) == len(case.hosts)]
         assert any(seat.incarnation > 1 for machine in everybody for seat in machine.view.seats)
@@ -47,17 +47,30 @@ CUT_BESIDE_A_SPARE = HostsCase("mutant", (0, 1), Bounds(0, relaunch=True), machi
 TWO_RANKS_DIE = HostsCase("mutant", (0, 1, 1), Bounds(1), host_deaths=1)
 
 
-def test_giving_a_number_away_before_the_lease_ends_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counting_ranks_as_gone_before_the_lease_ends_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     lose = HostsMachine._lose
 
     def lose_for_good(self: HostsMachine, place: Place, why: str, over: bool = False) -> None:
+        token = place.token
         lose(self, place, why)
-        if place.ends_ms is not None:
-            self._end(place)
+        self._end(token)
 
     monkeypatch.setattr(HostsMachine, "_lose", lose_for_good)
     _, found = CUT_BESIDE_A_SPARE.run()
-    assert found.violation.startswith("two incarnations at work: 1.1 runs, and 1.2 is launched"), str(found)
+    assert found.violation == "two incarnations at work: 1.1 runs, and counts as gone", str(found)
+
+
+def test_admitting_whoever_is_ready_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = MembershipMachine._on_host_lost
+
+    def forget(self: MembershipMachine, event: ev.HostLost) -> None:
+        lost(self, event)
+        for record in self.records.values():
+            record.unended = frozenset()
+
+    monkeypatch.setattr(MembershipMachine, "_on_host_lost", forget)
+    _, found = CUT_BESIDE_A_SPARE.run()
+    assert found.violation == "two incarnations at work: 1.1 runs, and 1.2 is admitted", str(found)
 
 
 def test_a_lease_that_counts_from_the_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +111,4 @@ def test_a_view_that_keeps_a_lost_member_is_found(monkeypatch: pytest.MonkeyPatc
 def test_growth_that_is_forgotten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MembershipMachine, "_on_grown", lambda self, event: None)
     _, found = HostsCase("mutant", (0, 1), Bounds(0, relaunch=True), grows=1).run()
-    assert found.violation.startswith("stuck: only "), str(found)
-
-
-def test_a_spare_that_is_never_called_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HostsMachine, "_seat_next", lambda self: None)
-    _, found = CUT_BESIDE_A_SPARE.run()
     assert found.violation.startswith("stuck: only "), str(found)

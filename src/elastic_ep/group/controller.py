@@ -363,7 +363,8 @@ class Controller:
                 case ev.Fence(member, _):
                     self._processes.fence(member)
                 case ev.Launch(member):
-                    self._processes.launch(member, self.repairs.placement, self.repairs.peer_weights())
+                    peers = self.repairs.peer_weights(self.machine.view.members)
+                    self._processes.launch(member, self.repairs.placement, peers)
 
     def perform(self, event: ev.Event, effects: Sequence[ev.Effect]) -> None:
         # Streams wait for a lost rank's requests to be given out: what else comes of a loss is posted after that.

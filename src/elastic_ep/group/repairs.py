@@ -99,9 +99,9 @@ class Repairs:
                     raise UnexpectedEvent("loads of other experts than there are")
                 self.loads.add(member.rank, message.loads)
 
-    def peer_weights(self) -> PeerWeights | None:
-        """Where a joiner finds its weights; None if no member's can be read."""
-        seated = sorted(self.machine.members & self.states.keys())
+    def peer_weights(self, members: Collection[Member]) -> PeerWeights | None:
+        """Where a joiner finds its weights; None if the memory of none of `members` can be read."""
+        seated = sorted(self.machine.members & self.states.keys() & set(members))
         found = [(member.rank, state) for member in seated if (state := self.states[member]).address]
         if not found:
             return None

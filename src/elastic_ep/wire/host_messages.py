@@ -94,7 +94,8 @@ class HostUp:
 
 @dataclass(frozen=True, slots=True)
 class HostLost:
-    """A host is taken for dead. Of each of `members`, which ran there, `Reaped` follows when it surely runs no more."""
+    """A host is taken for dead. Of each of `members`, which ran there, `Reaped` follows when it surely runs no more; the
+    rank may be launched before, not admitted."""
 
     host: int
     members: tuple[Member, ...]

@@ -1,10 +1,11 @@
 """The hosts of a group: this one, and those that have joined, by what they say (`wire/host_messages.py`).
 
 Each rank belongs to a host by number. A host that joins takes a number that nobody has; when it is taken for dead, its
-ranks are lost in one event, other hosts are told to take nothing of it any more (`GiveUp`), and when its lease has
-surely run out there its ranks count as gone: only then is the number given to the next, which may be the same host. Who
-comes takes the place of a host that is missing; when none is, the group grows by it, up to its capacity; and when that
-is full, it waits, as a spare.
+ranks are lost in one event, other hosts are told to take nothing of it any more (`GiveUp`), and its number is given to
+the next, which may be the same host. That has ranks launched, which get ready; they are not admitted before those of
+the lost host count as gone: when its lease has surely run out there, or it says that it has ended them. Who comes takes
+the place of a host that is missing; when none is, the group grows by it, up to its capacity; and when that is full, it
+waits, as a spare.
 
 All hosts must reach each other (`links.py`): a host has ranks launched when it has reached all that have some, and one
 of two that are apart is lost, though both are heard here.
@@ -81,14 +82,14 @@ class Place:
     """That it was told to launch, and that may run there."""
     held: dict[Member, str] = field(default_factory=dict)
     """To be launched when there is a host."""
-    ends_ms: int | None = None
-    """Its host is lost, and may not know yet: until then."""
-    ending: tuple[Member, ...] = ()
-    """Who may run there until then."""
 
-    @property
-    def free(self) -> bool:
-        return not self.token and self.ends_ms is None
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What a lost host may have that does not know it yet: these, until then."""
+
+    members: tuple[Member, ...]
+    until_ms: int
 
 
 @dataclass(eq=False)
@@ -107,6 +108,8 @@ class HostsMachine(Machine[Event, Effect]):
         self.links = LinkTable(HERE)
         self.waiting: dict[str, Join] = {}
         """Who wants to join, in the order of asking."""
+        self.endings: dict[str, Ending] = {}
+        """By the life that is lost."""
         self.now_ms = 0
         self.over = False
         self._effects: list[Effect] = []
@@ -131,18 +134,17 @@ class HostsMachine(Machine[Event, Effect]):
         assert len(set(tokens)) == len(tokens), "one life has two numbers"
         for place in self.places.values():
             assert place.token or not (place.members or place.ready), f"nobody has {place.number}"
-            assert not (place.token and place.ending), f"{place.number} is given away before it is free"
+            assert place.token not in self.endings, f"{place.number} has a life that is lost"
 
     def _on_tick(self, event: Tick) -> None:
         self.now_ms = max(self.now_ms, event.now_ms)
-        for place in self.places.values():
-            if place.ends_ms is not None and self.now_ms >= place.ends_ms:
-                self._end(place)
+        for token, ending in list(self.endings.items()):
+            if self.now_ms >= ending.until_ms:
+                self._end(token)
 
     def _on_group_over(self, _event: ho.GroupOver) -> None:
         self.over = True
-        for place in self.places.values():
-            place.ends_ms, place.ending = None, ()
+        self.endings.clear()
         for token in (*self._tokens(), *self.waiting):
             self._say(token, Leave())
         self.waiting.clear()
@@ -177,6 +179,8 @@ class HostsMachine(Machine[Event, Effect]):
             return
         place = next((place for place in self.places.values() if place.token == token), None)
         if place is None:
+            if isinstance(message, Left):
+                self._end(token)
             if not self.over and token not in self.waiting:
                 self._say(token, Expelled())
             return
@@ -241,9 +245,9 @@ class HostsMachine(Machine[Event, Effect]):
             self._say(token, Wait(f"a host at {join.address} is in the group: is it the one before this?"))
             return False
         missing = [place for place in self.places.values() if place.missed and not place.token]
-        free = [place for place in missing or self.places.values() if place.free]
+        free = missing or [place for place in self.places.values() if not place.token]
         if not free:
-            self._say(token, Wait("every number is taken, or will be free when a lost host's lease ends"))
+            self._say(token, Wait("every number is taken"))
             return False
         place = min(free, key=lambda place: (place.address != join.address, place.number))
         place.token, place.address = token, join.address
@@ -324,20 +328,22 @@ class HostsMachine(Machine[Event, Effect]):
         """`over`: nothing runs there any more."""
         if not over:
             self._say(place.token, Expelled())
-        place.ending = tuple(sorted(place.members))
+        token, members = place.token, tuple(sorted(place.members))
+        self.endings[token] = Ending(
+            members, place.answered_ms + self.timing.lease_ms + self.timing.lease_margin_ms
+        )
         place.members.clear()
         place.token, place.ready, place.linked, place.unlinked = "", False, False, 0
         self.links.forget(place.number)
-        self._effects.append(ho.Tell(HostLost(place.number, place.ending, why)))
+        self._effects.append(ho.Tell(HostLost(place.number, members, why)))
         self._tell_others(place, GiveUp(place.number, place.incarnation))
-        place.ends_ms = place.answered_ms + self.timing.lease_ms + self.timing.lease_margin_ms
-        if over or self.now_ms >= place.ends_ms:
-            self._end(place)
-
-    def _end(self, place: Place) -> None:
-        members, place.ending, place.ends_ms = place.ending, (), None
-        self._tell_gone(members)
+        if over or self.now_ms >= self.endings[token].until_ms:
+            self._end(token)
         self._seat_next()
+
+    def _end(self, token: str) -> None:
+        if (ending := self.endings.pop(token, None)) is not None:
+            self._tell_gone(ending.members)
 
     def _tell_gone(self, members: tuple[Member, ...]) -> None:
         self._effects += [ho.Tell(Reaped(member, HOST_LOST, 0)) for member in members]

@@ -75,7 +75,8 @@ class DeathNoticed:
 
 @dataclass(frozen=True, slots=True)
 class HostLost:
-    """A host is taken for dead, and with it all of these, in one view. They may run on until `ProcessGone`."""
+    """A host is taken for dead, and with it all of these, in one view. They may run on until `ProcessGone`: till then
+    their next incarnations get ready, and are not admitted."""
 
     members: tuple[Member, ...]
     cause: str
@@ -83,7 +84,7 @@ class HostLost:
 
 @dataclass(frozen=True, slots=True)
 class ProcessGone:
-    """Nothing of the process is left; the rank may be launched again."""
+    """Nothing of the process is left; the rank may be launched again, or if it was, be admitted."""
 
     member: Member
     status: str

@@ -19,6 +19,7 @@ from elastic_ep.machines.membership.group import GROUP
 from elastic_ep.machines.membership.leaving import Leaving, judge
 from elastic_ep.machines.membership.outlook import Outlook, enough_slots, outlook, why_never
 from elastic_ep.machines.membership.records import STARTING, Attempt, RankRecord
+from elastic_ep.machines.membership.relaunch import HOST_LOST
 from elastic_ep.machines.membership.start_failure import alike
 from elastic_ep.machines.rank.lifecycle import RANK, REPORTED_TRIGGERS, SEATED
 from elastic_ep.machines.tables import TableMachine
@@ -201,6 +202,7 @@ class MembershipMachine(Machine[Event, Effect]):
             record = self.records[seat.rank]
             assert record.member == seat.member, f"rank {seat.rank} is seated under an old incarnation"
             assert record.state in SEATED, f"{record.member} seated in {record.state}"
+            assert not record.unended, f"{record.member} seated beside {sorted(record.unended)}"
         seated = {seat.rank for seat in self.view.seats}
         assert self.leaving.keys() <= self.retired & seated, "a rank leaves that is wanted, or not there"
         assert not self.left.keys() & self.view.members, "who has left is seated"
@@ -286,22 +288,32 @@ class MembershipMachine(Machine[Event, Effect]):
     def _on_host_lost(self, event: ev.HostLost) -> None:
         records = [record for member in dict.fromkeys(event.members) if (record := self._current(member))]
         self._lose([(record, record.why_ended(event.cause)) for record in records if not record.over])
+        for record in records:
+            if not record.gone:
+                record.unended |= {record.member}
+                self._over(record, HOST_LOST)
 
     def _on_gone(self, event: ev.ProcessGone) -> None:
+        if known := self.records.get(event.member.rank):
+            known.unended -= {event.member}
         record = self._current(event.member)
         if record is None or record.gone:
             return
         if not record.over:
             self._lose([(record, record.why_ended(f"died: {event.status}"))])
-        record.gone = True
-        self._forget_left(event.member)
         if not record.fenced and not record.failed:
             record.reason = record.why_ended(f"died: {event.status}")
+        self._over(record, event.status)
+
+    def _over(self, record: RankRecord, status: str) -> None:
+        """The next incarnation may be launched."""
+        record.gone = True
+        self._forget_left(record.member)
         if self.stopping:
             return
         if record.state is RankState.FAILED:
-            record.count_death(event.status, self.config)
-        if event.member.rank in self.retired:
+            record.count_death(status, self.config)
+        if record.member.rank in self.retired:
             record.away = True
         else:
             self._plan_relaunch(record)
@@ -614,7 +626,7 @@ class MembershipMachine(Machine[Event, Effect]):
         waiting = frozenset(
             record.member
             for record in self._without_seat()
-            if record.state is RankState.JOINING and not record.fenced
+            if record.state is RankState.JOINING and not record.fenced and not record.unended
         )
         if self.view.seats or not waiting:
             return waiting

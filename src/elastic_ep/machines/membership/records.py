@@ -34,6 +34,9 @@ class RankRecord:
     since_ms: int | None = None
     """When it came into its present state; None before the group was started."""
     gone: bool = False
+    """Nothing is left of its present incarnation, or that is for its host to end: the next one may be launched."""
+    unended: frozenset[Member] = frozenset()
+    """Its incarnations before that were lost with their hosts, and may be at work yet: it is not admitted."""
     fenced: str = ""
     told_to_stop: bool = False
     relaunch_at_ms: int | None = None
