@@ -95,7 +95,7 @@ class FakeWire:
 
 
 class World:
-    """Holds every host's lease as the host would, and that nobody is launched where another life may go on."""
+    """Holds every host's lease as the host would, and that nobody counts as gone who may go on."""
 
     def __init__(self, loop: VirtualTimeLoop, hosts: tuple[int, ...], at_start: int) -> None:
         self.loop = loop
@@ -106,29 +106,32 @@ class World:
         """Of each life, at the latest."""
         self.asked: dict[bytes, dict[int, float]] = {}
         self.number_of: dict[bytes, int] = {}
+        self.launched_on: dict[Member, bytes] = {}
         welcome = Welcome(0, 1, hosts, "{}", "entry:main", (), SHAPE, b"", "run", 1, 2, 0)
         config = HostsConfig(hosts, at_start, "10.0.0.1", "1.0", welcome, "v3", Reach(0, "10.0.0.1", 9))
         self.hosts = Hosts(config, USUAL, cast(Any, self.keeper), self.open)
-        self.hosts.start(self.events.append)
+        self.hosts.start(self.happens)
         self.hosts.on_links(ALL)
 
     def open(self, *hears: Callable[..., None]) -> Any:
         self.wire = FakeWire(self, *hears)
         return self.wire
 
+    def happens(self, event: HostEvent) -> None:
+        if isinstance(event, Reaped) and event.status == HOST_LOST and event.member in self.launched_on:
+            assert self.lease_ends.get(self.launched_on[event.member], 0) < self.loop.time(), "it may go on"
+        self.events.append(event)
+
     def sent(self, token: bytes, message: ToHost) -> None:
         self.messages.setdefault(token, []).append(message)
         match message:
             case Welcome(host):
-                now = self.loop.time()
-                for other, number in self.number_of.items():
-                    if number == host:
-                        assert self.lease_ends.get(other, 0) < now, "a life before may go on"
                 self.number_of[token] = host
             case Lease(number):
                 self.lease_ends[token] = self.asked[token][number] + LEASE_S
             case LaunchWith(member):
                 assert self.number_of[token] == HOSTS[member.rank]
+                self.launched_on[member] = token
 
     def says(self, token: bytes, message: FromHost) -> None:
         if isinstance(message, HostAlive):
@@ -213,20 +216,20 @@ def test_a_silent_host_is_one_loss_and_its_ranks_are_gone_when_its_lease_has_run
         assert GiveUp(1, 1) in world.keeper.told
         assert world.of(B, GiveUp) == [GiveUp(1, 1)]
         assert not world.happened(Reaped)
-        world.join(b"after the loss", "10.0.0.5")
-        assert not world.of(C, Welcome)
-        assert world.of(b"after the loss", Wait)
+        [welcome] = world.of(C, Welcome)
+        assert (welcome.host, welcome.incarnation) == (1, 2)
+        world.says(C, HostReady(7))
+        world.says(C, ALL)
+        world.hosts.launch(Member(2, 2), "")
+        assert world.of(C, LaunchWith) == [LaunchWith(Member(2, 2), "")], "it gets ready meanwhile"
+        assert not world.happened(Reaped)
         while not world.happened(Reaped):
-            await world.passes(BEAT_S, B)
+            await world.passes(BEAT_S, B, C)
         assert silent_at + LEASE_S <= world.loop.time() <= silent_at + OVER_S + BEAT_S
         assert [(event.member, event.status) for event in world.happened(Reaped)] == [
             (RANK_2, HOST_LOST),
             (RANK_3, HOST_LOST),
         ]
-        [welcome] = world.of(C, Welcome)
-        assert (welcome.host, welcome.incarnation) == (1, 2)
-        world.says(C, HostReady(7))
-        world.says(C, ALL)
         assert world.of(C, GiveUp) == [], "nobody else was ever given up"
         assert {where.host for where in world.of(C, Reach)} == {0, 2}
         assert not world.happened(HostLost)[1:]
@@ -290,6 +293,21 @@ def test_one_that_leaves_has_nothing_left_and_its_number_is_free() -> None:
     in_world(story)
 
 
+def test_a_lost_host_that_says_it_has_ended_its_ranks_is_not_waited_for() -> None:
+    async def story(world: World) -> None:
+        world.up(A, "10.0.0.2")
+        world.hosts.launch(RANK_2, "")
+        await world.passes(SILENCE_S)
+        assert world.happened(HostLost)
+        assert not world.happened(Reaped)
+        world.says(A, Left())
+        assert [event.member for event in world.happened(Reaped)] == [RANK_2]
+        await world.passes(OVER_S)
+        assert len(world.happened(Reaped)) == 1
+
+    in_world(story)
+
+
 def test_a_group_grows_when_no_host_is_missing_and_who_comes_to_a_full_one_is_a_spare() -> None:
     async def story(world: World) -> None:
         world.up(A, "10.0.0.2")
@@ -297,12 +315,8 @@ def test_a_group_grows_when_no_host_is_missing_and_who_comes_to_a_full_one_is_a_
         world.says(A, HostAlive(1))
         await world.passes(SILENCE_S)
         world.join(B, "10.0.0.3")
-        assert world.of(B, Wait), (
-            "a host is missing: the next takes its place, though there is room for another"
-        )
         world.join(C, "10.0.0.4")
-        await world.passes(OVER_S, B, C)
-        assert [world.of(token, Welcome)[0].host for token in (B, C)] == [1, 2]
+        assert [world.of(token, Welcome)[0].host for token in (B, C)] == [1, 2], "first who is missing"
         for token in (B, C):
             world.says(token, HostReady(7))
             world.says(token, ALL)

@@ -47,6 +47,8 @@ class Witness:
     epoch: int = 0
     incarnations: dict[int, int] = field(default_factory=dict)
     running: set[Member] = field(default_factory=set)
+    unended: set[Member] = field(default_factory=set)
+    """Their host is lost."""
     up: set[Member] = field(default_factory=set)
     fenced: set[Member] = field(default_factory=set)
     promises: dict[int, dict[Member, int]] = field(default_factory=dict)
@@ -61,6 +63,10 @@ class Witness:
         match event:
             case ev.ProcessGone(member):
                 self.running.discard(member)
+                self.unended.discard(member)
+            case ev.HostLost(members):
+                self.unended |= self.running & set(members)
+                self.running -= set(members)
             case ev.StopRequested():
                 self.stopping = True
             case ev.Promised(member, attempt, step):
@@ -75,6 +81,8 @@ class Witness:
                     self.fenced.add(member)
                 case ev.Publish(Prepare(number, joiners)):
                     assert not self.fenced & set(joiners), "admits one that is about to die"
+                    before = {member.rank for member in self.unended}
+                    assert not before & {member.rank for member in joiners}, "one before it may be at work"
                     assert not self.stopping
                     assert self.attempt is None
                     assert number > self.attempts
@@ -272,6 +280,12 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.feed(ev.ProcessGone(member, status)) == []
             assert self.machine.state() == before
 
+    @rule(rank=ranks)
+    def is_gone_with_its_host(self, rank: int) -> None:
+        for member in sorted(self.witness.unended):
+            if member.rank <= rank:
+                self.feed(ev.ProcessGone(member, HOST_LOST))
+
     @rule(chosen=st.sets(ranks))
     def an_operator_wants_ranks_back(self, chosen: set[int]) -> None:
         records = self.machine.records
@@ -327,6 +341,8 @@ class AnyOrder(RuleBasedStateMachine):
         if member.incarnation == 1:
             return
         old = Member(member.rank, member.incarnation - 1)
+        if old in self.witness.unended:
+            kind %= 4
         news: tuple[ev.Event, ...] = (
             ev.ProcessStarted(old),
             ev.Reported(old, RankState.JOINING),
@@ -432,6 +448,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     def everybody_does_its_part(self) -> bool:
         before = self.machine.state()
+        for member in sorted(self.witness.unended):
+            self.feed(ev.ProcessGone(member, HOST_LOST))
         for record in list(self.machine.records.values()):
             member = record.member
             if member not in self.witness.running:
@@ -530,14 +548,25 @@ def test_a_lost_host_is_one_view_and_counts_against_none_of_its_ranks() -> None:
     views = [e.body for e in effects if isinstance(e, ev.Publish) and isinstance(e.body, View)]
     assert [view.members for view in views] == [{Member(0, 1), Member(1, 1)}]
     assert [e.member for e in effects if isinstance(e, ev.MemberDown)] == list(gone)
-    assert not [e for e in effects if isinstance(e, ev.Launch)], "they may run on"
     for _ in range(20):
-        for rank in (2, 3):
-            member = machine.records[rank].member
-            launched = feed(machine, ev.ProcessGone(member, HOST_LOST))
-            assert ev.Launch(Member(rank, member.incarnation + 1)) in launched
-        feed(machine, ev.HostLost(tuple(machine.records[rank].member for rank in (2, 3)), "again"))
+        now = tuple(machine.records[rank].member for rank in (2, 3))
+        assert [e.member for e in effects if isinstance(e, ev.Launch)] == list(now)
+        effects = feed(machine, ev.HostLost(now, "again"))
     assert machine.records[2].early_deaths == 0
+
+
+def test_who_is_launched_for_one_on_a_lost_host_is_admitted_when_all_before_it_are_gone() -> None:
+    machine = serving(4, redundant=12)
+    feed(machine, ev.HostLost((Member(2, 1), Member(3, 1)), "host 1 is lost"))
+    feed(machine, ev.HostLost((Member(2, 2), Member(3, 2)), "the next one, too"))
+    asked = come_up(machine, 2, 3)
+    asked += feed(machine, ev.ProcessGone(Member(3, 1), HOST_LOST))
+    assert not [e for e in asked if isinstance(e, ev.Publish)]
+    asked = feed(machine, ev.ProcessGone(Member(3, 2), HOST_LOST))
+    assert asked == [ev.Publish(Prepare(2, (Member(3, 3),))), ev.GroupMoved(ev.GroupState.ADMITTING)]
+    promise(machine)
+    asked = feed(machine, ev.ProcessGone(Member(2, 2), HOST_LOST), ev.ProcessGone(Member(2, 1), HOST_LOST))
+    assert asked[0] == ev.Publish(Prepare(3, (Member(2, 3),)))
 
 
 def test_a_group_grows_by_ranks_and_misses_them_from_then_on() -> None:
