@@ -20,7 +20,7 @@ GOLDEN = {
     "slot_pull_ms": 3_000, "expert_pull_ms": 5_000, "dense_pull_ms": 30_000, "store_get_ms": 10_000,
     "host_beat_ms": 100, "silent_beats": 5, "preparing_beats": 20, "closed_beats": 2, "host_silent_ms": 700,
     "apart_beats": 8, "agentless_beats": 50,
-    "lease_ms": 2_000, "lease_margin_ms": 500,
+    "lease_ms": 1_400, "lease_margin_ms": 200,
     "audit_ms": 30_000, "carry_out_ms": 60_000,
     "server_ready_ms": 120_000, "server_reply_ms": 10_000, "status_ms": 250, "leave_ms": 3_000, "close_ms": 5_000,
     "reap_ms": 2_000,

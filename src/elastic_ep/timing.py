@@ -103,10 +103,10 @@ class Timing:
     other."""
     agentless_beats: ClassVar[int] = 50
     """So long if one of them waits for its next agent."""
-    lease_ms: ClassVar[int] = 2_000
+    lease_ms: ClassVar[int] = 1_400
     """A host's ranks end so long after it last spoke and was answered,"""
-    lease_margin_ms: ClassVar[int] = 500
-    """and a little later they surely have."""
+    lease_margin_ms: ClassVar[int] = 200
+    """and a little later they surely have: the kernel's clock is not late by so much."""
     sync_retry_ms: ClassVar[int] = 20
     """A rank that is behind asks again."""
     store_get_ms: ClassVar[int] = 10_000
@@ -212,7 +212,7 @@ class Timing:
         behind_ms = self.calm_factor * self.beat_ms + self.sync_retry_ms
         copy_ms = repair.copy_deadline_ms
         yield self.host_silent_ms, self.lease_ms, "who is silent is lost before it gives itself up"
-        yield self.host_beat_ms, self.lease_margin_ms, "a host looks at its lease in time"
+        yield 4 * self.host_beat_ms, self.lease_ms - self.host_silent_ms, "a rank sees in time that it may go on"
         yield self.sync_retry_ms, self.beat_ms, "who is behind asks before it hears again that it is"
         yield behind_ms, member.attempt_deadline_ms, "who has missed a prepare catches up"
         yield member.relaunch_backoff_ms, member.relaunch_backoff_max_ms, "pauses before a launch grow"

@@ -25,6 +25,7 @@ from tests.kit.served import Server, await_ready
 
 LINE_S = 60.0
 END_S = 40.0
+_EXITING = 0x4
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -74,6 +75,16 @@ def processes_of(session: int) -> list[int]:
                 if int(fields[3]) == session and fields[0] not in "ZX":
                     found.append(int(entry))
     return found
+
+
+def may_run(pid: int) -> bool:
+    """Whether a thread of it may execute anything yet: it is neither over, nor ends, nor has SIGKILL before it."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        waiting = re.findall(r"^(?:SigPnd|ShdPnd):\s+(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+        killed = any(int(each, 16) >> signal.SIGKILL - 1 & 1 for each in waiting)
+        return fields[0] not in "ZX" and not int(fields[6]) & _EXITING and not killed
+    return False
 
 
 class Host:
