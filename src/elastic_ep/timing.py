@@ -212,7 +212,11 @@ class Timing:
         behind_ms = self.calm_factor * self.beat_ms + self.sync_retry_ms
         copy_ms = repair.copy_deadline_ms
         yield self.host_silent_ms, self.lease_ms, "who is silent is lost before it gives itself up"
-        yield 4 * self.host_beat_ms, self.lease_ms - self.host_silent_ms, "a rank sees in time that it may go on"
+        yield (
+            4 * self.host_beat_ms,
+            self.lease_ms - self.host_silent_ms,
+            "a rank sees in time that it may go on",
+        )
         yield self.sync_retry_ms, self.beat_ms, "who is behind asks before it hears again that it is"
         yield behind_ms, member.attempt_deadline_ms, "who has missed a prepare catches up"
         yield member.relaunch_backoff_ms, member.relaunch_backoff_max_ms, "pauses before a launch grow"
