@@ -20,8 +20,8 @@ VOCABULARY = Vocabulary(
 )
 
 
-def mask_maker() -> MaskMaker:
-    return MaskMaker(Guide.of(VOCABULARY))
+def mask_maker(*, beside: bool = True) -> MaskMaker:
+    return MaskMaker(Guide.of(VOCABULARY), beside=beside)
 
 
 def opened(runner: StepRunner) -> StepRunner:

@@ -206,8 +206,9 @@ def test_a_vocabulary_with_which_it_cannot_go_on_is_noticed() -> None:
     assert text.fault
 
 
-def test_masks_of_many_texts_are_those_of_each() -> None:
-    maker = MaskMaker(Guide.of(VOCABULARY))
+@pytest.mark.parametrize("beside", [True, False])
+def test_masks_of_many_texts_are_those_of_each(beside: bool) -> None:
+    maker = MaskMaker(Guide.of(VOCABULARY), beside=beside)
     try:
         texts = [
             maker.open(grammar, (), stops=(END,)).result(10)
@@ -223,6 +224,7 @@ def test_masks_of_many_texts_are_those_of_each() -> None:
             ],
             words,
         )
+        assert beside or not words.any(), "not before they are waited for"
         maker.wait()
         for row, grammar in enumerate(grammar for grammar in GRAMMARS.values() for _ in range(2)):
             alone = begun(grammar)

@@ -1,7 +1,10 @@
-"""A rank's masks: which tokens may come next in each guided text, computed while the forward thread computes the step.
+"""A rank's masks: which tokens may come next in each guided text, computed while the step is.
 
-The tokens that a step goes on from are known before it begins, so its masks are asked for first (`start`) and waited for
-last (`wait`). Grammars are compiled on another thread: a text takes part in steps from when its own is ready.
+The tokens that a step goes on from are known before it begins, so its masks are asked for first (`start`) and waited
+for last (`wait`). Where the forward thread computes the step itself, masks are computed on another. Where a device does,
+they are by the forward thread while it would wait for the device: of two threads each would take the interpreter's lock
+from the other for every text, in steps that may be shorter than a millisecond. Grammars are compiled on another thread: a
+text takes part in steps from when its own is ready.
 """
 
 from __future__ import annotations
@@ -35,16 +38,18 @@ class Asked(NamedTuple):
 
 
 class MaskMaker:
-    """Its threads begin with the first grammar."""
+    """Its threads begin with the first grammar. `beside`: masks are computed on one of them."""
 
-    def __init__(self, guide: Guide) -> None:
+    def __init__(self, guide: Guide, *, beside: bool = True) -> None:
         self.words = guide.words
         self._tokenizer = guide.tokenizer
         self._special = guide.special
         self._compiler = ThreadPoolExecutor(1, "grammars")
         self._masks = ThreadPoolExecutor(1, "masks")
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._beside = beside
         self._running: Future[None] | None = None
+        self._asked: tuple[Sequence[Asked], Words] | None = None
 
     def open(self, grammar: Grammar, emitted: Sequence[int], stops: Collection[int]) -> Future[GuidedText]:
         """A text of which there is the beginning `emitted`. The future raises ValueError if it cannot go on."""
@@ -72,13 +77,19 @@ class MaskMaker:
 
     def start(self, asked: Sequence[Asked], words: Words) -> None:
         """Compute them, into the rows of `words` [n, self.words]."""
-        self._running = self._masks.submit(_fill, asked, words)
+        if self._beside:
+            self._running = self._masks.submit(_fill, asked, words)
+        else:
+            self._asked = asked, words
 
     def wait(self) -> None:
         """Until they are there. Raises TimeoutError."""
         running, self._running = self._running, None
         if running is not None:
             running.result(WAIT_S)
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            _fill(*asked)
 
     def close(self) -> None:
         for pool in (self._compiler, self._masks):

@@ -99,7 +99,7 @@ def stream_memory(config: RankConfig, shelf_fd: int) -> StreamMemory:
 def mask_maker(config: RankConfig) -> MaskMaker | None:
     """None where nothing can be guided: see `Vocabulary`."""
     guide = shared(Path(config.directory))
-    return MaskMaker(guide) if guide is not None else None
+    return MaskMaker(guide, beside=config.device == "cpu") if guide is not None else None
 
 
 def weights_from_checkpoint(config: RankConfig, spec: ModelSpec) -> Weights:

@@ -158,7 +158,7 @@ def test_neighbours_chunking_and_replay_change_no_bit(device: torch.device) -> N
 
 def test_a_guided_text_beside_a_free_one(device: torch.device) -> None:
     """The second step is poisoned: its masks are computed again, too."""
-    maker = mask_maker()
+    maker = mask_maker(beside=False)
     runner, exchange = cuda_runner(device, masks=maker)
     runner.add(assign(1, SHORT, ignore_eos=False, grammar=grammars.regex("[ab]2")))
     runner.add(assign(2, SHORT, max_tokens=2, temperature=1.0))

@@ -101,8 +101,8 @@ class CudaRunner(StepRunner):
         self._pace = PromptPace(LEAST_CHUNK, limits.max_num_batched_tokens)
         self._busy = Work(0, 0)
         """What all ranks did in the last step."""
-        self._mask_rows = torch.empty(0, 0, dtype=torch.int32)
-        """What a step's masks are in."""
+        self._mask_room = self._mask_rows = torch.empty(0, 0, dtype=torch.int32)
+        """Host memory for masks, and the rows of it that a step's masks are in."""
         self._rows: list[int] = []
         """Of the step's results: those that are sampled from."""
         self._met = self._launched = False
@@ -260,9 +260,12 @@ class CudaRunner(StepRunner):
         return Draws(self._targets, self._device, rows)
 
     def _mask_memory(self, rows: int, words: int) -> Words:
-        """Pinned, so that masks can be copied behind a step that runs."""
-        pinned = self._device.type == "cuda"
-        self._mask_rows = torch.empty(rows, words, dtype=torch.int32, pin_memory=pinned)
+        """Pinned, so that masks can be copied behind a step that runs. The same for all steps: of the one before either
+        what was drawn by its masks is there, or nobody wants it any more."""
+        if len(self._mask_room) < rows or self._mask_room.shape[1] != words:
+            pinned = self._device.type == "cuda"
+            self._mask_room = torch.empty(rows, words, dtype=torch.int32, pin_memory=pinned)
+        self._mask_rows = self._mask_room[:rows]
         return self._mask_rows.numpy().view(np.uint32)
 
     def _discard(self) -> None:
