@@ -239,10 +239,8 @@ class Simulation:
             self.at(self.now + self.pace.promise, ev.Promised(member, attempt, step))
 
     def tolerated(self) -> None:
-        if len(self.open) == 1:  # a look at every expert of every layer: once a loss
-            seats = [seat.rank for seat in self.membership.view.seats]
-            now = (self.repair.placement.tolerates(seats), self.repair.placement.tolerates_hosts(seats))
-            self.least_tolerated = min(self.least_tolerated, now)
+        copies, hosts = self.repair.counts().least()
+        self.least_tolerated = min(self.least_tolerated, (copies - 1, hosts - 1))
 
 
 def interruptions(

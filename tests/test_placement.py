@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+import random
+from itertools import combinations, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_ep.placement import EMPTY, Change, Coverage, Placement, grown, launch_placement
+from elastic_ep.placement import EMPTY, Change, CopyCounts, Coverage, Placement, grown, launch_placement
 
 SIZES = [
     (8, 0),
@@ -196,3 +197,29 @@ def test_coverage_follows_changes(placement: Placement, data: st.DataObject) -> 
     for layer, physical, logical in changes:
         rows[layer][physical] = logical
     assert changed.slots == tuple(map(tuple, rows))
+
+
+@pytest.mark.parametrize("hosts", [(), (0, 0, 1, 1, 2, 2), (0, 1, 2, 3, 4, 5), (0, 0, 0, 1, 1, 2)])
+def test_counts_that_follow_members_and_changes_are_those_of_the_placement(hosts: tuple[int, ...]) -> None:
+    dice = random.Random(len(hosts) + sum(hosts))
+    for experts in (4, 6, 9):
+        placement = launch_placement(6, 3, experts, dice.choice([3, experts, 2 * experts]), 1, hosts)
+        counts = CopyCounts(placement)
+        counts.of(frozenset(range(6)))
+        for _ in range(30):
+            if dice.random() < 0.5:
+                counts.of(frozenset(dice.sample(range(6), dice.randint(1, 6))))
+            else:
+                layer, physical = dice.randrange(3), dice.randrange(6 * placement.slots_per_rank)
+                held = placement.on_rank(layer, placement.rank_of(physical))
+                fitting = [expert for expert in range(experts) if expert not in held]
+                change = Change(layer, physical, dice.choice([EMPTY, *fitting]))
+                placement = placement.changed(placement.version + 1, [change])
+                counts.change(change, placement)
+            copies = [min(placement.copies(layer, counts.ranks)) for layer in range(3)]
+            on_hosts = [min(placement.host_copies(layer, counts.ranks)) for layer in range(3)]
+            assert counts.least() == (min(copies), min(on_hosts))
+            for layer, least, most in product(range(3), range(1, 8), range(1, 4)):
+                lacks = copies[layer] < least or (most > 1 and on_hosts[layer] < most)
+                assert bool(counts.lacking(layer, least, most)) == lacks
+                assert counts.spread(least) == placement.spread(list(counts.ranks), least)

@@ -134,6 +134,136 @@ class Coverage:
         return held == self.everything
 
 
+class CopyCounts:
+    """How many of some ranks, and of their hosts, hold each expert of a placement: asked of a whole model at once, and
+    for little more than what has changed since.
+
+    A bit stands for each (layer, logical expert), as in `Coverage`.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.ranks: frozenset[int] = frozenset()
+        self._held = {rank: _held(placement, rank) for rank in range(placement.num_ranks)}
+        self._on_host: dict[int, set[int]] = defaultdict(set)
+        """The `ranks` of each host."""
+        self._by_rank, self._by_host = _Tally(), _Tally()
+        self._everything = (1 << len(placement.slots) * placement.num_experts) - 1
+        self._lacking: dict[tuple[int, int], int] = {}
+        """What was asked since the last change."""
+        self._spread: dict[int, int] = {}
+
+    def of(self, ranks: frozenset[int]) -> None:
+        """Count these ranks from now on."""
+        if ranks == self.ranks:
+            return
+        touched = {self.placement.host_of(rank) for rank in ranks ^ self.ranks}
+        before = {host: self._host(host) for host in touched}
+        for rank in self.ranks - ranks:
+            self._by_rank.remove(self._held[rank])
+            self._on_host[self.placement.host_of(rank)].discard(rank)
+        for rank in ranks - self.ranks:
+            self._by_rank.add(self._held[rank])
+            self._on_host[self.placement.host_of(rank)].add(rank)
+        self.ranks = ranks
+        self._recount(before)
+        self._spread.clear()
+
+    def change(self, change: Change, placement: Placement) -> None:
+        """`placement` is what it led to."""
+        layer, physical, logical = change
+        rank, old = placement.rank_of(physical), self.placement.slots[layer][physical]
+        host = placement.host_of(rank)
+        before = {host: self._host(host)}
+        counted = rank in self.ranks
+        if counted:
+            self._by_rank.remove(self._held[rank])
+        for expert in (old, logical):  # no rank has two copies of one
+            if expert != EMPTY:
+                self._held[rank] ^= 1 << layer * placement.num_experts + expert
+        if counted:
+            self._by_rank.add(self._held[rank])
+        self.placement = placement
+        self._recount(before)
+
+    def lacking(self, layer: int, copies: int, hosts: int) -> int:
+        """A bit for each expert of the layer that has fewer copies than that, or is on fewer hosts."""
+        if (copies, hosts) not in self._lacking:
+            enough = self._by_rank.at_least(copies, self._everything)
+            if hosts > 1:
+                enough &= self._by_host.at_least(hosts, self._everything)
+            self._lacking[copies, hosts] = self._everything & ~enough
+        experts = self.placement.num_experts
+        return self._lacking[copies, hosts] >> layer * experts & (1 << experts) - 1
+
+    def least(self) -> tuple[int, int]:
+        """Copies of the expert that has fewest, and hosts of the one that is on fewest."""
+        return self._by_rank.least(self._everything), self._by_host.least(self._everything)
+
+    def spread(self, copies: int) -> int:
+        """As `Placement.spread`, of the ranks that are counted."""
+        if copies not in self._spread:
+            self._spread[copies] = self.placement.spread(self.ranks, copies)
+        return self._spread[copies]
+
+    def _host(self, host: int) -> int:
+        held = 0
+        for rank in self._on_host[host]:
+            held |= self._held[rank]
+        return held
+
+    def _recount(self, before: dict[int, int]) -> None:
+        for host, held in before.items():
+            now = self._host(host)
+            self._by_host.remove(held & ~now)
+            self._by_host.add(now & ~held)
+        self._lacking.clear()
+
+
+class _Tally:
+    """A counter for each bit. Number `at` in `planes` has bit `at` of all counters."""
+
+    def __init__(self) -> None:
+        self.planes: list[int] = []
+
+    def add(self, bits: int) -> None:
+        for at, plane in enumerate(self.planes):
+            if not bits:
+                return
+            self.planes[at] = plane ^ bits
+            bits &= plane
+        if bits:
+            self.planes.append(bits)
+
+    def remove(self, bits: int) -> None:
+        """None of their counters is 0."""
+        for at, plane in enumerate(self.planes):
+            if not bits:
+                return
+            self.planes[at] = plane ^ bits
+            bits &= ~plane
+
+    def least(self, among: int) -> int:
+        """Of the counters of these bits."""
+        count = 0
+        while self.at_least(count + 1, among) == among:
+            count += 1
+        return count
+
+    def at_least(self, count: int, among: int) -> int:
+        if count >> len(self.planes):
+            return 0
+        more, equal = 0, among
+        for at in reversed(range(len(self.planes))):
+            plane = self.planes[at]
+            if count >> at & 1:
+                equal &= plane
+            else:
+                more |= equal & plane
+                equal &= ~plane
+        return more | equal
+
+
 def _held(placement: Placement, rank: int) -> int:
     held = 0
     for layer in range(len(placement.slots)):

@@ -9,7 +9,8 @@ The rows of a dead rank stay as they are: its next incarnation loads what they s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from elastic_ep.machines.experts import events as ev
 from elastic_ep.machines.experts.events import Effect, Event, Origin
 from elastic_ep.machines.experts.moves import Layer
 from elastic_ep.machines.machine import Machine
-from elastic_ep.placement import EMPTY, Change, Placement
+from elastic_ep.placement import EMPTY, Change, CopyCounts, Placement
 from elastic_ep.timing import RepairConfig
 from elastic_ep.wire.messages import Member, PlacementChanged
 
@@ -54,6 +55,7 @@ class Pursuit:
 class RepairMachine(Machine[Event, Effect]):
     """Feed it with `step`; `placement` may be read."""
 
+    transient = Machine.transient | {"_copies", "_counted", "_by_rank", "_in_hand"}
     placement: Placement
     config: RepairConfig = field(default_factory=RepairConfig)
 
@@ -77,6 +79,11 @@ class RepairMachine(Machine[Event, Effect]):
         ranks = range(self.placement.num_ranks)
         self.wanted = [min(self.placement.copies(layer, ranks)) for layer in layers]
         """Per layer: the copies of every expert to come back to. As many as at launch."""
+        self._copies = CopyCounts(self.placement)
+        self._counted = (self.members, self.leaving)
+        self._by_rank: dict[int, Member] = {}
+        self._in_hand: Counter[Member] | None = None
+        """Copies that each member makes; asked for once an event. All four are reckoned from the rest."""
         self._stirred: set[int] = set()
         """Layers in which something happened that may allow or require a move, not looked at since."""
         self._refused: dict[int, set[Member]] = {}
@@ -99,6 +106,7 @@ class RepairMachine(Machine[Event, Effect]):
     def _step(self, event: Event) -> list[Effect]:
         self._effects = []
         self._changes = []
+        self._in_hand = None
         self._handlers[type(event)](event)
         if self._stirred and self.members:
             self._go_on()
@@ -140,12 +148,12 @@ class RepairMachine(Machine[Event, Effect]):
 
     def floor(self, layer: int) -> int:
         """Copies that every expert of the layer should have, as the slots of the living allow."""
-        room = len(self.staying) * self.placement.slots_per_rank // self.placement.num_experts
+        room = (len(self.members) - len(self.leaving)) * self.placement.slots_per_rank // self.placement.num_experts
         return min(self.wanted[layer], max(1, room))
 
     def spread(self, layer: int) -> int:
         """Hosts that every expert of the layer should be on, as the slots of the living allow."""
-        return self.placement.spread([member.rank for member in self.staying], self.floor(layer))
+        return self.counts().spread(self.floor(layer))
 
     # Events
 
@@ -257,6 +265,10 @@ class RepairMachine(Machine[Event, Effect]):
         many layers and experts would keep the run process from everything else. What is left is for the next `Tick`.
         """
         left = self.config.layers_at_once
+        if not self.pursuit:
+            self._stirred -= {
+                layer for layer in self._stirred if layer not in self._refused and not self._lacking(layer)
+            }
         for layer in sorted(self._stirred | self._refused.keys()):
             if layer not in self._stirred and all(map(self._busy, self._refused[layer])):
                 continue
@@ -275,14 +287,13 @@ class RepairMachine(Machine[Event, Effect]):
 
     def _move(self, layer: int) -> None:
         self._refused.pop(layer, None)
-        ranks = {member.rank for member in self.staying}
-        floor, spread = self.floor(layer), self.spread(layer)
-        enough = min(self.placement.copies(layer, ranks)) >= floor and (
-            spread == 1 or min(self.placement.host_copies(layer, ranks)) >= spread
-        )
-        if not self.pursuit and enough:
+        if not self.pursuit and not self._lacking(layer):
             return
         on_layer = {place[1]: copy for place, copy in self.copies.items() if place[0] == layer}
+        if not self.pursuit and not self._uncared(layer, on_layer.values()):
+            return
+        ranks = {member.rank for member in self.staying}
+        floor, spread = self.floor(layer), self.spread(layer)
         board = Layer(
             self.placement,
             layer,
@@ -302,6 +313,30 @@ class RepairMachine(Machine[Event, Effect]):
                 self._make(change, planned=True)
                 if not self._may_pursue():
                     break
+
+    def _lacking(self, layer: int) -> int:
+        """A bit for each expert of it that should have more copies, or be on more hosts."""
+        return self.counts().lacking(layer, self.floor(layer), self.spread(layer))
+
+    def _uncared(self, layer: int, copies: Iterable[Copy]) -> int:
+        """Those of the lacking of which no copy is being made in time. If there are none, a move would find nothing."""
+        coming = {copy.logical for copy in copies if not copy.overdue}
+        return self._lacking(layer) & ~sum(1 << expert for expert in coming)
+
+    def counts(self) -> CopyCounts:
+        """HAZARD: a machine that was restored, or copied, has those of another time."""
+        if self._copies.placement is not self.placement:
+            self._copies = CopyCounts(self.placement)
+            self._count_anew()
+        members, leaving = self._counted
+        if members is not self.members or leaving is not self.leaving:
+            self._count_anew()
+        return self._copies
+
+    def _count_anew(self) -> None:
+        self._by_rank = {member.rank: member for member in self.members}
+        self._copies.of(frozenset(member.rank for member in self.staying))
+        self._counted = (self.members, self.leaving)
 
     def _may_pursue(self) -> bool:
         """A plan is not urgent, and steps must not become longer for it."""
@@ -324,11 +359,14 @@ class RepairMachine(Machine[Event, Effect]):
         origin = self._origin(layer, physical, logical)
         deadline_ms = self.now_ms + self.config.copy_deadline_ms
         self.copies[layer, physical] = Copy(self.tickets, member, logical, origin, deadline_ms, planned)
+        self._in_hand = None
         checksum = self.checksums.get((layer, logical))
         self._effects.append(ev.Order(member, self.tickets, layer, physical, logical, checksum, origin))
 
     def _busy(self, member: Member) -> bool:
-        return sum(copy.member == member for copy in self.copies.values()) >= self.config.copies_in_flight
+        if self._in_hand is None:
+            self._in_hand = Counter([copy.member for copy in self.copies.values()])
+        return self._in_hand[member] >= self.config.copies_in_flight
 
     def _origin(self, layer: int, physical: int, logical: int) -> Origin | None:
         """The living owner with the fewest pulls from it. Without a checksum nobody's bytes can be trusted."""
@@ -349,7 +387,9 @@ class RepairMachine(Machine[Event, Effect]):
         """All changes of an event make one version: ranks that hear of hundreds have no time for their heartbeats."""
         version = self.placement.version + (not self._changes)
         self._changes.append(change)
+        counts = self.counts()
         self.placement = self.placement.changed(version, [change])
+        counts.change(change, self.placement)
         if change.logical == EMPTY:
             self.emptied[change.layer, change.physical] = version
 
@@ -380,8 +420,8 @@ class RepairMachine(Machine[Event, Effect]):
     # Reading
 
     def _member_at(self, physical: int) -> Member:
-        rank = self.placement.rank_of(physical)
-        return next(member for member in self.members if member.rank == rank)
+        self.counts()
+        return self._by_rank[self.placement.rank_of(physical)]
 
     def _pulls_from(self, member: Member) -> int:
         return sum(copy.origin is not None and copy.origin.member == member for copy in self.copies.values())
@@ -392,6 +432,8 @@ class RepairMachine(Machine[Event, Effect]):
         return place not in self.emptied and place not in read
 
     def _forget_emptied(self) -> None:
+        if not self.emptied:
+            return
         oldest = min(self.seen.values(), default=self.placement.version)
         passed = [place for place, version in self.emptied.items() if version <= oldest]
         for place in passed:
