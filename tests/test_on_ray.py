@@ -87,7 +87,13 @@ def test_an_agent_has_the_key_in_a_file_of_its_own_while_it_runs(
 
 
 def test_ray_is_for_several_hosts_and_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parse([*HOSTS, "--ray", "auto"]).ray == "auto"
+    assert parse(HOSTS).agents_on_ray == 0
+    assert parse([*HOSTS, "--ray", "auto"]).agents_on_ray == 2
+    assert parse([*HOSTS, "--ray", "auto", "--ray-agents", "3"]).agents_on_ray == 3
+    with pytest.raises(ConfigError, match="--ray-agents needs --ray"):
+        parse([*HOSTS, "--ray-agents", "3"])
+    with pytest.raises(ConfigError, match="--ray-agents 1: --hosts 3 needs 2"):
+        parse([*HOSTS, "--ray", "auto", "--ray-agents", "1"])
     with pytest.raises(ConfigError, match="--ray is for several hosts"):
         parse(["--ray", "auto"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -230,6 +230,9 @@ class ServeConfig:
         "ADDRESS:PORT of this machine where others join, in a private network; the next three ports are used, too")
     ray: str | None = _flag(None,
         "ADDRESS of a Ray cluster, or auto: it starts an agent on each of the other hosts, and anew where one is lost")
+    ray_agents: int | None = _flag(None,
+        "agents that Ray starts, each on a node of its own (--hosts less one); more are spares, or what it grows by",
+        within=(1, MOST_RANKS))
     key_file: str | None = _flag(None, "the key that all hosts share, made here if there is no such file")
     model: str = _flag(MISSING, "folder with a checkpoint in Hugging Face layout; the bundled one if not given",
         other_name="--model-path")
@@ -368,6 +371,7 @@ class ServeConfig:
                 ("--hosts-address", self.hosts_address),
                 ("--key-file", self.key_file),
                 ("--ray", self.ray),
+                ("--ray-agents", self.ray_agents),
             ):
                 if value is not None:
                     raise ConfigError(f"{name} is for several hosts: give --hosts, or leave it out")
@@ -388,6 +392,12 @@ class ServeConfig:
                 f"{most} needs --hosts-address ADDRESS:PORT, where the others join, and --key-file"
             )
         address_of("--hosts-address", self.hosts_address)
+        if self.ray_agents is not None and self.ray is None:
+            raise ConfigError("--ray-agents needs --ray: without it, start agents by hand")
+        if self.ray_agents is not None and self.ray_agents < self.hosts - 1:
+            raise ConfigError(
+                f"--ray-agents {self.ray_agents}: --hosts {self.hosts} needs {self.hosts - 1} beside this one"
+            )
         if not self.fault_tolerance:
             raise ConfigError("--disable-fault-tolerance is for one host: leave it out, or --hosts")
         if self.mps:
@@ -397,6 +407,10 @@ class ServeConfig:
     def joined_at(self) -> tuple[str, int]:
         """Address and port. Raises `ConfigError`."""
         return address_of("--hosts-address", self.hosts_address or "")
+
+    @property
+    def agents_on_ray(self) -> int:
+        return 0 if self.ray is None else self.ray_agents or self.hosts - 1
 
     @property
     def capacity_hosts(self) -> int:

@@ -96,10 +96,10 @@ def open_hosts(
     stack.callback(hosts.close)
     carried = Carry(config.host_of_rank, HERE, 1, guard.key.carriers, plan.shape)
     keeper.carry(carried, listener, hosts.on_links)
-    if config.ray is not None and config.hosts > 1:
+    if config.ray is not None and config.agents_on_ray:
         join = f"[{address}]" if ":" in address else address
         key_file = config.key_file or ""
-        stack.enter_context(agents(config.ray, config.hosts - 1, f"{join}:{hosts.port}", key_file))
+        stack.enter_context(agents(config.ray, config.agents_on_ray, f"{join}:{hosts.port}", key_file))
     log.info(
         "other hosts join by: python -m elastic_ep.agent",
         join=f"{address}:{hosts.port}",
