@@ -148,7 +148,11 @@ class RepairMachine(Machine[Event, Effect]):
 
     def floor(self, layer: int) -> int:
         """Copies that every expert of the layer should have, as the slots of the living allow."""
-        room = (len(self.members) - len(self.leaving)) * self.placement.slots_per_rank // self.placement.num_experts
+        room = (
+            (len(self.members) - len(self.leaving))
+            * self.placement.slots_per_rank
+            // self.placement.num_experts
+        )
         return min(self.wanted[layer], max(1, room))
 
     def spread(self, layer: int) -> int:
