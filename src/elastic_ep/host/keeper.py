@@ -369,9 +369,10 @@ class Keeper:
                 fds = [fd for fd in (rank.life_fd, rank.pidfd) if fd >= 0]
                 comes = (rank.life_fd >= 0, rank.pidfd >= 0)
                 self._send(Adopt(rank.member, rank.slot, rank.server_pid, rank.pid, comes), *fds)
-        self._send(AllAdopted())
+        # HAZARD: it imports for that, on a busy machine for long, and one that is ready must not be silent for so long.
         if self._carried is not None and self._listener is not None:
             self._send(self._carried, self._listener.fileno())
+        self._send(AllAdopted())
         for whom in self._given_up.values():
             self._send(whom)
         for where in self._reached.values():
