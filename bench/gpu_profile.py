@@ -1,8 +1,9 @@
 """Where the time of a step goes on one GPU: the profiler's kernels by what they belong to, and the rest, which is idle.
 
 One rank with all experts, random bfloat16 weights of Qwen3-30B-A3B's layers. For each batch, steps in which all sequences
-decode; then one prompt, in steps of `--chunk` tokens. "idle" is wall time in which no kernel ran, as the profiler saw it:
-it slows the host down, so bench.gpu_throughput says how long steps take, and this only what they consist of.
+decode; then one prompt, in steps of `--chunk` tokens; then chunks of a prompt beside long sequences that decode. "idle"
+is wall time in which no kernel ran, as the profiler saw it: it slows the host down, so bench.gpu_throughput says how long
+steps take, and this only what they consist of.
 
     python -m bench.gpu_profile [--layers 24] [--batches 1 16 64 256] [--out bench/results/gpu_profile.json]
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tests.kit.shapes import QWEN3_30B
@@ -27,11 +29,15 @@ from bench.kit.command_line import command_line
 from bench.kit.decode import BF16, Engine
 from bench.kit.sections import Sections
 from elastic_ep.config import EngineLimits
+from elastic_ep.machines.requests.records import HORIZON
 from elastic_ep.models import qwen3_moe
 from elastic_ep.placement import launch_placement
 from elastic_ep.weights.bank import Weights, dummy_source
+from elastic_ep.wire.messages import Assign, SamplingParams
 
 STEPS = 20
+BESIDE, LONG = 8, 4096
+"""Sequences that decode beside a prompt, and the length of theirs."""
 PARTS = {
     "experts": ("_experts_kernel",),
     "attention": ("_decode_kernel", "_merge_group", "_prefill_kernel"),
@@ -82,13 +88,13 @@ def measure(options: Any, sections: Sections, directory: Path) -> None:
     device = torch.device("cuda", 0)
     config = replace(QWEN3_30B, num_hidden_layers=options.layers)
     spec = qwen3_moe.spec(config)
-    length = 2 * options.chunk
+    length = max(2 * options.chunk, LONG + 200)
     most = max(options.batches)
     limits = EngineLimits(
         max_model_len=length,
         max_num_seqs=most,
         max_num_batched_tokens=max(options.chunk, most),
-        num_pages=max(most * -(-(options.prompt + 200) // 16), length // 16),
+        num_pages=(most * (options.prompt + 2 * HORIZON) + 2 * BESIDE * (length + HORIZON)) // 16,
     )
     placement = launch_placement(1, spec.moe_layers, spec.moe.experts, 0)
     weights = Weights(spec, placement, 0, dummy_source(spec, 0, device), device, BF16)
@@ -113,18 +119,44 @@ def measure(options: Any, sections: Sections, directory: Path) -> None:
     def one_prompt() -> dict[str, Any]:
         tokens = prompts(1, options.chunk)
         engine.decode(tokens, 1)  # what is compiled or captured at first use
+        (other,) = prompts(2, options.chunk)[1:]  # nothing of it is in the cache
         before = engine.steps
 
         def run() -> int:
-            engine.decode(tokens, 1)
+            engine.decode([other], 1)
             return engine.steps - before
 
         return profiled(run)
+
+    def chunks_beside() -> dict[str, Any]:
+        """Half of `--chunk` tokens in each step."""
+        runner = engine.runner
+        with (
+            engine.decoding(prompts(BESIDE, LONG)),
+            mock.patch.object(runner, "_prompt_tokens", return_value=options.chunk // 2),
+        ):
+            params = SamplingParams(max_tokens=1, ignore_eos=True)
+            for number, tokens in enumerate(prompts(-(-STEPS * options.chunk // (2 * LONG)) + 1, LONG)):
+                runner.add(Assign(BESIDE + number, tuple(tokens), (), params, 0, 0))
+            engine.step()
+
+            def run() -> int:
+                for _ in range(STEPS):
+                    engine.step()
+                return STEPS
+
+            try:
+                return profiled(run)
+            finally:
+                for request in runner.held:
+                    runner.cancel(request)
 
     try:
         for batch in options.batches:
             sections.run(f"decode, {batch} sequences", lambda batch=batch: decodes(batch), 60)  # type: ignore[misc]  # bound now
         sections.run(f"a prompt of {options.chunk} tokens", one_prompt, 60)
+        half = options.chunk // 2
+        sections.run(f"{half} tokens beside {BESIDE} decodes after {LONG}", chunks_beside, 60)
     finally:
         engine.close()
 
@@ -135,7 +167,7 @@ def main() -> None:
     add("--layers", type=int, default=24)
     add("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
     add("--prompt", type=int, default=128, help="tokens, of each sequence that decodes")
-    add("--chunk", type=int, default=4096, help="tokens, of the one prompt and of a step")
+    add("--chunk", type=int, default=2048, help="tokens, of the one prompt and of a step")
     add("--commit", help="noted in the result where there is no git")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="profile-") as name:

@@ -65,6 +65,10 @@ class Engine:
             params = SamplingParams(max_tokens=new, ignore_eos=True)
             self.runner.add(Assign(request, tuple(prompt), (), params, 0, 0))
 
+    def step(self) -> int:
+        """How many tokens it came to."""
+        return len(self._run())
+
     def decode(self, prompts: Sequence[list[int]], new: int) -> tuple[list[list[float]], list[list[int]]]:
         """By request, when each of its tokens came, and the tokens."""
         self._add(prompts, new)
