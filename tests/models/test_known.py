@@ -64,6 +64,12 @@ def test_layers_of_several_kinds_and_other_parameters_are_unknown() -> None:
     assert unknown(replace(spec, layers=(more, *spec.layers[1:])), FUSED)
 
 
+def test_latents_that_kernels_cannot_load_are_named() -> None:
+    odd = small_spec("deepseek_v3", kv_lora_rank=10)
+    assert unknown(odd, CUDA) == "latents of 10 and 8 numbers, no multiples of 8"
+    assert unknown(small_spec("deepseek_v3"), CUDA) == ""
+
+
 def test_a_model_that_it_does_not_know_is_computed_in_torch_and_a_line_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

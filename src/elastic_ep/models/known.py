@@ -46,6 +46,8 @@ class Known:
     expert: frozenset[str] = frozenset({"gate_up", "down"})
     several_kinds: bool = False
     """Layers may differ in their attention and FFN."""
+    latent_grain: int = 1
+    """Numbers: of latents and of the rotated ends of keys only multiples of it."""
 
 
 FUSED = Known(_PLAIN)
@@ -71,8 +73,9 @@ CUDA = Known(
     | {"latents", "latents_bias", "q_norm", "q_b", "kv_norm", "kv_b"},
     expert=_FFN,
     several_kinds=True,
+    latent_grain=8,
 )
-"""engine/ops_cuda"""
+"""engine/ops_cuda. HAZARD: latents that are not aligned to 16 bytes are an illegal access on an H200 (Triton 3.6)."""
 
 
 def unknown(spec: ModelSpec, known: Known) -> str:
@@ -90,6 +93,12 @@ def unknown(spec: ModelSpec, known: Known) -> str:
         parts = layer.ffn.parts if isinstance(layer.ffn, Moe) else ()
         if said := _unknown_name(layer.dense, known.layer) or _unknown_name(parts, known.expert):
             return said
+    for layer in spec.layers:
+        kind = layer.attention
+        if isinstance(kind, LatentAttention) and (
+            kind.kv_rank % known.latent_grain or kind.rope % known.latent_grain
+        ):
+            return f"latents of {kind.kv_rank} and {kind.rope} numbers, no multiples of {known.latent_grain}"
     alike = known.several_kinds or len({(layer.attention, _sizes(layer)) for layer in spec.layers}) == 1
     return "" if alike else "layers of several kinds"
 

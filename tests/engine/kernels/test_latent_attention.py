@@ -17,7 +17,7 @@ from tests.kit import plain_kernels
 DTYPES = [torch.bfloat16, torch.float32]
 CUT = Cut(split=64, block=32)
 """So that small contexts have several splits."""
-SHAPES = [(4, 32, 8, 16), (20, 40, 6, 8), (66, 16, 16, 32)]
+SHAPES = [(4, 32, 8, 16), (20, 40, 8, 8), (66, 16, 16, 32)]
 if not INTERPRETED:
     SHAPES += [(16, 512, 64, 16), (128, 512, 64, 16)]
 """Heads, numbers of a latent, of the end of a key, page size."""
