@@ -33,6 +33,8 @@ class DecodePlan:
     warps: int = 4
     stages: int = 3
     """Of the loop over blocks."""
+    programs: int = 1024
+    """For all sequences and heads, about: more share the contexts no better. Results do not depend on it."""
 
 
 @jit
@@ -65,15 +67,16 @@ def _decode_kernel(
 ) -> None:
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)  # slowest: the programs that find nothing to do come last
     length = tl.load(lengths + row).to(tl.int32)
-    first = split * SPLIT
     low = first_seen(tl.maximum(length - 1, 0), WINDOW, CHUNKED)
+    count = tl.cdiv(length, SPLIT)
+    begin = low // SPLIT
     lane = tl.arange(0, BLOCK_D)
     group = tl.arange(0, R)
     query = row * (HK * G) + head * G + group
     mask = (group < G)[:, None] & (lane < D)[None, :]
-    if (first < length) & (first + SPLIT > low):
+    for split in range(begin + tl.program_id(2), count, tl.num_programs(2)):
+        first = split * SPLIT
         acc, top, total = attend_split(
             tl.trans(tl.load(q + query[:, None] * D + lane[None, :], mask=mask, other=0.0)),
             keys + head.to(tl.int64) * (PAGE * D),
@@ -96,8 +99,6 @@ def _decode_kernel(
         tl.store(parts + at[:, None] * BLOCK_D + lane[None, :], tl.trans(acc), mask=(group < G)[:, None])
         tl.store(tops + at, top, mask=group < G)
         tl.store(totals + at, total, mask=group < G)
-        count = tl.cdiv(length, SPLIT)
-        begin = low // SPLIT
         tl.debug_barrier()  # the stores of all threads come before the one that counts them
         if tl.atomic_add(ended + row * HK + head, 1) == count - begin - 1:
             sink_at = sinks + head * G + group
@@ -105,7 +106,7 @@ def _decode_kernel(
                 parts, tops, totals, out, query, sink_at, splits, begin, count, G, D, BLOCK_D, R, SINKS
             )
             tl.store(ended + row * HK + head, 0)
-    padding = (length == 0) & (split == 0)
+    padding = (length == 0) & (tl.program_id(2) == 0)
     if padding:
         nothing = tl.zeros([R, BLOCK_D], q.dtype.element_ty)
         tl.store(out + query[:, None] * D + lane[None, :], nothing, mask=mask)
@@ -172,7 +173,7 @@ def decode_attention(
 
     Raises ValueError for more than `COUNTERS` pairs of sequence and key head.
 
-    The launch grows with `most pages`: a table cut to what the longest context may need saves empty programs.
+    However long the tables are, no more programs are launched than fill the device.
     """
     sequences, heads, dim = q.shape
     _, kv_heads, page, _ = keys.shape
@@ -187,7 +188,8 @@ def decode_attention(
     parts = q.new_empty(sequences, heads, splits, block_d, dtype=torch.float32)
     tops = q.new_empty(sequences, heads, splits, dtype=torch.float32)
     totals = torch.empty_like(tops)
-    _decode_kernel[(kv_heads, sequences, splits)](
+    sharing = min(splits, max(1, plan.programs // (kv_heads * sequences)))
+    _decode_kernel[(kv_heads, sequences, sharing)](
         q,
         keys,
         values,
