@@ -37,9 +37,9 @@ class Checked:
         return min(rows, int(self._count))
 
     def dense(
-        self, kernel: Kernel, x: torch.Tensor, w: torch.Tensor, *, out_dtype: torch.dtype | None = None
+        self, kernel: Kernel, x: torch.Tensor, w: torch.Tensor, **options: torch.dtype | torch.Tensor | None
     ) -> torch.Tensor:
-        y: torch.Tensor = kernel(x, w, out_dtype=out_dtype)
+        y: torch.Tensor = kernel(x, w, **options)
         real = self._real(len(x))
         error = relative_error(y[:real], x[:real].double() @ w.double())
         assert error < _DENSE[y.dtype], f"dense {tuple(x.shape)} @ {tuple(w.shape)}: {error:.1e}"
@@ -252,7 +252,7 @@ def check_experts(got: torch.Tensor, exact: torch.Tensor, gate_up: torch.Tensor 
         assert error < ROWS_TOO, f"expert_ffn with rows that become codes: {error:.2e}"
 
 
-ROWS_TOO = 1e-2
+ROWS_TOO = 3e-2
 
 
 def rows_too(gate_up: torch.Tensor | Scaled) -> bool:
