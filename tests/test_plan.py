@@ -137,6 +137,13 @@ def test_a_share_of_a_gpu_means_nothing_on_the_processor() -> None:
     assert make_plan(CONFIG).rank_config(Path("x")).gpu_memory_utilization is None
 
 
+def test_how_long_steps_may_get_is_for_gpus() -> None:
+    with pytest.raises(ConfigError, match=r"--prompt-stretch: .*--max-num-batched-tokens"):
+        make_plan(replace(CONFIG, prompt_stretch=8.0))
+    assert engine_limits(CONFIG, MODEL, "cuda").prompt_stretch == 2
+    assert engine_limits(replace(CONFIG, prompt_stretch=8.0), MODEL, "cuda").prompt_stretch == 8
+
+
 def test_only_ranks_on_the_processor_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(shape: Any) -> int:
         raise WindowsError(12, "too little of it")

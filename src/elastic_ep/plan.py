@@ -159,6 +159,10 @@ def make_plan(config: ServeConfig) -> ServePlan:
         raise ConfigError(
             "--gpu-memory-utilization: the ranks run on the CPU: how large a KV cache is says --num-gpu-blocks-override"
         )
+    if device == "cpu" and config.prompt_stretch is not None:
+        raise ConfigError(
+            "--prompt-stretch: the ranks run on the CPU: how much a step computes says --max-num-batched-tokens"
+        )
     if device == "cpu" and config.all2all_backend != ALL2ALL_BACKENDS[0]:
         raise ConfigError(
             f"--all2all-backend {config.all2all_backend}: the ranks run on the CPU, through shared memory: leave it out"
@@ -294,6 +298,8 @@ def engine_limits(config: ServeConfig, model: ModelSpec, device: str) -> EngineL
             f"the model has {max_model_len} positions: give --max-model-len, at most {MOST_MODEL_LEN}"
         )
     limits = EngineLimits(max_model_len, *_step_size(config, device))
+    if config.prompt_stretch is not None:
+        limits = replace(limits, prompt_stretch=config.prompt_stretch)
     one_sequence = limits.sequence_pages
     if config.num_pages is None:
         return replace(

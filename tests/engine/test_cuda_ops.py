@@ -57,8 +57,14 @@ SPECS = {name: spec for name, spec in SPECS.items() if not unknown(spec, CUDA)} 
 }
 
 
-def dense(x: torch.Tensor, w: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-    return (x @ w).to(out_dtype or x.dtype)
+def dense(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return (x @ w).to(out_dtype or x.dtype) if into is None else into.copy_(x @ w)
 
 
 def decode_attention(

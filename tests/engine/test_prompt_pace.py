@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_ep.engine.prompt_pace import STRETCH, PromptPace
+from elastic_ep.engine.prompt_pace import PromptPace
 
+STRETCH = 2.0
 FLOOR, CAPACITY = 64, 1024
 PLAIN = 10_000
 events = st.tuples(st.integers(0, 2000), st.integers(0, 300), st.integers(1, 1_000_000))
@@ -24,7 +25,7 @@ events = st.tuples(st.integers(0, 2000), st.integers(0, 300), st.integers(1, 1_0
 def test_whatever_was_seen_prompts_advance_and_fit(
     floor: int, capacity: int, history: list[tuple[int, int, int]], decodes: int
 ) -> None:
-    pace = PromptPace(floor, capacity)
+    pace = PromptPace(floor, capacity, STRETCH)
     for event in history:
         pace.observe(*event)
     assert pace.budget(0) == capacity
@@ -41,7 +42,7 @@ def test_what_was_seen_to_be_too_slow_is_not_asked_for(
     history: list[tuple[int, int, int]], decodes: int
 ) -> None:
     """Above the floor."""
-    pace = PromptPace(FLOOR, CAPACITY)
+    pace = PromptPace(FLOOR, CAPACITY, STRETCH)
     plain = sorted([duration for tokens, some, duration in history if some and not tokens][-64:])
     for tokens, some, duration in history:
         pace.observe(tokens, some, duration)
@@ -87,7 +88,7 @@ def test_the_largest_chunk_that_keeps_the_pace_is_found(
     def device(tokens: int) -> int:
         return PLAIN + (fixed + per_token * tokens + eager * (tokens >= eager_from) if tokens else 0)
 
-    pace = PromptPace(FLOOR, CAPACITY)
+    pace = PromptPace(FLOOR, CAPACITY, STRETCH)
     done = run(device, 400, pace)
     limit = STRETCH * max(PLAIN, device(FLOOR))
     good = [size for size in pace.sizes if device(size) <= limit]
@@ -102,7 +103,7 @@ def test_the_largest_chunk_that_keeps_the_pace_is_found(
 @pytest.mark.parametrize("later", [400, 1200])
 def test_a_hiccup_is_forgotten(later: int) -> None:
     """Not at once: whoever was late may be so again."""
-    pace = PromptPace(FLOOR, CAPACITY)
+    pace = PromptPace(FLOOR, CAPACITY, STRETCH)
     run(lambda tokens: PLAIN + tokens, 50, pace)
     assert pace.budget(1) == CAPACITY
     pace.observe(256, 1, 100 * PLAIN)
@@ -113,7 +114,7 @@ def test_a_hiccup_is_forgotten(later: int) -> None:
 
 def test_a_burst_of_prompts_finds_its_pace_within_a_few_steps() -> None:
     """All begin at once, so that there is no step of decodes alone unless one is made."""
-    pace = PromptPace(FLOOR, CAPACITY)
+    pace = PromptPace(FLOOR, CAPACITY, STRETCH)
     sizes = []
     for _ in range(20):
         sizes.append(pace.budget(decodes=1))
@@ -123,7 +124,7 @@ def test_a_burst_of_prompts_finds_its_pace_within_a_few_steps() -> None:
 
 
 def test_one_that_joins_while_others_have_prompts_is_not_left_behind() -> None:
-    pace = PromptPace(FLOOR, CAPACITY)
+    pace = PromptPace(FLOOR, CAPACITY, STRETCH)
     for _ in range(200):
         pace.budget(decodes=1)
         pace.observe(256, 1, PLAIN)
@@ -132,6 +133,6 @@ def test_one_that_joins_while_others_have_prompts_is_not_left_behind() -> None:
 
 def test_where_any_chunk_breaks_the_pace_larger_ones_that_cost_little_more_are_taken() -> None:
     """A step of few decodes reads few experts; with a chunk it reads all of them, however small the chunk is."""
-    pace = PromptPace(FLOOR, CAPACITY)
+    pace = PromptPace(FLOOR, CAPACITY, STRETCH)
     done = run(lambda tokens: PLAIN + (3 * PLAIN + 20 * tokens if tokens else 0), 100, pace)
     assert max(tokens for tokens, _ in done) == CAPACITY

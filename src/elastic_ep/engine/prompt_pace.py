@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-STRETCH = 2.0
-"""A step with chunks of prompts may take so many times as long as one of decodes alone; or as one with the smallest
-chunks, if these alone make it slower than that: few decodes read few of the experts, any chunk reads them all."""
 _PLAIN = 64
 """Steps of decodes alone that are remembered."""
 _LOOK = 8
@@ -24,9 +21,14 @@ _FORGET = 512
 
 
 class PromptPace:
-    """For chunks of `floor` tokens a step, twice as many and so on, up to `capacity`."""
+    """For chunks of `floor` tokens a step, twice as many and so on, up to `capacity`.
 
-    def __init__(self, floor: int, capacity: int) -> None:
+    A step with chunks of prompts may take `stretch` times as long as one of decodes alone; or as one with the smallest
+    chunks, if these alone make it slower than that: few decodes read few of the experts, any chunk reads them all.
+    """
+
+    def __init__(self, floor: int, capacity: int, stretch: float) -> None:
+        self._stretch = stretch
         floor = min(floor, capacity)
         self.sizes = [floor << power for power in range(capacity.bit_length()) if floor << power < capacity]
         self.sizes.append(capacity)
@@ -56,7 +58,7 @@ class PromptPace:
         if plain is None:
             return self.sizes[0] if self._steps % _LOOK else 0
         seen = [self._slowest(size) for size in self.sizes]
-        limit = STRETCH * max(plain, self._fastest(self.sizes[0]) or plain)
+        limit = self._stretch * max(plain, self._fastest(self.sizes[0]) or plain)
         place = 0
         while place + 1 < len(self.sizes):
             beyond = seen[place + 1]

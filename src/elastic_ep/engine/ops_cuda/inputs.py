@@ -16,8 +16,11 @@ from elastic_ep.engine.scheduler import Chunk
 
 TILE_ROWS = 16
 """Rows that are computed at least: the fewest that a product is as fast for as for one."""
-GRAPH_ROWS = 256
-"""Steps of more rows are computed eagerly: there the device is busy long enough to hide the launches."""
+GRAPH_ROWS = 2048
+"""Steps of more rows are computed eagerly: only there is the device busy for longer than the host takes to launch all
+that a step consists of, which in a busy process are tens of milliseconds."""
+_FINE_ROWS = 256
+"""From here on padding costs products of it, and there are rungs between those that double."""
 _ALIGN = 32
 """Elements, so that every part is as well aligned as an allocation: Triton compiles for alignment."""
 
@@ -41,10 +44,12 @@ class StepShape:
 def ladder(most: int, tile: int) -> list[int]:
     """The rows that graphs are captured for, where a step has `most` at most: each capture makes a return longer, and a
     step is padded to the next. Up to four tiles all cost the time of reading the weights; then a rung is twice the
-    last."""
+    last, at last with two between: a little more, for decodes beside as many tokens of prompts, and half as much more."""
     top = min(most, GRAPH_ROWS)
-    rungs = [tile, *(tile << power for power in range(2, top.bit_length()))]
-    return [*(rung for rung in rungs if rung < top), top]
+    doubled = [tile, *(tile << power for power in range(2, top.bit_length()))]
+    fine = [rung for rung in doubled if rung >= _FINE_ROWS and rung % (8 * tile) == 0]
+    between = [rung * eighths // 8 for rung in fine for eighths in (9, 12)]
+    return [*(rung for rung in sorted(doubled + between) if rung < top), top]
 
 
 class StepInputs:
@@ -109,24 +114,19 @@ class StepInputs:
         return StepShape(self._padded(sequences, self._decode_rows), decode=True)
 
     def graphed(self) -> list[StepShape]:
-        """Every shape of at most `GRAPH_ROWS` rows."""
-        decodes = [StepShape(rows, decode=True) for rows in self._decode_rows]
-        return decodes + [
-            StepShape(rows, decode=False, sequences=min(rows, self.max_sequences))
-            for rows in self._mixed_rows
-        ]
+        """Every shape of at most `GRAPH_ROWS` rows. The largest first: what it has at work then serves all others."""
+        decodes = [StepShape(rows, decode=True) for rows in reversed(self._decode_rows)]
+        return [self._mixed(rows) for rows in reversed(self._mixed_rows)] + decodes
 
     def largest(self) -> list[StepShape]:
         """The two largest shapes: what a step has at work at most. And one for each other way to cut the products of an
         eager step, which the first step that needs it would have to compile."""
-        eager = {min(rows, self.max_rows) for rows in (*ROW_CLASSES, self.max_rows) if rows > GRAPH_ROWS}
-        return [
-            StepShape(self.max_sequences, decode=True),
-            *(
-                StepShape(rows, decode=False, sequences=min(rows, self.max_sequences))
-                for rows in sorted(eager, reverse=True)
-            ),
-        ]
+        eager = {rows for rows in ROW_CLASSES if GRAPH_ROWS < rows < self.max_rows}
+        mixed = [self._mixed(rows) for rows in sorted(eager | {self.max_rows}, reverse=True)]
+        return [StepShape(self.max_sequences, decode=True), *mixed]
+
+    def _mixed(self, rows: int) -> StepShape:
+        return StepShape(rows, decode=False, sequences=min(rows, self.max_sequences))
 
     def _padded(self, rows: int, rungs: list[int]) -> int:
         if rows > rungs[-1]:

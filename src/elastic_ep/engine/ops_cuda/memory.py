@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import torch
 
 from elastic_ep.config import CannotRun, EngineLimits
 from elastic_ep.engine.ops_cuda import draws
-from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, ladder
+from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS
 from elastic_ep.engine.ops_cuda.kernels.latent_attention import LATENT_CUT, sequences_at_once
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import CUT, part_bytes
 from elastic_ep.exchange.base import ExchangeShape
@@ -75,8 +75,8 @@ def needs_of(
     What is at work in a layer is as large in every step, for the exchange may deliver every peer's tokens to every
     slot: what dispatch returns, which the experts' results replace, and what lies between their two products. It is
     there twice: the graphs have a memory pool of their own, and some steps are eager. So are attention's parts. Then the
-    logits, of an eager step and of every graph, which keeps its own, and what drawing tokens from them takes. All else
-    is taken to fit into `_WORKING_BYTES`.
+    logits, which all steps share, and what drawing tokens from them takes. All else is taken to fit into
+    `_WORKING_BYTES`.
     """
     slots = spec.moe_layers * placement.slots_per_rank
     rows = placement.slots_per_rank * shape.num_ranks * shape.max_tokens
@@ -90,7 +90,7 @@ def needs_of(
         + 2 * rows * (spec.hidden_size * copies_rows + spec.moe.inner) * _ITEM
         + 2 * shape.max_tokens * _latent_widths(spec) * _ITEM
         + 2 * _parts(spec, limits)
-        + _rows_of_logits(limits) * spec.vocab_size * _WIDE_ITEM
+        + _outputs(limits) * spec.vocab_size * _WIDE_ITEM
         + draws.WORKING_BYTES
         + _WORKING_BYTES,
     )
@@ -114,7 +114,7 @@ def _latent_widths(spec: ModelSpec) -> int:
 def _parts(spec: ModelSpec, limits: EngineLimits) -> int:
     """Bytes of what the parts of the longest contexts come to, before they are merged (kernels/decode_attention.py,
     kernels/latent_attention.py)."""
-    kind, sequences = spec.attention, -(-limits.max_num_seqs // TILE_ROWS) * TILE_ROWS
+    kind, sequences = spec.attention, _outputs(limits)
     longest = limits.sequence_pages * limits.page_size
     if isinstance(kind, LatentAttention):
         splits = -(-longest // LATENT_CUT.split)
@@ -124,13 +124,9 @@ def _parts(spec: ModelSpec, limits: EngineLimits) -> int:
     return sequences * part_bytes(kind.heads, kind.head_dim, splits)
 
 
-def _rows_of_logits(limits: EngineLimits) -> int:
-    sequences, tokens = (
-        -(-most // TILE_ROWS) * TILE_ROWS for most in (limits.max_num_seqs, limits.max_num_batched_tokens)
-    )
-    eager = 2 * sequences  # the tiles, and all of them in one
-    others = [min(rows, sequences) for rows in ladder(tokens, TILE_ROWS)]
-    return eager + sum(ladder(sequences, TILE_ROWS)) + sum(others)
+def _outputs(limits: EngineLimits) -> int:
+    """Rows of logits."""
+    return -(-limits.max_num_seqs // TILE_ROWS) * TILE_ROWS
 
 
 def check_memory(needs: Needs, free: int, limits: EngineLimits, placement: Placement) -> None:
@@ -167,9 +163,9 @@ def pages_within(share: Share, needs: Needs, *, total: int, free: int, own: int,
     return min(room // needs.kv_page - 1, MOST_PAGES)
 
 
-def needed_by_graphs(step: int, vocab_size: int, rows: Collection[int]) -> int:
-    """At most: in their memory pool what a step has at work, `step`, and logits of so many `rows` each; and draws."""
-    return step + sum(rows) * vocab_size * _WIDE_ITEM + draws.WORKING_BYTES + _WORKING_BYTES
+def needed_by_graphs(step: int) -> int:
+    """At most: in their memory pool what a step has at work, `step`; and draws."""
+    return step + draws.WORKING_BYTES + _WORKING_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,9 @@ class CudaOps:
         self._rows = torch.arange(rows, device=device)
         self._ones = torch.ones(kind.heads + heads, dim, dtype=dtype, device=device)
         self.load = torch.zeros(spec.moe_layers, slots, dtype=torch.int32, device=device)
+        outputs, vocabulary = inputs.max_sequences, spec.vocab_size
+        self._logits = torch.zeros(outputs, vocabulary, dtype=torch.float32, device=device)
+        """Of the step. One for all graphs, which are never at work at the same time: they are large."""
         self._counts: list[torch.Tensor] = []
         """Of the step's layers so far: the rows [slots] or [slots, parts] that this rank's experts had."""
         self._shape = StepShape(0, decode=True)
@@ -104,9 +107,14 @@ class CudaOps:
         return self._product(x, parts, name)
 
     def _product(
-        self, x: torch.Tensor, parts: Parts, name: str, out_dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        parts: Parts,
+        name: str,
+        out_dtype: torch.dtype | None = None,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        y, bias = dense(x, parts[name], out_dtype=out_dtype), parts.get(f"{name}_bias")
+        y, bias = dense(x, parts[name], out_dtype=out_dtype, into=into), parts.get(f"{name}_bias")
         return y if bias is None else y.add_(bias)
 
     def project(self, h: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:
@@ -283,7 +291,7 @@ class CudaOps:
         return (mixed + out[: len(mixed)]).to(mixed.dtype)
 
     def logits(self, h: torch.Tensor, outside: Parts) -> torch.Tensor:
-        """Row i is of the last token of sequence i; rows of no sequence are undefined.
+        """Row i is of the last token of sequence i; rows of no sequence are undefined. Valid until the next step.
 
         Sums are not rounded to the weights' type before they are compared; nor are the gate's.
         """
@@ -292,8 +300,8 @@ class CudaOps:
         last = h
         if not self._shape.decode:
             last = h.index_select(0, self._inputs.last_rows[: self._shape.sequences])
-        logits = self._product(last, outside, "lm_head", torch.float32)
-        return logits if self._spec.logits_divisor == 1 else logits / self._spec.logits_divisor
+        logits = self._product(last, outside, "lm_head", into=self._logits[: self._shape.outputs])
+        return logits if self._spec.logits_divisor == 1 else logits.div_(self._spec.logits_divisor)
 
 
 def _cached(kind: AnyAttention) -> tuple[int, int, int]:

@@ -98,7 +98,7 @@ class CudaRunner(StepRunner):
         pinned = device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if pinned else None
         self._tokens = torch.zeros(self._inputs.max_sequences, dtype=torch.int64, pin_memory=pinned)
-        self._pace = PromptPace(LEAST_CHUNK, limits.max_num_batched_tokens)
+        self._pace = PromptPace(LEAST_CHUNK, limits.max_num_batched_tokens, limits.prompt_stretch)
         self._busy = Work(0, 0)
         """What all ranks did in the last step."""
         self._mask_room = self._mask_rows = torch.empty(0, 0, dtype=torch.int32)
@@ -152,9 +152,7 @@ class CudaRunner(StepRunner):
 
     def _size_cache(self, budget: Budget, step: int) -> None:
         """`step` bytes are what eager steps have at work, and keep."""
-        outputs = [shape.outputs for shape in self._inputs.graphed()]
-        vocab_size = self.weights.spec.vocab_size
-        pages = budget.pages(needed_by_graphs(step, vocab_size, outputs))
+        pages = budget.pages(needed_by_graphs(step))
         self._limits = replace(self._limits, num_pages=pages)
         self._ops.resize(self._limits.cache_pages)
         self._open_memory(CudaPages(self._ops.caches))

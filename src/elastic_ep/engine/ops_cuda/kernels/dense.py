@@ -143,15 +143,21 @@ def plan_of(rows: int, out: int, dtype: torch.dtype) -> DensePlan:
 
 
 def dense(
-    x: torch.Tensor, w: torch.Tensor, *, out_dtype: torch.dtype | None = None, plan: DensePlan | None = None
+    x: torch.Tensor,
+    w: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    into: torch.Tensor | None = None,
+    plan: DensePlan | None = None,
 ) -> torch.Tensor:
-    """x [R, in] @ w [in, out], both contiguous and of one dtype: [R, out] of `out_dtype`, that of x if not given.
+    """x [R, in] @ w [in, out], both contiguous and of one dtype: [R, out] of `out_dtype`, that of x if not given, or in
+    the contiguous tensor `into`, of whatever dtype it is.
 
     Raises ValueError for a `plan` in which programs share more than `COUNTERS` tiles.
     """
     rows, inner = x.shape
     out = w.shape[1]
-    y = x.new_empty(rows, out, dtype=out_dtype or x.dtype)
+    y = x.new_empty(rows, out, dtype=out_dtype or x.dtype) if into is None else into
     if not rows:
         return y
     plan = plan or plan_of(rows, out, x.dtype)
