@@ -34,6 +34,7 @@ ALL2ALL_BACKENDS = ("peer-memory", "mooncake")
 OWN_PATHS = frozenset({
     "v1", "page", "live", "health", "health_generate", "ping", "load", "server_info", "get_server_info", "model_info",
     "get_model_info", "tokenizer_info", "metrics", "version", "openapi.json", "rebalance", "tokenize", "detokenize",
+    "scale_elastic_ep", "is_scaling_elastic_ep",
 })  # fmt: skip
 """How the HTTP API's paths begin."""
 LOG_LEVELS = ("debug", "info", "warning", "error")

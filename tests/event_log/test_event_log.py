@@ -261,6 +261,8 @@ WORDS_OF_OUR_OWN = {
     "Fence.reason": "another event's",
     "Finish.reason": "as in Token.finish",
     "MemberDown.reason": "another event's",
+    "MemberResumed.reason": "the membership machine's: one of two sentences, or an operator took his word back",
+    "Verdict.stay": "one of two sentences",
     "NothingWillServe.reason": "of ranks that were lost: another event's",
     "ProcessGone.status": "an exit status or a signal, or why a process cannot be started",
     "RankDown.reason": "another event's",

@@ -111,9 +111,13 @@ def test_not_aborting_when_a_joiner_dies_is_found(monkeypatch: pytest.MonkeyPatc
     assert found.violation == "controller: awaits a stranger", str(found)
 
 
-def test_a_rank_that_does_not_end_when_it_has_left_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_does_not_end_when_it_has_left_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankMachine, "_stop", lambda self: None)
-    _, found = Case("mutant", 2, 2, Bounds(max_step=1, drains=1)).run()
+    case = Case("mutant", 2, 2, Bounds(max_step=1, drains=1))
+    _, found = case.run()
+    assert not found.violation, str(found)
+    monkeypatch.setattr(MembershipMachine, "_fence", lambda self, record, reason: None)
+    _, found = case.run()
     assert found.violation.startswith("stuck: "), str(found)
 
 

@@ -41,8 +41,8 @@ CALL_FORMATS: dict[str, CallFormat] = {
     "qwen3_coder": _CODER, "qwen3_xml": _CODER,
     "mistral": _MISTRAL,
     "deepseek_v3": _V3, "deepseekv3": _V3, "deepseek_v31": _V31, "deepseekv31": _V31,
-    "kimi_k2": _KIMI, "minimax_m2": _MINIMAX, "minimax-m2": _MINIMAX,
     "glm45": _GLM, "glm47": _GLM, "glm": _GLM,
+    "kimi_k2": _KIMI, "minimax_m2": _MINIMAX, "minimax-m2": _MINIMAX,
     "openai": _HARMONY, "harmony": _HARMONY, "gpt-oss": _HARMONY,
 }  # fmt: skip
 """By --tool-call-parser."""
