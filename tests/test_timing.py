@@ -22,7 +22,7 @@ GOLDEN = {
     "apart_beats": 8, "agentless_beats": 50,
     "lease_ms": 1_400, "lease_margin_ms": 200,
     "audit_ms": 30_000, "carry_out_ms": 60_000,
-    "server_ready_ms": 120_000, "server_reply_ms": 10_000, "status_ms": 250, "leave_ms": 3_000, "close_ms": 5_000,
+    "server_ready_ms": 120_000, "server_reply_ms": 10_000, "status_ms": 1_000, "leave_ms": 3_000, "close_ms": 5_000,
     "reap_ms": 2_000,
     "progress": ProgressConfig(deadline_ms=1_000, busy_factor=30, idle_factor=5),
     "membership": MembershipConfig(
@@ -98,7 +98,7 @@ def test_every_setting_has_deadlines_that_fit_together(timing: Timing) -> None:
         ("sync_retry_ms", 251, "behind"), ("calm_factor", 20, "prepare"), ("server_ready_ms", 120_001, "fork server"),
         ("server_reply_ms", 120_001, "imported"), ("dense_pull_ms", 60_000, "silent peer"),
         ("store_get_ms", 60_001, "peers"), ("slot_pull_ms", 5_001, "another source"),
-        ("carry_out_ms", 10_999, "made again"), ("audit_ms", 5_999, "pull"), ("leave_ms", 499, "gone"),
+        ("carry_out_ms", 10_999, "made again"), ("audit_ms", 5_999, "pull"), ("leave_ms", 1_999, "gone"),
         ("close_ms", 3_999, "cleans up"), ("heartbeat_ms", 251, "pause of all"),
         ("parked_heartbeat_ms", 1_251, "pause of all"), ("held_up_ms", 551, "stacks"), ("pulse_ms", 251, "verdict out"),
         ("kernel_wait_ms", 668, "kernels"), ("quiet_ms", 1_999, "stall"),

@@ -125,8 +125,8 @@ class Timing:
     """The fork server imports what ranks need."""
     server_reply_ms: ClassVar[int] = 10_000
     """It answers a launch, else it is replaced."""
-    status_ms: ClassVar[int] = 250
-    """The exit status of a process that is gone becomes known."""
+    status_ms: ClassVar[int] = 1_000
+    """The exit status of a process that is gone becomes known: its fork server says it, on a busy machine late."""
     leave_ms: ClassVar[int] = 3_000
     """Ranks that are told to stop do, and are gone when they are killed."""
     close_ms: ClassVar[int] = 5_000
