@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from elastic_ep.gateway.parsers.base import Reading, TextReader, Tool
@@ -31,9 +32,9 @@ class SectionedCalls(TextReader):
                 self._give_back()
             yield from self._goes_on(self.end)
 
+    @abstractmethod
     def _call(self) -> Reading[bool]:
         """What follows a call's first mark. False: it is none, or does not end."""
-        raise NotImplementedError
 
 
 class DeepSeekV31(SectionedCalls):
