@@ -71,7 +71,7 @@ def on_processor(*, round_to: torch.dtype, spec: ModelSpec) -> tuple[Logits, dic
 
 
 ROUNDED = {"gpt_oss": 0.2, "llama4_text": 0.2}
-"""0.15 was seen on an H200. Their float32 agrees to 2e-5, so it is taken for near-ties of the gate, as the tokens of these
+"""0.15 was seen on an H200. Their float32 agrees to 2e-5, so it is taken for near-ties of the gate, as tokens of these
 small models go to one expert or to few; which tie it was has not been shown."""
 
 
