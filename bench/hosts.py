@@ -23,7 +23,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ import aiohttp
 from tests.kit.bound import Bound
 from tests.kit.harness import title
 from tests.kit.host_faults import notes
-from tests.kit.hosts import Group, Host, group, may_run
+from tests.kit.hosts import Group, group, may_run
 from tests.kit.network import Network, network
 from tests.kit.served import http, server, summary, until_full, write_result
 from train.problems import held_out
@@ -47,8 +47,8 @@ from bench.kit.kills import SETTLE_S, Case, Load, compare, disturbed_run
 HOSTS = 3
 STREAMS = 48
 ENDED_S = 10.0
-IDLE_S = 90.0
-WAITS = "this host waits for a place"
+READY_S = 90.0
+WAITS = "this host is ready for a place"
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,9 @@ class Target:
         raise LookupError(f"rank {rank} is on no host that has joined")
 
     def start(self, number: int) -> None:
-        """Returns when it waits, as a spare, and has nothing left to do."""
+        """Returns when it waits, as a spare."""
         host = self.group.start(self.network.addresses[number], self.network.hosts[number].prefix)
-        until_waiting(host)
-
-
-def until_waiting(host: Host) -> None:
-    """It imports what ranks need while it waits, on a busy machine for long."""
-    host.lines.await_line(WAITS)
-    before = -1.0
-    limit = time.monotonic() + IDLE_S
-    while (now := cpu_s(host)) - before > 0.05:
-        if time.monotonic() > limit:
-            raise TimeoutError("a spare is busy")
-        before = now
-        time.sleep(1)
-
-
-def cpu_s(host: Host) -> float:
-    total = 0
-    for pid in host.pids:
-        with suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
+        host.lines.await_line(WAITS, READY_S)
 
 
 @contextmanager
@@ -140,7 +119,7 @@ async def lose(target: Target, session: aiohttp.ClientSession, index: int, cut: 
         for fd in pids:
             os.close(fd)
     if cut:
-        await asyncio.to_thread(until_waiting, host)
+        await asyncio.to_thread(host.lines.await_line, WAITS, READY_S)
     else:
         await asyncio.to_thread(target.start, number)
     return told

@@ -22,7 +22,7 @@ from elastic_ep.machines.hosts.machine import HERE
 from elastic_ep.on_ray import agents
 from elastic_ep.plan import ServePlan
 from elastic_ep.wire.group_key import BadKey, GroupKey
-from elastic_ep.wire.host_messages import Reach, Welcome
+from elastic_ep.wire.host_messages import GetReady, Reach
 from elastic_ep.wire.host_sockets import HostsWire, listen
 from elastic_ep.wire.sockets import CARRIER_PORT, ControllerWire
 
@@ -66,9 +66,7 @@ def open_hosts(
     except OSError as error:
         raise _no_room(config, error) from error
     vocabulary = Path(told.directory) / VOCABULARY
-    welcome = Welcome(
-        host=HERE,
-        incarnation=1,
+    needs = GetReady(
         hosts=config.host_of_rank,
         config=told.to_json(),
         entry=options.entry,
@@ -85,7 +83,7 @@ def open_hosts(
         at_start=config.hosts,
         address=address,
         release=importlib.metadata.version("elastic-ep"),
-        welcome=welcome,
+        needs=needs,
         fused=plan.fused,
         carrier=Reach(HERE, address, listener.getsockname()[1]),
     )

@@ -14,10 +14,11 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -37,12 +38,14 @@ from elastic_ep.host.private_directory import remove
 from elastic_ep.host.server_process import ServerProcess, begun
 from elastic_ep.kv.shelf_file import ShelfError
 from elastic_ep.machines.hosts.lease import Lease as OwnLease
+from elastic_ep.timing import Timing
 from elastic_ep.wire.control_address import ControlAddress
 from elastic_ep.wire.group_key import GroupKey
 from elastic_ep.wire.host_messages import (
     Died,
     Expelled,
     Fence,
+    GetReady,
     GiveUp,
     HostAlive,
     HostEvent,
@@ -131,12 +134,14 @@ class _Life:
         self._options = options
         self._stop = stop
         self._over = anyio.Event()
+        self._answered = anyio.Event()
+        self._needs: GetReady | None = None
         self._welcomed = anyio.Event()
         self._welcome: Welcome | None = None
+        self._welcomed_ns = 0
         self._then = _Then.JOIN
         self._error: str | None = None
         self._ranks: _Ranks | None = None
-        self._waits = False
         self._lease = OwnLease(0, 0)
         """CLOCK_BOOTTIME nanoseconds."""
         self._page: lease.LeasePage | None = None
@@ -152,9 +157,10 @@ class _Life:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._until_stopped)
-                await self._until_welcome()
-                if self._welcome is not None and not self._over.is_set():
-                    await self._serve(self._welcome, server)
+                tasks.start_soon(self._ask)
+                await self._answered.wait()
+                if self._needs is not None and not self._over.is_set():
+                    await self._get_ready(self._needs, server)
                 tasks.cancel_scope.cancel()
         finally:
             self._wire.close()
@@ -170,16 +176,17 @@ class _Life:
         if not self._over.is_set():
             self._then = then
             self._over.set()
+            self._answered.set()
             self._welcomed.set()
 
-    async def _until_welcome(self) -> None:
+    async def _ask(self) -> None:
         while not self._welcomed.is_set():
             # Again and again: a connection that broke took the question with it.
             self._wire.send(Join(self._options.address, self._options.release, _builds()))
             with anyio.move_on_after(UNANSWERED_S):
                 await self._welcomed.wait()
                 return
-            if not self._waits:
+            if not self._answered.is_set():
                 log.warning(
                     "nobody answers: is the group there, and does it have the same key?",
                     join=f"{self._options.group[0]}:{self._options.group[1]}",
@@ -190,13 +197,20 @@ class _Life:
     def _hear(self, message: ToHost) -> None:
         match message:
             case Wait(why):
-                self._waits = True
                 log.info("this host waits for a place", why=why)
             case Refuse(why):
                 self._error = f"the group refuses this host: {why}"
                 self._end(_Then.END)
+            case GetReady() if self._needs is None:
+                self._needs = message
+                self._answered.set()
+            case GetReady() if message != self._needs:
+                log.info("the group has started anew")
+                self._end(_Then.JOIN)
+            case GetReady():
+                pass  # it has asked again
             case Welcome():
-                self._welcome = message
+                self._welcome, self._welcomed_ns = message, _now_ns()
                 self._welcomed.set()
             case Lease(number):
                 self._renewed(number)
@@ -219,13 +233,17 @@ class _Life:
 
     # The lease
 
-    async def _stay_alive(self, lease_ms: int, beat_ms: int) -> None:
-        self._lease = OwnLease.begun(lease_ms * 1_000_000, _now_ns())
+    async def _stay_alive(self, timing: Timing) -> None:
+        """From the welcome on."""
+        await self._welcomed.wait()
+        self._lease = OwnLease.begun(timing.lease_ms * 1_000_000, self._welcomed_ns)
         self._show_lease()
         while not self._lease.ended(_now_ns()):
             self._wire.send(HostAlive(self._lease.speak(_now_ns())))
-            await anyio.sleep(beat_ms / 1000)
-        log.warning("the group was not heard of for too long: this host's ranks end", for_s=lease_ms / 1000)
+            await anyio.sleep(timing.host_beat_ms / 1000)
+        log.warning(
+            "the group was not heard of for too long: this host's ranks end", for_s=timing.lease_ms / 1000
+        )
         self._end(_Then.JOIN)
 
     def _renewed(self, number: int) -> None:
@@ -238,47 +256,48 @@ class _Life:
 
     # The ranks
 
-    async def _serve(self, welcome: Welcome, server: ServerProcess | None) -> None:
-        config = RankConfig.from_json(welcome.config)
+    async def _get_ready(self, needs: GetReady, server: ServerProcess | None) -> None:
+        """Start what ranks need, and serve when there is a place: all but the ranks themselves is there by then."""
+        config = RankConfig.from_json(needs.config)
         self._check(config)
-        timing = config.timing
-        with (
-            _directory() as directory,
-            self._files(welcome, config) as files,
-            self._listener(welcome) as carrier,
-        ):
-            if welcome.vocabulary:
-                (directory / VOCABULARY).write_bytes(welcome.vocabulary)
+        with _directory() as directory, self._files(needs, config) as files:
+            if needs.vocabulary:
+                (directory / VOCABULARY).write_bytes(needs.vocabulary)
             self._page = lease.LeasePage(directory / lease.FILE, create=True)
-            here = self._as_here(welcome, config, directory)
+            here = self._as_here(needs, config, directory)
             options = LaunchOptions(
-                entry=welcome.entry,
-                preload=welcome.preload,
+                entry=needs.entry,
+                preload=needs.preload,
                 directory=str(directory),
-                timing=timing,
+                timing=config.timing,
                 log=self._options.log,
             )
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._stay_alive, timing.lease_ms, timing.host_beat_ms)
-                async with Keeper(options, files, begun=server) as keeper:
-                    key, shape = self._options.key.carriers, ExchangeShape(*welcome.shape)
-                    told = Carry(welcome.hosts, welcome.host, welcome.incarnation, key, shape)
-                    keeper.carry(told, carrier, self._wire.send)
-                    await self._start(keeper)
-                    if not self._over.is_set():
-                        self._ranks = _Ranks(keeper, here)
-                        for order in self._orders:
-                            self._ranks.carry_out(order)
-                        self._wire.send(HostReady(carrier.getsockname()[1]))
-                        log.info(
-                            "this host is in the group", host=welcome.host, address=self._options.address
-                        )
-                    await self._over.wait()
-                    self._ranks = None
+                tasks.start_soon(self._stay_alive, config.timing)
+                async with Keeper(options, files, begun=server, carries=True) as keeper:
+                    await self._unless_over(partial(keeper.start, self._on_event))
+                    if not self._welcomed.is_set():
+                        log.info("this host is ready for a place")
+                        await self._welcomed.wait()
+                    if self._welcome is not None and not self._over.is_set():
+                        await self._serve(needs, self._welcome, keeper, here)
                 tasks.cancel_scope.cancel()
             self._wire.send(Left())
 
-    async def _start(self, keeper: Keeper) -> None:
+    async def _serve(self, needs: GetReady, welcome: Welcome, keeper: Keeper, here: RankConfig) -> None:
+        with self._listener(needs.carrier_port) as carrier:
+            key, shape = self._options.key.carriers, ExchangeShape(*needs.shape)
+            told = Carry(needs.hosts, welcome.host, welcome.incarnation, key, shape)
+            keeper.carry(told, carrier, self._wire.send)
+            self._ranks = _Ranks(keeper, here)
+            for order in self._orders:
+                self._ranks.carry_out(order)
+            self._wire.send(HostReady(carrier.getsockname()[1]))
+            log.info("this host is in the group", host=welcome.host, address=self._options.address)
+            await self._over.wait()
+            self._ranks = None
+
+    async def _unless_over(self, work: Callable[[], Awaitable[None]]) -> None:
         async with anyio.create_task_group() as tasks:
 
             async def leave() -> None:
@@ -286,7 +305,7 @@ class _Life:
                 tasks.cancel_scope.cancel()
 
             tasks.start_soon(leave)
-            await keeper.start(self._on_event)
+            await work()
             tasks.cancel_scope.cancel()
 
     def _on_event(self, event: HostEvent) -> None:
@@ -305,11 +324,11 @@ class _Life:
             except Unavailable as error:
                 raise CannotJoin(str(error)) from error
 
-    def _as_here(self, welcome: Welcome, config: RankConfig, directory: Path) -> RankConfig:
+    def _as_here(self, needs: GetReady, config: RankConfig, directory: Path) -> RankConfig:
         """What is this host's own in the configuration of its ranks."""
         event_log = config.event_log
         if event_log is not None:
-            folder = self._options.log_dir.resolve() / welcome.run / RANKS
+            folder = self._options.log_dir.resolve() / needs.run / RANKS
             with suppress(FileExistsError):  # the first host's, on the same disk, or of a life before
                 make_private(folder)
             event_log = replace(event_log, folder=str(folder))
@@ -320,18 +339,18 @@ class _Life:
             event_log=event_log,
             control=ControlAddress(
                 self._options.group[0],
-                welcome.pub_port,
-                welcome.rank_port,
+                needs.pub_port,
+                needs.rank_port,
                 self._options.key.secret.hex(),
             ),
         )
 
     @contextmanager
-    def _files(self, welcome: Welcome, config: RankConfig) -> Iterator[SharedFiles]:
+    def _files(self, needs: GetReady, config: RankConfig) -> Iterator[SharedFiles]:
         """Raises `CannotJoin`."""
         fds: list[int] = []
         try:
-            fds.append(Windows.create(ExchangeShape(*welcome.shape), carried=True))
+            fds.append(Windows.create(ExchangeShape(*needs.shape), carried=True))
             fds.append(config.shelf.create() if config.shelf else os.open(os.devnull, os.O_RDONLY))
             yield SharedFiles(*fds)
         except (WindowsError, ShelfError) as error:
@@ -341,15 +360,14 @@ class _Life:
                 os.close(fd)
 
     @contextmanager
-    def _listener(self, welcome: Welcome) -> Iterator[socket.socket]:
+    def _listener(self, port: int) -> Iterator[socket.socket]:
         """Raises `CannotJoin`."""
         address = self._options.address
         try:
-            listener = listen(address, welcome.carrier_port)
+            listener = listen(address, port)
         except OSError as error:
             raise CannotJoin(
-                f"cannot listen at {address}:{welcome.carrier_port} ({error.strerror}): give --address, one of this "
-                "machine's"
+                f"cannot listen at {address}:{port} ({error.strerror}): give --address, one of this machine's"
             ) from error
         with listener:
             yield listener

@@ -169,6 +169,8 @@ def test_who_must_not_join_gets_a_line_that_says_why_and_nobody_else_notices(hos
     for line, key in asked.items():
         host = Host(["--join", hosts.group.join, *key, "--address", address], inside)
         host.lines.await_line(line)
+        if "other" not in key[1]:
+            host.lines.await_line("this host is ready for a place")
         again(hosts, under(hosts, lambda: None), set())
         host.close()
     hosts.group.lines.await_line("without the group's key is refused")

@@ -20,6 +20,7 @@ from elastic_ep.wire.host_messages import (
     Expelled,
     Fence,
     FromHost,
+    GetReady,
     GiveUp,
     HostAlive,
     HostEvent,
@@ -107,8 +108,8 @@ class World:
         self.asked: dict[bytes, dict[int, float]] = {}
         self.number_of: dict[bytes, int] = {}
         self.launched_on: dict[Member, bytes] = {}
-        welcome = Welcome(0, 1, hosts, "{}", "entry:main", (), SHAPE, b"", "run", 1, 2, 0)
-        config = HostsConfig(hosts, at_start, "10.0.0.1", "1.0", welcome, "v3", Reach(0, "10.0.0.1", 9))
+        needs = GetReady(hosts, "{}", "entry:main", (), SHAPE, b"", "run", 1, 2, 0)
+        config = HostsConfig(hosts, at_start, "10.0.0.1", "1.0", needs, "v3", Reach(0, "10.0.0.1", 9))
         self.hosts = Hosts(config, USUAL, cast(Any, self.keeper), self.open)
         self.hosts.start(self.happens)
         self.hosts.on_links(ALL)
@@ -323,6 +324,7 @@ def test_a_group_grows_when_no_host_is_missing_and_who_comes_to_a_full_one_is_a_
         assert [up.host for up in world.happened(HostUp)] == [1, 1, 2]
         world.join(b"spare", "10.0.0.5")
         assert world.of(b"spare", Wait)
+        assert world.of(b"spare", GetReady), "it is ready when there is a place"
         world.says(C, Left())
         await world.passes(BEAT_S, B)
         assert world.of(b"spare", Welcome)[0].host == 2, "what it has grown by is missed, too"

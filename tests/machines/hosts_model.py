@@ -29,6 +29,7 @@ from elastic_ep.wire.host_messages import (
     Died,
     Expelled,
     Fence,
+    GetReady,
     HostAlive,
     HostLost,
     HostReady,
@@ -108,8 +109,8 @@ class HostsModel(Model):
         self._hosts_steps: dict[tuple[int, Any], tuple[int, tuple[Any, ...]]] = {}
 
     def first(self, machines: int) -> tuple[int, tuple[Far, ...]]:
-        welcome = Welcome(0, 1, self.hosts, "", "", (), (0,) * 6, b"", "", 0, 0, 0)
-        config = ho.HostsConfig(self.hosts, self.at_start, "first", "1", welcome, "", Reach(HERE, "first", 0))
+        needs = GetReady(self.hosts, "", "", (), (0,) * 6, b"", "", 0, 0, 0)
+        config = ho.HostsConfig(self.hosts, self.at_start, "first", "1", needs, "", Reach(HERE, "first", 0))
         machine = HostsMachine(config, Beats)
         machine.step(ho.OwnLinks(self.links()))
         return self.keep_machine(machine), (Far(),) * machines

@@ -7,6 +7,7 @@ at any moment, and the next one goes on. No torch.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import socket
@@ -123,9 +124,12 @@ class Agent:
         self._options = message.options
         titles.show(f"host agent {message.options.directory}", "eep-agent")
         self._launcher = Launcher(message.options, self._files, mutex_fd, self._tell, self._tell_at_once)
+        if message.carries:
+            importlib.import_module("elastic_ep.host.carrier")
+            importlib.import_module("elastic_ep.exchange.mirror")
 
     def _carry(self, told: Carry, listener_fd: int) -> None:
-        # Late: a host that is alone in its group needs none of it.
+        # Not at the top: a host that is alone in its group needs none of it.
         from elastic_ep.exchange.mirror import Mirror
         from elastic_ep.host.carrier import Carrier, CarrierConfig
 

@@ -29,7 +29,10 @@ from elastic_ep.wire.messages import Member
 
 @dataclass(frozen=True, slots=True)
 class Begin:
+    """`carries`: a `Carry` comes, now or when the host has a place."""
+
     options: LaunchOptions
+    carries: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,8 +109,9 @@ class Keeper:
     """``async with Keeper(options, files) as host: await host.start(on_event)``.
 
     Ranks inherit `files`, and they and their fork server have `environment` besides this process's. `begun` is the first
-    fork server's process if there is one already, in that environment; `agent` the module that agents run. On exit all
-    ranks are killed, and everything that was started is gone. Raises `NotPrivate` for a bad directory.
+    fork server's process if there is one already, in that environment; `agent` the module that agents run; `carries`:
+    there are other hosts, and `carry` follows, perhaps late. On exit all ranks are killed, and everything that was
+    started is gone. Raises `NotPrivate` for a bad directory.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Keeper:
         environment: Mapping[str, str] | None = None,
         begun: ServerProcess | None = None,
         agent: str = AGENT,
+        carries: bool = False,
     ) -> None:
         self._options = options
         self._timing = options.timing
@@ -127,6 +129,7 @@ class Keeper:
         self._environment = environment or {}
         self._begun = begun
         self._module = agent
+        self._carries = carries
         self._on_event: Callable[[HostEvent], None] = _nobody_listens
         self._ranks: dict[Member, _Rank] = {}
         self._agent: AgentProcess | None = None
@@ -359,7 +362,7 @@ class Keeper:
         """The agent hears all that there is."""
         assert self._agent is not None
         self._agent.begun = True
-        self._send(Begin(self._options), self._mutex_fd, *self._files)
+        self._send(Begin(self._options, self._carries), self._mutex_fd, *self._files)
         if self._server is None:
             self._start_server()
         else:

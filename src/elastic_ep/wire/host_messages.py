@@ -1,9 +1,9 @@
 """What the controller and the hosts of its group say to each other.
 
-A host that wants to join says `Join`, and hears `Wait` until there is a place for it, `Refuse`, or `Welcome`. It starts
-then what ranks need, says `HostReady`, and takes orders. From its `Welcome` on it says `HostAlive` again and again, and
-lives on what it hears back: its lease ends so long after it has *sent* the last one that was answered. Thus it never ends
-later than the controller thinks, however late an answer comes.
+A host that wants to join says `Join`, and hears `Refuse`, or `GetReady`: it starts what ranks need, for a place that it
+has at once (`Welcome`) or waits for (`Wait`). With both it says `HostReady`, and takes orders. From its `Welcome` on it
+says `HostAlive` again and again, and lives on what it hears back: its lease ends so long after it has *sent* the last
+one that was answered. Thus it never ends later than the controller thinks, however late an answer comes.
 
 Of one member a host says `Launched`, `Died`, `Reaped`, in this order; or `LaunchFailed` alone. Times are
 CLOCK_MONOTONIC nanoseconds of that host.
@@ -154,15 +154,13 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
-    """The host is number `host` in its life `incarnation`. `config`: of ranks, as JSON, without what is each host's own.
+class GetReady:
+    """What every host of the group needs. `config`: of ranks, as JSON, without what is each host's own.
 
     `vocabulary`: the file of this name; b"" if there is none. Ports are the run process's, but `carrier_port` is where
     the host's own carrier is to listen; 0: anywhere.
     """
 
-    host: int
-    incarnation: int
     hosts: tuple[int, ...]
     """Of each rank."""
     config: str
@@ -176,6 +174,14 @@ class Welcome:
     pub_port: int
     rank_port: int
     carrier_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The host is number `host` in its life `incarnation`."""
+
+    host: int
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,4 +252,17 @@ class LaunchWith:
 
 
 FromHost = Join | HostReady | Links | HostAlive | Left | Launched | LaunchFailed | Died | Reaped
-ToHost = Wait | Refuse | Welcome | Lease | Expelled | Leave | Reach | GiveUp | LaunchWith | Watch | Fence
+ToHost = (
+    GetReady
+    | Wait
+    | Refuse
+    | Welcome
+    | Lease
+    | Expelled
+    | Leave
+    | Reach
+    | GiveUp
+    | LaunchWith
+    | Watch
+    | Fence
+)

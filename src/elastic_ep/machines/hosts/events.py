@@ -8,6 +8,7 @@ from elastic_ep.machines.contract import Tick
 from elastic_ep.wire.host_messages import (
     Fence,
     FromHost,
+    GetReady,
     GiveUp,
     HostEvent,
     LaunchWith,
@@ -15,7 +16,6 @@ from elastic_ep.wire.host_messages import (
     Reach,
     ToHost,
     Watch,
-    Welcome,
 )
 
 Order = LaunchWith | Watch | Fence
@@ -24,15 +24,15 @@ Order = LaunchWith | Watch | Fence
 
 @dataclass(frozen=True, slots=True)
 class HostsConfig:
-    """`hosts[rank]`, of all ranks that there may be; the group begins with `at_start` hosts. `welcome` is what a host is
-    told that joins, but for its number. `address` is this host's.
+    """`hosts[rank]`, of all ranks that there may be; the group begins with `at_start` hosts. `needs` is what each
+    host is told that wants to join. `address` is this host's.
     """
 
     hosts: tuple[int, ...]
     at_start: int
     address: str
     release: str
-    welcome: Welcome
+    needs: GetReady
     fused: str
     """The build of the engine in C++ that all ranks compute with; "": none."""
     carrier: Reach

@@ -18,7 +18,7 @@ would end earlier, too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_ep.machines.contract import Tick
@@ -50,6 +50,7 @@ from elastic_ep.wire.host_messages import (
     Refuse,
     ToHost,
     Wait,
+    Welcome,
 )
 from elastic_ep.wire.messages import Member
 
@@ -226,8 +227,10 @@ class HostsMachine(Machine[Event, Effect]):
             pass  # it says so again and again
         elif why := self._unfit(join):
             self._say(token, Refuse(why))
-        elif not self._seat(token, join):
-            self.waiting[token] = join
+        else:
+            self._say(token, self.config.needs)
+            if not self._seat(token, join):
+                self.waiting[token] = join
 
     def _unfit(self, join: Join) -> str:
         """Why it will never do; "" if it may."""
@@ -253,8 +256,7 @@ class HostsMachine(Machine[Event, Effect]):
         place.token, place.address = token, join.address
         place.incarnation += 1
         place.silent, place.answered_ms = 0, self.now_ms
-        welcome = replace(self.config.welcome, host=place.number, incarnation=place.incarnation)
-        self._say(token, welcome)
+        self._say(token, Welcome(place.number, place.incarnation))
         return True
 
     def _seat_next(self) -> None:
