@@ -5,7 +5,8 @@ compute in all, each of an expert drawn at random. "read" is the weights, codes 
 rows over the time, as a share of what a copy reads and writes a second here; "peak" the products as a share of a
 bfloat16 product's speed, which those in FP8 may pass. Calls are timed as kernels.py does it, experts in turns.
 
-`--tune` tries tiles for FP8 and MXFP4 and notes the fastest few, for expert_plan.py, and whether they give the same bits.
+"before" is the time in the results that lie in the repository. `--tune` tries tiles for codes and notes the fastest
+few of each product, for expert_plan.py, and whether they give the same bits: two minutes more.
 
     python -m bench.coded_experts [--tune] [--out bench/results/coded_experts.json]
 """
@@ -13,12 +14,14 @@ bfloat16 product's speed, which those in FP8 may pass. Calls are timed as kernel
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +46,11 @@ FORMATS: dict[str, Format | None] = {
     "mxfp4": Mxfp4(),
     "int4": Int4(128, zero_points=False),
 }
-TUNED = (("DeepSeek-V3", "fp8"), ("gpt-oss", "mxfp4"))
+TUNED = (("DeepSeek-V3", "fp8"), ("gpt-oss", "mxfp4"), ("DeepSeek-V3", "int4"))
 WHICH = ("gate_up", "down")
+NOTED = Path(__file__).parent / "results" / "coded_experts.json"
+FEW_ROWS, MANY_ROWS = 256, 256
+"""Of all experts together: tiles of few rows are tried up to so many, tiles of many from so many on."""
 
 
 def main() -> None:
@@ -53,6 +59,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     limits = measure_limits(options.rounds)
+    options.before = _noted()
     rows = [row for shape in SHAPES for row in _shape(shape, limits, options)]
     write(options.out, {"gpu": torch.cuda.get_device_name(), "limits": limits, "rows": rows})
 
@@ -77,6 +84,7 @@ def _shape(shape: str, limits: dict[str, float], options: argparse.Namespace) ->
         for name, both in weights.items():
             read = sum(_bytes(one) for one in both) * hit / slots
             row: Row = {"shape": shape, "rows": rows, "format": name, "us": round(taken[name], 2)}
+            row["before"] = options.before.get((shape, rows, name))
             row["read"] = round(read / taken[name] / 1e6 / limits["copy_tb_s"], 3)
             row["peak"] = round(rows * 6 * hidden * inner / taken[name] / 1e6 / limits["bf16_tflops"], 3)
             if "bf16" in taken:
@@ -88,17 +96,22 @@ def _shape(shape: str, limits: dict[str, float], options: argparse.Namespace) ->
                 and isinstance(gate_up, Scaled)
                 and isinstance(down, Scaled)
             ):
-                row["plans"] = _tuned(packed, counts, gate_up, down, options.rounds)
+                row["plans"] = _tuned(packed, counts, gate_up, down)
             print(row, flush=True)
             yield row
+
+
+def _noted() -> dict[tuple[str, int, str], float]:
+    rows = json.loads(NOTED.read_text())["rows"]
+    return {(row["shape"], row["rows"], row["format"]): row["us"] for row in rows}
 
 
 def _weights(format: Format | None, hidden: int, inner: int, slots: int) -> tuple[Weights, Weights]:
     if format is None:
         gate_up = torch.randn(slots, hidden, 2 * inner, dtype=BF16) / hidden**0.5
         return gate_up, torch.randn(slots, inner, hidden, dtype=BF16) / inner**0.5
-    device, alternating = torch.device("cuda"), format == Mxfp4()
-    gate_up = scaled(format, [(inner, hidden)] * 2, slots, device, alternating=alternating)
+    device = torch.device("cuda")
+    gate_up = scaled(format, [(inner, hidden)] * 2, slots, device)
     return gate_up, scaled(format, [(hidden, inner)], slots, device)
 
 
@@ -116,16 +129,16 @@ def _call(
     return lambda: expert_ffn(packed, counts, gate_up, down, expected_rows=expected, plan=plan, out=out)
 
 
-def _tuned(
-    packed: torch.Tensor, counts: torch.Tensor, gate_up: Scaled, down: Scaled, rounds: int
-) -> list[Row]:
+def _tuned(packed: torch.Tensor, counts: torch.Tensor, gate_up: Scaled, down: Scaled) -> list[Row]:
     """The fastest tiles of each product, the other's left as they are."""
     found: list[Row] = []
     wanted = _call(packed, counts, gate_up, down)()
+    rows = int(counts.sum())
     for which in WHICH:
-        plans = _plans(gate_up, which)
+        kinds = [*(_few(gate_up) if rows <= FEW_ROWS else ()), *(_many() if rows >= MANY_ROWS else ())]
+        plans = _plans(gate_up, which, kinds, (1, 2, 3, 4))
         sides = {str(place): _call(packed, counts, gate_up, down, plan) for place, plan in enumerate(plans)}
-        taken = times(sides, rounds, repeat=4)
+        taken = times(sides, 4, repeat=4)
         for place in sorted(range(len(plans)), key=lambda one: taken[str(one)])[:4]:
             same = torch.equal(_received(sides[str(place)](), counts), _received(wanted, counts))
             tiles = asdict(getattr(plans[place], which))
@@ -137,17 +150,36 @@ def _received(y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return y[torch.arange(y.shape[1]) < counts[:, None]]
 
 
-def _plans(weights: Scaled, which: str) -> list[Plan]:
+def _few(weights: Scaled) -> list[Tiles]:
+    """For experts with few rows each, which is where reading weights is what takes time."""
+    sizes = [(64, 4), (128, 4), (128, 8)]
+    made = [
+        Tiles(16, 16, columns, 128, warps, stages, 1)
+        for (columns, warps), stages in product(sizes, (3, 4, 6))
+    ]
+    if weights.format == Mxfp4():  # the one format whose steps may be longer
+        made += [
+            Tiles(16, 16, columns, 256, warps, stages, 1)
+            for (columns, warps), stages in product(sizes, (2, 3))
+        ]
+    return made
+
+
+def _many() -> list[Tiles]:
+    sizes = [(64, 4), (128, 4), (128, 8)]
+    rows = [(64, 16), (64, 64), (128, 64)]
+    return [
+        Tiles(most, few, columns, 128, warps, stages, 1)
+        for (most, few), (columns, warps), stages in product(rows, sizes, (3, 4))
+        if most * columns // warps <= 2048
+    ]
+
+
+def _plans(weights: Scaled, which: str, kinds: list[Tiles], programs: tuple[int, ...]) -> list[Plan]:
     """Those to try: one product's tiles changed."""
     now = weights.plan(1, BF16)
-    sizes = product((16, 64, 128), (64, 128), (4, 8), (3, 4), (1, 2))
-    tiles = [
-        Tiles(rows, min(rows, 16), columns, 128, warps, stages, programs)
-        for rows, columns, warps, stages, programs in sizes
-        if rows * columns // warps <= 2048
-    ]
-    kept = [one for one in tiles if weights.cut(one, down=which == "down") == one]  # others are one of these
-    return [replace(now, **{which: one}) for one in kept]
+    kept = [one for one in kinds if weights.cut(one, down=which == "down") == one]  # others are one of these
+    return [replace(now, **{which: replace(one, per_processor=count)}) for one in kept for count in programs]
 
 
 def _compile_all(tune: bool) -> None:
@@ -156,11 +188,12 @@ def _compile_all(tune: bool) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, tied, (torch.set_default_device, "cuda")) as pool:
         for shape, name in product(SHAPES, FORMATS):
-            weights, _ = _weights(FORMATS[name], 128, 128, 1)
+            weights, _ = _blank(FORMATS[name], 128, 128, 1, "meta")
             of = weights.plan if isinstance(weights, Scaled) else plan_for
             plans = [of(expected, BF16) for expected in (1, 1000)]
             if tune and (shape, name) in TUNED and isinstance(weights, Scaled):
-                plans += [plan for which in WHICH for plan in _plans(weights, which)]
+                kinds = [*_few(weights), *_many()]
+                plans += [plan for which in WHICH for plan in _plans(weights, which, kinds, (1,))]
             for plan in dict.fromkeys(plans):
                 pool.submit(_compile, shape, name, plan)
 
@@ -169,7 +202,23 @@ def _compile(shape: str, name: str, plan: Plan) -> None:
     hidden, inner, slots = SHAPES[shape]
     packed = torch.empty(slots, 16, hidden, dtype=BF16)
     counts = torch.zeros(slots, dtype=torch.int32)
-    _call(packed, counts, *_weights(FORMATS[name], hidden, inner, slots), plan)()
+    _call(packed, counts, *_blank(FORMATS[name], hidden, inner, slots, "cuda"), plan)()
+
+
+def _blank(
+    format: Format | None, hidden: int, inner: int, slots: int, device: str
+) -> tuple[Weights, Weights]:
+    """Undefined ones."""
+    if format is None:
+        gate_up = torch.empty(slots, hidden, 2 * inner, dtype=BF16, device=device)
+        return gate_up, torch.empty(slots, inner, hidden, dtype=BF16, device=device)
+
+    def made(pieces: list[tuple[int, int]]) -> Scaled:
+        shapes = scaled(format, pieces, slots, torch.device("meta"))
+        codes, scales = (torch.empty_like(one, device=device) for one in (shapes.codes, shapes.scales))
+        return replace(shapes, codes=codes, scales=scales)
+
+    return made([(inner, hidden)] * 2), made([(hidden, inner)])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from elastic_ep.config import ConfigError, ServeConfig
-from elastic_ep.models.formats import ROW_GROUP, SCALED_DEPTH, Fp8, Int4, Mxfp4
+from elastic_ep.models.formats import MX_BLOCK, ROW_GROUP, SCALED_DEPTH, Fp8, Int4, Mxfp4
 from elastic_ep.models.spec import ModelSpec, Parameter
 
 _SAME = {"half": "float16", "float": "float32"}
@@ -70,5 +70,5 @@ def computed_on_gpu(part: Parameter) -> bool:
         return True
     whole = part.turned and not part.pieces[0].alternating
     if isinstance(made, Int4):
-        return whole and made.group % ROW_GROUP == 0
+        return whole and made.group % ROW_GROUP == 0 and part.pieces[0].shape[1] % MX_BLOCK == 0
     return whole and isinstance(made, Fp8) and made.columns % SCALED_DEPTH == 0

@@ -16,7 +16,7 @@ FLOATS = ("BF16", "F16", "F32")
 _PER_WORD = 8
 """Codes of four bits in an int32."""
 MX_BLOCK = 32
-"""Numbers that share a scale, in the MX formats."""
+"""Numbers that share a scale, in the MX formats. On a GPU all codes of four bits lie in blocks of as many."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from isal.isal_zlib import crc32
 from elastic_ep.models.formats import FLOATS, Need
 from elastic_ep.models.spec import Layer, ModelSpec, Moe, Parameter, Piece
 from elastic_ep.placement import EMPTY, Placement
+from elastic_ep.weights.arranged import arranged
 from elastic_ep.weights.checkpoint import TensorEntry, validate_checkpoint
 from elastic_ep.weights.dequantise import dequantised
 
@@ -48,6 +49,7 @@ class Held(Enum):
 
     BOTH = "both"
     CODES = "codes"
+    """Those of four bits as a GPU takes them in: see arranged.py."""
     NUMBERS = "numbers"
     """These are the expert's bytes then."""
 
@@ -203,7 +205,13 @@ class Weights:
         for index, kept in enumerate(part.kept):
             rows = self.mixture(layer)[kept.name][slot].split(kept.rows)
             for piece, target in zip(part.pieces, rows, strict=True):
-                target.copy_(self.source(piece.needs[index].tensor))
+                need = piece.needs[index]
+                value = self.source(need.tensor)
+                if self._held is Held.CODES:
+                    value = arranged(
+                        piece.format, need.role, value.to(self._device), alternating=piece.alternating
+                    )
+                target.copy_(value)
 
     def _write(self, layer: int, slot: int, part: Parameter, values: Iterable[torch.Tensor]) -> None:
         """The pieces' numbers, each in its columns."""

@@ -106,7 +106,7 @@ EXPERTS: dict[str, tuple[int, int, int, Format]] = {
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_of(device: torch.device, name: str, expected_rows: int) -> None:
     hidden, inner, slots, made = EXPERTS[name]
-    gate_up = scaled(made, [(inner, hidden)] * 2, slots, device, alternating=made == Mxfp4())
+    gate_up = scaled(made, [(inner, hidden)] * 2, slots, device)
     down = scaled(made, [(hidden, inner)], slots, device)
     counts = torch.randint(0, 9, (slots,), dtype=torch.int32, device=device)
     counts[:5] = torch.tensor([0, 1, 64, 65, 200])

@@ -279,7 +279,7 @@ class CudaOps:
         piece = part.pieces[0]
         zeros = layer.get(f"{name}.zeros")
         codes, scales = layer[f"{name}.codes"], layer[f"{name}.scales"]
-        return Scaled(codes, scales, piece.format, zeros, piece.alternating)
+        return Scaled(codes, scales, piece.format, zeros)
 
     def add_shared(self, mixed: torch.Tensor, h: torch.Tensor, layer: Parts, mixture: int) -> torch.Tensor:
         shared = self._moes[mixture].shared

@@ -51,15 +51,14 @@ class Scaled:
     """Matrices of all slots as a checkpoint in `format` has them: its `codes` and `scales`, and perhaps `zeros`.
 
     Of FP8 codes [S, out, in] and scales [S, blocks, blocks] float32, of MXFP4 [S, out, in / 2] and [S, out, in / 32]
-    uint8, of INT4 [S, out, in / 8] int32 and [S, out, groups] float32. Gate and up lie one below the other, and their
-    blocks begin anew; or their rows alternate.
+    uint8, of INT4 [S, out, in / 8] int32 and [S, out, groups] float32, these two as weights/arranged.py leaves them.
+    Gate and up lie one below the other, and their blocks begin anew.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     format: Format
     zeros: torch.Tensor | None = None
-    alternating: bool = False
 
     @property
     def form(self) -> int:
@@ -86,17 +85,21 @@ class Scaled:
         return 1, MX_BLOCK
 
     @property
-    def bytes(self) -> torch.Tensor:
-        return self.codes if self.codes.dtype == torch.float8_e4m3fn else self.codes.view(torch.uint8)
+    def elements(self) -> torch.Tensor:
+        """The codes: each, or eight in a word."""
+        return self.codes if self.codes.dtype == torch.float8_e4m3fn else self.codes.view(torch.int32)
 
     def plan(self, expected_rows: int, dtype: torch.dtype) -> Plan:
         form = self.form
-        return plan_for(expected_rows, dtype) if form == FP8 else plan_of_codes(form == FP8_ROWS)
+        return (
+            plan_for(expected_rows, dtype) if form == FP8 else plan_of_codes(expected_rows, form == FP8_ROWS)
+        )
 
     def cut(self, tiles: Tiles, *, down: bool) -> Tiles:
         """Steps are as long as the format has it, and a tile of rows that become codes is a group of theirs wide."""
-        uneven = self.form == MXFP4 and self.codes.shape[2] % (ROW_GROUP // 2)
-        if self.form == FP8 or uneven:
+        if self.form == MXFP4:  # whose scales are in its numbers
+            return tiles
+        if self.form == FP8:
             return replace(tiles, depth=SCALED_DEPTH)
         if self.form == FP8_ROWS and not down:
             tiles = replace(tiles, columns=ROW_GROUP)
@@ -140,7 +143,6 @@ def _tile(
     BIASED: tl.constexpr,
     CLAMPED: tl.constexpr,
     FORM: tl.constexpr,
-    ALTERNATING: tl.constexpr,
     ZEROS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
@@ -180,7 +182,6 @@ def _tile(
             N,
             K,
             not DOWN,
-            ALTERNATING,
             FORM,
             ZEROS,
             SCALE_ROWS,
@@ -233,7 +234,6 @@ def _experts_kernel(
     BIASED: tl.constexpr,
     CLAMPED: tl.constexpr,
     FORM: tl.constexpr,
-    ALTERNATING: tl.constexpr,
     ZEROS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
@@ -249,19 +249,19 @@ def _experts_kernel(
         if FEW == ROWS:  # one body then: two would have shared memory each
             _tile(
                 x, x_scales, w, scales, zeros, bias, y, y_scales, counts, part, alpha, limit, slot, first, left, column,
-                H, INNER, X_STRIDE, Y_STRIDE, WIDTH, PARTS, BLOCK_P, ROWS, N, K, DOWN, BIASED, CLAMPED, FORM, ALTERNATING,
+                H, INNER, X_STRIDE, Y_STRIDE, WIDTH, PARTS, BLOCK_P, ROWS, N, K, DOWN, BIASED, CLAMPED, FORM,
                 ZEROS, SCALE_ROWS, SCALE_COLUMNS,
             )  # fmt: skip
         elif left <= FEW:
             _tile(
                 x, x_scales, w, scales, zeros, bias, y, y_scales, counts, part, alpha, limit, slot, first, left, column,
-                H, INNER, X_STRIDE, Y_STRIDE, WIDTH, PARTS, BLOCK_P, FEW, N, K, DOWN, BIASED, CLAMPED, FORM, ALTERNATING,
+                H, INNER, X_STRIDE, Y_STRIDE, WIDTH, PARTS, BLOCK_P, FEW, N, K, DOWN, BIASED, CLAMPED, FORM,
                 ZEROS, SCALE_ROWS, SCALE_COLUMNS,
             )  # fmt: skip
         else:
             _tile(
                 x, x_scales, w, scales, zeros, bias, y, y_scales, counts, part, alpha, limit, slot, first, left, column,
-                H, INNER, X_STRIDE, Y_STRIDE, WIDTH, PARTS, BLOCK_P, ROWS, N, K, DOWN, BIASED, CLAMPED, FORM, ALTERNATING,
+                H, INNER, X_STRIDE, Y_STRIDE, WIDTH, PARTS, BLOCK_P, ROWS, N, K, DOWN, BIASED, CLAMPED, FORM,
                 ZEROS, SCALE_ROWS, SCALE_COLUMNS,
             )  # fmt: skip
 
@@ -293,7 +293,7 @@ def _launch(
     _experts_kernel[(programs,)](
         x_rows,
         x_scales,
-        weights.bytes if isinstance(weights, Scaled) else weights,
+        weights.elements if isinstance(weights, Scaled) else weights,
         scaled.scales if scaled else x_scales,
         scaled.zeros if scaled and scaled.zeros is not None else counts,
         y_rows if bias is None else bias,
@@ -307,7 +307,7 @@ def _launch(
         INNER=width if down else out,
         X_STRIDE=x_rows.shape[2],
         Y_STRIDE=y_rows.shape[2],
-        WIDTH=scaled.bytes.shape[2] if scaled else 0,
+        WIDTH=scaled.elements.shape[2] if scaled else 0,
         SLOTS=slots,
         BLOCK_S=power_of_2(slots),
         PARTS=parts,
@@ -320,7 +320,6 @@ def _launch(
         BIASED=bias is not None,
         CLAMPED=activation is not None,
         FORM=scaled.form if scaled else 0,
-        ALTERNATING=scaled is not None and scaled.alternating,
         ZEROS=scaled is not None and scaled.zeros is not None,
         SCALE_ROWS=scale_rows,
         SCALE_COLUMNS=scale_columns,

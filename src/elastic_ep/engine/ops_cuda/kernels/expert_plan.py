@@ -50,15 +50,21 @@ _CODED_ROWS = Plan(
     down=Tiles(rows=64, few=16, columns=128, depth=128, warps=4, stages=4, per_processor=1),
 )
 """For rows that are codes too."""
-_HALF_BYTES = Plan(
+_HALF_BYTES_FEW = Plan(
+    gate_up=Tiles(rows=16, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=3),
+    down=Tiles(rows=16, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=3),
+)
+_HALF_BYTES_MANY = Plan(
     gate_up=Tiles(rows=64, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=2),
     down=Tiles(rows=64, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=2),
 )
 """For codes of four bits."""
 
 
-def plan_of_codes(rows_too: bool) -> Plan:
-    return _CODED_ROWS if rows_too else _HALF_BYTES
+def plan_of_codes(expected_rows: int, rows_too: bool) -> Plan:
+    if rows_too:
+        return _CODED_ROWS
+    return _HALF_BYTES_FEW if expected_rows <= 8 else _HALF_BYTES_MANY
 
 
 def plan_for(expected_rows: int, dtype: torch.dtype) -> Plan:
