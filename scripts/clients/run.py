@@ -4,7 +4,9 @@
 
 Each kind of client gets an environment of its own below `--work` (a temporary folder if not given; one that is there is
 used again), by pip and npm: this needs their registries, and a GB or more for some. What a script tried comes back as
-lines of JSON. The servers have the bundled model on two ranks; one, for agents, has room for long prompts.
+lines of JSON. vLLM's `bench serve` comes from vLLM's own wheel without what that needs for GPUs (`vllm_bench.txt`):
+torch, transformers and the like are those of the environment that this runs in. The servers have the bundled model on
+two ranks; one, for agents, has room for long prompts.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +68,26 @@ TOOLS = {"lm-eval": "lm-eval[api]==0.4.13", "guidellm": "guidellm==0.8.1", "aipe
 AGENTS = ("codex", "opencode")
 SGLANG = "sglang==0.5.23"
 """Without what it needs: its kits need no more than requests and openai."""
-ALL = (*SCRIPTS, "node", *TOOLS, *AGENTS, "sglang")
+VLLM = HERE / "vllm_bench.txt"
+VLLM_RUNS = {
+    "/v1/completions, random prompts": ("vllm", "/v1/completions", "--dataset-name random --ignore-eos"),
+    "/v1/chat/completions, random prompts": (
+        "openai-chat", "/v1/chat/completions", "--dataset-name random --temperature 0 --num-warmups 2",
+    ),
+    "/v1/completions, repeated prefixes, eight a second": (
+        "openai", "/v1/completions",
+        "--dataset-name prefix_repetition --prefix-repetition-prefix-len 64 --prefix-repetition-suffix-len 16"
+        " --prefix-repetition-num-prefixes 4 --prefix-repetition-output-len 16"
+        " --request-rate 8 --logprobs 1 --goodput e2el:60000",
+    ),
+    "/v1/chat/completions, held-out questions, faster and faster": (
+        "openai-chat", "/v1/chat/completions",
+        "--dataset-name custom --dataset-path {questions} --custom-output-len 64 --skip-chat-template"
+        " --ramp-up-strategy linear --ramp-up-start-rps 2 --ramp-up-end-rps 8",
+    ),
+}  # fmt: skip
+"""What `vllm bench serve` is told: kind of server, endpoint, and the rest."""
+ALL = (*SCRIPTS, "node", *TOOLS, *AGENTS, "sglang", "vllm")
 
 
 @dataclass(frozen=True)
@@ -88,15 +110,24 @@ class Place:
             "HF_HUB_OFFLINE": "1", "HOME": str(self.work / "home"), "CODEX_HOME": str(self.work / "codex"),
         }  # fmt: skip
 
-    def environment(self, name: str, needs: Sequence[str], alone: Sequence[str] = ()) -> Path:
-        """`bin` of a virtual environment with these packages; those in `alone` without theirs."""
+    def environment(
+        self, name: str, needs: Sequence[str], alone: Sequence[str] = (), *, shares: bool = False
+    ) -> Path:
+        """`bin` of a virtual environment with these packages; those in `alone` without theirs.
+
+        `shares`: beside them it sees those of this environment.
+        """
         folder = self.work / name
         if not (folder / "made").exists():
             subprocess.run(
                 [sys.executable, "-m", "venv", "--clear", str(folder)], check=True, timeout=INSTALL_S
             )
             pip = [str(folder / "bin" / "pip"), "install", "--quiet", *needs]
-            subprocess.run(pip, check=True, timeout=INSTALL_S)
+            if shares:
+                theirs = next(folder.glob("lib/python*/site-packages"))
+                (theirs / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            if needs:
+                subprocess.run(pip, check=True, timeout=INSTALL_S)
             if alone:
                 subprocess.run([*pip[:3], "--no-deps", *alone], check=True, timeout=INSTALL_S)
             (folder / "made").touch()
@@ -321,14 +352,40 @@ def sglang(place: Place) -> Told:
     )
 
 
+def vllm(place: Place) -> Told:
+    program = place.environment("vllm", [], ["-r", str(VLLM)], shares=True) / "vllm"
+    version = next(line for line in VLLM.read_text().splitlines() if line.startswith("vllm=="))
+    questions = place.work / "questions.jsonl"
+    rows = [{"prompt": one.question} for one in held_out(QUESTIONS)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found: Told = []
+    for what, (backend, endpoint, more) in VLLM_RUNS.items():
+        made = place.work / "vllm.json"
+        made.unlink(missing_ok=True)
+        words = ["bench", "serve", "--backend", backend, "--base-url", place.url, "--endpoint", endpoint]
+        words += ["--model", "default", "--tokenizer", str(BUNDLED_MODEL), "--ready-check-timeout-sec", "60"]
+        words += ["--num-prompts", str(QUESTIONS), "--max-concurrency", "4"]
+        words += ["--input-len", "32", "--output-len", "16"] if "random" in more else []
+        words += ["--save-result", "--result-dir", str(place.work), "--result-filename", made.name]
+        done = place.told([str(program), *words, *more.format(questions=questions).split()], place.work)
+        told = json.loads(made.read_text()) if made.exists() else {}
+        passed = (
+            told.get("completed") == QUESTIONS and told.get("failed") == 0 and told["total_output_tokens"]
+        )
+        shown = f"{told} {done.stdout[-900:]} {done.stderr[-900:]}"
+        found += one("vllm bench serve", version.split("==")[1], what, bool(passed), shown)
+    return found
+
+
 def tried(place: Place, name: str) -> Told:
     if name in SCRIPTS:
         return script(place, name)
     if name in AGENTS:
         return agent(place, name)
-    return {"node": node, "lm-eval": lm_eval, "guidellm": guidellm, "aiperf": aiperf, "sglang": sglang}[name](
-        place
-    )
+    others = {
+        "node": node, "lm-eval": lm_eval, "guidellm": guidellm, "aiperf": aiperf, "sglang": sglang, "vllm": vllm,
+    }  # fmt: skip
+    return others[name](place)
 
 
 @contextlib.contextmanager

@@ -95,6 +95,30 @@ OLDER = {
     "triggers": ["<f="],
 }
 BRACES = triggered("{", tags=[tag("{", INTEGER, "}")])
+PLACE: dict[str, Any] = {
+    "city": {"type": "string"},
+    "n": {"type": "integer"},
+    "unit": {"enum": ["C", "F", 0]},
+    "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    "code": {"type": "string", "pattern": "^a+$", "maxLength": 3},
+    "long": {"type": "string", "minLength": 13},
+    "any": {},
+    "of": {"$ref": "#/$defs/of"},
+}
+OF_A = ".content.json_schema.properties.a"
+XML = "<f><parameter=city>x</parameter>"
+
+
+def in_tags(style: str, more: dict[str, Any] | None = None, **properties: Any) -> dict[str, Any]:
+    of = {"$defs": {"of": {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}}}
+    schema = {"type": "object", "properties": properties} | (of if "of" in properties else {}) | (more or {})
+    return tag("<f>", {"type": "json_schema", "json_schema": schema, "style": style}, "</f>")
+
+
+def deepseek(name: str, value: str, text: bool) -> str:
+    return f'<｜DSML｜parameter name="{name}" string="{str(text).lower()}">{value}</｜DSML｜parameter>'
+
+
 TEXTS: list[tuple[dict[str, Any], list[str], list[str], list[str]]] = [
     (
         tag("<a>", ANY, "</a>"),
@@ -150,6 +174,47 @@ TEXTS: list[tuple[dict[str, Any], list[str], list[str], list[str]]] = [
         tag("<", {"type": "grammar", "grammar": 'root ::= "a" r0\nr0 ::= "b" | "}"'}, ">"),
         ["<ab>", "<a}>"], ["<ab"], ["<b"],
     ),
+    (
+        in_tags("qwen_xml", {"required": ["city"]}, **PLACE),
+        [
+            f"{XML}</f>", "<f>\n<parameter=city>\na</param\n</parameter>\n<parameter=n>\n12\n</parameter>\n</f>",
+            f"{XML}<parameter=unit>C</parameter></f>", f"{XML}<parameter=unit>\n0\n</parameter></f>",
+            f"{XML}<parameter=maybe>null</parameter><parameter=code>aaa</parameter></f>",
+            f"{XML}<parameter=maybe>nulls</parameter><parameter=any>[1,</parameter></f>",
+            f"{XML}<parameter=any>[1]</parameter></f>", f"{XML}<parameter=any>{{\"</param\"</parameter></f>",
+            XML + '<parameter=of>{"s": "</parameter>"}</parameter></f>',
+        ],
+        [XML, f"{XML}<parameter=n>1", f"{XML}<parameter=code>aa"],
+        [
+            "<f><parameter=n>", "<f></f>", f"{XML}<parameter=n>x", f"{XML}<parameter=unit>K", f"{XML}<parameter=x",
+            f"{XML}<parameter=code>aaaa", f"{XML}<parameter=code>ab", f"{XML}<parameter=n>1</parameter><parameter=n",
+            XML + '<parameter=of>{"s": 1', f"{XML}<parameter=long>a</parameter>",
+        ],
+    ),
+    (
+        {"type": "qwen_xml_parameter", "json_schema": {"properties": {"n": {"type": "integer"}}}},
+        ["", "<parameter=n>1</parameter>"], ["<parameter=n>1"], ["<parameter=m", "<parameter=n>x"],
+    ),
+    (
+        in_tags("minimax_xml", {"additionalProperties": {"type": "integer"}}, city={"type": "string"}),
+        ['<f><parameter name="city">x</parameter><parameter name="m">2</parameter></f>', "<f></f>"],
+        ['<f><parameter name="m">2</parameter>'], ['<f><parameter name="m">x', "<f>x"],
+    ),
+    (
+        in_tags("deepseek_xml", {"required": ["maybe"]}, maybe=PLACE["maybe"]),
+        [f"<f>{deepseek('maybe', 'null', False)}</f>", f"<f>{deepseek('maybe', 'null', True)}\n</f>"],
+        [f"<f>{deepseek('maybe', 'x', True)}"], [f"<f>{deepseek('maybe', 'x', False)}", "<f></f>"],
+    ),
+    (
+        in_tags("glm_xml", {"required": ["city"]}, city={"type": "string"}, n={"type": "integer"}),
+        [
+            "<f>\n<arg_key>city</arg_key>\n<arg_value>x</arg_value>\n</f>",
+            "<f><arg_key>city</arg_key><arg_value></arg_value><arg_key>n</arg_key><arg_value>1</arg_value></f>",
+        ],
+        ["<f><arg_key>city</arg_key>"], ["<f><arg_key>n"],
+    ),
+    (in_tags("qwen_xml", {"properties": {}}), ["<f><parameter=a>1</parameter></f>", "<f></f>"], ["<f>"], ["<f>x"]),
+    (in_tags("qwen_xml", {"properties": {}, "additionalProperties": False}), ["<f></f>"], ["<f>"], ["<f><p"]),
 ]  # fmt: skip
 """A format; texts that may end, that may go on, and that cannot be."""
 
@@ -176,8 +241,16 @@ def nested(depth: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("form", "place", "said"),
     [
-        ({"type": "qwen_xml_parameter", "json_schema": {}}, ".type", "none of those"),
-        (INTEGER | {"style": "qwen_xml"}, ".style", '"json"'),
+        ({"type": "any_tokens"}, ".type", "none of those"),
+        (INTEGER | {"style": "yaml"}, ".style", "json, qwen_xml"),
+        (INTEGER | {"any_order": True}, ".any_order", "order of the schema"),
+        (in_tags("qwen_xml", {"type": "string"}), ".content.json_schema.type", "by name"),
+        (in_tags("qwen_xml", {"minProperties": 1}), ".content.json_schema.minProperties", "in this style"),
+        (in_tags("qwen_xml", {"required": ["a"]}), ".content.json_schema.required[0]", "none of the"),
+        (in_tags("qwen_xml", a={"type": "string", "format": "date"}), f"{OF_A}.format", "only in JSON"),
+        (in_tags("qwen_xml", a={"$ref": "#/$defs/b"}), f"{OF_A}.$ref", "#/$defs/NAME"),
+        (in_tags("qwen_xml", a={"oneOf": [{"type": "integer"}, {"type": "null"}]}), f"{OF_A}.oneOf", "anyOf"),
+        (in_tags("deepseek_xml", a={"enum": []}), f"{OF_A}.enum", "not empty"),
         ({"type": "any_text", "of": 1}, ".of", "not known"),
         ({"type": "tag", "begin": 7, "content": ANY, "end": ""}, ".begin", "string"),
         (tag("<", ANY, {"type": "token"}), ".end", "string"),
@@ -236,3 +309,8 @@ def test_parts_are_told_with_their_places() -> None:
         (".format.elements[0].content.json_schema", grammars.json_schema({"type": "integer"})),
         (".format.elements[1].pattern", grammars.regex("a(")),
     )
+
+
+def test_a_bad_pattern_of_an_argument_is_told_with_its_place() -> None:
+    tagged = structural_tag({"format": in_tags("qwen_xml", a={"type": "string", "pattern": "^a($"})})
+    assert tagged.parts == ((f".format{OF_A}", grammars.regex("(?:a()")),)

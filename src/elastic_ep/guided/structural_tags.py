@@ -14,10 +14,13 @@ from llguidance import regex_to_lark
 
 from elastic_ep.guided import grammars
 from elastic_ep.guided.grammars import BadGrammar, literal
+from elastic_ep.guided.parameters import NAME, STYLES, Parameter, Style, Text, parameters
 from elastic_ep.wire.messages import Grammar
 
 MOST_NESTED = 32
 _ANY = "/(?s:.*)/"
+_BLANK = r"/[ \n\t]{1,40}/"
+"""Between arguments in tags, and around what is JSON in them; with more a model at a loss would go on with blanks."""
 
 
 class TaggedText(NamedTuple):
@@ -147,6 +150,7 @@ class _Builder:
             "const_string": self._const, "json_schema": self._json, "regex": self._regex, "grammar": self._grammar,
             "any_text": self._any_text, "sequence": self._sequence, "or": self._or, "tag": self._tag,
             "triggered_tags": self._triggered, "tags_with_separator": self._separated,
+            "qwen_xml_parameter": self._qwen,
         }  # fmt: skip
 
     def part(self, node: _Node, after: _After) -> str:
@@ -202,9 +206,14 @@ class _Builder:
         return f"{literal(node.text('value'), self._special)} {self._one_of(after.texts)}"
 
     def _json(self, node: _Node, after: _After) -> str:
-        node.has_only("type", "json_schema", "style")
-        if node.given.get("style", "json") != "json":
-            raise BadGrammar('must be "json": no other is followed here', node.at("style"))
+        node.has_only("type", "json_schema", "style", "any_order")
+        if node.flag("any_order"):
+            raise BadGrammar("must be false: members come in the order of the schema", node.at("any_order"))
+        style = node.given.get("style", "json")
+        if style in STYLES:
+            return self._tagged(node, STYLES[style], after)
+        if style != "json":
+            raise BadGrammar(f"must be one of json, {', '.join(STYLES)}", node.at("style"))
         return (
             f"{self._schema(node.value('json_schema'), node.at('json_schema'))} {self._one_of(after.texts)}"
         )
@@ -216,6 +225,57 @@ class _Builder:
             raise BadGrammar(str(error), place + error.place) from error
         self.parts.append((place, grammar))
         return f"%json {grammar.text}"
+
+    def _qwen(self, node: _Node, after: _After) -> str:
+        """As xgrammar had it before there were styles."""
+        node.has_only("type", "json_schema")
+        return self._tagged(node, STYLES["qwen_xml"], after)
+
+    def _tagged(self, node: _Node, style: Style, after: _After) -> str:
+        """Arguments by name, each in tags, in the schema's order, and then those that it does not name."""
+        place = node.at("json_schema")
+        try:
+            found = parameters(grammars.parsed(node.value("json_schema")))
+        except BadGrammar as error:
+            raise BadGrammar(str(error), place + error.place) from error
+        blank = self._terminal(_BLANK)
+        parts = []
+        for one in found.named:
+            body = self._rule(self._parameter(node, style, one, blank, literal(one.name, self._special)))
+            parts.append(f"{blank}? {body}" if one.required else f"({blank}? {body})?")
+        if found.others is not None:
+            other = Parameter("", False, found.others, ".additionalProperties")
+            body = self._rule(self._parameter(node, style, other, blank, self._terminal(f"/{NAME}/")))
+            parts.append(f"({blank}? {body})*")
+        return f"{' '.join(parts)} {blank}? {self._one_of(after.texts)}"
+
+    def _parameter(self, node: _Node, style: Style, one: Parameter, blank: str, name: str) -> str:
+        """With what ends it."""
+        ways = []
+        for value in one.values:
+            if isinstance(value, Text):
+                body = self._raw(node, value, style.end, node.at("json_schema") + one.place)
+            else:
+                schema = self._schema(value.schema, node.at("json_schema") + one.place)
+                body = f"{blank}? {schema} {blank}? {literal(style.end, self._special)}"
+            opened = [literal(part, self._special) for part in style.named(isinstance(value, Text))]
+            ways.append(f"{f' {blank}? '.join(opened)} {body}")
+        return f"{literal(style.begin, self._special)} {name} ({' | '.join(ways)})"
+
+    def _raw(self, node: _Node, value: Text, end: str, place: str) -> str:
+        """A string as it is, and what ends it."""
+        line = literal("\n")
+        if value.choices:
+            texts = " | ".join([literal(text, self._special) for text in value.choices])
+            return f"({line})? ({texts}) ({line})? {literal(end, self._special)}"
+        if not value.patterns:
+            return self._free(node, (end,), (), _After((end,), last=False))[1]
+        self.parts += [(place, grammars.regex(pattern)) for pattern in value.patterns]
+        whole = " & ".join([f"/{regex_to_lark(pattern)}/" for pattern in value.patterns])
+        if self._names(end, place):
+            return f"{self._terminal(whole)} {literal(end, self._special)}"
+        clean = f"({whole} & {_without((end,))})"
+        return self._rule(self._terminal(f"{clean} {literal(end)}"), lazy=True)
 
     def _regex(self, node: _Node, after: _After) -> str:
         """Up to the first place where what comes after can follow it: it could go on for ever otherwise."""
