@@ -4,6 +4,7 @@ Sizes are those of DeepSeek-V3, Kimi-K2 and DeepSeek-V2-Lite: 128, 64 and 16 hea
 bfloat16. "copy_share" counts the latents once. With 128 heads a token's products take about as long as reading its
 latents, so beside it stands what they reach of a large product, "bf16_share". Each cut and plan is compared with plain
 torch in float64 before it is timed. Limits and times are measured as in kernels.py.
+`--tune` tries more plans, of decodes alone, within a minute.
 
     python -m bench.gpu_mla --out bench/results/gpu_mla.json
     TRITON_INTERPRET=1 python -m bench.gpu_mla --smoke --out /tmp/gpu_mla.json    # tries the script itself
@@ -24,10 +25,10 @@ from bench.kit.kernel_timing import BF16, PAGE, Call, measure_limits, times, wri
 from elastic_ep.engine.ops_cuda.kernels.by_head import by_head
 from elastic_ep.engine.ops_cuda.kernels.latent_attention import (
     LATENT_CUT,
-    PLAN,
     LatentPlan,
     latent_decode,
     latent_prefill,
+    plan_of,
 )
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import Cut
 
@@ -35,12 +36,15 @@ RANK, ROPE, NOPE = 512, 64, 128
 SAID = {"rank": RANK, "scale": (NOPE + ROPE) ** -0.5}
 MOST_ERROR = 4e-3
 """Of the norm: what tests/engine/kernels/errors.py allows bfloat16."""
-Choice = tuple[Cut, LatentPlan]
-USUAL = LATENT_CUT, PLAN[BF16]
-OTHERS = (
-    (Cut(512, 32), PLAN[BF16]),
-    (Cut(2048, 32), PLAN[BF16]),
-    (Cut(1024, 32), LatentPlan(64, 8, 3)),
+Choice = tuple[Cut, LatentPlan | None]
+USUAL: Choice = LATENT_CUT, None
+OTHERS: tuple[Choice, ...] = ((Cut(512, 64), None), (Cut(2048, 64), None))
+TUNED: tuple[Choice, ...] = (
+    *((Cut(1024, 64), LatentPlan(rows, warps, 2)) for rows in (16, 32, 64) for warps in (4, 8)),
+    *((Cut(1024, 64), LatentPlan(rows, 8, stages)) for rows in (16, 64) for stages in (1, 3)),
+    *((Cut(split, 64), LatentPlan(rows, 8, 2)) for split in (512, 2048) for rows in (16, 32)),
+    *((Cut(1024, 32), LatentPlan(rows, 8, stages)) for rows in (16, 64) for stages in (2, 4)),
+    (Cut(1024, 128), LatentPlan(16, 8, 1)),
 )
 
 
@@ -97,13 +101,20 @@ class Bench:
         self.rows.append(row)
         print(row, flush=True)
 
-    def attention(self, heads: int, sequences: int, context: int, new: int = 1, others: bool = False) -> None:
+    def attention(
+        self, heads: int, sequences: int, context: int, new: int = 1, others: tuple[Choice, ...] = ()
+    ) -> None:
         latents = Latents(heads, sequences, context, new)
         kind = "decode" if new == 1 else f"prompt of {new}"
-        for choice in (USUAL, *(OTHERS if others else ())):
-            (cut, plan) = choice
-            said = f"split={cut.split} block={cut.block} warps={plan.warps} stages={plan.stages}"
-            error = latents.error(choice)
+        for choice in (USUAL, *others):
+            cut, given = choice
+            plan = given or plan_of(heads if new == 1 else 64, BF16)
+            said = f"split={cut.split} block={cut.block} rows={plan.rows} warps={plan.warps} stages={plan.stages}"
+            try:
+                error = latents.error(choice)
+            except Exception as refused:  # more shared memory than there is
+                print(f"{said}: {str(refused).splitlines()[0]}", flush=True)
+                continue
             assert error < MOST_ERROR * (1 + self._smoke), (said, error)
             name = f"{kind}, {heads} heads, {sequences} x {context}, {said}"
             self._add(
@@ -143,21 +154,29 @@ def main() -> None:
         torch.set_default_device("cuda")
         bench = Bench(measure_limits(options.rounds), options.rounds, smoke=False)
         for heads in (128, 64, 16):
-            bench.attention(heads, 32, 4096, others=True)
-        for sequences, context in ((1, 4096), (8, 4096), (128, 4096), (4, 32768)):
-            bench.attention(128, sequences, context)
-        for heads, context, new in ((128, 4096, 4096), (128, 32768, 2048), (16, 4096, 4096)):
-            bench.attention(heads, 1, context, new, others=context == new)
-        for rows in (32, 2048):
-            bench.by_head(128, rows)
+            bench.attention(heads, 32, 4096, others=TUNED if options.tune else OTHERS)
+        if options.tune:
+            bench.attention(128, 1, 4096, 4096, others=OTHERS)
+        else:
+            _others(bench)
         gpu = torch.cuda.get_device_name()
     result = {"gpu": gpu, "torch": torch.__version__, "limits": bench._limits, "rows": bench.rows}
     write(options.out, result)
 
 
+def _others(bench: Bench) -> None:
+    for sequences, context in ((1, 4096), (8, 4096), (128, 4096), (4, 32768)):
+        bench.attention(128, sequences, context)
+    for heads, context, new in ((128, 4096, 4096), (128, 32768, 2048), (16, 4096, 4096)):
+        bench.attention(heads, 1, context, new, others=OTHERS if context == new else ())
+    for rows in (32, 2048):
+        bench.by_head(128, rows)
+
+
 def _options() -> argparse.Namespace:
     parser = command_line(__doc__, "gpu_mla")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     return parser.parse_args()
 

@@ -181,8 +181,8 @@ def test_latents(step: str) -> None:
     latent = {launch: kernel for launch, kernel in launches.items() if launch[0] in LATENT}
     assert len(latent) == 4, "and two products by head"
     for result in compile_all(latent):
-        layouts = [line for line in result.asm["ttgir"].splitlines() if "nvidia_mma" in line]
-        assert not any("warpsPerCTA = [8, 1]" in line for line in layouts), "scores are computed twice"
+        if result.metadata.name in ("_latent_decode_kernel", "_latent_prefill_kernel"):
+            assert "warpsPerCTA = [4, 2]" in result.asm["ttgir"], "scores are computed twice"
 
 
 WEIGHTS_ALONE = Fp8(128, 128, "weight_scale", weights_alone=True)

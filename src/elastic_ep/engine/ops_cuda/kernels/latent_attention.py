@@ -33,7 +33,7 @@ from elastic_ep.engine.ops_cuda.kernels.paged_attention import (
 )
 from elastic_ep.kernel import COUNTERS, counters, dot, jit, power_of_2, processors
 
-LATENT_CUT = Cut(split=1024, block=32)
+LATENT_CUT = Cut(split=1024, block=64)
 """See `CUT`."""
 PARTS_BYTES = 1 << 30
 """Of parts at a time: a larger batch is computed in turns."""
@@ -50,7 +50,10 @@ class LatentPlan:
     stages: int
 
 
-PLAN = {torch.bfloat16: LatentPlan(64, 8, 4), torch.float32: LatentPlan(16, 4, 1)}
+def plan_of(heads: int, dtype: torch.dtype) -> LatentPlan:
+    if dtype == torch.float32:
+        return LatentPlan(16, 4, 1)
+    return LatentPlan(16 if heads <= 16 else 64, 8, 2)
 
 
 @jit
@@ -72,13 +75,15 @@ def _attend(
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
     """Keys first..end for q [R, BLOCK_KV] and q_turned [R, BLOCK_ROPE], row r up to key `last_seen`[r]: sum, not yet
-    divided by the total, [R, BLOCK_KV], maximum [R], total [R]. A row that sees none of the keys has sum 0, maximum
+    divided by the total, [BLOCK_KV, R], maximum [R], total [R]. A row that sees none of the keys has sum 0, maximum
     -inf, total 0.
+
+    Latents are on the left of both products, so that there may be as few rows as 16 (see expert_ffn.py).
     """
     lane = tl.arange(0, BLOCK_KV)
     turned = tl.arange(0, BLOCK_ROPE)
-    acc = tl.zeros([R, BLOCK_KV], tl.float32)
-    weight = tl.zeros([R, BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK_KV, R], tl.float32)
+    weight = tl.zeros([BLOCK, R], tl.float32)
     top = tl.full([R], -float("inf"), tl.float32)
     seen = tl.max(last_seen, axis=0)
     page = pages_of(table, first, end, PAGE, BLOCK)
@@ -97,24 +102,24 @@ def _attend(
             real = real & (turned < ROPE)[None, :]
             k_turned = tl.load(latents + KV + at + turned[None, :], mask=real, other=0.0)
         page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
-        p = tl.zeros([R, BLOCK], k.dtype)
+        p = tl.zeros([BLOCK, R], k.dtype)
         fade = tl.full([R], 1.0, tl.float32)
         # Always so. HAZARD: where the compiler sees that scores go into another product, each half of the warps computes
         # all of them, which takes as long as all else; it does not look out of a branch. Nor does it if the scores' two
         # products go into one another.
         if start <= seen:
-            zero = tl.zeros([R, BLOCK], tl.float32)
-            score = dot(q, tl.trans(k), zero) * scale + dot(q_turned, tl.trans(k_turned), zero) * scale
-            score = tl.where(exists[None, :] & (key[None, :] <= last_seen[:, None]), score, -float("inf"))
-            new_top = tl.maximum(top, tl.max(score, axis=1))
+            zero = tl.zeros([BLOCK, R], tl.float32)
+            score = dot(k, tl.trans(q), zero) * scale + dot(k_turned, tl.trans(q_turned), zero) * scale
+            score = tl.where(exists[:, None] & (key[:, None] <= last_seen[None, :]), score, -float("inf"))
+            new_top = tl.maximum(top, tl.max(score, axis=0))
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
             fade = tl.exp2(top - base)
-            share = tl.exp2(score - base[:, None])
-            weight = tl.fma(weight, tl.broadcast_to(fade[:, None], [R, BLOCK]), share)
+            share = tl.exp2(score - base[None, :])
+            weight = tl.fma(weight, tl.broadcast_to(fade[None, :], [BLOCK, R]), share)
             top = new_top
             p = share.to(k.dtype)
-        acc = dot(p, k, acc * fade[:, None])
-    return acc, top, exact_sum(weight, 1)
+        acc = dot(tl.trans(k), p, acc * fade[None, :])
+    return acc, top, exact_sum(weight, 0)
 
 
 @jit
@@ -164,7 +169,7 @@ def _latent_decode_kernel(
         real = (row < G) & (head < HQ)
         query = (mine * HQ + head).to(tl.int64)
         source = q + query[:, None] * (KV + ROPE)
-        acc, top, total = _attend(
+        turned_acc, top, total = _attend(
             tl.load(source + lane[None, :], mask=real[:, None] & (lane < KV)[None, :], other=0.0),
             tl.load(source + KV + turned[None, :], mask=real[:, None] & (turned < ROPE)[None, :], other=0.0),
             latents,
@@ -181,6 +186,7 @@ def _latent_decode_kernel(
             PAGE,
             BLOCK,
         )
+        acc = tl.trans(turned_acc)
         count = (length + SPLIT - 1) // SPLIT
         if count == 1:
             _finish(
@@ -283,7 +289,7 @@ def _latent_prefill_kernel(
     lane = tl.arange(0, BLOCK_KV)
     turned = tl.arange(0, BLOCK_ROPE)
     row = tl.arange(0, R)
-    spare = sums + tl.program_id(0).to(tl.int64) * (R * BLOCK_KV) + row[:, None] * BLOCK_KV + lane[None, :]
+    spare = sums + tl.program_id(0).to(tl.int64) * (R * BLOCK_KV) + lane[:, None] * R + row[None, :]
     for item in range(tl.program_id(0), most * GROUPS, tl.num_programs(0)):
         tile = most - 1 - item // GROUPS  # those with the longest contexts first
         mine = tl.sum((ends <= tile).to(tl.int32), axis=0)
@@ -303,8 +309,8 @@ def _latent_prefill_kernel(
             source + KV + turned[None, :], mask=real[:, None] & (turned < ROPE)[None, :], other=0.0
         )
         seen = length - tokens + tl.minimum(offset + TOKENS, tokens)
-        top = tl.full([R, 1], -float("inf"), tl.float32)
-        total = tl.zeros([R, 1], tl.float32)
+        top = tl.full([1, R], -float("inf"), tl.float32)
+        total = tl.zeros([1, R], tl.float32)
         for first in range(0, seen, SPLIT):
             acc, new_top, new_total = _attend(
                 plain,
@@ -324,14 +330,14 @@ def _latent_prefill_kernel(
                 BLOCK,
             )
             if first > 0:
-                acc, top, total = merge(tl.load(spare), top, total, acc, new_top[:, None], new_total[:, None])
+                acc, top, total = merge(tl.load(spare), top, total, acc, new_top[None, :], new_total[None, :])
             else:
-                top, total = new_top[:, None], new_total[:, None]
+                top, total = new_top[None, :], new_total[None, :]
             if first + SPLIT < seen:
                 tl.store(spare, acc)
                 tl.debug_barrier()  # other threads may read it
             else:
-                _finish(acc, total, out + query[:, None] * KV + lane[None, :], mask)
+                _finish(tl.trans(acc), tl.trans(total), out + query[:, None] * KV + lane[None, :], mask)
 
 
 def latent_decode(
@@ -356,7 +362,7 @@ def latent_decode(
     out = q.new_empty(sequences, heads, rank)
     if not sequences:
         return out
-    cut, plan = cut or LATENT_CUT, plan or PLAN[q.dtype]
+    cut, plan = cut or LATENT_CUT, plan or plan_of(heads, q.dtype)
     group = heads_of_a_tile(heads, plan.rows)
     groups, block_kv = triton.cdiv(heads, group), max(power_of_2(rank), 16)
     splits = triton.cdiv(block_tables.shape[1] * page, cut.split)
@@ -431,7 +437,7 @@ def latent_prefill(
     out = q.new_empty(tokens, heads, rank)
     if not tokens or not sequences:
         return out
-    cut, plan = cut or LATENT_CUT, plan or PLAN[q.dtype]
+    cut, plan = cut or LATENT_CUT, plan or plan_of(64, q.dtype)
     group = heads_of_a_tile(heads, plan.rows)
     per_tile, block_kv = plan.rows // group, max(power_of_2(rank), 16)
     most = (triton.cdiv(tokens, per_tile) + sequences) * triton.cdiv(heads, group)
