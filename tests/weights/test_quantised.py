@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.models import gpt_oss
-from elastic_ep.models.formats import Format, Fp8, Int4, Mxfp4, Stacked
+from elastic_ep.models.formats import ROW_GROUP, Format, Fp8, Int4, Mxfp4, Stacked
 from elastic_ep.models.quantisation import METHODS
 from elastic_ep.models.registry import ARCHITECTURE_TYPES, load_spec
 from elastic_ep.placement import Placement, launch_placement
@@ -280,6 +280,21 @@ def test_what_is_held_can_be_codes_or_numbers_alone(pair: tuple[Path, Path]) -> 
     assert numbers.expert_parts(0) == [part.name for part in numbers.spec.moe.parts]
     for name in numbers.expert_parts(0):
         assert torch.equal(numbers.layers[0][name], both.layers[0][name])
+
+
+def test_dense_matrices_in_fp8_may_stay_codes(tmp_path: Path) -> None:
+    """With a scale for each row and group of 128 columns, whatever the checkpoint has."""
+    write_pair(tmp_path / "coded", tmp_path / "plain", SCHEMES["fp8 with modules left out"], SHORT)
+    (both, _), (codes, _) = (whole(tmp_path / "coded", held=held) for held in (Held.BOTH, Held.CODES))
+    kept = [part for part in codes.spec.layers[0].dense if part.coded_dense]
+    assert "qkv" in {part.name for part in kept}
+    for part in kept:
+        lies, scales = (codes.layers[0][f"{part.name}.{what}"] for what in ("codes", "scales"))
+        assert lies.nbytes + scales.nbytes == part.dense_nbytes(2)
+        wide = scales.t().repeat_interleave(ROW_GROUP, dim=1)[:, : lies.shape[1]]
+        assert torch.equal((lies.float() * wide).t(), both.layers[0][part.name])
+        assert f"layers.0.{part.name}.codes" in codes.dense()
+        assert part.name not in codes.layers[0]
 
 
 def test_random_weights_have_the_checkpoints_shapes(pair: tuple[Path, Path]) -> None:

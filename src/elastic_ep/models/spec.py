@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TypeVar, cast
 
 from elastic_ep.exchange.base import ExchangeShape
-from elastic_ep.models.formats import PLAIN, Format, Need
+from elastic_ep.models.formats import PLAIN, ROW_GROUP, Format, Fp8, Need
 from elastic_ep.models.formats import Stacked as Stacked
 from elastic_ep.placement import Placement
 
@@ -222,6 +222,26 @@ class Parameter:
             return (Kept(self.name, self.shape),)
         roles = zip(*(piece.needs for piece in self.pieces), strict=True)
         return tuple(_kept(self.name, needs) for needs in roles)
+
+    @property
+    def coded_dense(self) -> bool:
+        """On a GPU it stays codes, as a layer's but no expert's: FP8 that rows become too."""
+        plain = self.turned and not self.exact
+        return plain and all(
+            isinstance(piece.format, Fp8)
+            and piece.format.rows_too
+            and len(piece.shape) == 2
+            and piece.repeat == 1
+            and not piece.alternating
+            for piece in self.pieces
+        )
+
+    def dense_nbytes(self, item: int) -> int:
+        """As a rank on a GPU has it, with weights of `item` bytes where it is not codes."""
+        if not self.coded_dense:
+            return self.elements * item
+        inner, out = self.shape
+        return out * (inner + 4 * -(-inner // ROW_GROUP))
 
     def of_expert(self, expert: int) -> Parameter:
         """Of a part of all experts: that of one."""
@@ -444,6 +464,11 @@ class ModelSpec:
     def dense_elements(self) -> int:
         layers = sum(part.elements for layer in self.layers for part in layer.dense)
         return sum(part.elements for part in self.dense) + layers
+
+    def dense_nbytes(self, item: int) -> int:
+        """The same in bytes on a GPU: `Parameter.dense_nbytes`."""
+        layers = sum(part.dense_nbytes(item) for layer in self.layers for part in layer.dense)
+        return sum(part.elements for part in self.dense) * item + layers
 
     @property
     def expert_elements(self) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from elastic_ep.models.formats import MX_BLOCK, Format, Int4, Mxfp4
+from elastic_ep.models.formats import MX_BLOCK, ROW_GROUP, Format, Fp8, Int4, Mxfp4
 
 MX_PLACES = ((15, 6), (12, 3), (13, 0), (14, 9))
 """In half a word, of each of its four codes: where the sign is, and where the lowest of the other three bits is. The
@@ -45,6 +45,14 @@ def arranged(format: Format, role: str, given: torch.Tensor, *, alternating: boo
     if isinstance(format, Mxfp4) and not given.is_meta and int(given.max()) > MX_LARGEST:
         raise ValueError(f"MXFP4 scales above 2 ** {MX_LARGEST - 127} are not computed on a GPU")
     return torch.cat([one.t().reshape(-1) for one in both]).view(given.shape)
+
+
+def dense_scales(format: Fp8, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of FP8 whose scales span a multiple of `ROW_GROUP` columns: [groups, out], one for each group of a row."""
+    out, inner = shape
+    groups = -(-inner // ROW_GROUP)
+    wide = scales.float().repeat_interleave(format.columns // ROW_GROUP or groups, dim=1)[:, :groups]
+    return wide.repeat_interleave(format.rows or out, dim=0)[:out].t()
 
 
 def _words(rows: torch.Tensor, places: tuple[tuple[int, int], ...]) -> torch.Tensor:

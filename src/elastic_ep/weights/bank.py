@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from isal.isal_zlib import crc32
 
-from elastic_ep.models.formats import FLOATS, Need
+from elastic_ep.models.formats import FLOATS, Fp8, Need
 from elastic_ep.models.spec import Layer, ModelSpec, Moe, Parameter, Piece
 from elastic_ep.placement import EMPTY, Placement
-from elastic_ep.weights.arranged import arranged
+from elastic_ep.weights.arranged import arranged, dense_scales
 from elastic_ep.weights.checkpoint import TensorEntry, validate_checkpoint
 from elastic_ep.weights.dequantise import dequantised
 
@@ -91,10 +91,11 @@ class Weights:
             self.outside[name] for name in ("embed", "final_norm", "lm_head")
         )
         slots = placement.slots_per_rank
+        self._dense_layers: list[Parts] = [dict(self._of_layer(layer)) for layer in spec.layers]
         self.layers: list[Parts] = [
-            {part.name: self._dense(part) for part in layer.dense}
+            dense
             | {name: tensor for part in expert_parts(layer) for name, tensor in self._slots(part, slots)}
-            for layer in spec.layers
+            for dense, layer in zip(self._dense_layers, spec.layers, strict=True)
         ]
         self._mixtures = spec.mixtures
         for layer in range(spec.moe_layers):
@@ -160,8 +161,8 @@ class Weights:
     def dense(self) -> Parts:
         """Everything but the experts, by name: contiguous, and always in the same order."""
         tensors = dict(self.outside)
-        for index, (layer, parts) in enumerate(zip(self.spec.layers, self.layers, strict=True)):
-            tensors |= {f"layers.{index}.{part.name}": parts[part.name] for part in layer.dense}
+        for index, parts in enumerate(self._dense_layers):
+            tensors |= {f"layers.{index}.{name}": tensor for name, tensor in parts.items()}
         return tensors
 
     def dense_checksum(self) -> int:
@@ -170,6 +171,22 @@ class Weights:
         for tensor in self.dense().values():
             value = crc32(_bytes(tensor), value)
         return value
+
+    def _of_layer(self, layer: Layer) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is dense, by name; of a matrix that stays codes these, [out, in], and scales as `dense_scales` has them."""
+        for part in layer.dense:
+            if self._held is not Held.CODES or not part.coded_dense:
+                yield part.name, self._dense(part)
+                continue
+            codes, scales = zip(*(self._coded(piece) for piece in part.pieces), strict=True)
+            yield f"{part.name}.codes", torch.cat(codes).view(torch.float8_e4m3fn)
+            yield f"{part.name}.scales", torch.cat(scales, dim=1).contiguous()
+
+    def _coded(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes as bytes, for float8 knows no cat; scales."""
+        assert isinstance(piece.format, Fp8)
+        parts = {need.role: self.source(need.tensor).to(self._device) for need in piece.needs}
+        return parts["codes"].view(torch.uint8), dense_scales(piece.format, parts["scales"], piece.shape)
 
     def _dense(self, part: Parameter) -> torch.Tensor:
         pieces = [self._piece(piece, part) for piece in part.pieces]

@@ -15,8 +15,9 @@ import torch
 
 from elastic_ep.engine.ops_cuda import ops
 from elastic_ep.engine.ops_cuda.inputs import StepInputs
+from elastic_ep.engine.ops_cuda.kernels.dense_codes import DenseCodes
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled
-from elastic_ep.models.formats import Fp8
+from elastic_ep.models.formats import ROW_GROUP, Fp8
 from elastic_ep.models.spec import Clamped, Moe, Window
 from tests.engine.kernels.errors import check, relative_error
 from tests.kit import plain_kernels
@@ -43,6 +44,15 @@ class Checked:
         real = self._real(len(x))
         error = relative_error(y[:real], x[:real].double() @ w.double())
         assert error < _DENSE[y.dtype], f"dense {tuple(x.shape)} @ {tuple(w.shape)}: {error:.1e}"
+        return y
+
+    def dense_codes(self, kernel: Kernel, x: torch.Tensor, w: DenseCodes) -> torch.Tensor:
+        y: torch.Tensor = kernel(x, w)
+        real = self._real(len(x))
+        scales = w.scales.double().t().repeat_interleave(ROW_GROUP, dim=1)[:, : x.shape[1]]
+        numbers = (w.codes.double() * scales).t()
+        exact = plain_kernels.coded_rows(x[:real].cpu().double()).to(x.device) @ numbers
+        assert relative_error(y[:real], exact) < 3e-2, "see check_coded"
         return y
 
     def add_rms_norm(

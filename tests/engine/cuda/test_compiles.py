@@ -23,6 +23,7 @@ from elastic_ep.engine.ops_cuda.kernels import (
     by_head,
     decode_attention,
     dense,
+    dense_codes,
     expert_ffn,
     gate,
     latent_attention,
@@ -56,7 +57,7 @@ CHOSEN = (
 )
 """All together take minutes."""
 MODULES = (
-    *(by_head, decode_attention, dense, expert_ffn, gate),
+    *(by_head, decode_attention, dense, dense_codes, expert_ffn, gate),
     *(latent_attention, latent_write, norm_rope, prefill_attention, row_codes),
 )
 LATENT = {f"_{name}_kernel" for name in ("by_head", "latent_decode", "latent_prefill", "latent_write")}

@@ -70,7 +70,7 @@ def needs_of(
     widened: bool = False,
 ) -> Needs:
     """`exchange_bytes` is the size of the exchange's own buffer; `copies_rows`: what dispatch returns is no part of it.
-    `widened`: experts are numbers, however the checkpoint has them.
+    `widened`: all are numbers, however the checkpoint has them.
 
     What is at work in a layer is as large in every step, for the exchange may deliver every peer's tokens to every
     slot: what dispatch returns, which the experts' results replace, and what lies between their two products. It is
@@ -81,8 +81,9 @@ def needs_of(
     slots = spec.moe_layers * placement.slots_per_rank
     rows = placement.slots_per_rank * shape.num_ranks * shape.max_tokens
     expert = spec.expert_elements * _ITEM if widened else spec.expert_bytes(_ITEM)
+    dense = spec.dense_elements * _ITEM if widened else spec.dense_nbytes(_ITEM)
     return Needs(
-        weights=spec.dense_elements * _ITEM + slots * expert,
+        weights=dense + slots * expert,
         kv_page=spec.kv_page_bytes("cuda", limits.page_size),
         kv_pages=limits.cache_pages,
         exchange=exchange_bytes,

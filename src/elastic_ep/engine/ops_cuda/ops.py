@@ -15,6 +15,7 @@ from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.kernels.by_head import by_head
 from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_attention
 from elastic_ep.engine.ops_cuda.kernels.dense import dense
+from elastic_ep.engine.ops_cuda.kernels.dense_codes import DenseCodes, dense_codes
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.gate import gate, has_gate
 from elastic_ep.engine.ops_cuda.kernels.latent_attention import latent_decode, latent_prefill
@@ -114,7 +115,11 @@ class CudaOps:
         out_dtype: torch.dtype | None = None,
         into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        y, bias = dense(x, parts[name], out_dtype=out_dtype, into=into), parts.get(f"{name}_bias")
+        if name in parts:
+            y = dense(x, parts[name], out_dtype=out_dtype, into=into)
+        else:  # neither the gate nor the head
+            y = dense_codes(x, DenseCodes(parts[f"{name}.codes"], parts[f"{name}.scales"]))
+        bias = parts.get(f"{name}_bias")
         return y if bias is None else y.add_(bias)
 
     def project(self, h: torch.Tensor, layer: Parts, index: int) -> torch.Tensor:

@@ -58,6 +58,29 @@ def scale_of(largest: tl.tensor) -> tl.tensor:
 
 
 @jit
+def code_one_row(
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    row: tl.tensor,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+) -> None:
+    """`row` of x [.., WIDTH] int64, to where `RowCodes` have it."""
+    group = tl.arange(0, BLOCK_G)
+    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    value = tl.load(x + row * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # all of a row is read before its codes may take its place
+    scale = scale_of(tl.max(tl.abs(value), axis=1))
+    code = to_float8(tl.math.div_rn(value, tl.broadcast_to(scale[:, None], value.shape)))
+    tl.store(codes + row * STRIDE + at, code, mask=at < WIDTH)
+    tl.store(scales + row * (STRIDE // 4) + FIRST + group, scale, mask=group * GROUP < WIDTH)
+
+
+@jit
 def _code_rows_kernel(
     x: tl.tensor,
     codes: tl.tensor,
@@ -76,18 +99,11 @@ def _code_rows_kernel(
 ) -> None:
     count = rows_by_slot(counts, SLOTS, BLOCK_S, PARTS, BLOCK_P)
     end = tl.cumsum(count, axis=0)
-    group = tl.arange(0, BLOCK_G)
-    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     for index in range(tl.program_id(0), tl.sum(count, axis=0), tl.num_programs(0)):
         slot, first, _, _ = find_tile(index, count, end, 1)
         places = rows_of(counts, slot, first, part, 1, PARTS, BLOCK_P)
         row = slot.to(tl.int64) * part * PARTS + tl.sum(places, axis=0)
-        value = tl.load(x + row * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
-        tl.debug_barrier()  # all of a row is read before its codes may take its place
-        scale = scale_of(tl.max(tl.abs(value), axis=1))
-        code = to_float8(tl.math.div_rn(value, tl.broadcast_to(scale[:, None], value.shape)))
-        tl.store(codes + row * STRIDE + at, code, mask=at < WIDTH)
-        tl.store(scales + row * (STRIDE // 4) + FIRST + group, scale, mask=group * GROUP < WIDTH)
+        code_one_row(x, codes, scales, row, WIDTH, STRIDE, FIRST, GROUP, BLOCK_G)
 
 
 def code_rows(packed: torch.Tensor, counts: torch.Tensor, *, in_place: bool) -> RowCodes:
