@@ -1,4 +1,5 @@
 """Experts in bfloat16, FP8, MXFP4 and INT4 on a GPU, in one run: what a layer of them takes, and of what it must read.
+Dense products in bfloat16 and FP8 too.
 
 A layer is what a rank has of one: `slots` experts of DeepSeek-V3's or gpt-oss's size. `rows` is how many rows it has to
 compute in all, each of an expert drawn at random. "read" is the weights, codes and scales of the experts that have
@@ -20,6 +21,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from tests.kit.coded_experts import scaled
 
 from bench.kit.command_line import command_line
 from bench.kit.kernel_timing import BF16, Call, measure_limits, times, write
+from elastic_ep.engine.ops_cuda.kernels.dense import dense
+from elastic_ep.engine.ops_cuda.kernels.dense_codes import DenseCodes, dense_codes
 from elastic_ep.engine.ops_cuda.kernels.expert_ffn import Scaled, expert_ffn
 from elastic_ep.engine.ops_cuda.kernels.expert_plan import Plan, Tiles, plan_for
 from elastic_ep.models.formats import Format, Fp8, Int4, Mxfp4
@@ -46,6 +50,8 @@ FORMATS: dict[str, Format | None] = {
     "mxfp4": Mxfp4(),
     "int4": Int4(128, zero_points=False),
 }
+DENSE = ((7168, 2112), (1536, 24576), (16384, 7168), (7168, 4096), (2048, 7168))
+"""In and out of DeepSeek-V3's products by every rank: of attention, and of a shared expert."""
 TUNED = (("DeepSeek-V3", "fp8"), ("gpt-oss", "mxfp4"), ("DeepSeek-V3", "int4"))
 WHICH = ("gate_up", "down")
 NOTED = Path(__file__).parent / "results" / "coded_experts.json"
@@ -60,8 +66,10 @@ def main() -> None:
     torch.set_default_device("cuda")
     limits = measure_limits(options.rounds)
     options.before = _noted()
+    dense_rows = [row for size in DENSE for row in _dense(*size, limits["copy_tb_s"], options.rounds)]
     rows = [row for shape in SHAPES for row in _shape(shape, limits, options)]
-    write(options.out, {"gpu": torch.cuda.get_device_name(), "limits": limits, "rows": rows})
+    result = {"gpu": torch.cuda.get_device_name(), "limits": limits, "rows": rows, "dense": dense_rows}
+    write(options.out, result)
 
 
 def _options() -> argparse.Namespace:
@@ -99,6 +107,26 @@ def _shape(shape: str, limits: dict[str, float], options: argparse.Namespace) ->
                 row["plans"] = _tuned(packed, counts, gate_up, down)
             print(row, flush=True)
             yield row
+
+
+def _dense(inner: int, out: int, copy_tb_s: float, rounds: int) -> Iterator[Row]:
+    """Microseconds of bfloat16, and of FP8 with what makes codes of the rows."""
+    codes = torch.randn(out, inner, dtype=BF16).to(torch.float8_e4m3fn)
+    coded = DenseCodes(codes, torch.rand(-(-inner // 128), out) / 64)
+    plain = torch.randn(inner, out, dtype=BF16)
+    for rows in ROWS:
+        x = torch.randn(rows, inner, dtype=BF16)
+        taken = times({"bf16": partial(dense, x, plain), "fp8": partial(dense_codes, x, coded)}, rounds)
+        row: Row = {
+            "in": inner,
+            "out": out,
+            "rows": rows,
+            **{name: round(us, 2) for name, us in taken.items()},
+        }
+        row["read"] = round(codes.nbytes / taken["fp8"] / 1e6 / copy_tb_s, 3)
+        row["of bf16's time"] = round(taken["fp8"] / taken["bf16"], 3)
+        print(row, flush=True)
+        yield row
 
 
 def _noted() -> dict[tuple[str, int, str], float]:
