@@ -173,7 +173,7 @@ class Weights:
         return value
 
     def _of_layer(self, layer: Layer) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is dense, by name; of a matrix that stays codes these, [out, in], and scales as `dense_scales` has them."""
+        """What is dense, by name; of a matrix that stays codes these, [out, in], scales as `dense_scales` has them."""
         for part in layer.dense:
             if self._held is not Held.CODES or not part.coded_dense:
                 yield part.name, self._dense(part)
