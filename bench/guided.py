@@ -1,6 +1,6 @@
 """Text that follows a grammar, and calls of tools, while ranks are killed, and what guiding costs.
 
-    python -m bench.guided [--streams 200] [--kills 12] [--turns 5] [--out bench/results/guided.json]
+    python -m bench.guided [--streams 200] [--kills 12] [--turns 5] [--tokens 96] [--out bench/results/guided.json]
 
 First 64 streams of as many tokens each, guided and free in turns, on one server: tokens a second, and processor time of
 all its processes for a token. Then every request once, undisturbed, and once more while `--kills` ranks are killed one
@@ -35,8 +35,6 @@ AT_ONCE = 64
 NEXT_KILL_S = 120.0
 """It waits for its share of the answers so long at most."""
 TOOLS = ["--chat-template", str(TOOL_TEMPLATE), "--tool-call-parser", "hermes"]
-TOKENS = 96
-"""Of each stream whose speed is measured: none ends before."""
 
 
 @dataclass
@@ -100,12 +98,12 @@ async def kills(target: Server, asks: list[GuidedAsk], count: int, ranks: int) -
 
 
 def endless(index: int) -> dict[str, Any]:
-    """Guided, and not done before `TOKENS`."""
+    """Guided, and not done before 2,000 tokens."""
     schema = {"type": "array", "items": person(index), "minItems": 50}
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
 
 
-async def speeds(target: Server, turns: int) -> dict[str, Any]:
+async def speeds(target: Server, turns: int, length: int) -> dict[str, Any]:
     """One turn of each before those that count."""
     seen: dict[str, list[float]] = {"guided": [], "free": []}
     cpu: dict[str, list[float]] = {"guided": [], "free": []}
@@ -114,16 +112,16 @@ async def speeds(target: Server, turns: int) -> dict[str, Any]:
         for turn in range(turns + 1):
             for kind in ("guided", "free") if turn % 2 else ("free", "guided"):
                 before, _ = cpu_seconds(root)
-                rate = await speed(session, target.url, guided=kind == "guided")
+                rate = await speed(session, target.url, length, guided=kind == "guided")
                 after, _ = cpu_seconds(root)
                 if turn:
                     seen[kind].append(rate)
-                    cpu[kind].append(1000 * (after - before) / (AT_ONCE * TOKENS))
+                    cpu[kind].append(1000 * (after - before) / (AT_ONCE * length))
     ratios = [guided / free for guided, free in zip(seen["guided"], seen["free"], strict=True)]
     processor = [free / guided for guided, free in zip(cpu["guided"], cpu["free"], strict=True)]
     return {
         "streams": AT_ONCE,
-        "tokens_each": TOKENS,
+        "tokens_each": length,
         "guided_tokens_per_s": quartiles(seen["guided"], 0),
         "free_tokens_per_s": quartiles(seen["free"], 0),
         "guided_of_free": quartiles(ratios),
@@ -133,14 +131,14 @@ async def speeds(target: Server, turns: int) -> dict[str, Any]:
     }
 
 
-async def speed(session: aiohttp.ClientSession, url: str, *, guided: bool) -> float:
-    """Tokens a second of `AT_ONCE` streams, sampled alike."""
+async def speed(session: aiohttp.ClientSession, url: str, length: int, *, guided: bool) -> float:
+    """Tokens a second of `AT_ONCE` streams of so many, sampled alike."""
     questions = [problem.question for problem in held_out(AT_ONCE)]
 
     async def one(number: int) -> int:
         fields = endless(number % 8) if guided else {"ignore_eos": True}
         messages = [{"role": "user", "content": questions[number]}]
-        how = {"model": "default", "max_tokens": TOKENS, "temperature": 1.0, "seed": number}
+        how = {"model": "default", "max_tokens": length, "temperature": 1.0, "seed": number}
         body: dict[str, Any] = {"messages": messages, **how, **fields}
         async with session.post(f"{url}/v1/chat/completions", json=body) as response:
             answer = await response.json()
@@ -151,7 +149,7 @@ async def speed(session: aiohttp.ClientSession, url: str, *, guided: bool) -> fl
 
     began = time.monotonic()
     tokens = await asyncio.gather(*(one(number) for number in range(AT_ONCE)))
-    assert set(tokens) == {TOKENS}, "all are as long"
+    assert set(tokens) == {length}, "all are as long"
     return sum(tokens) / (time.monotonic() - began)
 
 
@@ -160,7 +158,7 @@ async def measure(target: Server, options: argparse.Namespace) -> dict[str, Any]
         await until_full(session, target.url)
     result: dict[str, Any] = {}
     if options.turns:
-        result["cost"] = await speeds(target, options.turns)
+        result["cost"] = await speeds(target, options.turns, options.tokens)
     if options.kills:
         asks = guided_and_calls(options.streams)
         result["kills"] = await kills(target, asks, options.kills, options.ranks)
@@ -173,6 +171,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=200, help="different requests (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=12, help="(default: %(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=96, help="of each stream whose speed is measured (default: %(default)s)"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="guided-") as name:
         scratch = Path(name)

@@ -21,7 +21,7 @@ class GuidedText:
     """One text. One thread at a time. `ends` are tokens that may end it when it is complete, beside the vocabulary's."""
 
     def __init__(self, matcher: LLMatcher, ends: Collection[int] = ()) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
         self._ends = tuple(ends)
         self._followed = 0
         self.fault = ""
@@ -29,25 +29,32 @@ class GuidedText:
 
     def follow(self, tokens: Sequence[int], first: int = 0) -> None:
         """The text is `tokens` from `first` on, of which it has seen the beginning."""
+        new = self.unseen(tokens, first)
+        if new and not self.matcher.consume_tokens(list(new)):
+            self.note_fault()
+
+    def unseen(self, tokens: Sequence[int], first: int = 0) -> Sequence[int]:
+        """Of the text, which the caller now has the matcher follow."""
         new = tokens[first + self._followed :]
-        if new and not self._matcher.consume_tokens(list(new)):
-            self._note()
         self._followed += len(new)
+        return new
 
     def mask_into(self, words: Words) -> None:
         """Which tokens may come next. `words` is contiguous."""
-        if self.fault:
-            return
-        matcher = self._matcher
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if matcher.is_stopped() and matcher.is_error():
-            self._note()
-        elif self._ends and matcher.is_accepting():
+        if not self.fault:
+            self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            self.masked(words)
+
+    def masked(self, words: Words) -> None:
+        """`words` are what the matcher makes of it: what it does not know is added."""
+        if self.matcher.is_stopped() and self.matcher.is_error():
+            self.note_fault()
+        elif self._ends and self.matcher.is_accepting():
             for token in self._ends:
                 words[token >> 5] |= np.uint32(1 << (token & 31))
 
-    def _note(self) -> None:
-        self.fault = self.fault or _reason(self._matcher)
+    def note_fault(self) -> None:
+        self.fault = self.fault or _reason(self.matcher)
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from elastic_ep.wire.messages import Member
 
 SHELF_THREADS = {"cpu": 1, "cuda": 4}
 """That copy pages for a stream which has lost its rank: one does not keep up with a GPU's link."""
+MOST_MASK_THREADS = 8
+"""That compute masks beside a device."""
 MOSTLY = 0.5
 """With so much of a checkpoint in the page cache, reading it is faster than asking peers."""
 
@@ -99,7 +102,16 @@ def stream_memory(config: RankConfig, shelf_fd: int) -> StreamMemory:
 def mask_maker(config: RankConfig) -> MaskMaker | None:
     """None where nothing can be guided: see `Vocabulary`."""
     guide = shared(Path(config.directory))
-    return MaskMaker(guide, beside=config.device == "cpu") if guide is not None else None
+    if guide is None:
+        return None
+    if config.device == "cpu":  # where all processors compute
+        return MaskMaker(guide)
+    return MaskMaker(guide, beside=False, threads=mask_threads(config.placement.num_ranks))
+
+
+def mask_threads(ranks: int) -> int:
+    """Of each rank: this host's processors for all of them, less the one that launches steps."""
+    return min(MOST_MASK_THREADS, max(1, len(os.sched_getaffinity(0)) // ranks - 1))
 
 
 def weights_from_checkpoint(config: RankConfig, spec: ModelSpec) -> Weights:

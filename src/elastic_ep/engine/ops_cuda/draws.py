@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -144,15 +145,19 @@ class Draws:
 
     def _penalised(self, raw: torch.Tensor, rows: slice) -> torch.Tensor:
         changes = self._changes[rows]
-        if not any(changes) and self._masks is None:
-            return raw
+        if not any(changes):
+            return raw if self._masks is None else raw.masked_fill(self._forbidden(raw, rows), OUTSIDE)
         scores = raw.clone()
         for row, change in zip(scores, changes, strict=True):
             if change is not None:
                 change.apply(row)
         if self._masks is not None:
-            scores.masked_fill_(_outside(self._masks[rows], scores.shape[-1]), OUTSIDE)
+            scores.masked_fill_(self._forbidden(scores, rows), OUTSIDE)
         return scores
+
+    def _forbidden(self, scores: torch.Tensor, rows: slice) -> torch.Tensor:
+        assert self._masks is not None
+        return _outside(self._masks[rows], scores.shape[-1])
 
 
 def _changes(sequence: Sequence) -> bool:
@@ -205,8 +210,16 @@ class _Changes:
 
 def _outside(masks: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Masks [n, words] int32 to [n, vocabulary] bool: tokens that may not come."""
-    bits = (masks[:, :, None] >> torch.arange(32, device=masks.device, dtype=torch.int32)) & 1
+    bits = masks[:, :, None] & _bits(masks.device)
     return bits.flatten(1)[:, :vocabulary] == 0
+
+
+@cache
+def _bits(device: torch.device) -> torch.Tensor:
+    """Of a word [32] int32. Kept: every launch less is time of a step."""
+    return torch.ones(32, dtype=torch.int32, device=device) << torch.arange(
+        32, dtype=torch.int32, device=device
+    )
 
 
 def _columns(params: SamplingParams) -> tuple[float, ...]:
