@@ -87,6 +87,17 @@ class Loss:
     waiting: set[int] = field(default_factory=set)
 
 
+class Boundary:
+    """Every rank passes one, with the newest placement."""
+
+
+@dataclass(frozen=True)
+class Stands:
+    """What stands in for the machines of these ranks is there: those that wait for one are launched."""
+
+    ranks: tuple[int, ...]
+
+
 class Simulation:
     def __init__(self, hosts: int, per_host: int, pace: Pace) -> None:
         self.ranks = hosts * per_host
@@ -103,6 +114,8 @@ class Simulation:
         self.order = itertools.count()
         self.away_until = [0] * self.ranks
         """When a machine is there for the rank's next launch."""
+        self.held: dict[int, Member] = {}
+        """To be launched then."""
         self.losses: list[Loss] = []
         self.open: list[Loss] = []
         self.spent_s = 0.0
@@ -112,6 +125,7 @@ class Simulation:
         self.held_ms = 0
         self.least_tolerated = (self.ranks, hosts)
         self.tick_at: int | None = None
+        self.boundary_due = False
         self._accounted = 0
 
     # Time
@@ -146,6 +160,7 @@ class Simulation:
         alive = [m for m in members if not self.membership.records[m.rank].gone]
         for rank in loss.ranks:
             self.away_until[rank] = self.now + loss.away_ms
+        self.at(self.now + loss.away_ms, Stands(loss.ranks))
         if not alive:
             return
         whole = len(loss.ranks) > 1
@@ -170,6 +185,12 @@ class Simulation:
         effects: list[Any] = []
         if isinstance(event, rp.Copied):
             effects += self.placing(event)
+        elif isinstance(event, Boundary):
+            effects += self.boundary()
+        elif isinstance(event, Stands):
+            for member in [self.held.pop(rank) for rank in event.ranks if rank in self.held]:
+                self.launch(member)
+            effects += self.membership.step(ev.RelaunchRequested(event.ranks))
         else:
             effects += self.membership.step(Tick(self.now)) if not isinstance(event, Tick) else []
             effects += self.membership.step(event)
@@ -184,17 +205,24 @@ class Simulation:
             self.tick_at = due
             self.at(max(due, self.now + 1), Tick(max(due, self.now + 1)))
 
-    def placing(self, event: rp.Event) -> list[Any]:
-        """What the repair machine makes of it, of which membership hears. Every rank passes a boundary with it."""
+    def placing(self, *events: rp.Event) -> list[Any]:
+        """What the repair machine makes of them, of which membership hears. Ranks see it at their next boundary."""
         effects: list[Any] = self.repair.step(Tick(self.now))
-        effects += self.repair.step(event)
-        for changed in [one.changed for one in effects if isinstance(one, rp.Replace)]:
-            effects += self.membership.step(ev.Placed(changed.version, changed.changes))
-            for member in sorted(self.repair.members):
-                effects += self.repair.step(rp.Seen(member, self.repair.placement.version))
+        for event in events:
+            effects += self.repair.step(event)
         while self.repair.next_deadline_ms() == self.now:  # layers that are left
             effects += self.repair.step(Tick(self.now))
+        for changed in [one.changed for one in effects if isinstance(one, rp.Replace)]:
+            effects += self.membership.step(ev.Placed(changed.version, changed.changes))
+            if not self.boundary_due:
+                self.boundary_due = True
+                self.at(self.now + self.pace.step, Boundary())
         return effects
+
+    def boundary(self) -> list[Any]:
+        self.boundary_due = False
+        version = self.repair.placement.version
+        return self.placing(*(rp.Seen(member, version) for member in sorted(self.repair.members)))
 
     def charge(self, event: Any, until_published: float, placing: float) -> None:
         """What a loss is told by counts until the view without the lost is out; the rest as what follows."""
@@ -212,8 +240,13 @@ class Simulation:
 
     def perform(self, effect: Any) -> None:
         match effect:
+            case ev.Launch(member) if self.now < self.away_until[member.rank]:
+                self.held[member.rank] = member
             case ev.Launch(member):
                 self.launch(member)
+            case ev.Fence(member):
+                self.held.pop(member.rank, None)
+                self.at(self.now + self.pace.gone, ev.ProcessGone(member, "signal 9"))
             case ev.Publish(Prepare(attempt, joiners)):
                 self.promise(attempt, joiners)
             case ev.MemberUp(member):
@@ -228,10 +261,9 @@ class Simulation:
                 self.at(self.now + self.pace.copy, rp.Copied(member, ticket, 1000 * layer + logical))
 
     def launch(self, member: Member) -> None:
-        when = max(self.now, self.away_until[member.rank])
-        self.at(when + 20, ev.ProcessStarted(member))
+        self.at(self.now + 20, ev.ProcessStarted(member))
         for state, share in ((RankState.INIT_CUDA, 3), (RankState.INIT_DIST, 2), (RankState.JOINING, 1)):
-            self.at(when + 20 + self.pace.start // share, ev.Reported(member, state))
+            self.at(self.now + 20 + self.pace.start // share, ev.Reported(member, state))
 
     def promise(self, attempt: int, joiners: tuple[Member, ...]) -> None:
         step = self.now // self.pace.step

@@ -50,6 +50,7 @@ class FusedExchange(ShmExchange):
             top_k=shape.top_k,
             slots=shape.slots_per_rank,
             me=member.rank,
+            carried=self._carried is not None,
             **{name: part.ctypes.data for name, part in parts.items()},
         )
         self.at = ctypes.pointer(self.state)

@@ -46,7 +46,7 @@ HEADER = struct.Struct("<4sIqqiii")
 MAGIC = b"eeX1"
 _CRC_AT = 8
 _STRIDE = LINE // 8
-_POSTED, _TOKENS, _INCARNATION = range(3)
+_POSTED, _TOKENS, _INCARNATION, _HERE = range(4)
 
 
 class BadFrame(ValueError):
@@ -93,6 +93,7 @@ class Mirror:
         self._fd = fd
         self._buffer = memoryview(mmap.mmap(fd, Windows.layout(shape).carried_total))
         self._parts = _views(self._buffer, shape)
+        self._parts.words[:, _HERE] = [host == own for host in self.hosts]
         self.bell = FutexBell(self._buffer, shape.num_ranks)
         self._masks = Carried(fd, shape)
 

@@ -41,7 +41,7 @@ STRIDE = LINE // 8
 """Words (int64) from one rank's first to the next rank's."""
 
 _TOKENS = 1
-INCARNATION = 2
+INCARNATION, HERE = 2, 3
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]

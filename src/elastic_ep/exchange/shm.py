@@ -13,7 +13,7 @@ import os
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.bell import FutexBell
 from elastic_ep.exchange.carried import Carried
-from elastic_ep.exchange.pull import PullExchange
+from elastic_ep.exchange.pull import HERE, STRIDE, PullExchange
 from elastic_ep.exchange.windows import Windows
 from elastic_ep.wire.messages import Member
 
@@ -31,8 +31,18 @@ class ShmExchange(PullExchange):
         if size != total and self._carried is None:
             raise ValueError(f"the exchange windows have {size} bytes, but {shape} needs {total}")
         buffer = memoryview(mmap.mmap(fd, total))
-        bell = FutexBell(buffer, shape.num_ranks)
+        self._door = bell = FutexBell(buffer, shape.num_ranks)
         super().__init__(buffer, shape, member, bell, carried=self._carried is not None)
+
+    def _post(self) -> None:
+        super()._post()
+        if self._carried is not None and not any(map(self._awaited_here, self._order)):
+            self._door.knock()
+
+    def _awaited_here(self, rank: int) -> bool:
+        """Whether it is of this host, and has not posted yet: it will knock."""
+        posted, here = self._words[rank * STRIDE], self._words[rank * STRIDE + HERE]
+        return bool(here) and posted < self._number and self._peers.live[rank]
 
     def mask(self, member: Member) -> None:
         if self._carried is not None:

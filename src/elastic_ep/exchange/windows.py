@@ -35,8 +35,10 @@ class Windows:
     part       shape                                    type     written by
     =========  =======================================  =======  ===========================================
     `words`    [num_ranks + 1, LINE / 8]                int64    its rank: [0] last operation, [1] tokens sent,
-                                                                 [2] incarnation;
-                                                                 the last line's [0] counts the alarms, anybody
+                                                                 [2] incarnation; [3] whether it is of this
+                                                                 host, the carrier;
+                                                                 the last line's [0] counts alarms, [1] knocks:
+                                                                 anybody
     `experts`  [num_ranks, max_tokens, top_k]           int32    its rank; unused rows are -1
     `x`        [x_rows, hidden]                         float32  its rank: rows rank * max_tokens + token
     `boxes`    [x_rows, top_k, hidden]                  float32  the owner of the expert at [token, k]

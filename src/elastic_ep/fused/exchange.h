@@ -17,7 +17,7 @@ constexpr long LOOK_AGAIN_NS = 2'000'000;
 
 // Laid out as `ExchangeState` in library.py. Python reads `number`, `operations` and `waits` at any time.
 struct Exchange {
-    int64_t ranks, max_tokens, hidden, top_k, slots, me;
+    int64_t ranks, max_tokens, hidden, top_k, slots, me, carried;
     volatile int64_t* words;
     int32_t* experts;  // [ranks, max_tokens, top_k]
     float* x;          // [ranks * max_tokens and more, hidden]
@@ -40,6 +40,16 @@ static void raise_alarm(Exchange& e) {
     syscall(SYS_futex, alarms(e), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
+// What is posted is told to other hosts: by the carrier, which sleeps until it hears of it (bell.py). Those wait for
+// all ranks of this host, so that the last of these knocks is enough.
+static void knock(Exchange& e) {
+    for (int64_t rank = 0; rank < e.ranks; ++rank)
+        if (rank != e.me && e.words[rank * STRIDE + 3] && e.words[rank * STRIDE] < e.number && e.live[rank]) return;
+    volatile int64_t* knocks = alarms(e) + 1;
+    *knocks = *knocks + 1;
+    syscall(SYS_futex, knocks, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
 static bool somebody_is_missing(Exchange& e) {
     for (int64_t rank = 0; rank < e.ranks; ++rank)
         if (rank != e.me && e.words[rank * STRIDE] < e.number && e.live[rank]) return true;
@@ -52,6 +62,7 @@ static void meet(Exchange& e) {
     fence();
     e.words[e.me * STRIDE] = e.number;
     fence();
+    if (e.carried) knock(e);
     if (!somebody_is_missing(e)) {
         raise_alarm(e);
     } else {

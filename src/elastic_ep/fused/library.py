@@ -29,7 +29,7 @@ class ExchangeState(ctypes.Structure):
     """`Exchange` in exchange.h."""
 
     _fields_ = (
-        *_fields({_INTEGER: "ranks max_tokens hidden top_k slots me"}),
+        *_fields({_INTEGER: "ranks max_tokens hidden top_k slots me carried"}),
         *_fields({_ADDRESS: "words experts x boxes live reachable missed found rows firsts"}),
         *_fields({_INTEGER: "number operations waits tokens astray"}),
     )

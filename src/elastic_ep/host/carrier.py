@@ -44,8 +44,8 @@ _LINE_HEAD = struct.Struct("<i")
 _HANDSHAKE_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 """Between two tries to dial."""
-_EAGER_S, _GLANCE_S, _LONGEST_GLANCE_S = 0.02, 0.00005, 0.001
-"""For so long after the last news, looks for more are so far apart; then they wait for an alarm, or longer."""
+_GLANCE_S = 0.001
+"""Looks for step words are so far apart."""
 _MOST_STRANGERS = 16
 """Handshakes under way at once."""
 
@@ -338,10 +338,10 @@ class Carrier:
         """Frames as they come up, else now and then a sign of life."""
         mine = [rank for rank, host in enumerate(self.config.hosts) if host == self.config.own]
         said = dict.fromkeys(mine, b"")
-        spoke = news = time.monotonic()
+        spoke = time.monotonic()
         try:
             while not connection.ended.is_set():
-                alarms = self._windows.bell.alarms() if self._windows else 0
+                knocks = self._windows.bell.knocks() if self._windows else 0
                 parts: list[bytes] = []
                 for frame in outgoing.frames() if outgoing else ():
                     parts += (_FRAME, frame)
@@ -352,19 +352,15 @@ class Carrier:
                         said[rank] = line
                         parts += (_STEPS, _LINE_HEAD.pack(rank), line)
                 now = time.monotonic()
-                if parts:
-                    news = now
-                elif now - spoke >= self.config.beat_s:
+                if not parts and now - spoke >= self.config.beat_s:
                     parts = [_BEAT]
                 if parts:
                     connection.stream.sendall(b"".join(parts))
                     spoke = now
-                elif now - news < _EAGER_S:
-                    time.sleep(_GLANCE_S)
                 elif self._windows is None:
-                    time.sleep(_LONGEST_GLANCE_S)
+                    time.sleep(_GLANCE_S)
                 else:
-                    self._windows.bell.sleep(alarms)
+                    self._windows.bell.await_knock(knocks)
         except OSError:
             connection.end()
 

@@ -14,6 +14,18 @@ from itertools import chain
 from elastic_ep.placement import EMPTY, Change, Placement
 
 
+class _Held(dict[int, set[int]]):
+    """By rank, the experts in its slots of `row`, which is looked at when somebody asks."""
+
+    def __init__(self, row: list[int], width: int) -> None:
+        super().__init__()
+        self._row, self._width = row, width
+
+    def __missing__(self, rank: int) -> set[int]:
+        self[rank] = held = set(self._row[rank * self._width : (rank + 1) * self._width]) - {EMPTY}
+        return held
+
+
 @dataclass
 class Layer:
     """One layer as the living see it. `wanted`: copies that every expert should have, `spread`: hosts that they are on.
@@ -34,41 +46,38 @@ class Layer:
     """Copies of each expert on living ranks."""
 
     def __post_init__(self) -> None:
-        self.row = list(self.placement.slots[self.number])
-        self.living = self.placement.copies(self.number, self.ranks)
+        """HAZARD: this is done for every copy, of layers with a thousand slots: so it looks at each of them once."""
+        self.row = row = list(self.placement.slots[self.number])
         self.taken: dict[int, int] = dict(self.coming)
         width = self.placement.slots_per_rank
         ranks = sorted(self.ranks)
         self.slots = [rank * width + slot for slot in range(width) for rank in ranks]
         """Those of living ranks; one rank after the other, so that the load spreads."""
-        self.here = {rank: set(self.row[rank * width : (rank + 1) * width]) - {EMPTY} for rank in ranks}
+        self.here = _Held(row, width)
         """By rank, the experts that it holds or is being given."""
         for slot, expert in self.taken.items():
             self.here[self.placement.rank_of(slot)].add(expert)
-        self._on_host = self._count_on_hosts()
-        """By expert, how many copies each host has; those that are being made are not among them."""
-        self._place = {slot: place for place, slot in enumerate(self.slots)}
-        self._empty = dict.fromkeys(filter(self._is_free, self.slots))
+        self._host_of = [self.placement.host_of(rank) for rank in range(self.placement.num_ranks)]
+        self._place = dict(zip(self.slots, range(len(self.slots)), strict=True))
+        self._empty: dict[int, None] = {}
         """Slots to fill, in the order of `slots`."""
-        self._holders: dict[int, list[int]] = {}
+        self._holders: list[list[int]] = [[] for _ in range(self.placement.num_experts)]
         """By expert, the places in `slots` of those that hold it."""
+        self._on_host: list[dict[int, int]] = [{} for _ in self._holders]
+        """By expert, how many copies each host has; those that are being made are not among them."""
         for place, slot in enumerate(self.slots):
-            self._holders.setdefault(self.row[slot], []).append(place)
+            expert = row[slot]
+            if expert != EMPTY:
+                self._holders[expert].append(place)
+                on, host = self._on_host[expert], self._host_of[slot // width]
+                on[host] = on.get(host, 0) + 1
+            elif self._is_free(slot):
+                self._empty[slot] = None
+        self.living = list(map(len, self._holders))
         self._surplus = sorted(
-            (-self.living[expert], place)
-            for expert, places in self._holders.items()
-            if expert != EMPTY and self.living[expert] > self.wanted
-            for place in places
+            (-len(places), place) for places in self._holders if len(places) > self.wanted for place in places
         )
         """(minus the copies of its expert, place) of each slot whose expert has more copies than wanted: most first."""
-
-    def _count_on_hosts(self) -> list[dict[int, int]]:
-        counts: list[dict[int, int]] = [{} for _ in self.living]
-        for slot in self.slots:
-            if self.row[slot] != EMPTY:
-                on, host = counts[self.row[slot]], self._host(slot)
-                on[host] = on.get(host, 0) + 1
-        return counts
 
     # Tolerance
 
@@ -208,4 +217,4 @@ class Layer:
         return expert not in self.here[self.placement.rank_of(slot)]
 
     def _host(self, slot: int) -> int:
-        return self.placement.host_of(self.placement.rank_of(slot))
+        return self._host_of[self.placement.rank_of(slot)]

@@ -55,7 +55,7 @@ class Pursuit:
 class RepairMachine(Machine[Event, Effect]):
     """Feed it with `step`; `placement` may be read."""
 
-    transient = Machine.transient | {"_copies", "_counted", "_by_rank", "_in_hand"}
+    transient = Machine.transient | {"_copies", "_counted", "_by_rank", "_in_hand", "_versions"}
     placement: Placement
     config: RepairConfig = field(default_factory=RepairConfig)
 
@@ -83,7 +83,9 @@ class RepairMachine(Machine[Event, Effect]):
         self._counted = (self.members, self.leaving)
         self._by_rank: dict[int, Member] = {}
         self._in_hand: Counter[Member] | None = None
-        """Copies that each member makes; asked for once an event. All four are reckoned from the rest."""
+        """Copies that each member makes; asked for once an event."""
+        self._versions: tuple[dict[Member, int], Counter[int]] = (self.seen, Counter())
+        """How many members have seen each version last, and of which `seen`. All five are reckoned from the rest."""
         self._stirred: set[int] = set()
         """Layers in which something happened that may allow or require a move, not looked at since."""
         self._refused: dict[int, set[Member]] = {}
@@ -177,9 +179,23 @@ class RepairMachine(Machine[Event, Effect]):
     def _on_seen(self, event: ev.Seen) -> None:
         if event.version > self.placement.version:
             raise UnexpectedEvent(f"has seen version {event.version} of the placement, which does not exist")
-        if event.member in self.members:
-            self.seen[event.member] = max(self.seen[event.member], event.version)
+        if event.member not in self.members or event.version <= (before := self.seen[event.member]):
+            return
+        versions = self._seen_versions()
+        self.seen[event.member] = event.version
+        versions[before] -= 1
+        versions[event.version] += 1
+        if not versions[before]:
+            del versions[before]
             self._forget_emptied()
+
+    def _seen_versions(self) -> Counter[int]:
+        """HAZARD: every member says of every version that it has seen it: that must not take a look at all members."""
+        counted, versions = self._versions
+        if counted is not self.seen:
+            versions = Counter(self.seen.values())
+            self._versions = (self.seen, versions)
+        return versions
 
     def _on_reachable(self, event: ev.Reachable) -> None:
         """It may come before the view that seats the member, and is of no use until then."""
@@ -438,7 +454,7 @@ class RepairMachine(Machine[Event, Effect]):
     def _forget_emptied(self) -> None:
         if not self.emptied:
             return
-        oldest = min(self.seen.values(), default=self.placement.version)
+        oldest = min(self._seen_versions(), default=self.placement.version)
         passed = [place for place, version in self.emptied.items() if version <= oldest]
         for place in passed:
             del self.emptied[place]
