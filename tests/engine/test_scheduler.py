@@ -238,3 +238,42 @@ def test_a_suspect_is_computed_by_itself_until_it_has_proved_itself() -> None:
 def test_impossible_limits_are_refused(limits: EngineLimits, fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         Scheduler(limits)
+
+
+def test_a_step_is_foreseen_only_if_nobody_else_has_anything_to_do() -> None:
+    limits = EngineLimits(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=16, num_pages=12)
+    scheduler = Scheduler(limits)
+
+    def step() -> list[Chunk]:
+        chunks = scheduler.schedule()
+        scheduler.commit(chunks)
+        for chunk in chunks:
+            if chunk.samples:
+                chunk.sequence.tokens.append(1)
+        return chunks
+
+    first, second = sequence(1, 14), sequence(2, 20)
+    scheduler.add(first)
+    step()
+    scheduler.add(second)
+    mixed = scheduler.schedule()
+    assert scheduler.foresee(mixed) is None, "a prompt is not done with one token more"
+    for _ in range(4):
+        step()
+    assert second.output_len > 0
+    decodes = scheduler.schedule()
+    assert scheduler.foresee(decodes) == [Chunk(one, start + 1, 1) for one, start, _ in decodes]
+    assert scheduler.foresee(decodes[:1]) is None, "another one decodes too"
+    scheduler.add(sequence(3, 4))
+    assert scheduler.foresee(decodes) is None, "somebody waits"
+    scheduler.remove(scheduler.waiting[0])
+    held = len(first.pages) + len(second.pages)
+    taken = scheduler.pages.take(scheduler.pages.free)
+    while (foreseen := scheduler.foresee(scheduler.schedule())) is not None:
+        assert len(first.pages) + len(second.pages) == held
+        step()
+    assert taken is not None
+    scheduler.pages.release(taken)
+    foreseen = scheduler.foresee(scheduler.schedule())
+    assert foreseen is not None
+    assert len(first.pages) + len(second.pages) == held + 1, "with a page for it"

@@ -37,7 +37,7 @@ def machine(
 
 @pytest.mark.parametrize("backend", ALL2ALL_BACKENDS)
 def test_a_whole_machine_is_taken(tmp_path: Path, backend: str) -> None:
-    whole = machine(tmp_path)
+    whole = machine(tmp_path, environment={"CUDA_VISIBLE_DEVICES": "0,-1"})
     assert [choose_device(asked, backend, HIDDEN, whole) for asked in ("auto", "cuda", "cpu")] == [
         "cuda",
         "cuda",
@@ -56,6 +56,8 @@ def test_a_whole_machine_is_taken(tmp_path: Path, backend: str) -> None:
         ({"verbs": False}, "libibverbs1"),
         ({"nvcc": ""}, "nvcc is missing.*CUDA_HOME or PATH"),
         ({"environment": {"NVCC": "/gone/nvcc", "CUDA_HOME": "/cuda"}}, "nvcc is missing"),
+        ({"environment": {"CUDA_VISIBLE_DEVICES": ""}}, "hides every GPU: unset it, or use --device cpu"),
+        ({"environment": {"CUDA_VISIBLE_DEVICES": "-1,0"}}, "hides every GPU"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, lacking: dict[str, object], said: str) -> None:

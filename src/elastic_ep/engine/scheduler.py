@@ -228,6 +228,25 @@ class Scheduler:
                 budget -= _put(chunks, admitted, budget, self._limits.max_num_seqs - len(chunks))
         return chunks or self._one_suspect()
 
+    def foresee(self, chunks: list[Chunk]) -> list[Chunk] | None:
+        """The batch after `chunks`, which are being computed, if each of them gets a token and nobody comes or goes: they
+        have pages for it then. None if they are not all that there is to do, or if there is no page without asking others
+        for theirs."""
+        if self.suspects or self.waiting or self.fetching or len(chunks) != len(self.running):
+            return None
+        page_size, foreseen = self._limits.page_size, []
+        for sequence, start, length in chunks:
+            after = start + 1
+            if length != 1 or after != len(sequence.tokens):
+                return None
+            if after >= len(sequence.pages) * page_size:
+                pages = self.pages.take(1)
+                if pages is None:
+                    return None
+                sequence.pages += pages
+            foreseen.append(Chunk(sequence, after, 1))
+        return foreseen
+
     def _prompts(self) -> list[Sequence]:
         """Those with more than one token to compute. Who is in mid-answer has but a few, which its client waits for."""
         prompts = [one for one in self.running if one.computed + 1 < len(one.tokens)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 import structlog
@@ -57,6 +58,35 @@ class StepResult:
                 for request_id, index, one, finish in self.sampled
             ]
         )
+
+
+class LateTokens(Seq[_Appended]):
+    """A step's tokens, noted down when somebody looks at them: that can wait until the next step is launched."""
+
+    def __init__(self, count: int, note: Callable[[], list[_Appended]]) -> None:
+        self._count = count
+        self._note = note
+        self._noted: list[_Appended] | None = None
+
+    def noted(self) -> list[_Appended]:
+        if self._noted is None:
+            self._noted = self._note()
+        return self._noted
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[_Appended]:
+        return iter(self.noted())
+
+    @overload
+    def __getitem__(self, index: int) -> _Appended: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Seq[_Appended]: ...
+
+    def __getitem__(self, index: int | slice) -> _Appended | Seq[_Appended]:
+        return self.noted()[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +141,8 @@ class StepRunner(ABC):
         """Batches that have to run again before anything else is scheduled."""
         self._computing: list[Chunk] = []
         self._guiding = Guiding(masks, self._mask_memory)
+        self._late: LateTokens | None = None
+        """The last step's tokens, if they may not have been noted down yet: none of them ends its sequence."""
         self._targets: list[Sequence] = []
         """Of this step: what to draw, for each chunk that samples."""
         self.set_routing({rank} if placement.num_ranks == 1 else range(placement.num_ranks))
@@ -158,6 +190,36 @@ class StepRunner(ABC):
 
         Changes nothing if it raises.
         """
+
+    def _foresee(self, chunks: list[Chunk]) -> None:  # noqa: B027 -- where nothing is launched ahead, nothing need be
+        """While the device works on `chunks`: prepare the step after it, if that is easily told."""
+
+    def _foreseen(self) -> list[Chunk] | None:
+        """The next batch, if all came as foreseen. The last step's tokens are noted down when it is launched."""
+        return None
+
+    def _forget_foreseen(self) -> None:  # noqa: B027 -- as above
+        """Something else has happened."""
+
+    def _told_later(self, chunks: list[Chunk]) -> LateTokens | None:
+        """The tokens of a step that has ended as was foreseen; None: it has not, or nothing was."""
+        return None
+
+    def _settle(self) -> None:
+        """Note down what the last step has left."""
+        if self._late is not None:
+            late, self._late = self._late, None
+            late.noted()
+
+    def _note(self, chunks: list[Chunk], tokens: Seq[int]) -> list[_Appended]:
+        """Of a step of decodes, none of which ends its sequence."""
+        self._scheduler.commit(chunks)
+        appended: list[_Appended] = []
+        for (sequence, _, _), token in zip(chunks, tokens, strict=True):
+            index = len(sequence.tokens) - sequence.prompt_len + sequence.given
+            sequence.tokens.append(token)
+            appended.append((sequence.request_id, index, Sampled(token), None))
+        return appended
 
     @property
     def running(self) -> int:
@@ -253,6 +315,7 @@ class StepRunner(ABC):
 
     def add(self, assign: Assign) -> str:
         """Take over a request from position len(prompt) + len(emitted) on. Else the reason why it cannot be run."""
+        self._something_new()
         try:
             guides = self._guiding.can
             reason = refusal(assign, self._vocab_size, self._limits.max_model_len, guides=guides)
@@ -268,10 +331,15 @@ class StepRunner(ABC):
 
     def cancel(self, request_id: int) -> None:
         """Forget a request. Unknown ids are no error."""
+        self._something_new()
         self._guiding.cancel(request_id)
         sequence = self._scheduler.find(request_id)
         if sequence is not None:
             self._drop(sequence)
+
+    def _something_new(self) -> None:
+        self._settle()
+        self._forget_foreseen()
 
     def _drop(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
@@ -286,6 +354,8 @@ class StepRunner(ABC):
         rank's requests, with all their tokens to compute) waits for the step after, so that the clients of this one do
         not wait for it.
         """
+        if self._guiding.opening:
+            self._something_new()
         lost = self._guiding.begin_opened(self._scheduler.add)
         result = self._step(step, schedule, launched)
         return replace(result, failed=[*lost, *result.failed]) if lost else result
@@ -294,13 +364,23 @@ class StepRunner(ABC):
     def _step(self, step: int, schedule: bool, launched: Callable[[], None]) -> StepResult:
         self._exchange.begin_step(step)
         self._take_done()
-        chunks = self._computing = self._next_batch() if schedule else []
-        drawn = [chunk for chunk in chunks if chunk.samples]
-        targets = self._targets = [chunk.target for chunk in drawn]
+        foreseen = self._foreseen() if schedule else None
+        if foreseen is None:
+            self._something_new()
+            chunks = self._next_batch() if schedule else []
+            drawn = [chunk for chunk in chunks if chunk.samples]
+            targets = [chunk.target for chunk in drawn]
+        else:
+            chunks = drawn = foreseen
+            targets = self._targets
+        self._computing, self._targets = chunks, targets
         self._guiding.start(targets)
         failure = self._compute(chunks)
         launched()
+        self._settle()
         self._ask_copies()
+        if failure is None:
+            self._foresee(chunks)
         masked = self._exchange.end_step()
         if masked:  # whatever has failed, may have failed for that
             if chunks:
@@ -309,6 +389,9 @@ class StepRunner(ABC):
             return StepResult(masked=masked)
         if not chunks:
             return StepResult()
+        late = self._late = self._told_later(chunks)
+        if late is not None:
+            return StepResult(sampled=late)
         sampled: list[Sampled] = []
         if failure is None and targets:
             try:

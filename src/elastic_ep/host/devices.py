@@ -18,6 +18,9 @@ from elastic_ep.exchange.mooncake_needs import CPU_WHEEL, CUDA_WHEEL, HIDDEN_MUL
 OLDEST_DRIVER = 580
 """The first with CUDA 13."""
 
+HIDES_ALL = ("", "-1", "NoDevFiles")
+"""As the first of CUDA_VISIBLE_DEVICES: CUDA shows those before the first that it does not know."""
+
 
 def _distribution(name: str) -> str | None:
     """The installed version."""
@@ -48,6 +51,9 @@ class Machine:
         """One line that says what is missing and what to do, or None."""
         if not any(self.root.glob("dev/nvidia[0-9]*")):
             return "no NVIDIA GPU here (no /dev/nvidia0); use --device cpu"
+        shown = self.environment.get("CUDA_VISIBLE_DEVICES")
+        if shown is not None and shown.strip().split(",")[0] in HIDES_ALL:
+            return f"CUDA_VISIBLE_DEVICES={shown!r} hides every GPU: unset it, or use --device cpu"
         driver = self._driver()
         if driver is not None and driver < OLDEST_DRIVER:
             return f"the NVIDIA driver is {driver}, too old for CUDA 13: install {OLDEST_DRIVER} or newer"

@@ -52,6 +52,17 @@ def ladder(most: int, tile: int) -> list[int]:
     return [*(rung for rung in sorted(doubled + between) if rung < top), top]
 
 
+@dataclass(frozen=True, slots=True)
+class NextDecodes:
+    """What a step reads that computes the next token of each sequence of the step of decodes before it, but for those
+    tokens: positions and places in the KV cache [n] int32, and the rows whose sequences have got a page."""
+
+    chunks: list[Chunk]
+    positions: npt.NDArray[np.int32]
+    slots: npt.NDArray[np.int32]
+    grown: list[int]
+
+
 class StepInputs:
     """All int32. R the most rows, S the most sequences (both in whole tiles), P the pages of the longest sequence.
 
@@ -146,6 +157,31 @@ class StepInputs:
         if self._write_tables(chunks):
             self.tables.copy_(self._host_tables, non_blocking=True)
 
+    def prepare_next(self, chunks: list[Chunk]) -> NextDecodes | None:
+        """While the device works: nothing that it may still read is written. `chunks` are those of the step after it, as
+        `NextDecodes` has them. None if this step is no such one."""
+        if self._decodes is None or self._decodes[1] != len(chunks):
+            return None
+        page = self._page
+        starts = array("i", [start for _, start, _ in chunks])
+        slots = array("i", [seq.pages[start // page] * page + start % page for seq, start, _ in chunks])
+        counts = zip(chunks, self._written, strict=False)
+        grown = [row for row, (chunk, (_, count)) in enumerate(counts) if len(chunk.sequence.pages) != count]
+        return NextDecodes(chunks, np.array(starts, np.int32), np.array(slots, np.int32), grown)
+
+    def fill_next(self, prepared: NextDecodes, tokens: npt.NDArray[np.int64]) -> None:
+        """As `fill`, for a step right after the one that `prepared` follows, which gave these `tokens`."""
+        count = len(tokens)
+        self._tokens[:count] = tokens
+        self._positions[:count] = prepared.positions
+        self._slots[:count] = prepared.slots
+        self._lengths[:count] = prepared.positions + 1
+        self._device.copy_(self._host, non_blocking=True)
+        for row in prepared.grown:
+            self._write_table(row, prepared.chunks[row].sequence.pages)
+        if prepared.grown:
+            self.tables.copy_(self._host_tables, non_blocking=True)
+
     def _frame(self, chunks: Seq[Chunk], shape: StepShape) -> None:
         """All but what `_fill_decodes` fills in if every chunk is one token."""
         self._tokens[: shape.rows] = 0
@@ -207,10 +243,13 @@ class StepInputs:
         changed = False
         for row, ((sequence, _, _), (written, count)) in enumerate(zip(chunks, self._written, strict=False)):
             pages = sequence.pages
-            if pages is written and len(pages) == count:
-                continue
-            begin = count if pages is written else 0
-            self._tables[row, begin : len(pages)] = pages[begin:]
-            self._written[row] = (pages, len(pages))
-            changed = True
+            if pages is not written or len(pages) != count:
+                self._write_table(row, pages)
+                changed = True
         return changed
+
+    def _write_table(self, row: int, pages: list[int]) -> None:
+        written, count = self._written[row]
+        begin = count if pages is written else 0
+        self._tables[row, begin : len(pages)] = pages[begin:]
+        self._written[row] = (pages, len(pages))

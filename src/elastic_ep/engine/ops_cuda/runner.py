@@ -6,16 +6,17 @@ import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.interrupted import CountedCarrier
 from elastic_ep.engine.ops_cuda.draws import Drawn, Draws
 from elastic_ep.engine.ops_cuda.graphs import StepGraphs
-from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, StepInputs, StepShape
+from elastic_ep.engine.ops_cuda.inputs import TILE_ROWS, NextDecodes, StepInputs, StepShape
 from elastic_ep.engine.ops_cuda.load import DeviceLoad
 from elastic_ep.engine.ops_cuda.memory import Budget, needed_by_graphs
 from elastic_ep.engine.ops_cuda.ops import CudaOps
@@ -23,7 +24,7 @@ from elastic_ep.engine.ops_cuda.pages import CudaPages
 from elastic_ep.engine.prompt_pace import PromptPace
 from elastic_ep.engine.sampler import Sampled, is_plain_greedy
 from elastic_ep.engine.scheduler import Chunk, Sequence
-from elastic_ep.engine.step_runner import NO_SHELF, StepResult, StepRunner, StreamMemory
+from elastic_ep.engine.step_runner import NO_SHELF, LateTokens, StepResult, StepRunner, StreamMemory
 from elastic_ep.engine.transformer import Transformer
 from elastic_ep.exchange.base import DeviceExchange, Work, check_rows
 from elastic_ep.guided.masks import MaskMaker
@@ -42,8 +43,28 @@ _EXAMPLES = [
 """What is drawn at warm-up, so that no step is the first to load the kernels for it."""
 
 
+MOST_STOPS = 16
+"""That are looked for among a step's tokens all at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A step of decodes that is launched before the tokens of the one before it are noted down: it is of the same
+    sequences, if none of these ends by one of `stops`."""
+
+    next: NextDecodes
+    stops: frozenset[int]
+
+
 LEAST_CHUNK = 64
 """Tokens of prompts that a step computes whatever the decodes beside them are held up by."""
+
+
+def is_steady(sequence: Sequence) -> bool:
+    """It has put out a token that was drawn, and its next one is the most likely, whatever it is."""
+    if sequence.untold or sequence.guided is not None or not sequence.output_len:
+        return False
+    return is_plain_greedy(sequence.params)
 
 
 def _work_of(chunks: Seq[Chunk]) -> Work:
@@ -103,6 +124,9 @@ class CudaRunner(StepRunner):
         """What all ranks did in the last step."""
         self._mask_room = self._mask_rows = torch.empty(0, 0, dtype=torch.int32)
         """Host memory for masks, and the rows of it that a step's masks are in."""
+        self._ahead: Ahead | None = None
+        self._came_true: npt.NDArray[np.int64] | None = None
+        """The last step's tokens, if it ended as foreseen."""
         self._rows: list[int] = []
         """Of the step's results: those that are sampled from."""
         self._met = self._launched = False
@@ -201,12 +225,19 @@ class CudaRunner(StepRunner):
         return self._pace.budget(self._busy.decodes)
 
     def _launch(self, chunks: list[Chunk]) -> None:
+        ahead, known = self._ahead, self._came_true
+        self._ahead = self._came_true = None
         self._met = self._launched = False
         self._carrier.begin()
-        draws = self._prepare_draws(chunks)
-        shape = self._inputs.shape_of(chunks)
-        self._inputs.fill(chunks, shape)
-        self._meet(_work_of(chunks))
+        draws = None
+        if ahead is not None and known is not None:
+            shape, work = self._inputs.decode_shape(len(chunks)), Work(0, len(chunks))
+            self._inputs.fill_next(ahead.next, known)
+        else:
+            draws = self._prepare_draws(chunks)
+            shape, work = self._inputs.shape_of(chunks), _work_of(chunks)
+            self._inputs.fill(chunks, shape)
+        self._meet(work)
         logits, tokens = self._run(shape)
         # Queued: the wait for the masks is the wait for what is sampled too.
         self._rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
@@ -217,6 +248,40 @@ class CudaRunner(StepRunner):
             self._drawn = None
             self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         self._device_exchange.read_masks()
+
+    def _foresee(self, chunks: list[Chunk]) -> None:
+        """For the most likely tokens alone: what is drawn otherwise may depend on all tokens before."""
+        if self._drawn is not None or not chunks or len(self._targets) != len(chunks) or self._again.groups:
+            return
+        stops: set[int] = set()
+        for sequence, _, _ in chunks:
+            known = len(sequence.tokens)
+            if not is_steady(sequence) or known + 1 >= sequence.most:
+                return
+            stops |= sequence.stops
+        if len(stops) > MOST_STOPS or (foreseen := self._scheduler.foresee(chunks)) is None:
+            return
+        prepared = self._inputs.prepare_next(foreseen)
+        self._ahead = Ahead(prepared, frozenset(stops)) if prepared is not None else None
+
+    def _told_later(self, chunks: list[Chunk]) -> LateTokens | None:
+        ahead = self._ahead
+        if ahead is None:
+            return None
+        tokens = self._tokens.numpy()[: len(chunks)].copy()  # the next step's come to the same place
+        if any((tokens == stop).any() for stop in ahead.stops):
+            self._ahead = None
+            return None
+        self._came_true = tokens
+        return LateTokens(len(chunks), lambda: self._note(chunks, tokens.tolist()))
+
+    def _foreseen(self) -> list[Chunk] | None:
+        if self._ahead is None or self._came_true is None:
+            return None
+        return self._ahead.next.chunks
+
+    def _forget_foreseen(self) -> None:
+        self._ahead = self._came_true = None
 
     def _meet(self, work: Work) -> None:
         self._device_exchange.meet(work)
