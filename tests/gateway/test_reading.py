@@ -18,6 +18,7 @@ import pytest
 
 from elastic_ep.gateway import reading, text_worker, turns
 from elastic_ep.gateway.errors import ApiError
+from elastic_ep.gateway.guided import KnownGrammars
 from elastic_ep.gateway.reading import INLINE_BYTES, BodyReader
 from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
 from elastic_ep.group.port import Busy
@@ -164,6 +165,36 @@ async def test_a_template_of_the_clients_own_never_runs_on_the_event_loop(start:
     assert running.backend.submitted[0].prompt == tuple(sample_text().encode("Anna!"))
 
 
+GRAMMARS: list[tuple[str, dict[str, Any], bool]] = [
+    ("/v1/completions", {"response_format": {"type": "json_object"}}, True),
+    ("/v1/completions", {"guided_json": {"type": "object", "properties": {"a": {"type": "null"}}}}, True),
+    ("/v1/completions", {"regex": "a+"}, True),
+    ("/v1/completions", {"ebnf": 'root ::= "a"'}, False),
+    ("/v1/completions", {"structural_tag": {"format": {"type": "any_text"}}}, False),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "learnt"), GRAMMARS)
+async def test_a_grammar_that_is_known_is_read_on_the_event_loop(
+    start: Start, path: str, fields: dict[str, Any], learnt: bool
+) -> None:
+    """Once another process has looked at it, and if it is little work to turn it into ours."""
+    running = await start()
+    asked = 0
+
+    async def counted(*given: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return await before(*given)
+
+    before, running.worker.read = running.worker.read, counted  # type: ignore[method-assign, assignment]
+    for times in (1, 1 if learnt else 2):
+        assert (await running.post(path, {"prompt": "Anna", **fields}))[0] == 200
+        assert asked == times
+    first, second = running.backend.submitted
+    assert first.params.grammar == second.params.grammar is not None
+
+
 async def test_of_many_small_bodies_a_turn_of_the_loop_reads_what_takes_a_few_milliseconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -179,7 +210,7 @@ async def test_of_many_small_bodies_a_turn_of_the_loop_reads_what_takes_a_few_mi
 
     monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: now))
     shared = reading.Reading(
-        Counted(settings(), sample_text()), TextWorker(WorkerSetup(settings(), held_text))
+        Counted(settings(), sample_text()), TextWorker(WorkerSetup(settings(), held_text)), KnownGrammars()
     )
     asked = asyncio.gather(*[shared.answer("tokenize", b"{}") for _ in range(20)])
     while not asked.done():

@@ -15,6 +15,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from elastic_ep.gateway.admin import AdminHandlers
 from elastic_ep.gateway.errors import ApiError, Handler, error_middleware
+from elastic_ep.gateway.guided import KnownGrammars
 from elastic_ep.gateway.messages.handlers import MessagesHandlers
 from elastic_ep.gateway.openai import OpenAiHandlers
 from elastic_ep.gateway.page import routes as page
@@ -65,7 +66,8 @@ def create_app(
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.on_response_prepare.append(send_request_id)
     app.on_response_prepare.append(settings.cors.send_headers)
-    reading = app[READING] = Reading(BodyReader(settings, text), TextWorker(WorkerSetup(settings, load_text)))
+    known, worker = KnownGrammars(), TextWorker(WorkerSetup(settings, load_text))
+    reading = app[READING] = Reading(BodyReader(settings, text, known), worker, known)
     app.on_cleanup.append(_close_worker)
     if traces is not None:
         app.cleanup_ctx.append(traces.life)

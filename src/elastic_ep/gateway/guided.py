@@ -7,6 +7,7 @@ hears of the request.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
@@ -59,6 +60,10 @@ TagLike = Annotated[
         "{structures, triggers}; its JSON as a string will do, too."
     ),
 ]
+
+
+_MOST_KNOWN = 256
+_PROGRAMS = ("structured_outputs.grammar", "guided_grammar", "ebnf")
 
 
 class JsonSchemaFormat(Body):
@@ -127,15 +132,26 @@ class Guiding(Body):
     structural_tag: TagLike = Field(None, description="As structured_outputs.structural_tag.")
 
 
-def asks_for_grammar(body: Mapping[str, Any]) -> bool:
-    """Of a body that has not been looked at yet."""
-    return any(_may_ask(body.get(name)) for name in Guiding.model_fields)
+class Unchecked(Exception):
+    """A grammar that is to be read where that may take its time."""
 
 
-def _may_ask(value: Any) -> bool:
-    if isinstance(value, dict) and value.get("type") == "text":
-        return False
-    return value is not None and value != "" and value != []
+class KnownGrammars:
+    """Those that were found well elsewhere, for who has not the time to look. Clients ask for the same ones again."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Grammar, None] = OrderedDict()
+
+    def add(self, grammar: Grammar) -> None:
+        self._known[grammar] = None
+        if len(self._known) > _MOST_KNOWN:
+            self._known.popitem(last=False)
+
+    def check(self, grammar: Grammar) -> None:
+        """Raises `Unchecked`."""
+        if grammar not in self._known:
+            raise Unchecked
+        self._known.move_to_end(grammar)
 
 
 def is_tagged(values: Guiding) -> bool:
@@ -177,11 +193,17 @@ def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class GrammarReader:
-    """From what a request says to a grammar that ranks can follow. Every method raises `ApiError`."""
+    """From what a request says to a grammar that ranks can follow. Every method raises `ApiError`.
 
-    def __init__(self, settings: ApiSettings, text: ChatTokenizer) -> None:
+    `known`: no other is read, nor one of a kind that is work to turn into ours; `Unchecked` is raised then.
+    """
+
+    def __init__(
+        self, settings: ApiSettings, text: ChatTokenizer, known: KnownGrammars | None = None
+    ) -> None:
         self._settings = settings
         self._text = text
+        self._known = known
 
     def read(self, values: Guiding) -> Grammar | None:
         asked = [(param, make) for param, given, make in _wishes(values, self._tagged) if given]
@@ -196,6 +218,8 @@ class GrammarReader:
                 code="invalid_value",
             )
         ((param, make),) = asked
+        if self._known is not None and (is_tagged(values) or param in _PROGRAMS):
+            raise Unchecked
         try:
             return self.checked(make(), param)
         except BadGrammar as error:
@@ -232,8 +256,10 @@ class GrammarReader:
         return tagged.grammar
 
     @cached_property
-    def _checker(self) -> GrammarChecker | str:
+    def _checker(self) -> GrammarChecker | KnownGrammars | str:
         """Or why there is none."""
+        if self._known is not None:
+            return self._known
         found = vocabulary(self._settings, self._text)
         return GrammarChecker(found) if isinstance(found, Vocabulary) else found
 

@@ -14,7 +14,7 @@ from elastic_ep.gateway.bodies import Chat, Completion, Generating, StreamOption
 from elastic_ep.gateway.conversation import ChatPrompt
 from elastic_ep.gateway.errors import ApiError, unknown_model
 from elastic_ep.gateway.fields import bad_value, read, unsupported
-from elastic_ep.gateway.guided import GrammarReader, is_tagged
+from elastic_ep.gateway.guided import GrammarReader, KnownGrammars, is_tagged
 from elastic_ep.gateway.job import Job, Output, Part, Previous
 from elastic_ep.gateway.messages.body import RENAMED as MESSAGES_NAMES
 from elastic_ep.gateway.messages.body import Model
@@ -39,11 +39,13 @@ _NO_OPTIONS = StreamOptions.model_construct()
 class JobReader:
     """Makes jobs from bodies. Every method raises `ApiError`, and takes as long as the body is: see `reading.py`."""
 
-    def __init__(self, settings: ApiSettings, text: ChatTokenizer) -> None:
+    def __init__(
+        self, settings: ApiSettings, text: ChatTokenizer, known: KnownGrammars | None = None
+    ) -> None:
         self._settings = settings
         self._text = text
         self._bodies = prepare(settings)
-        self._grammars = GrammarReader(settings, text)
+        self._grammars = GrammarReader(settings, text, known)
         self.prompts = PromptReader(settings, text)
 
     def completion(self, body: dict[str, Any]) -> Job:

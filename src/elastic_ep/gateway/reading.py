@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from elastic_ep.gateway.fields import bad_value, parse_object, read
-from elastic_ep.gateway.guided import asks_for_grammar
+from elastic_ep.gateway.guided import KnownGrammars, Unchecked
 from elastic_ep.gateway.job import Job, Previous
 from elastic_ep.gateway.jobs import JobReader
 from elastic_ep.gateway.prepared import prepare
@@ -23,19 +23,24 @@ from elastic_ep.gateway.turns import Turns
 
 INLINE_BYTES = SHORT_BYTES
 """A body of so many bytes takes a few milliseconds. HAZARD: work that a small body can make long (a template of the
-client's own, a pattern to compile) does not belong on the event loop either: see `_may_take_long`."""
+client's own, a grammar that nobody has compiled yet) does not belong on the event loop either."""
 
 JobTask = Literal["completion", "chat", "responses", "messages"]
 AnswerTask = Literal["tokenize", "detokenize", "count_tokens"]
 
 
 class BodyReader:
-    """All that is done with a body before anything is generated. Every method raises `ApiError`."""
+    """All that is done with a body before anything is generated. Every method raises `ApiError`.
 
-    def __init__(self, settings: ApiSettings, text: ChatTokenizer) -> None:
+    `known`: see `GrammarReader`.
+    """
+
+    def __init__(
+        self, settings: ApiSettings, text: ChatTokenizer, known: KnownGrammars | None = None
+    ) -> None:
         self._settings = settings
         self._text = text
-        self._jobs = JobReader(settings, text)
+        self._jobs = JobReader(settings, text, known)
         self._bodies = prepare(settings)
 
     def read(self, task: str, raw: bytes, before: str | None = None) -> Found:
@@ -48,7 +53,12 @@ class BodyReader:
     def read_if_short(self, task: str, raw: bytes, before: str | None = None) -> Found | None:
         """The same; None if it may be much work however short the body is."""
         body = parse_object(raw)
-        return None if _may_take_long(body) else self._read(task, body, before)
+        if body.get("chat_template") is not None:  # a program
+            return None
+        try:
+            return self._read(task, body, before)
+        except Unchecked:
+            return None
 
     def _read(self, task: str, body: dict[str, Any], before: str | None) -> Found:
         match task:
@@ -91,11 +101,15 @@ class BodyReader:
 
 
 class Reading:
-    """Reads bodies for the HTTP handlers. Every method raises `ApiError` and `Busy`."""
+    """Reads bodies for the HTTP handlers. Every method raises `ApiError` and `Busy`.
 
-    def __init__(self, reader: BodyReader, worker: TextWorker) -> None:
+    `known` is the reader's, and learns of grammars what the worker finds.
+    """
+
+    def __init__(self, reader: BodyReader, worker: TextWorker, known: KnownGrammars) -> None:
         self._reader = reader
         self.worker = worker
+        self._known = known
         self._turns = Turns()
 
     async def job(self, task: JobTask, raw: bytes, conversation: Callable[[str], str] | None = None) -> Job:
@@ -113,23 +127,15 @@ class Reading:
         return found
 
     async def _read(self, task: str, raw: bytes, before: str | None = None) -> Found:
-        if len(raw) + len(before or "") > INLINE_BYTES:
-            return await self.worker.read(task, raw, before)
-        found = await self._turns.run(lambda: self._reader.read_if_short(task, raw, before))
-        if found is not None:
-            return found
-        return await self.worker.read(task, raw, before)
-
-
-def _may_take_long(body: dict[str, Any]) -> bool:
-    """A template is a program, and so is a grammar: one that makes a call certain, too."""
-    if body.get("chat_template") is not None or asks_for_grammar(body):
-        return True
-    choice = body.get("tool_choice")
-    word = choice.get("type") if isinstance(choice, dict) else choice
-    certain = word not in (None, "auto", "none")
-    # By their names in /v1/responses and /v1/messages.
-    return certain or body.get("text") is not None or body.get("output_config") is not None
+        if len(raw) + len(before or "") <= INLINE_BYTES:
+            found = await self._turns.run(lambda: self._reader.read_if_short(task, raw, before))
+            if found is not None:
+                return found
+        found = await self.worker.read(task, raw, before)
+        if isinstance(found, Job):
+            for grammar in {part.params.grammar for part in found.parts} - {None}:
+                self._known.add(grammar)
+        return found
 
 
 def _json(body: dict[str, Any]) -> bytes:
