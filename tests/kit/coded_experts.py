@@ -44,7 +44,7 @@ def as_stored(format: Format, role: str, of_one: torch.Tensor) -> torch.Tensor:
         return of_one
     if role == "scales":
         return of_one.view(of_one.shape[1], of_one.shape[0]).t().contiguous()
-    words = of_one.view(torch.int32).unflatten(1, (-1, 4)).long()
+    words = of_one.view(torch.int32).view(-1, len(of_one), 4).transpose(0, 1).long()
     codes = torch.zeros(*words.shape[:2], 4, 4, 2, dtype=torch.uint8, device=of_one.device)
     for index, (sign, rest) in enumerate(MX_PLACES if format == Mxfp4() else INT_PLACES):
         for half in range(2):

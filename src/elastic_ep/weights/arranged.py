@@ -5,8 +5,8 @@ A row is cut into blocks of 32 columns, and a block is four words of 32 bits. A 
 and c of 0 and 1. Its lower half has those with a = 0 and its upper half those with a = 1, each four codes, numbered
 2 c + b: a shift and a mask bring one of each to where a pair of bfloat16 has its bits.
 
-Scales lie by column first, then by row: neighbouring rows of a tile are read together. Rows of gate and up that
-alternate lie one below the other. Nothing but the places of bits is changed.
+Blocks, and scales, lie by column first, then by row: neighbouring rows of a tile are read together. Rows of gate and up
+that alternate lie one below the other. Nothing but the places of bits is changed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def arranged(format: Format, role: str, given: torch.Tensor, *, alternating: boo
     both = [given[::2], given[1::2]] if alternating else [given]
     if role == "codes":
         places = MX_PLACES if isinstance(format, Mxfp4) else INT_PLACES
-        words = [_words(rows, places) for one in both for rows in one.split(_ROWS)]
-        return torch.cat(words).view(given.dtype)
+        words = [torch.cat([_words(rows, places) for rows in one.split(_ROWS)], dim=1) for one in both]
+        return torch.cat([one.flatten() for one in words]).view(given.dtype).view(given.shape)
     if isinstance(format, Mxfp4) and not given.is_meta and int(given.max()) > MX_LARGEST:
         raise ValueError(f"MXFP4 scales above 2 ** {MX_LARGEST - 127} are not computed on a GPU")
     return torch.cat([one.t().reshape(-1) for one in both]).view(given.shape)
@@ -56,7 +56,7 @@ def dense_scales(format: Fp8, scales: torch.Tensor, shape: tuple[int, ...]) -> t
 
 
 def _words(rows: torch.Tensor, places: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """[rows, in / 8] int32 of codes that lie two in a byte, an even column below an odd one."""
+    """[in / 32, rows, 4] int32 of codes that lie two in a byte, an even column below an odd one."""
     data = rows.contiguous().view(torch.uint8)
     if data.shape[1] % (MX_BLOCK // 2):
         raise ValueError(f"rows of {2 * data.shape[1]} codes: a multiple of {MX_BLOCK} expected")
@@ -66,4 +66,4 @@ def _words(rows: torch.Tensor, places: tuple[tuple[int, int], ...]) -> torch.Ten
         for half in range(2):
             here = codes[:, :, index, :, half]
             words |= ((here >> 3) << (sign + 16 * half)) | ((here & 7) << (rest + 16 * half))
-    return words.flatten(1)
+    return words.transpose(0, 1)

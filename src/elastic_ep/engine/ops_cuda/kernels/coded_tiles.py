@@ -224,7 +224,10 @@ def coded_tile(
     real_row = row < left
     real_n = n < OUT
     x_at = x + rows[:, None] * STRIDE + k[None, :]
-    w_at = w + n[:, None] * WIDTH + step[None, :]
+    if FORM < MXFP4:
+        w_at = w + n[:, None] * WIDTH + step[None, :]
+    else:
+        w_at = w + (step // 4 * OUT * 4 + step % 4)[None, :] + n[:, None] * 4
     scale_at = scales + (column if ONE_SCALE else n) // SCALE_ROWS * BLOCKS
     block = tl.arange(0, K // _BLOCK)
     mx_scale_at = scales + block[:, None] * OUT + n[None, :]
@@ -249,7 +252,9 @@ def coded_tile(
             values = tl.load(x_at, mask=real_row[:, None], other=0.0)
         else:
             values = tl.load(x_at, mask=real_row[:, None] & (k < IN - start)[None, :], other=0.0)
-        real = real_n[:, None] & (step * CODES < IN - start)[None, :]
+        # Codes of a load are there or not all together.
+        at_code = step * CODES if FORM < MXFP4 else step // 4 * _BLOCK
+        real = real_n[:, None] & (at_code < IN - start)[None, :]
         if FORM < MXFP4:
             at = start // SCALE_COLUMNS
             value_scales = tl.zeros([R], tl.float32)
@@ -287,7 +292,7 @@ def coded_tile(
                 second = _add_int4(second, values, w_at + MORE, scale_2, zero_2, real, N, K, R, MASKED)
                 scale_2, zero_2 = next, next_zero
         x_at += K
-        w_at += STEP
+        w_at += STEP if FORM < MXFP4 else STEP * OUT
     return first, second
 
 

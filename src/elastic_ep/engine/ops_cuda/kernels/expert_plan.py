@@ -51,8 +51,8 @@ _CODED_ROWS = Plan(
 )
 """For rows that are codes too."""
 _HALF_BYTES_FEW = Plan(
-    gate_up=Tiles(rows=16, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=3),
-    down=Tiles(rows=16, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=3),
+    gate_up=Tiles(rows=16, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=4),
+    down=Tiles(rows=16, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=4),
 )
 _HALF_BYTES_MANY = Plan(
     gate_up=Tiles(rows=64, few=16, columns=64, depth=128, warps=4, stages=4, per_processor=2),
