@@ -47,7 +47,7 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """What docs/hosts.md asks for."""
-WAITS = "this host waits for a place"
+WAITS = "this host is ready for a place"
 HOW = ("another", "same", "spare")
 
 

@@ -14,7 +14,8 @@ import zmq
 from elastic_ep.config import ConfigError, RankConfig, ServeConfig
 from elastic_ep.group.hosts import Hosts
 from elastic_ep.guided.vocabulary import FILE as VOCABULARY
-from elastic_ep.host.agent_messages import Carry
+from elastic_ep.host.agent_messages import Carry, carried_shape
+from elastic_ep.host.devices import this_machine
 from elastic_ep.host.fork_messages import LaunchOptions
 from elastic_ep.host.keeper import Keeper
 from elastic_ep.machines.hosts.events import HostsConfig
@@ -86,13 +87,14 @@ def open_hosts(
         needs=needs,
         fused=plan.fused,
         carrier=Reach(HERE, address, listener.getsockname()[1]),
+        machine=this_machine() if told.device == "cuda" else "",
     )
     try:
         hosts = Hosts(told_of, config.timing, keeper, partial(HostsWire, wire.context, guard, address, port))
     except zmq.ZMQError as error:
         raise _no_room(config, error) from error
     stack.callback(hosts.close)
-    carried = Carry(config.host_of_rank, HERE, 1, guard.key.carriers, plan.shape)
+    carried = Carry(config.host_of_rank, HERE, 1, guard.key.carriers, carried_shape(told.device, plan.shape))
     keeper.carry(carried, listener, hosts.on_links)
     if config.ray is not None and config.agents_on_ray:
         join = f"[{address}]" if ":" in address else address

@@ -31,7 +31,8 @@ from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.fused.library import Unavailable, best_build, usable_builds
 from elastic_ep.guided.vocabulary import FILE as VOCABULARY
 from elastic_ep.host import lease
-from elastic_ep.host.agent_messages import Carry
+from elastic_ep.host.agent_messages import Carry, carried_shape
+from elastic_ep.host.devices import this_machine
 from elastic_ep.host.fork_messages import LaunchOptions, SharedFiles
 from elastic_ep.host.keeper import ForkServerFailed, Keeper
 from elastic_ep.host.private_directory import remove
@@ -182,7 +183,7 @@ class _Life:
     async def _ask(self) -> None:
         while not self._welcomed.is_set():
             # Again and again: a connection that broke took the question with it.
-            self._wire.send(Join(self._options.address, self._options.release, _builds()))
+            self._wire.send(Join(self._options.address, self._options.release, _builds(), this_machine()))
             with anyio.move_on_after(UNANSWERED_S):
                 await self._welcomed.wait()
                 return
@@ -286,7 +287,7 @@ class _Life:
 
     async def _serve(self, needs: GetReady, welcome: Welcome, keeper: Keeper, here: RankConfig) -> None:
         with self._listener(needs.carrier_port) as carrier:
-            key, shape = self._options.key.carriers, ExchangeShape(*needs.shape)
+            key, shape = self._options.key.carriers, carried_shape(here.device, ExchangeShape(*needs.shape))
             told = Carry(needs.hosts, welcome.host, welcome.incarnation, key, shape)
             keeper.carry(told, carrier, self._wire.send)
             self._ranks = _Ranks(keeper, here)
@@ -350,7 +351,8 @@ class _Life:
         """Raises `CannotJoin`."""
         fds: list[int] = []
         try:
-            fds.append(Windows.create(ExchangeShape(*needs.shape), carried=True))
+            shape = carried_shape(config.device, ExchangeShape(*needs.shape))
+            fds.append(Windows.create(shape, carried=True) if shape else os.open(os.devnull, os.O_RDONLY))
             fds.append(config.shelf.create() if config.shelf else os.open(os.devnull, os.O_RDONLY))
             yield SharedFiles(*fds)
         except (WindowsError, ShelfError) as error:

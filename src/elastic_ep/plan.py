@@ -167,10 +167,6 @@ def make_plan(config: ServeConfig) -> ServePlan:
         raise ConfigError(
             f"--all2all-backend {config.all2all_backend}: the ranks run on the CPU, through shared memory: leave it out"
         )
-    if config.capacity_hosts > 1 and device == "cuda":
-        raise ConfigError(
-            "--hosts: ranks on GPUs are on one host as yet (docs/hosts.md): give --device cpu, or leave it out"
-        )
     if config.mps:
         if device != "cuda":
             raise ConfigError("--mps needs --device cuda: it shares a GPU among ranks")

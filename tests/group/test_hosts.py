@@ -109,7 +109,9 @@ class World:
         self.number_of: dict[bytes, int] = {}
         self.launched_on: dict[Member, bytes] = {}
         needs = GetReady(hosts, "{}", "entry:main", (), SHAPE, b"", "run", 1, 2, 0)
-        config = HostsConfig(hosts, at_start, "10.0.0.1", "1.0", needs, "v3", Reach(0, "10.0.0.1", 9))
+        config = HostsConfig(
+            hosts, at_start, "10.0.0.1", "1.0", needs, "v3", Reach(0, "10.0.0.1", 9), "this machine"
+        )
         self.hosts = Hosts(config, USUAL, cast(Any, self.keeper), self.open)
         self.hosts.start(self.happens)
         self.hosts.on_links(ALL)
@@ -142,7 +144,7 @@ class World:
         self.wire.on_message(token, message)
 
     def join(self, token: bytes, address: str) -> None:
-        self.says(token, Join(address, "1.0", ("v3",)))
+        self.says(token, Join(address, "1.0", ("v3",), "this machine"))
 
     def up(self, token: bytes, address: str) -> None:
         self.join(token, address)
@@ -348,12 +350,13 @@ def test_a_host_that_ends_before_it_serves_is_not_grown_by() -> None:
 
 def test_who_is_of_no_use_is_refused_and_who_has_no_place_waits() -> None:
     async def story(world: World) -> None:
-        good = Join("10.0.0.2", "1.0", ("v3", "v4"))
+        good = Join("10.0.0.2", "1.0", ("v3", "v4"), "this machine")
         for number, (bad, why) in enumerate(
             [
                 (replace(good, release="2.0"), "elastic_ep 2.0"),
                 (replace(good, builds=("v4",)), "build v3"),
                 (replace(good, address="10.0.0.1"), "first host"),
+                (replace(good, machine="another"), "ranks on GPUs"),
             ]
         ):
             world.says(b"%d" % number, bad)

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_ep import titles
@@ -127,18 +128,26 @@ class Agent:
         if message.carries:
             importlib.import_module("elastic_ep.host.carrier")
             importlib.import_module("elastic_ep.exchange.mirror")
+            importlib.import_module("elastic_ep.exchange.step_barrier")
 
     def _carry(self, told: Carry, listener_fd: int) -> None:
         # Not at the top: a host that is alone in its group needs none of it.
         from elastic_ep.exchange.mirror import Mirror
+        from elastic_ep.exchange.step_barrier import StepLines
         from elastic_ep.host.carrier import Carrier, CarrierConfig
 
         assert self._files is not None, "the keeper begins with them"
+        assert self._options is not None, "and with these"
         config = CarrierConfig(told.hosts, told.own, told.incarnation, told.key)
-        windows = Mirror(self._files.windows, told.shape, told.hosts, told.own)
+        windows = steps = None
+        if told.shape is not None:
+            windows = Mirror(self._files.windows, told.shape, told.hosts, told.own)
+        else:
+            steps = StepLines(Path(self._options.directory), len(told.hosts))
         self._carrier = Carrier(
             config,
             windows,
+            steps,
             listener=socket.socket(fileno=listener_fd),
             on_links=self._links_changed,
         )

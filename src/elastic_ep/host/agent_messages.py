@@ -86,7 +86,13 @@ class Carry:
     own: int
     incarnation: int
     key: bytes
-    shape: ExchangeShape
+    shape: ExchangeShape | None
+    """None: the ranks are on GPUs, which reach each other's memory; what they say of their steps is carried alone."""
+
+
+def carried_shape(device: str, shape: ExchangeShape) -> ExchangeShape | None:
+    """As in `Carry`."""
+    return shape if device == "cpu" else None
 
 
 @dataclass(frozen=True, slots=True)

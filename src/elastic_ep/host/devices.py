@@ -90,6 +90,11 @@ class Machine:
         return int(found.group(1)) if found else None
 
 
+def this_machine() -> str:
+    """A name of the kernel that runs here, since it was started: the same in all its containers."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def choose_device(asked: str, all2all_backend: str, hidden_size: int, machine: Machine | None = None) -> str:
     """ "cpu" or "cuda" for `--device`; auto takes a GPU only where all that it needs is there. Raises `ConfigError`."""
     machine = machine or Machine()

@@ -131,12 +131,13 @@ class Fence:
 class Join:
     """`address`: of the host, by which others dial it and by which it is told from them. `release`: of this package.
 
-    `builds`: of the engine in C++, that its processors run.
+    `builds`: of the engine in C++, that its processors run. `machine`: a name of the kernel that it runs on.
     """
 
     address: str
     release: str
     builds: tuple[str, ...]
+    machine: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,10 +87,7 @@ def _build(
     memory: StreamMemory,
     masks: MaskMaker | None,
 ) -> tuple[CudaRunner, BufferExchange]:
-    # The step barrier is a file that all ranks map, so all of them are on one host.
-    directory = Path(config.directory) / "barrier"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    barrier = StepBarrier(directory, config.placement.num_ranks, config.rank)
+    barrier = StepBarrier(Path(config.directory), config.placement.num_ranks, config.rank)
     member = Member(config.rank, config.incarnation)
     timing = config.timing
     kind = MooncakeExchange if config.all2all_backend == "mooncake" else PeerMemoryExchange

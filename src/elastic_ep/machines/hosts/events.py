@@ -37,6 +37,8 @@ class HostsConfig:
     """The build of the engine in C++ that all ranks compute with; "": none."""
     carrier: Reach
     """Of this host."""
+    machine: str = ""
+    """All hosts must be on it: their GPUs reach each other's memory. "": they may be anywhere."""
 
 
 # Events

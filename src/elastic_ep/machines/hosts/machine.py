@@ -239,6 +239,8 @@ class HostsMachine(Machine[Event, Effect]):
             return f"it runs elastic_ep {join.release}, and the group {config.release}: install that"
         if join.address == config.address:
             return f"{join.address} is the address of the group's first host: give --address, its own"
+        if config.machine and join.machine != config.machine:
+            return "it is another machine, and ranks on GPUs are on one as yet: start the group with --device cpu"
         if config.fused and config.fused not in join.builds:
             return f"its processor cannot run the build {config.fused} of the engine in C++, and others differ in bits"
         return ""
