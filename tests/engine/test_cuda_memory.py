@@ -52,9 +52,10 @@ def test_the_weights_are_counted_as_they_will_be_allocated() -> None:
     assert NEEDS.weights == 2 * sum(tensor.numel() for tensor in tensors)
 
 
-def test_experts_of_codes_take_what_their_parts_take() -> None:
-    """A byte a number, and the scales; two bytes a number where they are widened."""
-    asked = {"quant_method": "fp8", "weight_block_size": [32, 64]}
+@pytest.mark.parametrize("columns", [64, 128])
+def test_codes_take_what_their_parts_take(columns: int) -> None:
+    """A byte a number, and the scales, of experts and where rows become codes too of all; two bytes where widened."""
+    asked = {"quant_method": "fp8", "weight_block_size": [32, columns]}
     spec = quantised(TINY, ConfigFields(Path("config.json"), {"quantization_config": asked}))
     source = dummy_source(spec, 0)
     for held, widened in ((Held.CODES, False), (Held.NUMBERS, True)):

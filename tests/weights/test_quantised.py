@@ -23,6 +23,7 @@ from elastic_ep.models.quantisation import METHODS
 from elastic_ep.models.registry import ARCHITECTURE_TYPES, load_spec
 from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.run import BUNDLED_MODEL
+from elastic_ep.weights.arranged import arranged
 from elastic_ep.weights.bank import Held, Weights, blank_weights, dummy_source, load_weights
 from elastic_ep.weights.dequantise import dequantised
 from elastic_ep.weights.peers import ExpertPull, publish, pull_experts
@@ -280,6 +281,15 @@ def test_what_is_held_can_be_codes_or_numbers_alone(pair: tuple[Path, Path]) -> 
     assert numbers.expert_parts(0) == [part.name for part in numbers.spec.moe.parts]
     for name in numbers.expert_parts(0):
         assert torch.equal(numbers.layers[0][name], both.layers[0][name])
+
+
+def test_codes_that_a_gpu_cannot_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 32"):
+        arranged(Int4(0, False), "codes", torch.zeros(2, 5, dtype=torch.int32))
+    scales = torch.full((2, 3), 128, dtype=torch.uint8)
+    assert arranged(Mxfp4(), "scales", scales).shape == scales.shape
+    with pytest.raises(ValueError, match=r"above 2 \*\* 1"):
+        arranged(Mxfp4(), "scales", scales + 1)
 
 
 def test_dense_matrices_in_fp8_may_stay_codes(tmp_path: Path) -> None:
