@@ -21,7 +21,9 @@ from elastic_ep.group.metrics import Metrics
 from tests.gateway.conftest import settings
 from tests.gateway.fakes import FakeBackend, sample_text
 
-SCHEMA = schemathesis.openapi.from_dict(description(settings()))
+SETTINGS = settings(admin_key="fuzz")
+WITH_KEY = {"Authorization": "Bearer fuzz"}
+SCHEMA = schemathesis.openapi.from_dict(description(SETTINGS))
 CHECKS = [
     schemathesis.checks.not_a_server_error,
     checks.status_code_conformance,
@@ -68,7 +70,7 @@ def url(cases: Cases) -> Iterator[str]:
     thread.start()
 
     server = asyncio.run_coroutine_threadsafe(
-        serve(create_app(FakeBackend(), settings(), sample_text(), Metrics(), sample_text), "127.0.0.1", 0),
+        serve(create_app(FakeBackend(), SETTINGS, sample_text(), Metrics(), sample_text), "127.0.0.1", 0),
         loop,
     ).result(10)
     yield server.url
@@ -86,9 +88,11 @@ def session() -> Iterator[requests.Session]:
 
 @pytest.mark.parametrize("mode", SEEDS, ids=("valid", "invalid"))
 def test_requests(mode: GenerationMode, cases: Cases, url: str, session: requests.Session) -> None:
+    """Every other one with the admin key."""
     assert len(cases[mode]) == _few.max_examples
-    for case in cases[mode]:
-        case.validate_response(case.call(base_url=url, session=session), checks=CHECKS)
+    for number, case in enumerate(cases[mode]):
+        headers = WITH_KEY if number % 2 else None
+        case.validate_response(case.call(base_url=url, session=session, headers=headers), checks=CHECKS)
 
 
 BODIES: dict[str, dict[str, Any]] = {
