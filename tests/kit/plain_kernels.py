@@ -36,7 +36,9 @@ def gate(
         ).flatten(1)
     logical = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(1, logical)
-    if renormalise:
+    if kind.scores is Scores.SOFTMAX_OF_CHOSEN:
+        weights = torch.softmax(logits.gather(1, logical), dim=-1)
+    elif renormalise:
         weights /= (weights.sum(dim=-1, keepdim=True) + kind.added_to_sum).clamp(min=kind.least_sum)
     weights *= kind.factor
     physical = physical_of[logical]

@@ -22,7 +22,7 @@ INT_PLACES = ((3, 0), (7, 4), (11, 8), (15, 12))
 """The same of integers: the highest bit, and the other three."""
 MX_LARGEST = 128
 """Exponents above it, a factor of two, are refused: no bfloat16 is what their codes are multiplied by."""
-_ROWS = 512
+_ROWS = 2048
 """At a time: what is made on the way is eight times as large as the codes."""
 
 

@@ -37,6 +37,7 @@ def test_is_the_reference(
 
 
 KINDS = [
+    Gate(Scores.SOFTMAX_OF_CHOSEN),
     Gate(Scores.SIGMOID, correction=True, added_to_sum=1e-20, factor=2.5),
     Gate(Scores.SIGMOID, correction=True, groups=8, top_groups=4, added_to_sum=1e-20, factor=2.5),
     Gate(groups=8, top_groups=3, group_scores=GroupScores.HIGHEST, factor=16.0),

@@ -20,7 +20,7 @@ LARGE = tl.constexpr(1e30)
 
 def has_gate(ffn: Moe) -> bool:
     """The kernel knows this gate."""
-    known = ffn.gate.scores in (Scores.SOFTMAX, Scores.SIGMOID)
+    known = ffn.gate.scores in (Scores.SOFTMAX, Scores.SOFTMAX_OF_CHOSEN, Scores.SIGMOID)
     return known and ffn.experts <= MAX_EXPERTS and ffn.top_k <= MAX_TOP_K
 
 
@@ -131,7 +131,8 @@ def gate(
 
     `logits` [T, E], rows of any stride. `physical_of` [E] int64: the copy of each logical expert to send to, -1 for
     none: it comes out as -1 with its weight. `num_tokens` [1], int32 or int64: the rows from there on are padding and
-    get -1 and 0. `kind` has softmax or sigmoid for scores; `correction` [E] float32, if it asks for one.
+    get -1 and 0. `kind` has softmax, of all or of the chosen, or sigmoid for scores; `correction` [E] float32, if it
+    asks for one.
 
     Raises ValueError for more than `MAX_EXPERTS` experts or a `top_k` beyond `MAX_TOP_K` or the experts.
     """
@@ -156,7 +157,8 @@ def gate(
             K=top_k,
             BLOCK_E=power_of_2(experts),
             BLOCK_K=power_of_2(top_k),
-            RENORMALISE=renormalise,
+            # The softmax of the chosen is what all have of it, over their sum.
+            RENORMALISE=renormalise or kind.scores is Scores.SOFTMAX_OF_CHOSEN,
             LIMITED=num_tokens is not None,
             SIGMOID=kind.scores is Scores.SIGMOID,
             CORRECTED=correction is not None,
