@@ -84,7 +84,7 @@ def test_rows_are_the_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_noise_has_the_bits_of_the_processors_up_to_the_logarithm() -> None:
     keys = [(0, 0, 0), (2**64, 5, 3), (-1, 1, 2**40), (2**63, 0, 7)]
     states = np.array([key_state(*key) for key in keys], np.uint64).view(np.int64)
-    noise = draws_module.gumbel(torch.from_numpy(states), 4000).numpy()
+    noise = draws_module.gumbel(torch.from_numpy(states), torch.arange(4000)).numpy()
     expected = on_processor(keys, 4000)
     assert np.abs(noise - expected).max() <= 4 * np.spacing(math.e**3)
 

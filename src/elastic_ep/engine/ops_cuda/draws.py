@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from elastic_ep.engine.ops_cuda.kernels.draw_tokens import draw_tokens
 from elastic_ep.engine.sampler import (
     FORBIDDEN,
     GOLDEN,
@@ -28,8 +29,12 @@ from elastic_ep.engine.sampler import (
     key_state,
 )
 from elastic_ep.engine.scheduler import Sequence
+from elastic_ep.kernel import INTERPRETED
 from elastic_ep.wire.messages import SamplingParams, TopLogprob
 
+MOST_RANKED = 1024
+"""Of a larger top_k the whole vocabulary is ranked."""
+_LAST_PLACE = 0xFFFFFFFF
 _AT_ONCE = 4 << 20
 """Elements of a temporary: rows are worked on some at a time, so that a large vocabulary does not need gigabytes."""
 WORKING_BYTES = 10 * 8 * _AT_ONCE
@@ -86,17 +91,25 @@ class Draws:
 
     def __init__(self, sequences: Seq[Sequence], device: torch.device, rows: Seq[int] | None = None) -> None:
         self._masks: torch.Tensor | None = None
-        self._rows = torch.tensor(rows if rows is not None else range(len(sequences))).to(device)
         params = [seq.params for seq in sequences]
         self._greedy = [is_greedy(one) for one in params]
-        self._columns = torch.tensor([_columns(one) for one in params], dtype=torch.float64).to(device)
         states = [key_state(seq.seed, seq.choice, len(seq.tokens)) for seq in sequences]
-        self._states = torch.from_numpy(np.array(states, np.uint64).view(np.int64)).to(device)
+        whole = np.empty((2, len(params)), np.int64)  # all in one copy
+        whole[0] = rows if rows is not None else range(len(sequences))
+        whole[1] = np.array(states, np.uint64).view(np.int64)
+        columns = np.array([_columns(one) for one in params], np.float64).reshape(len(params), 5)
+        there = torch.from_numpy(np.concatenate([whole.ravel(), columns.view(np.int64).ravel()])).to(device)
+        self._rows, self._states, numbers = there.split([len(params), len(params), 5 * len(params)])
+        self._columns = numbers.view(torch.float64).view(len(params), 5)
         self._changes = [_Changes(seq, device) if _changes(seq) else None for seq in sequences]
         wanted = [one.logprobs for one in params if one.logprobs is not None]
         self._most_logprobs = max(wanted, default=None)
         self._floored = any(one.min_p > 0 for one in params)
-        self._cut = any(one.top_k > 0 or one.top_p < 1 for one in params)
+        drawn = [one for one in params if not is_greedy(one)]
+        self._cut = any(one.top_k > 0 or one.top_p < 1 for one in drawn)
+        self._most = max([one.top_k for one in drawn], default=0)
+        """Tokens of which one is drawn at most, if all say so."""
+        self._few = 0 < self._most <= MOST_RANKED and all(one.top_k > 0 for one in drawn)
 
     def run(self, logits: torch.Tensor, masks: torch.Tensor | None = None) -> Drawn:
         """`logits` [>= n, V] float32; `masks` [n, words] int32 if any of the sequences has a grammar.
@@ -104,6 +117,12 @@ class Draws:
         Masks in pinned memory are copied behind what the device does: they may be computed as late as that.
         """
         self._masks = masks.to(logits.device, non_blocking=True) if masks is not None else None
+        if self._most_logprobs is None and not any(self._changes):
+            if not self._cut and (logits.is_cuda or INTERPRETED):
+                settings = self._columns[:, [0, 1, 4]]
+                return Drawn(draw_tokens(logits, self._rows, self._states, settings, self._masks))
+            if self._cut and self._few:
+                return Drawn(self._of_few(logits.index_select(0, self._rows)))
         logits = logits.index_select(0, self._rows)
         rows, vocabulary = logits.shape
         at_once = max(1, _AT_ONCE // vocabulary)
@@ -114,6 +133,19 @@ class Draws:
             return Drawn(tokens)
         own, best = torch.cat([part.own for part in more]), torch.cat([part.best for part in more])
         return Drawn(tokens, Alternatives(own, best, torch.cat([part.logprobs for part in more])))
+
+    def _of_few(self, logits: torch.Tensor) -> torch.Tensor:
+        """Where all that are drawn say a top_k: without ranking the vocabulary."""
+        order = _largest(logits, self._masks, min(self._most, logits.shape[1]))
+        scores = logits.gather(1, order).double()
+        if self._masks is not None:
+            scores.masked_fill_(_may_come(self._masks, order) == 0, OUTSIDE)
+        temperature, floor, top_k, top_p, greedy = self._columns[:, :, None].unbind(dim=1)
+        scaled = (scores - scores[:, :1]) / temperature
+        scaled.masked_fill_(scaled < floor, -torch.inf)
+        scaled = _without_tail(scaled, top_k, top_p)
+        drawn = (scaled + gumbel(self._states, order)).argmax(dim=-1)
+        return order.gather(1, torch.where(greedy[:, 0] > 0, 0, drawn)[:, None])[:, 0]
 
     def _part(self, logits: torch.Tensor, rows: slice) -> Drawn:
         raw = logits[rows].double()
@@ -134,7 +166,7 @@ class Draws:
         scaled = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
         if self._floored:
             scaled.masked_fill_(scaled < floor, -torch.inf)
-        noise = gumbel(self._states[rows], scores.shape[-1])
+        noise = gumbel(self._states[rows], torch.arange(scores.shape[-1], device=scores.device))
         if self._cut:
             scaled, order = _cut_tail(scaled, top_k, top_p)
             drawn = (scaled + noise.gather(1, order)).argmax(dim=-1, keepdim=True)
@@ -214,6 +246,11 @@ def _outside(masks: torch.Tensor, vocabulary: int) -> torch.Tensor:
     return bits.flatten(1)[:, :vocabulary] == 0
 
 
+def _may_come(masks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of tokens [n, m] what masks [n, words] int32 say: 1 where one may come."""
+    return (masks.gather(1, tokens // 32) >> (tokens % 32)) & 1
+
+
 @cache
 def _bits(device: torch.device) -> torch.Tensor:
     """Of a word [32] int32. Kept: every launch less is time of a step."""
@@ -230,12 +267,25 @@ def _columns(params: SamplingParams) -> tuple[float, ...]:
     return params.temperature, floor, float(params.top_k), params.top_p, 0.0
 
 
-def gumbel(states: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """As in sampler.py: standard Gumbel noise [n, vocabulary] float64 for key states [n] int64.
+def _largest(logits: torch.Tensor, masks: torch.Tensor | None, count: int) -> torch.Tensor:
+    """The tokens [n, count] int64 with the largest logits [n, V] float32, the largest first, of equals the first; those
+    outside of `masks` come last."""
+    places = torch.arange(logits.shape[1], device=logits.device)
+    bits = (logits + 0.0).view(torch.int32)  # no zero has a sign
+    ranks = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    if masks is not None:
+        ranks.masked_fill_(_outside(masks, logits.shape[1]), -(1 << 31))
+    keys = (ranks << 32) | (_LAST_PLACE - places)
+    best: torch.Tensor = keys.topk(count, dim=-1).values
+    return _LAST_PLACE - (best & _LAST_PLACE)
+
+
+def gumbel(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """As in sampler.py: standard Gumbel noise [n, m] float64 for key states [n] and tokens [m] or [n, m], all int64.
 
     Words are unsigned there; here they are int64 with the same bits, and products wrap as well.
     """
-    counter = torch.arange(1, vocabulary + 1, device=states.device) * _signed(GOLDEN)
+    counter = (tokens + 1) * _signed(GOLDEN)
     words = states[:, None] + counter
     for shift, multiplier in zip((30, 27), MIX_MULTIPLIERS, strict=True):
         words = (words ^ _shifted(words, shift)) * _signed(multiplier)
@@ -258,9 +308,14 @@ def _cut_tail(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As in sampler.py, but the scores [n, V] stay in order of rank; the second result says whose they are."""
     ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(scores.shape[-1], device=scores.device)
+    return _without_tail(ranked, top_k, top_p), order
+
+
+def _without_tail(ranked: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """-inf in place of scores that top_k or top_p leave out; in place."""
+    rank = torch.arange(ranked.shape[-1], device=ranked.device)
     ranked.masked_fill_((top_k > 0) & (rank >= top_k), -torch.inf)
     mass = torch.exp(ranked - ranked[:, :1])
     before = mass.cumsum(dim=-1) - mass
     cut = (top_p < 1) & (before >= top_p * mass.sum(dim=-1, keepdim=True)) & (rank > 0)
-    return ranked.masked_fill_(cut, -torch.inf), order
+    return ranked.masked_fill_(cut, -torch.inf)
