@@ -113,7 +113,7 @@ def compiled_experts(tiles: Tiles, dtype: torch.dtype, down: bool, parts: int) -
     constants |= {"X_STRIDE": 768 if down else 2048, "Y_STRIDE": 2048 if down else 768, "WIDTH": 0, "FORM": 0}
     constants |= {"N": tiles.columns, "K": tiles.depth, "DOWN": down, "PARTS": parts}
     constants |= {"BLOCK_P": power_of_2(parts), "SCALE_ROWS": 1, "SCALE_COLUMNS": 1}
-    constants |= dict.fromkeys(("BIASED", "CLAMPED", "ALTERNATING", "ZEROS"), False)
+    constants |= dict.fromkeys(("BIASED", "CLAMPED", "ZEROS"), False)
     return compiled(expert_ffn._experts_kernel, types, constants, tiles.warps, tiles.stages)
 
 
