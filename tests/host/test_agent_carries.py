@@ -12,7 +12,7 @@ from elastic_ep.exchange.step_barrier import StepBarrier
 from elastic_ep.host.agent_messages import Carry
 from elastic_ep.wire.host_messages import Links, Reach
 from elastic_ep.wire.host_sockets import listen
-from tests.kit.harness import running
+from tests.kit.harness import DEADLINE_S, running, wait_until
 
 HOSTS = (0, 1)
 
@@ -41,6 +41,6 @@ def test_steps_are_told_where_ranks_are_on_gpus(tmp_path: Path) -> None:
                 for event in linked:
                     await event.wait()
                 barriers[1].say(5)
-                await asyncio.to_thread(barriers[0].wait_for, 5, lambda: [1])
+                await asyncio.to_thread(wait_until, lambda: barriers[0].of(1) == 5, DEADLINE_S, "it is told")
 
     asyncio.run(main())
