@@ -22,11 +22,14 @@ SPOILT = (0, 0)
 """Layer, and slot of the rank."""
 BORN_SPOILT = (1, 2)
 """Rank and incarnation."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""By the size of a number."""
 
 
 def spoil(runner: StepRunner) -> None:
     layer, slot = SPOILT
-    runner.weights.slot(layer, slot)[-1].view(-1).view(torch.uint8)[0] ^= 1
+    part = runner.weights.slot(layer, slot)[-1]
+    part[(0,) * part.dim()].view(_BITS[part.element_size()]).bitwise_xor_(1)
 
 
 def main(config_json: str, files: SharedFiles, life_fd: int) -> int:

@@ -133,8 +133,9 @@ class Reading:
                 return found
         found = await self.worker.read(task, raw, before)
         if isinstance(found, Job):
-            for grammar in {part.params.grammar for part in found.parts} - {None}:
-                self._known.add(grammar)
+            for part in found.parts:
+                if part.params.grammar is not None:
+                    self._known.add(part.params.grammar)
         return found
 
 
