@@ -1,4 +1,4 @@
-"""`python -m elastic_ep.run` with ranks whose memory can be made wrong: SIGUSR1 flips a bit of a rank's first expert,
+"""`python -m elastic_ep.run` with ranks whose memory can be made wrong: `SPOIL` flips a bit of a rank's first expert,
 in what it has last: a matrix, or the scales of one.
 
 The second incarnation of rank 1 has it flipped from the start.
@@ -18,6 +18,8 @@ from elastic_ep.host.fork_messages import SharedFiles
 from elastic_ep.rank import process as rank
 from elastic_ep.rank.slots import SlotWorker
 
+SPOIL = signal.SIGURG
+"""HAZARD: not SIGUSR1. The LLVM in Triton 3.7.1 takes that for itself when a rank on a GPU compiles its first kernel."""
 SPOILT = (0, 0)
 """Layer, and slot of the rank."""
 BORN_SPOILT = (1, 2)
@@ -43,7 +45,7 @@ def main(config_json: str, files: SharedFiles, life_fd: int) -> int:
         def on_signal(_number: int, _frame: FrameType | None) -> None:
             spoil(runner)
 
-        signal.signal(signal.SIGUSR1, on_signal)
+        signal.signal(SPOIL, on_signal)
         start(worker, runner)
 
     SlotWorker.start = start_spoilt  # type: ignore[method-assign,assignment]  # to spoil bytes

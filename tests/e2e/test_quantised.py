@@ -13,7 +13,7 @@ import pytest
 
 from elastic_ep.models import deepseek_v3, gpt_oss, qwen3_moe
 from elastic_ep.run import BUNDLED_MODEL
-from tests.e2e.corruptible_server import SPOILT
+from tests.e2e.corruptible_server import SPOIL, SPOILT
 from tests.e2e.test_families import SHAPES, texts
 from tests.e2e.test_wrong_bytes import MODULE, slots_of, until_mended, verify
 from tests.kit.quantised import SCHEMES, write_pair
@@ -57,7 +57,7 @@ async def killed_and_spoiled(serving: Server) -> None:
         assert await verify(session, url) == []
 
         physical = SPOILED * len(await slots_of(session, url)) // RANKS + SPOILT[1]
-        os.kill(before["engines"][SPOILED]["pid"], signal.SIGUSR1)
+        os.kill(before["engines"][SPOILED]["pid"], SPOIL)
         assert await verify(session, url) == [{"layer": SPOILT[0], "physical": physical, "rank": SPOILED}]
         await until_mended(session, url, physical, before["tolerates"])
         assert await verify(session, url) == []

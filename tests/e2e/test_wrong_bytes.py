@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from elastic_ep.replay import replay
-from tests.e2e.corruptible_server import BORN_SPOILT, SPOILT
+from tests.e2e.corruptible_server import BORN_SPOILT, SPOIL, SPOILT
 from tests.kit.served import Server, chat, http, server, status, until_full
 
 RANKS = 4
@@ -31,7 +31,9 @@ async def slots_of(session: aiohttp.ClientSession, url: str) -> list[dict[str, A
 
 async def verify(session: aiohttp.ClientSession, url: str) -> list[dict[str, Any]]:
     async with session.post(f"{url}/v1/fault_tolerance/verify") as response:
-        differ: list[dict[str, Any]] = (await response.json())["differ"]
+        found = await response.json()
+        assert found["silent"] == [], "who does not answer hides what differs"
+        differ: list[dict[str, Any]] = found["differ"]
         return differ
 
 
@@ -60,7 +62,7 @@ async def spoil_one_that_serves(target: Server, victim: int) -> None:
         assert await verify(session, url) == []
         before = await status(session, url)
         physical = victim * len(await slots_of(session, url)) // RANKS + SPOILT[1]
-        os.kill(before["engines"][victim]["pid"], signal.SIGUSR1)
+        os.kill(before["engines"][victim]["pid"], SPOIL)
         found = await verify(session, url)
         assert found == [{"layer": SPOILT[0], "physical": physical, "rank": victim}]
         await until_mended(session, url, physical, before["tolerates"])
