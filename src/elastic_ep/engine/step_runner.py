@@ -141,6 +141,8 @@ class StepRunner(ABC):
         """Batches that have to run again before anything else is scheduled."""
         self._computing: list[Chunk] = []
         self._guiding = Guiding(masks, self._mask_memory)
+        self._foreseen: list[Chunk] | None = None
+        """The batch after the one that runs, or ran last, if it is prepared. It holds while that one's tokens are late."""
         self._late: LateTokens | None = None
         """The last step's tokens, if they may not have been noted down yet: none of them ends its sequence."""
         self._targets: list[Sequence] = []
@@ -191,22 +193,17 @@ class StepRunner(ABC):
         Changes nothing if it raises.
         """
 
-    def _foresee(self, chunks: list[Chunk]) -> None:  # noqa: B027 -- where nothing is launched ahead, nothing need be
-        """While the device works on `chunks`: prepare the step after it, if that is easily told."""
-
-    def _foreseen(self) -> list[Chunk] | None:
-        """The next batch, if all came as foreseen. The last step's tokens are noted down when it is launched."""
+    def _foresee(self, chunks: list[Chunk]) -> list[Chunk] | None:
+        """While the device works on `chunks`: the batch after it, prepared, if that is easily told. It is launched before
+        the tokens of `chunks` are noted down."""
         return None
 
-    def _forget_foreseen(self) -> None:  # noqa: B027 -- as above
-        """Something else has happened."""
-
     def _told_later(self, chunks: list[Chunk]) -> LateTokens | None:
-        """The tokens of a step that has ended as was foreseen; None: it has not, or nothing was."""
+        """The tokens of a step after which one was foreseen; None: it has not ended so that this one can follow."""
         return None
 
     def _settle(self) -> None:
-        """Note down what the last step has left."""
+        """Note down what the last step has left: something else than was foreseen may come next."""
         if self._late is not None:
             late, self._late = self._late, None
             late.noted()
@@ -315,7 +312,7 @@ class StepRunner(ABC):
 
     def add(self, assign: Assign) -> str:
         """Take over a request from position len(prompt) + len(emitted) on. Else the reason why it cannot be run."""
-        self._something_new()
+        self._settle()
         try:
             guides = self._guiding.can
             reason = refusal(assign, self._vocab_size, self._limits.max_model_len, guides=guides)
@@ -331,15 +328,11 @@ class StepRunner(ABC):
 
     def cancel(self, request_id: int) -> None:
         """Forget a request. Unknown ids are no error."""
-        self._something_new()
+        self._settle()
         self._guiding.cancel(request_id)
         sequence = self._scheduler.find(request_id)
         if sequence is not None:
             self._drop(sequence)
-
-    def _something_new(self) -> None:
-        self._settle()
-        self._forget_foreseen()
 
     def _drop(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
@@ -355,7 +348,7 @@ class StepRunner(ABC):
         not wait for it.
         """
         if self._guiding.opening:
-            self._something_new()
+            self._settle()
         lost = self._guiding.begin_opened(self._scheduler.add)
         result = self._step(step, schedule, launched)
         return replace(result, failed=[*lost, *result.failed]) if lost else result
@@ -364,9 +357,9 @@ class StepRunner(ABC):
     def _step(self, step: int, schedule: bool, launched: Callable[[], None]) -> StepResult:
         self._exchange.begin_step(step)
         self._take_done()
-        foreseen = self._foreseen() if schedule else None
+        foreseen = self._foreseen if schedule and self._late is not None else None
         if foreseen is None:
-            self._something_new()
+            self._settle()
             chunks = self._next_batch() if schedule else []
             drawn = [chunk for chunk in chunks if chunk.samples]
             targets = [chunk.target for chunk in drawn]
@@ -379,8 +372,7 @@ class StepRunner(ABC):
         launched()
         self._settle()
         self._ask_copies()
-        if failure is None:
-            self._foresee(chunks)
+        self._foreseen = self._foresee(chunks) if failure is None else None
         masked = self._exchange.end_step()
         if masked:  # whatever has failed, may have failed for that
             if chunks:
@@ -389,7 +381,7 @@ class StepRunner(ABC):
             return StepResult(masked=masked)
         if not chunks:
             return StepResult()
-        late = self._late = self._told_later(chunks)
+        late = self._late = self._told_later(chunks) if self._foreseen is not None else None
         if late is not None:
             return StepResult(sampled=late)
         sampled: list[Sampled] = []

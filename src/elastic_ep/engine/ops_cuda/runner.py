@@ -125,8 +125,9 @@ class CudaRunner(StepRunner):
         self._mask_room = self._mask_rows = torch.empty(0, 0, dtype=torch.int32)
         """Host memory for masks, and the rows of it that a step's masks are in."""
         self._ahead: Ahead | None = None
-        self._came_true: npt.NDArray[np.int64] | None = None
-        """The last step's tokens, if it ended as foreseen."""
+        """Of the batch that was foreseen last."""
+        self._known: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        """The tokens of the step before it."""
         self._rows: list[int] = []
         """Of the step's results: those that are sampled from."""
         self._met = self._launched = False
@@ -225,14 +226,12 @@ class CudaRunner(StepRunner):
         return self._pace.budget(self._busy.decodes)
 
     def _launch(self, chunks: list[Chunk]) -> None:
-        ahead, known = self._ahead, self._came_true
-        self._ahead = self._came_true = None
         self._met = self._launched = False
         self._carrier.begin()
         draws = None
-        if ahead is not None and known is not None:
+        if self._ahead is not None and chunks is self._foreseen:
             shape, work = self._inputs.decode_shape(len(chunks)), Work(0, len(chunks))
-            self._inputs.fill_next(ahead.next, known)
+            self._inputs.fill_next(self._ahead.next, self._known)
         else:
             draws = self._prepare_draws(chunks)
             shape, work = self._inputs.shape_of(chunks), _work_of(chunks)
@@ -249,39 +248,31 @@ class CudaRunner(StepRunner):
             self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         self._device_exchange.read_masks()
 
-    def _foresee(self, chunks: list[Chunk]) -> None:
+    def _foresee(self, chunks: list[Chunk]) -> list[Chunk] | None:
         """For the most likely tokens alone: what is drawn otherwise may depend on all tokens before."""
         if self._drawn is not None or not chunks or len(self._targets) != len(chunks) or self._again.groups:
-            return
+            return None
         stops: set[int] = set()
         for sequence, _, _ in chunks:
-            known = len(sequence.tokens)
-            if not is_steady(sequence) or known + 1 >= sequence.most:
-                return
+            if not is_steady(sequence) or len(sequence.tokens) + 1 >= sequence.most:
+                return None
             stops |= sequence.stops
         if len(stops) > MOST_STOPS or (foreseen := self._scheduler.foresee(chunks)) is None:
-            return
+            return None
         prepared = self._inputs.prepare_next(foreseen)
-        self._ahead = Ahead(prepared, frozenset(stops)) if prepared is not None else None
+        if prepared is None:
+            return None
+        self._ahead = Ahead(prepared, frozenset(stops))
+        return foreseen
 
     def _told_later(self, chunks: list[Chunk]) -> LateTokens | None:
-        ahead = self._ahead
-        if ahead is None:
+        assert self._ahead is not None
+        tokens = self._known = self._tokens.numpy()[
+            : len(chunks)
+        ].copy()  # the next step's come to the same place
+        if any((tokens == stop).any() for stop in self._ahead.stops):
             return None
-        tokens = self._tokens.numpy()[: len(chunks)].copy()  # the next step's come to the same place
-        if any((tokens == stop).any() for stop in ahead.stops):
-            self._ahead = None
-            return None
-        self._came_true = tokens
         return LateTokens(len(chunks), lambda: self._note(chunks, tokens.tolist()))
-
-    def _foreseen(self) -> list[Chunk] | None:
-        if self._ahead is None or self._came_true is None:
-            return None
-        return self._ahead.next.chunks
-
-    def _forget_foreseen(self) -> None:
-        self._ahead = self._came_true = None
 
     def _meet(self, work: Work) -> None:
         self._device_exchange.meet(work)
