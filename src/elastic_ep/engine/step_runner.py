@@ -142,7 +142,7 @@ class StepRunner(ABC):
         self._computing: list[Chunk] = []
         self._guiding = Guiding(masks, self._mask_memory)
         self._foreseen: list[Chunk] | None = None
-        """The batch after the one that runs, or ran last, if it is prepared. It holds while that one's tokens are late."""
+        """The batch after the one that runs, or ran last, if prepared. It holds while that one's tokens are late."""
         self._late: LateTokens | None = None
         """The last step's tokens, if they may not have been noted down yet: none of them ends its sequence."""
         self._targets: list[Sequence] = []
