@@ -21,7 +21,8 @@ from structlog.testing import capture_logs
 from elastic_ep import loop_watch
 from elastic_ep.loop_watch import HELD_S, LOOK_S, Held, HeldReport, make_loop
 from tests.kit.bound import Bound
-from tests.kit.harness import DEADLINE_S, state, wait_until
+from tests.kit.harness import DEADLINE_S, wait_until
+from tests.kit.processes import stop, thread_states
 
 pytestmark = pytest.mark.holds_the_loop("to see it noticed")
 LONG_S = 4 * LOOK_S
@@ -139,11 +140,10 @@ def test_a_process_that_was_stopped_does_not_hold_its_loop() -> None:
         assert loop.stdout is not None
         assert loop.stdout.readline() == "begun\n"
         for _ in range(3):
-            os.kill(loop.pid, signal.SIGSTOP)
-            wait_until(lambda: state(loop.pid) == "T", DEADLINE_S, "stopped")
+            stop(loop.pid)
             time.sleep(LONG_S)
             os.kill(loop.pid, signal.SIGCONT)
-            wait_until(lambda: state(loop.pid) != "T", DEADLINE_S, "goes on")
+            wait_until(lambda: "T" not in thread_states(loop.pid), DEADLINE_S, "goes on")
         assert loop.communicate(timeout=DEADLINE_S)[0] == ""
 
 

@@ -20,6 +20,7 @@ from train.problems import held_out
 from elastic_ep.replay import replay
 from elastic_ep.run import BUNDLED_MODEL
 from tests.kit.bound import run
+from tests.kit.processes import stop
 from tests.kit.served import Stamps, chat, http, server, status, until_full
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -82,7 +83,7 @@ def test_sigkill_of_the_run_process_leaves_nothing(tmp_path: Path) -> None:
     with server(["--ranks", "1"], tmp_path) as running:
         assert asyncio.run(ask(running.url)).endswith(f"#### {held_out(1)[0].answer}")
         processes, directory = family(running.process.pid), sockets_directory(running.process.pid)
-        os.kill(processes[-1].pid, signal.SIGSTOP)  # a stopped one must go, too
+        stop(processes[-1].pid)  # a stopped one must go, too
         running.process.kill()
         running.process.wait()
         wait_gone(processes, directory, 5)

@@ -17,6 +17,7 @@ from elastic_ep.wire.host_messages import AgentLost, AgentReady, Died, Launched,
 from elastic_ep.wire.messages import Member
 from tests.kit.bound import run as run_bound
 from tests.kit.harness import DEADLINE_S, Run, alive, running
+from tests.kit.processes import stop
 
 A, B, C = Member(0, 1), Member(1, 1), Member(2, 1)
 
@@ -33,7 +34,10 @@ def with_host(directory: Path, body: Callable[[Run], Awaitable[None]], agent: st
 def kill_agent(run: Run, number: int = signal.SIGKILL) -> int:
     pid = run.launcher.agent_pid
     assert pid is not None
-    os.kill(pid, number)
+    if number == signal.SIGSTOP:
+        stop(pid)
+    else:
+        os.kill(pid, number)
     return pid
 
 
@@ -76,7 +80,7 @@ def test_an_adopted_ranks_mutex_gives_notice(directory: Path) -> None:
         kill_agent(run)
         await next_agent(run, 2)
         assert run.launcher.server_pid is not None
-        os.kill(run.launcher.server_pid, signal.SIGSTOP)
+        stop(run.launcher.server_pid)
         os.kill(pid, signal.SIGKILL)
         assert (await run.expect(Died)).cause == "mutex"
         os.kill(run.launcher.server_pid, signal.SIGCONT)

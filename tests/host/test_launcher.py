@@ -28,7 +28,8 @@ from elastic_ep.wire.host_messages import (
 )
 from elastic_ep.wire.messages import Member
 from tests.kit.bound import Bound
-from tests.kit.harness import DEADLINE_S, Run, alive, running, state, title, wait_until
+from tests.kit.harness import DEADLINE_S, Run, alive, running, title
+from tests.kit.processes import stop
 
 A, B = Member(3, 1), Member(4, 2)
 
@@ -96,7 +97,7 @@ def test_the_mutex_alone_gives_notice(directory: Path) -> None:
     async def body(run: Run) -> None:
         facts = await run.up(A)
         assert run.launcher.server_pid is not None
-        os.kill(run.launcher.server_pid, signal.SIGSTOP)
+        stop(run.launcher.server_pid)
         os.kill(facts["pid"], signal.SIGKILL)
         assert (await noticed(run, A)).cause == "mutex"
         os.kill(run.launcher.server_pid, signal.SIGCONT)
@@ -141,8 +142,7 @@ def test_exits_by_itself(
 def test_fence_a_stopped_rank(directory: Path) -> None:
     async def body(run: Run) -> None:
         pid = (await run.up(A))["pid"]
-        os.kill(pid, signal.SIGSTOP)
-        wait_until(lambda: state(pid) == "T", DEADLINE_S, "stopped")
+        stop(pid)
         run.launcher.kill(A)
         run.launcher.kill(A)
         assert (await gone(run, A)).status == "signal 9"
@@ -229,7 +229,7 @@ def test_a_hung_fork_server_is_replaced(directory: Path) -> None:
     async def body(run: Run) -> None:
         first = run.launcher.server_pid
         assert first is not None
-        os.kill(first, signal.SIGSTOP)
+        stop(first)
         run.launcher.launch(A, '{"do": "sleep"}')
         run.launcher.launch(B, '{"do": "sleep"}')
         failed = await run.expect(LaunchFailed)
@@ -341,7 +341,7 @@ def test_leaving_kills_everything_stopped_ranks_included(directory: Path) -> Non
     async def body(run: Run) -> None:
         pids.extend([(await run.up(A))["pid"], (await run.up(B))["pid"]])
         pids.extend([run.launcher.server_pid or 0, run.launcher.janitor.pid])
-        os.kill(pids[0], signal.SIGSTOP)
+        stop(pids[0])
         run.launcher.launch(Member(0, 1), '{"do": "sleep"}')
         left.append(time.monotonic())
 

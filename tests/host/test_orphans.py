@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from tests.kit.bound import Bound
-from tests.kit.harness import DEADLINE_S, alive, state, wait_until
+from tests.kit.harness import alive, wait_until
+from tests.kit.processes import stop
 
 KIT = Path(__file__).parent.parent / "kit"
 RANKS = 3
@@ -43,9 +44,7 @@ def test_nothing_outlives_the_run_process(directory: Path, stopped: bool, killed
         assert len(pids["ranks"]) == RANKS
         assert all(map(alive, everyone))
         if stopped:
-            victim = pids["ranks"][1]
-            os.kill(victim, signal.SIGSTOP)
-            wait_until(lambda: state(victim) == "T", DEADLINE_S, "stopped")
+            stop(pids["ranks"][1])
         if killed_first:
             os.kill(pids[killed_first], signal.SIGKILL)
         process.kill()

@@ -20,7 +20,8 @@ from elastic_ep.host import life_line
 from elastic_ep.host.death_watch import MUTEX, MUTEX_RELEASED, DeathWatch
 from elastic_ep.host.robust_mutex import SLOT_BYTES, Locked, RobustMutexes
 from tests.kit.bound import Bound, run
-from tests.kit.harness import DEADLINE_S, state, wait_until
+from tests.kit.harness import DEADLINE_S
+from tests.kit.processes import stop
 
 pytestmark = pytest.mark.holds_the_loop("a holder's process is started, written to and waited for")
 SLOTS = 4
@@ -235,8 +236,7 @@ def test_a_stopped_process_dies_with_its_life_line() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "bound\n"
         os.close(read_end)
-        process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: state(process.pid) == "T", DEADLINE_S, "stopped")
+        stop(process.pid)
         os.close(write_end)
         assert process.wait(DEADLINE_S) == -signal.SIGKILL
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from elastic_ep.host.starvation import Starvation
 from elastic_ep.machines.membership.progress import Starved
 from elastic_ep.wire.messages import Member
 from tests.kit.bound import Bound
+from tests.kit.processes import stop
 
 MEMBER = Member(3, 1)
 PID = 4711
@@ -111,10 +111,6 @@ def spinning() -> Iterator[list[Bound]]:
         process.wait()
 
 
-def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 @pytest.mark.timeout(60)
 def test_the_kernel_tells_a_process_that_shares_its_processor_from_one_that_is_stopped(
     spinning: list[Bound],
@@ -127,10 +123,7 @@ def test_the_kernel_tells_a_process_that_shares_its_processor_from_one_that_is_s
         time.sleep(0.05)
         found = starvation.sample(pids)
     assert [one.member for one in found] == [MEMBER]
-    spinning[0].send_signal(signal.SIGSTOP)
-    while state(spinning[0].pid) != "T":
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+    stop(spinning[0].pid)
     starvation.sample(pids)
     for _ in range(5):
         time.sleep(0.02)

@@ -129,10 +129,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> float:
     """Poll for something that nothing announces; how long it took."""
     began = time.monotonic()

@@ -22,6 +22,7 @@ from elastic_ep.weights.transfer import TransferPlane, apply_settings
 from elastic_ep.wire.codec import decode, encode
 from elastic_ep.wire.slot_messages import Region, StateAddress
 from tests.kit.bound import tied
+from tests.kit.processes import stop
 
 _CONFIG = DecoderConfig(
     vocab_size=211,
@@ -71,6 +72,9 @@ class Source:
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
+        if number == signal.SIGSTOP:
+            stop(self.process.pid)
+            return
         os.kill(self.process.pid, number)
         if number == signal.SIGKILL:
             self.process.join(LONG_S)
