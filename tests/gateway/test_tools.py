@@ -13,6 +13,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from elastic_ep.config import CALL_PARSERS, REASONING_PARSERS
+from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.guided import certain_calls
 from elastic_ep.gateway.jobs import JobReader
 from elastic_ep.gateway.parsers.registry import CALL_FORMATS, REASONING_FORMATS
@@ -320,6 +321,57 @@ def test_each_tools_schema_is_a_document_of_its_own() -> None:
     assert follows(grammar, '[{"name": "f", "arguments": {"a": 7}}, {"name": "g\\"", "arguments": {}}]')
     assert not follows(grammar, '[{"name": "f", "arguments": {"a": 8}}]')
     assert not follows(grammar, '[{"name": "g\\"", "arguments": {"a": 7}}]')
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize(
+    ("wrong", "place"),
+    [
+        ({"properties": {"a": {"type": "str"}}}, ".properties.a"),
+        ({"properties": {"a": {"maximum": 1e30}}}, ".properties.a.maximum"),
+        ({"type": "array"}, ".type"),
+    ],
+)  # fmt: skip
+def test_a_call_that_cannot_be_certain_names_the_tool_and_the_place(
+    wrong: Any, place: str, several: bool
+) -> None:
+    tools = [*TOOLS, {"type": "function", "function": {"name": "f", "parameters": wrong}}]
+    named = {"type": "function", "function": {"name": "f"}}
+    reader = JobReader(settings(**PARSING), tool_text())
+    asked = {"messages": MESSAGES, "tools": tools, "tool_choice": "required" if several else named}
+    with pytest.raises(ApiError) as raised:
+        reader.chat(asked)
+    assert (raised.value.param, raised.value.code) == (
+        f"tools[2].function.parameters{place}",
+        "invalid_grammar",
+    )
+
+
+def test_a_fault_within_a_schema_is_told_by_the_place_where_the_client_gave_it() -> None:
+    reader = JobReader(settings(**PARSING), tool_text())
+    wrong = {"type": "object", "properties": {"a": {"type": "str"}}}
+    form = {"type": "json_schema", "name": "x", "schema": wrong}
+    tool = {"type": "function", "name": "f", "parameters": wrong}
+    message = {"max_tokens": 5, "messages": MESSAGES, "model": MODEL}
+    used = {"tools": [{"name": "f", "input_schema": wrong}], "tool_choice": {"type": "any"}}
+    for read, asked, place in (
+        (lambda body: reader.responses(body, None), {"text": {"format": form}}, "text.format.schema"),
+        (
+            lambda body: reader.responses(body, None),
+            {"tools": [tool], "tool_choice": "required"},
+            "tools[0].parameters",
+        ),
+        (
+            reader.messages,
+            message | {"output_config": {"format": {"type": "json_schema", "schema": wrong}}},
+            "output_config.format.schema",
+        ),
+        (reader.messages, message | used, "tools[0].input_schema"),
+    ):
+        with pytest.raises(ApiError) as raised:
+            read(asked if "messages" in asked else {"input": "x", **asked})
+        assert raised.value.param == f"{place}.properties.a"
+        assert raised.value.message.startswith(f"'{place}.properties.a' ")
 
 
 async def test_a_grammar_is_of_content(start: Start) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from functools import cache
@@ -13,7 +14,7 @@ from elastic_ep.guided import check, grammars
 from elastic_ep.guided.check import GrammarChecker
 from elastic_ep.guided.grammars import BadGrammar
 from elastic_ep.wire.messages import Grammar, GrammarKind
-from tests.guided.test_text import TAG, VOCABULARY, by_trying
+from tests.guided.test_text import TAG, VOCABULARY, begun, by_trying
 
 
 @cache
@@ -43,6 +44,57 @@ def test_the_part_of_a_schema_that_is_wrong(schema: Any, place: str, said: str) 
     error = fault(grammars.json_schema(schema))
     assert (error.place, said in str(error)) == (place, True), (error.place, str(error))
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"items": {"type": "integer", "minimum": 2**53 + 1}}, ".items.minimum"),
+        ({"minimum": -1e30, "maximum": -1e29}, ".minimum"),
+        ({"properties": {"const": {"const": {"a": [-(2**63)]}}}}, ".properties.const.const"),
+        ({"anyOf": [{"enum": ["x", 2**64]}]}, ".anyOf[0].enum"),
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, ".exclusiveMinimum"),
+        ({"exclusiveMaximum": -1, "exclusiveMinimum": -1.5}, ".exclusiveMaximum"),
+        ({"minimum": 1, "exclusiveMinimum": True, "maximum": 1.5}, ".exclusiveMinimum"),
+        ({"required": ["a"], "minProperties": 3}, ".minProperties"),
+    ],
+)  # fmt: skip
+def test_what_would_not_be_kept_is_refused(schema: Any, place: str) -> None:
+    with pytest.raises(BadGrammar) as raised:
+        grammars.json_schema(schema)
+    assert raised.value.place == place
+
+
+_ENDS = (-1, -0.5, -0.001, 0, 0.001, 0.5, 1, 1.5, 2)
+
+
+@pytest.mark.parametrize("least", ["minimum", "exclusiveMinimum"])
+@pytest.mark.parametrize("most", ["maximum", "exclusiveMaximum"])
+def test_no_number_that_is_left_out_follows(least: str, most: str) -> None:
+    taken = 0
+    for low, high in itertools.combinations(_ENDS, 2):
+        try:
+            grammar = grammars.json_schema({"type": "number", least: low, most: high}, compact=True)
+        except BadGrammar:
+            continue
+        taken += 1
+        for end, name in ((low, least), (high, most)):
+            if name.startswith("exclusive"):
+                text, matcher = f"{end}".encode(), begun(grammar).matcher
+                begins = matcher.try_consume_tokens([3 + byte for byte in text]) == len(text)
+                assert not (begins and matcher.is_accepting()), (low, high, text)
+    assert taken > 25
+
+
+def test_numbers_that_are_exact_and_names_that_are_no_bounds_are_taken() -> None:
+    for schema in (
+        {"enum": [2**53, -(2**53), 0.1]},
+        {"properties": {"minimum": {"const": 1}, "enum": {"type": "null"}}, "default": 1e300},
+        {"type": "integer", "exclusiveMinimum": 0, "maximum": 0.5 + 3},
+        {"required": ["a", "b"], "minProperties": 3},
+        {"type": "object", "minProperties": 1},
+    ):
+        checker().check(grammars.json_schema(schema))
 
 
 @pytest.mark.parametrize(

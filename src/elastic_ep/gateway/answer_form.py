@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from elastic_ep.gateway.bodies import Chat
 from elastic_ep.gateway.fields import bad_value, unsupported
-from elastic_ep.gateway.guided import certain_arguments, certain_calls
+from elastic_ep.gateway.guided import certain_arguments, certain_calls, refusal
 from elastic_ep.gateway.parsers.base import Tool
 from elastic_ep.gateway.parsers.registry import NAMED, REQUIRED, MessageForm, begins_within
 from elastic_ep.gateway.settings import ApiSettings
@@ -70,4 +72,16 @@ def certain(values: Chat, form: MessageForm) -> Grammar:
             return certain_arguments(next(one for one in functions if one["name"] == name))
         return certain_calls(functions, several=values.parallel_tool_calls)
     except BadGrammar as error:
-        raise bad_value("tools", f"cannot be followed: {error}.") from error
+        raise refusal("tools", error) from error
+
+
+def certain_parts(values: Chat, form: MessageForm) -> Iterator[tuple[str, Grammar]]:
+    """Of each tool that may be called its parameters by themselves, and the field that has them. Raises `ApiError`."""
+    names = {tool.name for tool in form.tools}
+    for place, tool in enumerate(values.tools):
+        if (function := tool["function"])["name"] in names:
+            param = f"tools[{place}].function.parameters"
+            try:
+                yield param, certain_arguments(function)
+            except BadGrammar as error:
+                raise refusal(param, error) from error

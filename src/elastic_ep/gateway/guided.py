@@ -187,9 +187,12 @@ def certain_arguments(function: Mapping[str, Any]) -> Grammar:
 
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool without parameters has an object without members."""
+    """A tool without parameters has an object without members. Raises `BadGrammar`."""
     nothing = {"properties": {}, "additionalProperties": False}
-    return {"type": "object", **(function.get("parameters") or nothing)}
+    schema = {"type": "object", **(function.get("parameters") or nothing)}
+    if schema["type"] != "object":
+        raise BadGrammar('must be "object": a call has named arguments', ".type")
+    return schema
 
 
 class GrammarReader:
@@ -223,7 +226,7 @@ class GrammarReader:
         try:
             return self.checked(make(), param)
         except BadGrammar as error:
-            raise _refusal(param, error) from error
+            raise refusal(param, error) from error
 
     def checked(self, grammar: Grammar, param: str) -> Grammar:
         """`grammar`, which came from the field `param`."""
@@ -236,7 +239,7 @@ class GrammarReader:
         try:
             self._checker.check(grammar)
         except BadGrammar as error:
-            raise _refusal(param, error) from error
+            raise refusal(param, error) from error
         return grammar
 
     def _tagged(self, given: Any) -> Grammar:
@@ -380,6 +383,6 @@ def _schema(given: Any, whitespace: str | None, *, compact: bool = False) -> Gra
     return grammars.json_schema(grammars.parsed(given), whitespace=whitespace, compact=compact)
 
 
-def _refusal(param: str, error: BadGrammar) -> ApiError:
+def refusal(param: str, error: BadGrammar) -> ApiError:
     place = f"{param}{error.place}"
     return ApiError(f"'{place}' cannot be followed: {error}.", param=place, code="invalid_grammar")

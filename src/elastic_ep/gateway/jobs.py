@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from elastic_ep.gateway.answer_form import certain, message_form
+from elastic_ep.gateway.answer_form import certain, certain_parts, message_form
 from elastic_ep.gateway.bodies import Chat, Completion, Generating, StreamOptions
 from elastic_ep.gateway.conversation import ChatPrompt
 from elastic_ep.gateway.errors import ApiError, unknown_model
@@ -160,7 +160,12 @@ class JobReader:
         """That makes the call certain that the client asks for."""
         if given is not None:
             raise unsupported("tool_choice", "cannot be honoured with a grammar: a text follows one.")
-        return alone(values, self._grammars.checked(certain(values, form), "tools"))
+        try:
+            return alone(values, self._grammars.checked(certain(values, form), "tools"))
+        except ApiError:
+            for param, part in certain_parts(values, form):
+                self._grammars.checked(part, param)
+            raise
 
     def _part(
         self,
@@ -234,9 +239,23 @@ def _renamed(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        root = re.split(r"[.\[]", error.param or "")[0]
-        if root not in names:
+        param = _place(error.param or "", names)
+        if param == error.param or not param:
             raise
-        message = error.message.replace(f"'{error.param}'", f"'{names[root]}'")
-        message = message.replace(f"Your {error.param} ", f"Your {names[root]} ")
-        raise ApiError(message, status=error.status, param=names[root], code=error.code) from None
+        message = error.message.replace(f"'{error.param}'", f"'{param}'")
+        message = message.replace(f"Your {error.param} ", f"Your {param} ")
+        raise ApiError(message, status=error.status, param=param, code=error.code) from None
+
+
+_SCHEMA = "response_format.json_schema.schema"
+_FUNCTION = re.compile(r"(tools\[\d+\])\.function(\.parameters)?(.*)", re.DOTALL)
+
+
+def _place(param: str, names: Mapping[str, str]) -> str:
+    """Where a client gave what `param` of a conversation was made of; else its field."""
+    if param.startswith(_SCHEMA):
+        return f"{names['response_format']}.schema{param.removeprefix(_SCHEMA)}"
+    if tool := _FUNCTION.fullmatch(param):
+        parameters = tool[2] and "." + names.get("parameters", "parameters")
+        return f"{tool[1]}{parameters or ''}{tool[3]}"
+    return names.get(re.split(r"[.\[]", param)[0], param)

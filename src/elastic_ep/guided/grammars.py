@@ -18,6 +18,7 @@ from typing import Any
 from llguidance import LLParserLimits, regex_to_lark
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
+from elastic_ep.guided import exactness
 from elastic_ep.wire.messages import Grammar, GrammarKind
 
 MAX_CHARACTERS = 64 << 10
@@ -54,6 +55,7 @@ def json_schema(schema: Any, *, whitespace: str | None = None, compact: bool = F
         raise BadGrammar("must be an object")
     if _OPTIONS in schema:
         raise BadGrammar("is not taken from clients", f".{_OPTIONS}")
+    _exact(schema)
     pattern = "" if compact else WHITESPACE if whitespace is None else whitespace
     options = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
     try:
@@ -61,6 +63,16 @@ def json_schema(schema: Any, *, whitespace: str | None = None, compact: bool = F
     except (ValueError, RecursionError) as error:
         raise BadGrammar(f"is not JSON: {error}") from error
     return Grammar(GrammarKind.JSON_SCHEMA, _short(text))
+
+
+def _exact(schema: dict[str, Any]) -> None:
+    """Raises `BadGrammar`."""
+    try:
+        fault = next(exactness.faults(schema), None)
+    except RecursionError as error:
+        raise BadGrammar("is nested too deeply") from error
+    if fault is not None:
+        raise BadGrammar(*fault)
 
 
 def parsed(schema: Any) -> Any:

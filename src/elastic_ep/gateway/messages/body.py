@@ -21,6 +21,7 @@ RENAMED = {
     "max_completion_tokens": "max_tokens", "stop": "stop_sequences", "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format", "chat_template_kwargs": "thinking",
     "include_reasoning": "thinking.display", "continue_final_message": "messages",
+    "parameters": "input_schema",
 }  # fmt: skip
 """Fields of a conversation by the names that they have here."""
 _SAME = ("model", "temperature", "top_p", "top_k", "max_tokens")
