@@ -35,6 +35,7 @@ STOP_S = 1.0
 SAY_EVERY_S = 10.0
 SCHEDSTAT = "/proc/self/task/{}/schedstat"
 """Of a thread, nanoseconds: processor time, time in which it could run and had no processor."""
+UNSEEN = "something that was over before anybody looked"
 _YOUNG_S = 0.01
 """A turn that has taken so much longer may become a long one: the thread notes where it is."""
 _LATE_S = 0.025
@@ -142,8 +143,9 @@ class _Watcher:
         """Whether that turn, which ends now, held the loop."""
         if self._stat < 0:
             return None
-        look, now = self._look, self._look_now()
+        # What it sees from here on is this.
         sight = self._sight if self._sight is not None and self._sight.turn == turn else None
+        look, now = self._look, self._look_now()
         ran = now.at - max(began, look.at) - (now.waited - look.waited)
         if sight is None or sight.late:
             # The thread could not look either: a call kept the interpreter lock, which takes a processor; or else
@@ -151,39 +153,47 @@ class _Watcher:
             ran = min(ran, now.worked - look.worked)
         if ran <= HELD_S * 1e9:
             return None
-        where = sight.where if sight else "something that was over before anybody looked"
+        where = sight.where if sight else UNSEEN
         return Held(ran / 1e9, began / 1e9, where)
 
     def _look_now(self) -> _Look:
-        waited = int(os.pread(self._stat, 64, 0).split()[1])
-        return _Look(time.monotonic_ns(), waited, time.process_time_ns())
+        return _Look(time.monotonic_ns(), _waited(self._stat), time.process_time_ns())
 
     def _run(self) -> None:
-        due = time.monotonic_ns()
+        own = os.open(SCHEDSTAT.format(threading.get_native_id()), os.O_RDONLY)
+        with suppress(OSError):  # the loop's thread has ended
+            self._look_on(own)
+        self._stopped.wait()
+        os.close(own)
+        os.close(self._stat)
+
+    def _look_on(self, own: int) -> None:
+        last, waits = time.monotonic_ns(), _waited(own) + _waited(self._stat)
         while not self._stopped.wait(LOOK_S):
             turn, began = self._selector.present
-            now = time.monotonic_ns()
-            late, due = now - due > (LOOK_S + _LATE_S) * 1e9, now
+            now, waits_now = time.monotonic_ns(), _waited(own) + _waited(self._stat)
+            overdue = now - last - LOOK_S * 1e9
+            # Its own wait for a processor, or that of a loop that had the lock meanwhile, is no call's doing.
+            kept = overdue - (waits_now - waits)
+            last, waits = now, waits_now
             if not began or now - began < _YOUNG_S * 1e9:
                 self._look_between()
             elif frame := sys._current_frames().get(self._loop_thread):
-                self._note(turn, describe(frame), late)
-        os.close(self._stat)
+                self._note(turn, describe(frame), overdue > _LATE_S * 1e9, kept > _LATE_S * 1e9)
 
     def _look_between(self) -> None:
         """HAZARD: between any two lines the interpreter lock may be gone for as long as a call keeps it. A look from
         behind that call would hide it, so whether the turn was young is asked after the look.
         """
-        with suppress(OSError):  # the loop's thread has ended
-            look = self._look_now()
-            _, began = self._selector.present
-            if not began or look.at - began < _YOUNG_S * 1e9:
-                self._look = look
+        look = self._look_now()
+        _, began = self._selector.present
+        if not began or look.at - began < _YOUNG_S * 1e9:
+            self._look = look
 
-    def _note(self, turn: int, where: str, late: bool) -> None:
+    def _note(self, turn: int, where: str, late: bool, locked: bool) -> None:
         before = self._sight
         was_late = before is not None and before.turn == turn and before.late
-        if late:
+        if locked:
             where = f"a call that kept the interpreter lock and returned in {where}"
         self._sight = _Sight(turn, where, late or was_late)
 
@@ -210,6 +220,11 @@ class HeldReport:
 def make_loop(on_held: Callable[[Held], None]) -> asyncio.AbstractEventLoop:
     """A new event loop that is watched."""
     return asyncio.SelectorEventLoop(WatchedSelector(on_held))
+
+
+def _waited(stat: int) -> int:
+    """How long the thread has waited for a processor, nanoseconds. Raises OSError when it has ended."""
+    return int(os.pread(stat, 64, 0).split()[1])
 
 
 def describe(frame: FrameType) -> str:
