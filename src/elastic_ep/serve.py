@@ -29,6 +29,7 @@ from elastic_ep.event_log.files import RANKS, make_private
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.exchange.windows import Windows, WindowsError
 from elastic_ep.first_host import control_wire, open_hosts
+from elastic_ep.gateway import text_process
 from elastic_ep.gateway.app import READING, create_app
 from elastic_ep.gateway.app import Server as HttpServer
 from elastic_ep.gateway.app import serve as serve_http
@@ -40,6 +41,7 @@ from elastic_ep.gateway.prepared import prepare
 from elastic_ep.gateway.reading import Reading
 from elastic_ep.gateway.router import Router
 from elastic_ep.gateway.settings import ApiSettings
+from elastic_ep.gateway.text_worker import Begun
 from elastic_ep.gateway.traces import Traces, TracesUnavailable, to_endpoint
 from elastic_ep.group.clock import Clock
 from elastic_ep.group.controller import Controller
@@ -107,6 +109,7 @@ def serve(config: ServeConfig, rank_entry: str = RANK_ENTRY, server: ServerProce
     make_prompt()
     gc.freeze()  # what is there by now stays: the collector need not look through it again and again
     gc.set_threshold(GC_THRESHOLD)
+    process.begin_text()
     loop_factory = partial(make_loop, HeldReport(event_log.note))
     try:
         return anyio.run(process.run, backend_options={"loop_factory": loop_factory})
@@ -159,10 +162,17 @@ class RunProcess:
         prepare(self._api_settings)
         self._stop_signals = 0
         self._fork_error: str | None = None
+        self._text: Begun | None = None
+
+    def begin_text(self) -> None:
+        """Fork the process that reads large bodies: before there is a thread, and an event loop."""
+        keyless = replace(self._api_settings, api_keys=(), admin_key=None)
+        self._text = text_process.fork(keyless, self._plan.text)
 
     async def run(self) -> int:
         self._stop = anyio.Event()
         self._force = anyio.Event()
+        self._text_ready = anyio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
@@ -217,7 +227,7 @@ class RunProcess:
                 tasks.start_soon(controller.watch.run)
             tasks.start_soon(parts.rebalancer.run)
             tasks.start_soon(self._start_ranks, host, hosts, controller)
-            tasks.start_soon(_warm, controller, app[READING])
+            tasks.start_soon(self._warm, app[READING])
             status = await self._serve_until_stopped(parts, http.url)
             if hosts is not None:
                 hosts.leave()
@@ -245,7 +255,9 @@ class RunProcess:
         if self._fork_error:
             log.error(self._fork_error)
             return START_FAILED
-        if controller.serving.is_set() and not self._stop.is_set():
+        if controller.serving.is_set():  # said when any request is answered as fast as a later one
+            await _first_of(self._text_ready, self._stop, controller.over)
+        if self._text_ready.is_set() and controller.serving.is_set() and not self._stop.is_set():
             self._announce(url, controller)
         await _first_of(self._stop, controller.over)
         status = await self._farewell(controller)
@@ -464,8 +476,11 @@ class RunProcess:
     def _app(self, parts: Parts) -> web.Application:
         backend = GroupBackend(parts.controller, parts.router, parts.rebalancer, self._metrics)
         films = None if self._log.path is None else partial(Films, self._log.path.parent.resolve())
-        text, load_text = self._plan.text, self._plan.load_text
-        return create_app(backend, self._api_settings, text, self._metrics, load_text, films, self._traces)
+        plan = self._plan
+        begun, self._text = self._text, None
+        return create_app(
+            backend, self._api_settings, plan.text, self._metrics, plan.load_text, films, self._traces, begun
+        )
 
     async def _listen(self, app: web.Application) -> HttpServer:
         try:
@@ -475,6 +490,10 @@ class RunProcess:
                 f"cannot listen on {self._config.host}:{self._config.port} ({error.strerror}): "
                 "choose another with --port, or --port 0 for any free one"
             ) from error
+
+    async def _warm(self, reading: Reading) -> None:
+        await reading.worker.warm()
+        self._text_ready.set()
 
     async def _start_ranks(self, host: Keeper, hosts: Hosts | None, controller: Controller) -> None:
         try:
@@ -486,12 +505,6 @@ class RunProcess:
             self._stop.set()
         else:
             controller.feed(ev.Start())
-
-
-async def _warm(controller: Controller, reading: Reading) -> None:
-    """When the ranks have started, which is what everybody waits for."""
-    await controller.serving.wait()
-    await reading.worker.warm()
 
 
 def _admin_key(config: ServeConfig) -> str | None:

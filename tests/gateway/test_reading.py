@@ -26,7 +26,7 @@ from elastic_ep.machines.requests.prefixes import beginnings
 from tests.gateway.conftest import Start, settings
 from tests.gateway.fakes import sample_text
 from tests.gateway.text.held_text import broken_text, held_text, text_after_a_death
-from tests.kit.bound import Bound
+from tests.kit.bound import Bound, run
 
 pytestmark = pytest.mark.anyio
 DEADLINE_S = 20.0
@@ -385,3 +385,18 @@ def test_it_does_not_outlive_the_run_process(tmp_path: Path) -> None:
         with fifo.open("wb"):  # it reads
             process.kill()
             asyncio.run(until(lambda: gone(pid)))
+
+
+def test_a_process_that_was_forked_reads_grammars_at_once_and_holds_nothing_of_others() -> None:
+    command = [sys.executable, "-m", "tests.gateway.forking"]
+    done = run(command, 60, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "same process": True,
+        "started": 0,
+        "guided": True,
+        "files": 2,
+        "gone": True,
+        "pipe closed": True,
+        "beside a thread": False,
+    }

@@ -28,7 +28,7 @@ from elastic_ep.gateway.root_path import attach, own_path
 from elastic_ep.gateway.serving import Serving
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
-from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
+from elastic_ep.gateway.text_worker import Begun, TextWorker, WorkerSetup
 from elastic_ep.gateway.traces import Traces
 from elastic_ep.group.metrics import Metrics
 from elastic_ep.group.port import Backend
@@ -49,13 +49,14 @@ def create_app(
     load_text: Callable[[], ChatTokenizer],
     films: Callable[[], Films] | None = None,
     traces: Traces | None = None,
+    begun: Begun | None = None,
 ) -> web.Application:
     """The application. Serve it with `serve`, or a runner with `handler_cancellation=True`: without it
     aiohttp lets handlers run on after their client has gone.
 
     `load_text`, which must be picklable, makes the like of `text` in the process that reads large bodies. That one is
-    started by the first large body, or by `app[READING].worker.warm()`. `films`: of what the page shows them; None: of
-    nothing. `traces` hear of every choice that has ended.
+    started by the first large body, or by `app[READING].worker.warm()`, if it is not `begun`. `films`: of what the page
+    shows them; None: of nothing. `traces` hear of every choice that has ended.
     """
     middlewares = [error_middleware(metrics.http_error), settings.cors.middleware(), _plain_bodies]
     if settings.api_keys or settings.admin_key:
@@ -66,7 +67,7 @@ def create_app(
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.on_response_prepare.append(send_request_id)
     app.on_response_prepare.append(settings.cors.send_headers)
-    known, worker = KnownGrammars(), TextWorker(WorkerSetup(settings, load_text))
+    known, worker = KnownGrammars(), TextWorker(WorkerSetup(settings, load_text), begun)
     reading = app[READING] = Reading(BodyReader(settings, text, known), worker, known)
     app.on_cleanup.append(_close_worker)
     if traces is not None:

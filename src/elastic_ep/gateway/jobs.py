@@ -48,6 +48,10 @@ class JobReader:
         self._grammars = GrammarReader(settings, text, known)
         self.prompts = PromptReader(settings, text)
 
+    def warm_up(self) -> None:
+        """What the first grammar would wait for otherwise."""
+        self._grammars.warm_up()
+
     def completion(self, body: dict[str, Any]) -> Job:
         values = read(self._bodies.completion, without_cut_tokens(body, self.prompts.most(None)))
         self.check_model(values.model)

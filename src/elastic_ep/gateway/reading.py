@@ -43,6 +43,10 @@ class BodyReader:
         self._jobs = JobReader(settings, text, known)
         self._bodies = prepare(settings)
 
+    def warm_up(self) -> None:
+        """What the first grammar would wait for otherwise."""
+        self._jobs.warm_up()
+
     def read(self, task: str, raw: bytes, before: str | None = None) -> Found:
         """A job for a `JobTask`, or whose conversation is missing for it; for an `AnswerTask` the whole answer as JSON.
 

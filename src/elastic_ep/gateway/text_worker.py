@@ -1,5 +1,8 @@
 """The run process's end of the process that reads large bodies: start it, hand it one body after the other.
 
+The first one is a fork of the run process from before its threads and its event loop (`text_process.fork`): it has all
+that it needs at once. Later ones import it, which takes about a second of a processor.
+
 Frames go both ways over a socket pair: eight bytes of length, then a pickle. HAZARD: unpickling trusts its sender;
 each end is this program, and nobody else has the socket.
 """
@@ -15,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.job import Job, Part, Previous
@@ -39,7 +42,7 @@ START_S = 60.0
 LET_GO_S = 0.5
 """A body whose client has gone may take so much longer, then its process is ended: to start one costs as much."""
 RETRY_AFTER_S = 5
-_ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false"}
+ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +73,50 @@ class TextProcessDied(ConnectionError):
     """It ended before it had answered."""
 
 
+class Child(Protocol):
+    """What is asked of a child process, as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def wait(self) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A process that is starting, and this end of its socket. Whoever has it ends it."""
+
+    child: Child
+    socket: socket.socket
+    life_fd: int
+
+    def end(self) -> None:
+        """If nobody has connected to it. Blocks for as long as it takes a process to go."""
+        self.socket.close()
+        os.close(self.life_fd)
+        self.child.kill()
+        self.child.wait()
+
+
 class _Process:
     """One running process and its socket."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], life_fd: int) -> None:
-        self._popen = popen
-        self._life_fd = life_fd
+    def __init__(self, begun: Begun) -> None:
+        self._begun = begun
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter
 
     @property
     def pid(self) -> int:
-        return self._popen.pid
+        return self._begun.child.pid
 
     @property
     def running(self) -> bool:
-        return self._popen.poll() is None
+        return self._begun.child.poll() is None
 
-    async def connect(self, ours: socket.socket) -> None:
+    async def connect(self) -> None:
+        ours = self._begun.socket
         self._reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
 
     async def send(self, content: Any) -> None:
@@ -124,21 +153,22 @@ class _Process:
 
     async def end(self) -> None:
         """Kill it and wait for it, on a thread: a process with much memory takes its time to go."""
-        os.close(self._life_fd)
         self._writer.close()
-        self._popen.kill()
-        await asyncio.to_thread(self._popen.wait)
+        os.close(self._begun.life_fd)
+        self._begun.child.kill()
+        await asyncio.to_thread(self._begun.child.wait)
 
 
 class TextWorker:
     """Reads bodies in the order in which they come, in a process that ends when this one does.
 
-    A body whose process dies is tried once more, in a new one.
+    A body whose process dies is tried once more, in a new one. `begun`: the first of them; it has been told all.
     """
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: WorkerSetup, begun: Begun | None = None) -> None:
         # Keys are nothing that text needs.
         self._setup = replace(setup, settings=replace(setup.settings, api_keys=(), admin_key=None))
+        self._begun = begun
         self._process: _Process | None = None
         self._turn = asyncio.Lock()
         self.waiting = 0
@@ -159,6 +189,8 @@ class TextWorker:
                 await self._end()
 
     async def close(self) -> None:
+        if self._begun is not None:  # nobody has asked for it
+            await asyncio.to_thread(self._begun.end)
         await self._end()
 
     async def read(self, task: str, raw: bytes, before: str | None = None) -> Found:
@@ -236,20 +268,12 @@ class TextWorker:
         return self._process
 
     async def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        read_end, life_fd = life_line.create()
-        try:
-            popen = await asyncio.to_thread(_spawn, theirs.fileno(), read_end)
-        except BaseException:
-            ours.close()
-            os.close(life_fd)
-            raise
-        finally:
-            theirs.close()
-            os.close(read_end)
-        self._process = process = _Process(popen, life_fd)
-        await process.connect(ours)
-        await process.send(self._setup)
+        begun, self._begun = self._begun, None
+        told = begun is not None
+        self._process = process = _Process(begun or await _begin())
+        await process.connect()
+        if not told:
+            await process.send(self._setup)
         if (answer := await process.receive()) != "ready":
             raise OSError(str(answer))
 
@@ -257,6 +281,21 @@ class TextWorker:
         process, self._process = self._process, None
         if process is not None:
             await asyncio.shield(process.end())
+
+
+async def _begin() -> Begun:
+    """One that has yet to be told what it begins with."""
+    ours, theirs = socket.socketpair()
+    read_end, life_fd = life_line.create()
+    try:
+        return Begun(await asyncio.to_thread(_spawn, theirs.fileno(), read_end), ours, life_fd)
+    except BaseException:
+        ours.close()
+        os.close(life_fd)
+        raise
+    finally:
+        theirs.close()
+        os.close(read_end)
 
 
 def _spawn(socket_fd: int, life_fd: int) -> subprocess.Popen[bytes]:
@@ -267,7 +306,7 @@ def _spawn(socket_fd: int, life_fd: int) -> subprocess.Popen[bytes]:
         pass_fds=(socket_fd, life_fd),
         stdin=subprocess.DEVNULL,
         process_group=0,  # the terminal's Ctrl-C is for the run process alone
-        env={**os.environ, **_ONE_THREAD, "PYTHONPATH": paths},
+        env={**os.environ, **ONE_THREAD, "PYTHONPATH": paths},
     )
 
 
