@@ -19,6 +19,7 @@ from elastic_ep import serve
 from elastic_ep.command_line import Help, own_flags
 from elastic_ep.config import ConfigError, ServeConfig, flag_name
 from elastic_ep.foreign_flags import FOREIGN
+from elastic_ep.plan import make_plan
 from elastic_ep.run import BUNDLED_MODEL, USAGE_ERROR, command, main, make_parser, parse
 
 REFUSED = """
@@ -274,6 +275,7 @@ def test_flags_out_of_a_file(tmp_path: Path) -> None:
     config = parse(given)
     assert (config.model, config.ranks, config.served_model_name) == ("/given", 4, ("c",))
     assert config.enable_prefix_caching
+    assert parse(["--config", str(file), "--api-key", "z"]).api_key == ("z",)
 
 
 @pytest.mark.parametrize(
@@ -287,13 +289,29 @@ def test_flags_out_of_a_file(tmp_path: Path) -> None:
         ("ranks: 100", "--ranks"),
         ("ranks: [1]", "--ranks"),
         ("tensor-parallel-size: 2", "--tensor-parallel-size"),
+        ("no-such-flag: null", "--no-such-flag"),
+        ("no-such-flag: false", "--no-such-flag"),
+        ("port: false", "--port"),
+        ("config: other.yaml", "--config is for the command line"),
+        ("help: true", "--help is for the command line"),
     ],
 )
 def test_a_file_that_is_wrong_is_one_line(refused: Any, tmp_path: Path, content: str, told: str) -> None:
     file = tmp_path / "flags.yaml"
     file.write_text(content)
     assert told in refused(["--config", str(file)])
-    assert "--config" in refused(["--config", str(tmp_path / "missing")])
+
+
+@pytest.mark.parametrize("flag", ["--config", "--admin-key-file", "--chat-template", "--tokenizer"])
+def test_a_file_that_is_missing_is_named_once_and_so_is_its_flag(tmp_path: Path, flag: str) -> None:
+    missing = str(tmp_path / "missing")
+    with pytest.raises(ConfigError) as raised:  # noqa: PT012
+        config = parse([flag, missing, "--device", "cpu"])
+        serve._admin_key(config)
+        make_plan(config)
+    said = str(raised.value)
+    assert said.count(missing) == 1
+    assert said.startswith(flag)
 
 
 def test_the_console_command(capfd: pytest.CaptureFixture[str]) -> None:

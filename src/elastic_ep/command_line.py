@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import structlog
 import yaml
 
-from elastic_ep.config import ConfigError, Flag, ServeConfig, flag_name
+from elastic_ep.config import ConfigError, Flag, ServeConfig, flag_name, why
 from elastic_ep.foreign_flags import FOREIGN, take_out
 
 
@@ -26,6 +26,9 @@ def read(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Name
         under, unknown = parser.parse_known_args(filed)
         if options.model_folder is not None:
             under.model = None
+        for name, several in vars(options).items():
+            if isinstance(several, list) and several:
+                setattr(under, name, [])
         options, _ = parser.parse_known_args(given, under)
         lines += more
     if unknown:
@@ -41,10 +44,11 @@ def _from_file(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"--config {file}: {why}") from error
+        raise ConfigError(f"--config {file}: {why(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ConfigError(f"--config {file}: it must hold names of flags with their values")
+    own = own_flags(parser)
+    switches = {name for action in parser._actions if action.nargs == 0 for name in action.option_strings}
     many = {name for action in parser._actions if action.nargs == "+" for name in action.option_strings}
     each = {
         name
@@ -55,10 +59,18 @@ def _from_file(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     arguments: list[str] = []
     for name, value in content.items():
         flag = "--" + name.lstrip("-").replace("_", "-")
+        if flag in ("--config", "--help"):
+            raise ConfigError(f"--config {file}: {flag} is for the command line")
         match value:
-            case None | False:
+            case None if flag in own:
+                pass
+            case False if flag in switches:
                 off = f"--no-{flag[2:]}"
-                arguments += [off] if value is False and off in own_flags(parser) else []
+                arguments += [off] if off in own else []
+            case False if flag in own:
+                raise ConfigError(f"--config {file}: {flag} takes a value, and false is none")
+            case None | False:
+                arguments += [] if flag in FOREIGN else [flag]
             case True:
                 arguments.append(flag)
             case list() if flag in many:

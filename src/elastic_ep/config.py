@@ -156,6 +156,12 @@ class ConfigError(ValueError):
     """A setting is wrong. The message is one line that says what to do."""
 
 
+def why(error: Exception) -> str:
+    """In one line, without the name of the file that it is about, which whoever tells it has said."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return said or " ".join(str(error).split())
+
+
 @dataclass(frozen=True, slots=True)
 class Flag:
     """How a setting is given on the command line, and which values it may have. A switch takes none; one of `two` has a

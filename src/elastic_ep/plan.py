@@ -16,11 +16,13 @@ from elastic_ep.config import (
     EngineLimits,
     RankConfig,
     ServeConfig,
+    why,
 )
 from elastic_ep.exchange.base import ExchangeShape
 from elastic_ep.exchange.mooncake_needs import EXPERTS_MULTIPLE
 from elastic_ep.fused.library import Unavailable, best_build
 from elastic_ep.gateway.settings import SamplingDefaults, unhonoured
+from elastic_ep.gateway.text.chat_template import ChatTemplates
 from elastic_ep.gateway.text.content_form import ContentForm
 from elastic_ep.gateway.text.fit import TextFit, fit
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
@@ -146,12 +148,12 @@ def make_plan(config: ServeConfig) -> ServePlan:
             _chat_template(config),
             _content_form(config),
         )
-        text = load_text()
+        text = _loaded(config, load_text)
         defaults, left_out = _sampling_defaults(config, folder)
     except ConfigError:
         raise
     except (CheckpointError, ValueError, OSError) as error:
-        raise ConfigError(_model_fault(folder, error)) from error
+        raise ConfigError(_folder_fault("--model", folder, error)) from error
     device = choose_device(config.device, config.all2all_backend, model.hidden_size)
     if device == "cuda" and (what := unknown(model, CUDA)):
         raise ConfigError(f"--device cuda: its kernels do not know this model's {what}: give --device cpu")
@@ -209,10 +211,20 @@ def _fused_build(device: str, model: ModelSpec) -> tuple[str, tuple[str, ...]]:
         return "", (f"ranks compute in plain torch, which is several times slower: {reason}",)
 
 
-def _model_fault(folder: Path, error: Exception) -> str:
+def _loaded(config: ServeConfig, load: Callable[[], ChatTokenizer]) -> ChatTokenizer:
+    """Raises ValueError and OSError if it is the model's folder, else `ConfigError`."""
+    try:
+        return load()
+    except (ValueError, OSError) as error:
+        if config.tokenizer is None:
+            raise
+        raise ConfigError(_folder_fault("--tokenizer", Path(config.tokenizer), error)) from error
+
+
+def _folder_fault(flag: str, folder: Path, error: Exception) -> str:
     """One line that names the folder once, whatever names and values of its files are in it."""
     said = "".join(one if one.isprintable() else " " for one in str(error))
-    return f"--model: {said}" if str(folder) in said else f"--model {folder}: {said}"
+    return f"{flag}: {said}" if str(folder) in said else f"{flag} {folder}: {said}"
 
 
 def _sampling_defaults(config: ServeConfig, folder: Path) -> tuple[SamplingDefaults, tuple[str, ...]]:
@@ -241,14 +253,21 @@ def _tls(config: ServeConfig) -> ssl.SSLContext | None:
 def _chat_template(config: ServeConfig) -> str | None:
     """What --chat-template says: a file, or a template on the command line. Raises `ConfigError`."""
     given = config.chat_template
-    if given is None or any(mark in given for mark in "{}\n"):
-        return given
+    if given is None:
+        return None
+    source = given
+    if not any(mark in given for mark in "{}\n"):
+        try:
+            source = Path(given).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--chat-template {given!r}: {why(error)}: give a file, or a template in Jinja's syntax"
+            ) from error
     try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--chat-template {given}: {error}: give a file, or a template in Jinja's syntax"
-        ) from error
+        ChatTemplates(source)
+    except ValueError as error:
+        raise ConfigError(f"--chat-template: {why(error)}") from error
+    return source
 
 
 def _content_form(config: ServeConfig) -> ContentForm | None:

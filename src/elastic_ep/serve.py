@@ -24,7 +24,7 @@ import structlog
 from aiohttp import web
 
 from elastic_ep import logs, titles
-from elastic_ep.config import PRELOAD, ConfigError, EventLogMode, RankLog, ServeConfig
+from elastic_ep.config import PRELOAD, ConfigError, EventLogMode, RankLog, ServeConfig, why
 from elastic_ep.event_log.files import RANKS, make_private
 from elastic_ep.event_log.log import EventLog
 from elastic_ep.exchange.windows import Windows, WindowsError
@@ -514,7 +514,7 @@ def _admin_key(config: ServeConfig) -> str | None:
     try:
         key = Path(config.admin_key_file).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--admin-key-file {config.admin_key_file}: {error}") from error
+        raise ConfigError(f"--admin-key-file {config.admin_key_file}: {why(error)}") from error
     if not key or not key.isprintable():
         raise ConfigError(f"--admin-key-file {config.admin_key_file} has no key: a line of text is one")
     return key

@@ -94,7 +94,7 @@ def test_the_flags_for_templates(tmp_path: Path) -> None:
     assert loaded.render_chat(ASKED) == "False", "the process that reads large bodies has the same"
 
 
-@pytest.mark.parametrize("given", ["no-such-file", "{% if %}", "/"])
+@pytest.mark.parametrize("given", ["no-such-file", "{% if %}", "/", ""])
 def test_a_template_that_cannot_be_used_is_refused_in_one_line(given: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_plan(configured("--chat-template", given))

@@ -40,7 +40,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     """Raises ValueError with one line when a file is missing or broken, OSError when one cannot be read."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the model folder needs a tokenizer.json")
+        raise ValueError(f"{path} is missing: the tokenizer is read from there")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     # The tokenizers library raises bare Exception.
