@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from elastic_ep.gateway.backend import GroupBackend
 from elastic_ep.group.port import (
@@ -404,7 +405,13 @@ def test_the_view_and_the_states_are_in_the_metrics() -> None:
 
 def test_when_nothing_will_serve_all_requests_fail_and_none_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[GroupState] = []
-    monkeypatch.setattr(ServingLog, "moved", lambda _lines, state: said.append(state))
+    tell = ServingLog.moved
+
+    def moved(lines: ServingLog, state: GroupState) -> None:
+        said.append(state)
+        tell(lines, state)
+
+    monkeypatch.setattr(ServingLog, "moved", moved)
 
     async def main(group: FakeGroup) -> None:
         stream = group.router.submit((1,), SamplingParams(2), 0, 0)
@@ -421,7 +428,10 @@ def test_when_nothing_will_serve_all_requests_fail_and_none_is_taken(monkeypatch
                 group.router.submit((1,), SamplingParams(2), 0, 0)
         assert said[:2] == [GroupState.ADMITTING, GroupState.SERVING]
 
-    simulate(main, relaunch_limit=0)
+    with capture_logs() as lines:
+        simulate(main, relaunch_limit=0)
+    told = [line["requests"] for line in lines if line["event"].startswith("the group holds")]
+    assert told == ["fail"], "none waits for what will not come"
 
 
 def test_a_stop_drains_then_ends_all() -> None:

@@ -28,6 +28,7 @@ class ServingLog:
         if not answers and not ceased:
             return
         view = self._machine.view
+        requests = "fail" if self._machine.verdict else "wait"
         if answers and not self._answers:
             facts = {"ranks": len(view.seats), "of": len(self._machine.records)}
             facts["tolerates"] = self._machine.tolerates
@@ -36,9 +37,9 @@ class ServingLog:
             log.info("the group serves", **facts, after_s=self._elapsed())
         elif state is GroupState.HOLDING:
             lost = without_copy(self._machine.placement, [seat.rank for seat in view.seats])
-            log.warning("the group holds: experts have no copy", experts=lost, requests="wait")
+            log.warning("the group holds: experts have no copy", experts=lost, requests=requests)
         elif ceased:
-            log.warning("the group holds: no rank is left", requests="wait")
+            log.warning("the group holds: no rank is left", requests=requests)
         if answers is not self._answers:
             self._answers = answers
             self._since_s = time.monotonic()
