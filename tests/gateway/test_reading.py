@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -20,7 +21,7 @@ from elastic_ep.gateway import reading, text_worker, turns
 from elastic_ep.gateway.errors import ApiError
 from elastic_ep.gateway.guided import KnownGrammars
 from elastic_ep.gateway.reading import INLINE_BYTES, BodyReader
-from elastic_ep.gateway.text_worker import TextWorker, WorkerSetup
+from elastic_ep.gateway.text_worker import FATAL_S, TextWorker, WorkerSetup
 from elastic_ep.group.port import Busy
 from elastic_ep.machines.requests.prefixes import beginnings
 from tests.gateway.conftest import Start, settings
@@ -220,7 +221,10 @@ async def test_of_many_small_bodies_a_turn_of_the_loop_reads_what_takes_a_few_mi
     assert max(Counter(seen).values()) == 3
 
 
-async def test_a_body_whose_process_dies_is_tried_once_more(worker: TextWorker, tmp_path: Path) -> None:
+async def test_a_body_whose_process_dies_is_tried_once_more(
+    worker: TextWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = time.monotonic() + 1.5 * FATAL_S
     await worker.warm()
     first = worker.pid
     answer = await worker.read("tokenize", prompt(f"die-once {tmp_path}/died"))
@@ -231,6 +235,15 @@ async def test_a_body_whose_process_dies_is_tried_once_more(worker: TextWorker, 
     assert twice.value.status == 500
     assert twice.value.code == "text_process_died"
     assert isinstance(await worker.read("tokenize", prompt("Anna")), bytes)
+    lives = worker.pid
+    with pytest.raises(ApiError) as again:
+        await worker.read("tokenize", prompt(f"die {tmp_path}/died"))
+    assert again.value.code == "text_process_died"
+    assert worker.pid == lives, "clients that ask again by themselves cost nobody a process"
+    monkeypatch.setattr(text_worker, "time", SimpleNamespace(monotonic=lambda: later))
+    with pytest.raises(ApiError):
+        await worker.read("tokenize", prompt(f"die {tmp_path}/died"))
+    assert worker.pid != lives, "it is tried again some time"
 
 
 @pytest.mark.usefixtures("spawned")

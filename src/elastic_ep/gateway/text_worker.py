@@ -16,6 +16,8 @@ import socket
 import struct
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -42,6 +44,11 @@ START_S = 60.0
 LET_GO_S = 0.5
 """A body whose client has gone may take so much longer, then its process is ended: to start one costs as much."""
 RETRY_AFTER_S = 5
+FATAL_S = 60.0
+"""A body that two processes died of is not read again for so long: clients ask again by themselves, and others wait."""
+_FATAL = 8
+_FATAL_BYTES = 1 << 20
+"""So many of these bodies are kept, none larger."""
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -175,6 +182,8 @@ class TextWorker:
         """Bodies in line, the one being read included."""
         self._long = 0
         """Of these, longer ones."""
+        self._fatal: deque[tuple[float, tuple[str, bytes, str | None]]] = deque(maxlen=_FATAL)
+        """Bodies that processes died of, and until when they are not read."""
 
     @property
     def pid(self) -> int | None:
@@ -196,6 +205,9 @@ class TextWorker:
     async def read(self, task: str, raw: bytes, before: str | None = None) -> Found:
         """Raises `ApiError`, and `Busy` when too many wait or this one has waited too long."""
         long = len(raw) > SHORT_BYTES
+        now = time.monotonic()
+        if any(now < until and body == (task, raw, before) for until, body in self._fatal):
+            raise _died()
         if self.waiting >= MAX_WAITING_SHORT or (long and self._long >= MAX_WAITING):
             raise Busy(RETRY_AFTER_S)
         self.waiting += 1
@@ -243,12 +255,9 @@ class TextWorker:
                 return await process.exchange(task, raw, before)
             except TextProcessDied:
                 await self._end()
-        raise ApiError(
-            "The process that reads large requests died of this one, twice.",
-            status=500,
-            kind="internal_error",
-            code="text_process_died",
-        )
+        if len(raw) <= _FATAL_BYTES:
+            self._fatal.append((time.monotonic() + FATAL_S, (task, raw, before)))
+        raise _died()
 
     async def _started(self) -> _Process:
         if self._process is not None and self._process.running:
@@ -307,6 +316,15 @@ def _spawn(socket_fd: int, life_fd: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         process_group=0,  # the terminal's Ctrl-C is for the run process alone
         env={**os.environ, **ONE_THREAD, "PYTHONPATH": paths},
+    )
+
+
+def _died() -> ApiError:
+    return ApiError(
+        "The process that reads large requests died of this one, twice.",
+        status=500,
+        kind="internal_error",
+        code="text_process_died",
     )
 
 
