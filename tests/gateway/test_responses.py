@@ -248,6 +248,20 @@ async def test_cancelled_in_the_background(client: openai.AsyncOpenAI, running: 
         await client.responses.cancel(finished.id)
 
 
+async def test_what_is_deleted_ends_and_does_not_come_back(
+    client: openai.AsyncOpenAI, running: Running
+) -> None:
+    running.backend.reply = never_ends("one two")
+    queued = await client.responses.create(model=MODEL, input="Count.", background=True)
+    stream = await running.backend.arrived.get()
+    async with asyncio.timeout(10):
+        await stream.idle.wait()
+    await client.responses.delete(queued.id)
+    assert stream.cancelled.is_set()
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(queued.id)
+
+
 async def test_a_failure_is_told_within_the_stream(client: openai.AsyncOpenAI, running: Running) -> None:
     running.backend.reply = aborts("one")
     events: list[Any] = [
@@ -340,9 +354,10 @@ async def test_items_are_listed_as_asked(client: openai.AsyncOpenAI) -> None:
     made = await client.responses.create(model=MODEL, input=given)
     names = [item.get("id", "item_7") for item in given]
     for order, expected in (("asc", names), ("desc", names[::-1])):
-        for limit in (1, 7, 100):
+        for limit in (1, 7, len(names), 100):
             page = await client.responses.input_items.list(made.id, order=order, limit=limit)  # type: ignore[arg-type]
             assert [item.id for item in page.data] == expected[:limit]
+            assert page.has_more == (limit < len(names))
             assert [item.id async for item in page] == expected, "its client asks for the next ones"
     first = await client.responses.input_items.list(made.id)
     assert [item.id for item in first.data] == names[::-1][:20], "as OpenAI has it"
