@@ -284,7 +284,13 @@ async def test_bodies_are_read_in_order_and_too_many_are_refused(
     assert not done
     held.release()
     await asyncio.gather(held.answer, *waiting)
-    assert done == [0, 1, 2]
+    await one(3)
+    assert done == [0, 1, 2, 3], "whoever was in line is so no more"
+
+
+def test_the_other_process_is_told_no_keys() -> None:
+    sent = TextWorker(WorkerSetup(settings(api_keys=("key",), admin_key="key"), held_text))._setup.settings
+    assert (sent.api_keys, sent.admin_key) == ((), None)
 
 
 async def test_a_body_that_waits_too_long_is_refused_and_the_rest_goes_on(
