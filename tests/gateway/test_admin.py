@@ -9,7 +9,7 @@ import pytest
 from elastic_ep.gateway import probe
 from elastic_ep.gateway.settings import SamplingDefaults
 from elastic_ep.group.metrics import ERROR_STATUSES, FINISH_REASONS, Metrics
-from elastic_ep.group.port import LossCause
+from elastic_ep.group.port import Health, LossCause
 from elastic_ep.machines.membership.events import GroupState
 from elastic_ep.wire.messages import Member, PageCounts, RankState
 from tests.gateway.conftest import Start
@@ -378,7 +378,11 @@ async def test_a_probe_has_a_token_generated(start: Start, monkeypatch: pytest.M
         assert answer == (503, "no token came within 0 s")
     assert len(running.backend.submitted) == 2, "who asks at once shares one request"
     running.backend.serving = 0
-    assert (await asked())[0] == 503
+    assert await asked() == (503, "no rank serves")
+    pause = Health(True, "Holding", 0, "no rank serves; ranks on their way or to be launched: 2")
+    running.backend.health = lambda: pause  # type: ignore[method-assign]
+    running.backend.reply = says("one")
+    assert await asked() == (200, ""), "the pause of a loss is none of the service"
 
 
 async def test_load_is_what_is_being_answered(start: Start) -> None:

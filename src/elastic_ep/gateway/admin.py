@@ -85,7 +85,8 @@ class AdminHandlers:
 
     async def health_generate(self, request: web.Request) -> web.StreamResponse:
         """200 when a token has been generated, 503 when none was within the deadline."""
-        reason = self._backend.health().reason or await self._probe.fault()
+        health = self._backend.health()
+        reason = await self._probe.fault() if health.healthy else health.reason
         return web.json_response({"healthy": not reason, "reason": reason}, status=503 if reason else 200)
 
     async def ping(self, request: web.Request) -> web.StreamResponse:
