@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_ep.machines.experts.balance import Board, Edit
+from elastic_ep.machines.experts.packing import packed, seat_again
 from elastic_ep.machines.experts.planner import PlanInput, plan
 from elastic_ep.placement import EMPTY, Placement, launch_placement, most_hosts
 from tests.kit.plain_routing import rank_loads
@@ -161,6 +162,23 @@ def test_input_that_makes_no_sense_is_refused(wrong: dict[str, object], match: s
     right = {"placement": launch_placement(8, 1, 16, 16), "ranks": tuple(range(8)), "loads": [[1.0] * 16]}
     with pytest.raises(ValueError, match=match):
         PlanInput(**{**right, **wrong})  # type: ignore[arg-type]  # that is the point
+
+
+@pytest.mark.parametrize("hosts", [(), (0, 0, 0, 0, 1, 1, 1, 1)])
+def test_what_is_packed_from_nothing_stays_on_the_ranks_that_have_it(hosts: tuple[int, ...]) -> None:
+    """Ranks of a board that is even already change places, on their hosts: no expert has to move."""
+    random = Random(1)
+    even = packed(Board([random.paretovariate(1.2) for _ in range(24)], [6] * 8, hosts), 0.0)
+    turned = Board(even.loads, even.room, hosts)
+    for rank, experts in enumerate(even.holds):
+        for expert in experts:
+            turned.place(expert, rank // 4 * 4 + (rank + 1) % 4)
+    turned.count_loads()
+    assert even.moves_to(turned) > 0
+    seat_again(even, turned)
+    assert even.moves_to(turned) == 0
+    assert even.busy == pytest.approx(turned.busy)
+    assert even.where == turned.where
 
 
 @settings(deadline=None, max_examples=60)

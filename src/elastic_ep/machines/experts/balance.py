@@ -6,9 +6,10 @@ what many changes have in common is looked at once.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from math import inf, sqrt
 from typing import NamedTuple
 
 from elastic_ep.placement import most_hosts
@@ -85,6 +86,17 @@ class Board:
         other.busy = list(self.busy)
         return other
 
+    def rename(self, names: Sequence[int]) -> None:
+        """Call each rank `names[rank]` from now on, which is one with as much room, on the same host."""
+        for name, experts, busy in list(zip(names, self.holds, self.busy, strict=True)):
+            self.holds[name], self.busy[name] = experts, busy
+        self.where = [{names[rank] for rank in ranks} for ranks in self.where]
+
+    def above(self, imbalance: float) -> int:
+        """How many ranks have more than so many times the mean load."""
+        limit = imbalance * self.total / len(self.room)
+        return sum(busy > limit for busy in self.busy)
+
     def moves_to(self, other: Board) -> int:
         """How many experts come to ranks that do not hold them here."""
         return sum(len(new - old) for new, old in zip(other.holds, self.holds, strict=True))
@@ -133,7 +145,10 @@ class Board:
 
     def count_loads(self) -> None:
         self.share = [load / max(1, len(ranks)) for load, ranks in zip(self.loads, self.where, strict=True)]
-        self.busy = [sum(map(self.share.__getitem__, sorted(experts))) for experts in self.holds]
+        self.busy = [0.0] * len(self.room)
+        for share, ranks in zip(self.share, self.where, strict=True):
+            for rank in ranks:
+                self.busy[rank] += share
 
     def add(self, expert: int, rank: int) -> None:
         self._spread(expert, len(self.where[expert]) + 1)
@@ -260,16 +275,23 @@ class Board:
 
     # Balance
 
-    def balance(self, goal: float, max_moves: int, max_edits: int) -> None:
-        """Make the busiest rank less busy until max/mean is at `goal`, moving at most so many experts."""
-        mean = self.total / len(self.room)
-        copies = [(expert, len(ranks)) for expert, ranks in enumerate(self.where)]
+    def balance(self, goal: float, max_moves: int, max_edits: int, useful: float = inf) -> None:
+        """Make the busiest rank less busy until max/mean is at `goal`, moving at most so many experts.
+
+        Given up when by far more ranks than at first are above `useful`: the load only goes round.
+        """
+        ranks = len(self.room)
+        mean = self.total / ranks
+        most_above = self.above(useful) + sqrt(ranks)
+        copies = [(expert, len(holders)) for expert, holders in enumerate(self.where)]
         self._light = sorted((self.loads[expert] / (n + 1), expert) for expert, n in copies)
         self._spare = sorted((self.loads[expert] / (n - 1), expert) for expert, n in copies if n > self.least)
-        by_load = list(range(len(self.room)))
+        by_load = list(range(ranks))
         for _ in range(max_edits):
             by_load.sort(key=self.busy.__getitem__)
             if self.busy[by_load[-1]] <= goal * mean:
+                return
+            if ranks - bisect_right(by_load, useful * mean, key=self.busy.__getitem__) > most_above:
                 return
             edit = self._best_edit(by_load, goal * mean, mean * NEGLIGIBLE, max_moves)
             if edit is None:
@@ -352,8 +374,8 @@ class Board:
                     eased = min(self.share[expert] - share, peak - self.busy[taker] - share)
                     yield eased, True, (), ((expert, taker),)
         for alone, other in self._spare[:REPLACED]:
-            spared = (rank for rank in self.where[other] if self.can_spare(other, rank))
-            for place in sorted(spared, key=lambda rank: (self.busy[rank], rank))[:REPLACED]:
+            spared = [rank for rank in sorted(self.where[other]) if self.can_spare(other, rank)]
+            for place in sorted(spared, key=self.busy.__getitem__)[:REPLACED]:
                 left = peak - self.busy[place] + self.share[other]
                 heir, least = self._heir(other, place, alone)
                 for expert, share in then[:REPLACED]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain, repeat
 
-from elastic_ep.machines.experts.balance import Board
+from elastic_ep.machines.experts.balance import NOBODY, Board
 
 EVEN = 1.005
 """Max/mean at which nothing more is done."""
@@ -16,6 +19,8 @@ FEW = 0.2
 """As even as can be with so small a share of all experts moved is good enough."""
 PRICE = 0.02
 """To move every expert is worth so much balance."""
+MOVES_EACH = 1.5
+"""So many experts are moved for each rank that is to become less busy, beside the busiest: some are exchanged."""
 
 
 def balanced(board: Board, max_moves: int) -> tuple[Board, int]:
@@ -26,17 +31,24 @@ def balanced(board: Board, max_moves: int) -> tuple[Board, int]:
     if board.total <= 0 or max_moves <= 0:
         return board, 0
     fresh = packed(board, 0.0)
+    seat_again(fresh, board)
     goal = max(EVEN, fresh.imbalance)
-    slots = sum(board.room)
+    slots, short = sum(board.room), board.short
     best, spent, least = board, 0, max(1.0, board.imbalance / goal)
     for limit in (0.0, None, *LIMITS):
         if least < 1 + PRICE * FEW:
             break
         candidate = board.copy() if limit is None else packed(board, limit) if limit else fresh
         moves = board.moves_to(candidate)
-        if moves > max_moves or 1 + PRICE * moves / slots >= least or candidate.short > board.short:
+        useful = goal * (least - PRICE * moves / slots)
+        expected = moves + MOVES_EACH * max(0, candidate.above(useful) - 1)
+        if 1 + PRICE * expected / slots >= least:
+            if limit:
+                break
             continue
-        candidate.balance(goal, max_moves - moves, EDITS * len(board.room))
+        if moves > max_moves or candidate.short > short:
+            continue
+        candidate.balance(goal, max_moves - moves, EDITS * len(board.room), useful)
         moves = board.moves_to(candidate)
         cost = max(1.0, candidate.imbalance / goal) + PRICE * moves / slots
         if cost < least:
@@ -55,41 +67,77 @@ def packed(board: Board, limit: float) -> Board:
     """
     counts = _counts(board)
     shares = [load / count for load, count in zip(board.loads, counts, strict=True)]
-    most = limit * board.total / len(board.room)
-    result = Board(board.loads, board.room, board.hosts)
-    load = [0.0] * len(board.room)
     order = sorted(range(len(shares)), key=lambda expert: (-shares[expert], expert))
-    for expert in order:
-        if shares[expert] > most:
-            continue
-        for rank in sorted(board.where[expert], key=lambda rank: (load[rank], rank)):
-            if len(result.where[expert]) == counts[expert]:
-                break
-            if (
-                load[rank] + shares[expert] <= most
-                and result.has_room(rank)
-                and result.fits(expert, rank)
-                and _far_enough(result, expert, rank, counts[expert])
-            ):
-                result.place(expert, rank)
-                load[rank] += shares[expert]
-    queue = [(at, rank) for rank, at in enumerate(load) if result.has_room(rank)]
+    result = Board(board.loads, board.room, board.hosts)
+    most = limit * board.total / len(board.room)
+    load = _kept(result, board, [(expert, shares[expert], counts[expert]) for expert in order], most)
+    free = [room - len(held) for room, held in zip(result.room, result.holds, strict=True)]
+    queue = [(at, rank) for rank, at in enumerate(load) if free[rank] > 0]
     heapq.heapify(queue)
+    anywhere = result.spread == 1
     for expert in order:
         popped = []
-        holders = result.where[expert]
-        while queue and len(holders) < counts[expert]:
+        share, count, holders = shares[expert], counts[expert], result.where[expert]
+        while queue and len(holders) < count:
             at, rank = heapq.heappop(queue)
-            if rank not in holders and _far_enough(result, expert, rank, counts[expert]):
+            if rank not in holders and (anywhere or _far_enough(result, expert, rank, count)):
                 result.place(expert, rank)
-                at += shares[expert]
-            if result.has_room(rank):
+                free[rank] -= 1
+                at += share
+            if free[rank] > 0:
                 popped.append((at, rank))
         for entry in popped:
             heapq.heappush(queue, entry)
     result.count_loads()
     result.restore()
     return result
+
+
+def _kept(result: Board, board: Board, experts: Sequence[tuple[int, float, int]], most: float) -> list[float]:
+    """Leave copies where they are in `board` as long as a rank's load stays within `most`. Returns the load of each rank.
+
+    `experts`: (expert, load of a copy, copies), in the order in which they are looked at.
+    """
+    load = [0.0] * len(board.room)
+    for expert, share, count in experts:
+        if share > most:
+            continue
+        holders = result.where[expert]
+        for rank in sorted(sorted(board.where[expert]), key=load.__getitem__):
+            if len(holders) == count:
+                break
+            if (
+                load[rank] + share <= most
+                and result.has_room(rank)
+                and _far_enough(result, expert, rank, count)
+            ):
+                result.place(expert, rank)
+                load[rank] += share
+    return load
+
+
+def seat_again(new: Board, old: Board) -> None:
+    """Let ranks of `new` that are alike change places, so that more of them keep more of what they have in `old`."""
+    ranks = len(new.room)
+    both: list[int] = []
+    for hand, experts in enumerate(new.holds):
+        for expert in experts:
+            both += [hand * ranks + rank for rank in old.where[expert]]
+    common = Counter(both)
+    pairs: list[list[int]] = [[] for _ in range(max(common.values(), default=0) + 1)]
+    for pair, count in common.items():
+        pairs[count].append(pair)
+    kinds = [*zip(new.hosts, new.room, strict=True)]
+    seats = [NOBODY] * ranks
+    free = [True] * ranks
+    for hand, rank in map(divmod, chain.from_iterable(reversed(pairs)), repeat(ranks)):
+        if seats[hand] == NOBODY and free[rank] and kinds[hand] == kinds[rank]:
+            seats[hand], free[rank] = rank, False
+    left: dict[tuple[int, int], list[int]] = {}
+    for rank in range(ranks):
+        if free[rank]:
+            left.setdefault(kinds[rank], []).append(rank)
+    new.rename([left[kinds[hand]].pop() if seat == NOBODY else seat for hand, seat in enumerate(seats)])
 
 
 def _far_enough(board: Board, expert: int, rank: int, copies: int) -> bool:

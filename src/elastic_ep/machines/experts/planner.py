@@ -74,12 +74,8 @@ def plan(given: PlanInput) -> Plan:
     for layer in sorted(layers, key=lambda layer: -boards[layer].imbalance):
         boards[layer], spent = balanced(boards[layer], budget)
         budget -= spent
-    slots = tuple(_row(given, layer, boards[layer]) for layer in layers)
-    moves = sum(
-        len(set(_on_rank(slots[layer], rank, placement)) - {*placement.on_rank(layer, rank), EMPTY})
-        for layer in layers
-        for rank in given.ranks
-    )
+    rows = [_row(given, layer, boards[layer]) for layer in layers]
+    slots, moves = tuple(row for row, _ in rows), sum(moves for _, moves in rows)
     return Plan(slots, moves, max(board.imbalance for board in boards), max(before))
 
 
@@ -96,23 +92,21 @@ def _board(given: PlanInput, layer: int) -> Board:
     return board
 
 
-def _row(given: PlanInput, layer: int, board: Board) -> tuple[int, ...]:
-    """What stays keeps its slot."""
+def _row(given: PlanInput, layer: int, board: Board) -> tuple[tuple[int, ...], int]:
+    """What stays keeps its slot. And how many experts come to a rank."""
     placement = given.placement
-    row = list(placement.slots[layer])
-    for index, rank in enumerate(given.ranks):
-        start = rank * placement.slots_per_rank
-        new = sorted(board.holds[index] - set(placement.on_rank(layer, rank)), reverse=True)
-        seen: set[int] = set()
-        for slot in range(start, start + placement.slots_per_rank):
-            if row[slot] not in board.holds[index] or row[slot] in seen:
+    row, width, moves = list(placement.slots[layer]), placement.slots_per_rank, 0
+    for experts, rank in zip(board.holds, given.ranks, strict=True):
+        stay: set[int] = set()
+        empty = []
+        for slot in range(rank * width, (rank + 1) * width):
+            if row[slot] in experts and row[slot] not in stay:
+                stay.add(row[slot])
+            else:
                 row[slot] = EMPTY
-            seen.add(row[slot])
-        for slot in range(start, start + placement.slots_per_rank):
-            if row[slot] == EMPTY and new:
-                row[slot] = new.pop()
-    return tuple(row)
-
-
-def _on_rank(row: Sequence[int], rank: int, placement: Placement) -> Sequence[int]:
-    return row[rank * placement.slots_per_rank : (rank + 1) * placement.slots_per_rank]
+                empty.append(slot)
+        new = sorted(experts - stay)
+        moves += len(new)
+        for slot, expert in zip(empty, new, strict=False):
+            row[slot] = expert
+    return tuple(row), moves
