@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 from elastic_ep.placement import EMPTY
 from elastic_ep.weights.bank import Weights, blank_weights, dummy_source
 from elastic_ep.weights.peers import ExpertPull, pull_dense, pull_experts
-from elastic_ep.weights.transfer import PullFailed, TransferPlane
+from elastic_ep.weights.transfer import PullFailed, Read, TransferPlane
 from elastic_ep.wire.slot_messages import Region, StateAddress
 from tests.kit.one_pull import pull_expert
 from tests.weights.source import LONG_S, PLACEMENT, TINY, source, weights_of
@@ -78,6 +79,52 @@ def test_wrong_bytes_at_the_source_are_refused_and_the_slot_stays_as_it_was(plan
         (taken,) = good
     assert taken.failure is None
     assert mine.checksum(0, 2) == theirs.checksum(0, FILLED[1])
+
+
+def test_small_experts_come_in_one_read_and_each_is_judged_by_itself(
+    plane: TransferPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, first, second = blank(), weights_of(0), weights_of(1)
+    asked: list[str] = []
+    read = plane.read
+
+    def counted(session: str, parts: Sequence[tuple[int, int]]) -> Read:
+        asked.append(session)
+        return read(session, parts)
+
+    monkeypatch.setattr(plane, "read", counted)
+    with source(0) as one, source(1) as other:
+        one.corrupt(0, FILLED[0])
+        pulls = [
+            ExpertPull(one.address, FILLED[1], 0, 0, first.checksum(0, FILLED[1])),
+            ExpertPull(one.address, FILLED[0], 0, 1, first.checksum(0, FILLED[0])),
+            ExpertPull(one.address, FILLED[1], 1, 2, first.checksum(1, FILLED[1])),
+            ExpertPull(one.address, WIDTH, 0, 1, 0),
+            ExpertPull(other.address, 0, 0, 3, second.checksum(0, 0)),
+        ]
+        outcomes = list(pull_experts(plane, mine, pulls, LONG_S))
+        assert asked == [one.address.session, other.address.session]
+    assert [outcome.pull for outcome in outcomes] == pulls
+    assert [outcome.checksum is None for outcome in outcomes] == [False, True, False, True, False]
+    assert mine.checksum(0, 0) == first.checksum(0, FILLED[1])
+    assert mine.checksum(0, 1) == blank().checksum(0, 1), "wrong bytes are not written"
+    assert mine.checksum(1, 2) == first.checksum(1, FILLED[1])
+    assert mine.checksum(0, 3) == second.checksum(0, 0)
+
+
+def test_all_that_one_read_was_to_bring_fails_with_it(plane: TransferPlane) -> None:
+    mine = weights_of(1)
+    before = snapshot(mine)
+    with source() as peer:
+        elsewhere = replace(
+            peer.address,
+            regions=tuple(r._replace(address=r.address - (1 << 40)) for r in peer.address.regions),
+        )
+        outcomes = list(
+            pull_experts(plane, mine, [ExpertPull(elsewhere, slot, 0, slot) for slot in (0, 1)], LONG_S)
+        )
+    assert ["refused" in str(outcome.failure) for outcome in outcomes] == [True, True]
+    assert same(snapshot(mine), before)
 
 
 def test_other_dense_weights_are_refused(plane: TransferPlane) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from isal.isal_zlib import crc32
@@ -17,6 +18,7 @@ from elastic_ep.weights.transfer import PullFailed, Read, TransferPlane, WrongBy
 from elastic_ep.wire.slot_messages import Region, StateAddress
 
 _DENSE_PIECE_BYTES = 8 << 20
+_TOGETHER_BYTES = 1 << 20
 _AHEAD_BYTES = 4 << 20
 _MOST_AHEAD = 4
 
@@ -58,43 +60,92 @@ def publish(plane: TransferPlane, weights: Weights) -> StateAddress:
 def pull_experts(
     plane: TransferPlane, weights: Weights, pulls: Iterable[ExpertPull], deadline_s: float
 ) -> Iterator[Pulled]:
-    """Overwrite slots that no step uses, in order: while one is checked and written, the next are on their way.
+    """Overwrite slots that no step uses, in order: while some are checked and written, the next are on their way.
 
     A pull that fails leaves its slot as it was: the bytes are checked before the first is written.
-    `pulls` may have run out for now and go on later: it is asked again after each. `deadline_s` is for each of them,
-    from when the one before is done with.
+    `pulls` may have run out for now and go on later: it is asked again after each read. A read is of several small
+    experts; `deadline_s` is for each, from when the one before is done with.
     """
-    sizes = _sizes(weights)
-    ahead = min(_MOST_AHEAD, max(1, _AHEAD_BYTES // sum(sizes.values())))
-
-    def begin(pull: ExpertPull) -> tuple[ExpertPull, Read | PullFailed]:
-        try:
-            parts = slot_region(pull.source, pull.layer, pull.source_slot, sizes)
-        except ValueError as error:
-            return pull, PullFailed(str(error))
-        return pull, plane.read(pull.source.session, parts)
-
-    todo = iter(pulls)
-    under_way: deque[tuple[ExpertPull, Read | PullFailed]] = deque()
+    reads = _Reads(plane, pulls, _sizes(weights))
+    under_way: deque[_Reading] = deque()
     try:
         while True:
-            under_way.extend(begin(pull) for pull in itertools.islice(todo, ahead + 1 - len(under_way)))
+            while len(under_way) <= reads.ahead and (reading := reads.begin()) is not None:
+                under_way.append(reading)
             if not under_way:
                 return
-            pull, read = under_way.popleft()
-            if isinstance(read, PullFailed):
-                yield Pulled(pull, None, read)
-                continue
-            with read:
-                try:
-                    outcome = Pulled(pull, _fill(weights, pull, read.wait(deadline_s)))
-                except PullFailed as failure:
-                    outcome = Pulled(pull, None, failure)
-            yield outcome
+            yield from _outcomes(weights, under_way.popleft(), deadline_s)
     finally:
         for _, read in under_way:
             if isinstance(read, Read):
                 read.release()
+
+
+class _Reading(NamedTuple):
+    pulls: Sequence[ExpertPull]
+    read: Read | PullFailed
+
+
+class _Reads:
+    """Begins reads: one for what is pulled in a row from one source, as long as that is little.
+
+    Each read is handed to another thread and back, which takes as long as half a megabyte does.
+    """
+
+    def __init__(self, plane: TransferPlane, pulls: Iterable[ExpertPull], sizes: Mapping[str, int]) -> None:
+        self._plane = plane
+        self._pulls = iter(pulls)
+        self._sizes = sizes
+        nbytes = sum(sizes.values())
+        self._together = max(1, _TOGETHER_BYTES // nbytes)
+        self._next: ExpertPull | None = None
+        self.ahead = min(_MOST_AHEAD, max(1, _AHEAD_BYTES // (nbytes * self._together)))
+        """How many should be under way beside the one that is waited for."""
+
+    def begin(self) -> _Reading | None:
+        """None: there is nothing to pull, for now."""
+        first = self._next or next(self._pulls, None)
+        self._next = None
+        if first is None:
+            return None
+        try:
+            parts = self._parts(first)
+        except ValueError as error:
+            return _Reading([first], PullFailed(str(error)))
+        pulls = [first]
+        while len(pulls) < self._together:
+            self._next = pull = next(self._pulls, None)
+            if pull is None or pull.source.session != first.source.session:
+                break
+            try:
+                parts += self._parts(pull)
+            except ValueError:
+                break  # it fails alone
+            pulls.append(pull)
+            self._next = None
+        return _Reading(pulls, self._plane.read(first.source.session, parts))
+
+    def _parts(self, pull: ExpertPull) -> list[tuple[int, int]]:
+        return slot_region(pull.source, pull.layer, pull.source_slot, self._sizes)
+
+
+def _outcomes(weights: Weights, reading: _Reading, deadline_s: float) -> Iterator[Pulled]:
+    pulls, read = reading
+    if isinstance(read, PullFailed):
+        yield from (Pulled(pull, None, read) for pull in pulls)
+        return
+    with read:
+        try:
+            data = read.wait(deadline_s)
+        except PullFailed as failure:
+            yield from (Pulled(pull, None, failure) for pull in pulls)
+            return
+        for pull, own in zip(pulls, data.split(len(data) // len(pulls)), strict=True):
+            try:
+                outcome = Pulled(pull, _fill(weights, pull, own))
+            except PullFailed as failure:
+                outcome = Pulled(pull, None, failure)
+            yield outcome
 
 
 def pull_dense(
