@@ -377,6 +377,20 @@ async def test_a_probe_has_a_token_generated(start: Start, monkeypatch: pytest.M
     for answer in await asyncio.gather(asked(), asked()):
         assert answer == (503, "no token came within 0 s")
     assert len(running.backend.submitted) == 2, "who asks at once shares one request"
+    await running.backend.arrived.get()
+    await running.backend.arrived.get()
+    while not running.backend.arrived.empty():
+        running.backend.arrived.get_nowait()
+    monkeypatch.setattr(probe, "DEADLINE_S", 1.0)
+    slow = asyncio.create_task(asked())
+    await running.backend.arrived.get()
+    running.backend.reply = says("one")
+    key = {"Authorization": "Bearer key"}
+    async with running.http.post(
+        f"{running.url}/v1/completions", json={"prompt": "x"}, headers=key
+    ) as answered:
+        assert answered.status == 200
+    assert await slow == (200, ""), "tokens come, though not for it"
     running.backend.serving = 0
     assert await asked() == (503, "no rank serves")
     pause = Health(True, "Holding", 0, "no rank serves; ranks on their way or to be launched: 2")

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from elastic_ep.gateway.errors import ApiError
-from elastic_ep.gateway.guided import GrammarReader
+from elastic_ep.gateway.guided import GrammarReader, KnownGrammars, Unchecked
 from elastic_ep.gateway.jobs import JobReader
 from elastic_ep.gateway.settings import ApiSettings
 from elastic_ep.gateway.text.tokenizer import ChatTokenizer
@@ -125,6 +125,17 @@ def test_what_is_said_of_a_grammar_beside_it_changes_it_or_is_refused(name: str,
         named = f"{inside}.{detail}" if inside else detail
         assert fault.param == named or {fault.param, named} <= forms, "one form of a tag's or the other's"
         assert fault.code in ("invalid_value", "invalid_grammar")
+
+
+def test_grammars_that_are_asked_for_stay_known() -> None:
+    known, some = KnownGrammars(), [grammars.regex(f"a{number}") for number in range(257)]
+    for grammar in some[:256]:
+        known.add(grammar)
+    known.check(some[0])
+    known.add(some[256])
+    known.check(some[0])
+    with pytest.raises(Unchecked):
+        known.check(some[1])
 
 
 async def refused(running: Running, path: str = "/v1/completions", **fields: Any) -> tuple[str, str, str]:

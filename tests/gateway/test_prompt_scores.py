@@ -6,7 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
+from elastic_ep.gateway.job import Part
+from elastic_ep.gateway.prompt_scores import prompt_logprobs_json, spelled_prompt
+from elastic_ep.gateway.text.tokenizer import ChatTokenizer
+from elastic_ep.gateway.turns import Turns
+from elastic_ep.wire.messages import SamplingParams, Token, TopLogprob
 from tests.gateway.conftest import Running, Start
 from tests.gateway.fakes import END, FakeBackend, byte_tokens, sample_text, says
 
@@ -132,6 +138,21 @@ async def test_what_is_given_counts_as_prompt_alone(running: Running) -> None:
 async def test_what_cannot_be(running: Running, path: str, param: str, body: Any) -> None:
     status, answer = await running.post(path, body)
     assert (status, answer["error"]["param"]) == (400, param)
+
+
+async def test_tokens_are_told_as_they_stand_and_special_ones_by_name() -> None:
+    """Where a text begins, this tokenizer shows no blank; and a special token is none of the text."""
+    tokenizer = Tokenizer(models.WordLevel({"\u2581Anna": 0, "\u2581has": 1, "<s>": 2}, unk_token="<s>"))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+    text = ChatTokenizer(tokenizer)
+    ids, score = (0, 1), Token(0, 0, 1, None, -0.5, (TopLogprob(2, -0.1), TopLogprob(1, -0.5)))
+    told = json.loads(await prompt_logprobs_json(text, ids, [score], 2, Turns()))
+    assert {one["decoded_token"] for one in told[1].values()} == {" has", "<s>"}
+    part = Part(ids, SamplingParams(1), 0, 1, "Anna has")
+    first, second = await spelled_prompt(text, part, [score], Turns())
+    assert (first.raw, second.raw, second.top) == (b"Anna", b" has", (b"<s>", b" has"))
+    assert (first.start, second.start) == (-8, -4)
 
 
 def test_the_end_is_no_prompt() -> None:
