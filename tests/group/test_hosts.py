@@ -203,6 +203,17 @@ def test_ranks_are_launched_where_they_belong_and_wait_for_their_host() -> None:
     in_world(story)
 
 
+def test_who_orders_is_told_what_comes_of_it_when_it_has_gone_on() -> None:
+    async def story(world: World) -> None:
+        world.hosts.launch(RANK_2, "")
+        world.hosts.kill(RANK_2)
+        assert not world.events
+        await asyncio.sleep(0)
+        assert world.events
+
+    in_world(story)
+
+
 def test_a_silent_host_is_one_loss_and_its_ranks_are_gone_when_its_lease_has_run_out() -> None:
     async def story(world: World) -> None:
         world.up(A, "10.0.0.2")

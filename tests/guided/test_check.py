@@ -105,6 +105,11 @@ def test_the_character_of_a_pattern_that_is_wrong(pattern: str, said: str) -> No
     assert re.search(said, str(fault(grammars.regex(pattern))))
 
 
+def test_any_character_may_be_of_a_choice() -> None:
+    texts = [f"a{chr(code)}b" for code in (*range(1, 256), 0x2028, 0x1F642)]
+    checker().check(grammars.choice(texts))
+
+
 def test_the_line_of_a_grammar_that_is_wrong() -> None:
     assert re.search(
         "unknown name.*at line 2, column 4", str(fault(grammars.lark('start: a\na: "x" nobody')))

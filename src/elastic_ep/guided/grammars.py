@@ -149,8 +149,8 @@ def to_lark(grammar: Grammar) -> str:
 
 
 def _quoted(text: str) -> str:
-    """HAZARD: a raw DEL is no character of a string in Lark, and JSON does not escape it."""
-    return json.dumps(text).replace("\x7f", "\\u007f")
+    """HAZARD: in ASCII, as a raw DEL is no character of a string in Lark."""
+    return json.dumps(text)
 
 
 def _short(text: str) -> str:
