@@ -45,7 +45,7 @@ SIZES = (
 SKEWS = (1.2, 1.5, 2.0)
 DRIFT = 0.2
 LAYERS, SEEDS = 4, 3
-ROUNDS = 3
+ROUNDS = 6
 PLAN_S = 300.0
 """Of the measurement of time; the shortest counts, as other work on the machine only adds to it."""
 Loads = Sequence[float]

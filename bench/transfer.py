@@ -2,7 +2,8 @@
 
 Two processes on this machine. `--experts`: everything that a rank holds, expert by expert, verified and written to its
 slots, against the same bytes read by TransferEngine alone, in the same run: with its blocking call (one call an
-expert), and with reads submitted ahead as the verified pull does it (`bare_ahead`). `--joiner`: all weights of a
+expert), and with reads submitted ahead as the verified pull does it (`bare_ahead`). All take turns every 24 MB;
+`undisturbed` is how fast one turn in twenty is, on a machine with other work. `--joiner`: all weights of a
 joining rank from a peer, from a checkpoint in the page cache, and from one that is not.
 """
 
@@ -34,9 +35,9 @@ EXPERT_SHAPES = {"0.2 MiB": (128, 136), "2 MiB": (512, 344), "16 MiB": (2048, 68
 """Hidden size, expert width: float32, three matrices."""
 
 
-def measure_experts(total_bytes: int, rounds: int) -> dict[str, Any]:
+def measure_experts(total_bytes: int, rounds: int, old: Path | None) -> dict[str, Any]:
     return {
-        name: measure_size(*shape, total_bytes=total_bytes, rounds=rounds)
+        name: measure_size(*shape, total_bytes=total_bytes, rounds=rounds, old=old)
         for name, shape in EXPERT_SHAPES.items()
     }
 
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--joiner", action="store_true", help="only the joiner")
     parser.add_argument("--gib", type=float, default=2.0, help="bytes a size, in GiB")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--old", type=Path, metavar="CHECKOUT", help="its pulls of experts take turns")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -139,7 +141,7 @@ def main() -> None:
     }
     both = options.experts == options.joiner
     if options.experts or both:
-        result["experts"] = measure_experts(int(options.gib * 2**30), options.rounds)
+        result["experts"] = measure_experts(int(options.gib * 2**30), options.rounds, options.old)
     if options.joiner or both:
         result["joiner"] = measure_joiner(options.rounds)
     write_result(options.out, result)
