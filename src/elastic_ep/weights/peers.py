@@ -18,7 +18,7 @@ from elastic_ep.weights.transfer import PullFailed, Read, TransferPlane, WrongBy
 from elastic_ep.wire.slot_messages import Region, StateAddress
 
 _DENSE_PIECE_BYTES = 8 << 20
-_TOGETHER_BYTES = 1 << 20
+_TOGETHER_BYTES = 2 << 20
 _AHEAD_BYTES = 4 << 20
 _MOST_AHEAD = 4
 
