@@ -96,6 +96,7 @@ def _import() -> None:
         sys.meta_path.insert(0, finder)
     try:
         importlib.import_module("torch")
+        importlib.import_module("torch._prims.rng_prims")  # without which there is no `torch.Generator`
     finally:
         with suppress(ValueError):
             sys.meta_path.remove(finder)

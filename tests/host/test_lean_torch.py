@@ -19,6 +19,7 @@ with torch.inference_mode():
 assert lean_torch.put_off() == off, "no tensor needs any of it"
 assert torch.distributions.Normal(0.0, 1.0).sample().shape == ()
 assert "torch.distributions" not in lean_torch.put_off()
+torch.rand(2, generator=torch.Generator().manual_seed(1))
 import elastic_ep.whole_torch
 assert lean_torch.put_off() == []
 assert torch.optim.SGD([torch.nn.Parameter(x)], lr=0.1)
