@@ -39,9 +39,9 @@ ARROWS: dict[str, set[str]] = {
 }  # fmt: skip
 """A folder, and what it may import besides itself: folders, and modules of the top level."""
 TOP = {
-    "agent", "charts", "command_line", "config", "first_host", "foreign_flags", "joined", "kernel", "lean_torch", "logs",
-    "loop_watch", "machine_memory", "on_ray", "placement", "placement_picture", "plan", "precision", "replay", "run",
-    "serve", "timing", "titles", "whole_torch",
+    "agent", "charts", "command_line", "config", "first_host", "foreign_flags", "joined", "kernel", "logs", "loop_watch",
+    "machine_memory", "on_ray", "placement", "placement_picture", "plan", "precision", "replay", "run", "serve", "timing",
+    "titles",
 }  # fmt: skip
 """The commands, what they are made of, and what all may use."""
 BASE: dict[str, set[str]] = {

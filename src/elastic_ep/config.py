@@ -42,12 +42,7 @@ MOST_RANKS = 64
 LOCAL_ADDRESS = "127.0.0.1"
 MOST_PORT = 65535 - 3
 """Of those that hosts join at: the three after it are used, too."""
-PRELOAD = (
-    "elastic_ep.lean_torch",
-    "elastic_ep.rank.process",
-    "elastic_ep.guided.shared",
-    "elastic_ep.fused.library",
-)
+PRELOAD = ("torch", "elastic_ep.rank.process", "elastic_ep.guided.shared", "elastic_ep.fused.library")
 """What the fork server imports for all ranks. Nothing of it may touch a device or start a thread."""
 
 

@@ -81,11 +81,7 @@ EXAMPLE_QUESTION = (
     "How many apples does Tom have now?"
 )
 RANK_ENTRY = "elastic_ep.rank.process:main"
-_OF_GPUS = (
-    "elastic_ep.whole_torch",
-    "elastic_ep.engine.ops_cuda.build",
-    "elastic_ep.engine.ops_cuda.preload",
-)
+_OF_GPUS = ("elastic_ep.engine.ops_cuda.build", "elastic_ep.engine.ops_cuda.preload")
 _PRELOAD = {"cpu": PRELOAD, "cuda": PRELOAD + _OF_GPUS}
 """What the fork server imports for the ranks, as `config.PRELOAD`."""
 _RANKS_PART = 8
