@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,10 +62,10 @@ def recorded_logits() -> Iterator[_Logits]:
     seen: _Logits = {}
 
     def recording(
-        logits: torch.Tensor, sequences: list[Sequence], masks: Words | None = None
+        logits: torch.Tensor | npt.NDArray[np.float32], sequences: list[Sequence], masks: Words | None = None
     ) -> list[Sampled]:
         for row, seq in zip(logits, sequences, strict=False):
-            seen[seq.request_id, len(seq.tokens)] = row.clone()
+            seen[seq.request_id, len(seq.tokens)] = torch.as_tensor(row).clone()
         return sample(logits, sequences, masks)
 
     with (

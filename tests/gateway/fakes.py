@@ -127,9 +127,14 @@ class FakeStream:
         self.cached_tokens = cached_tokens
         self.assigned_s: float | None = time.monotonic()
         self.moved_s: tuple[float, ...] = ()
+        self._came: Callable[[int], None] = lambda _count: None
 
     def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]:
         return self
+
+    def gather(self, least: int, came: Callable[[int], None]) -> None:
+        """Its batches stay as they are."""
+        self._came = came
 
     async def __anext__(self) -> tuple[Token, ...]:
         if self._ended:
@@ -139,6 +144,7 @@ class FakeStream:
             await asyncio.Event().wait()
         await asyncio.sleep(0)
         batch = self._batches.popleft()
+        self._came(len(batch))
         self.taken += 1
         self._ended = batch[-1].finish is not None
         return batch

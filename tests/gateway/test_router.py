@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections import Counter
 from collections.abc import Sequence
@@ -98,6 +99,43 @@ async def test_a_stream_gives_what_is_ready_and_ends() -> None:
     assert await collect(stream) == [(12,)]
     assert await collect(stream) == []
     assert rig.router.running == 0
+
+
+async def test_a_stream_that_gathers_wakes_nobody_before_there_are_enough_and_hides_no_end() -> None:
+    rig = Rig()
+    rig.router.handle(ev.RankUp(A))
+    stream, came = rig.submit(), list[int]()
+    rig.commit(A, Token(0, 0, 10))
+    stream.gather(3, came.append)
+    batches: list[tuple[int, ...]] = []
+
+    async def read() -> None:
+        batches.extend(await collect(stream))
+
+    async with anyio.create_task_group() as tasks:
+        first = asyncio.ensure_future(anext(stream))
+        rig.commit(A, Token(0, 1, 11))
+        await anyio.wait_all_tasks_blocked()
+        assert not first.done()
+        assert came == [1, 1]
+        rig.commit(A, Token(0, 2, 12))
+        assert [token.token for token in await first] == [10, 11, 12]
+        tasks.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        rig.commit(A, Token(0, 3, 13, "stop"))
+    assert batches == [(13,)]
+    assert came == [1, 1, 1, 1]
+
+
+async def test_a_stream_that_gathers_ends_when_its_request_fails() -> None:
+    rig = Rig()
+    rig.router.handle(ev.RankUp(A))
+    stream = rig.submit()
+    stream.gather(3, lambda _count: None)
+    rig.commit(A, Token(0, 0, 10))
+    rig.router.handle(ev.NothingWillServe("all are gone"))
+    assert await collect(stream) == [(10,)]
+    assert stream.failure is not None
 
 
 async def test_a_stream_knows_when_ranks_were_given_it() -> None:

@@ -44,14 +44,17 @@ class Sampled(NamedTuple):
     top: tuple[TopLogprob, ...] = ()
 
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence], masks: Words | None = None) -> list[Sampled]:
+def sample(
+    logits: torch.Tensor | npt.NDArray[np.float32], sequences: Seq[Sequence], masks: Words | None = None
+) -> list[Sampled]:
     """The next token of each sequence, from the first rows of logits [>= len(sequences), V] float32.
 
     `masks` [len(sequences), words] if any of them has a grammar: see guided/text.py.
     """
-    raw = logits.numpy(force=True)[: len(sequences)]
-    if masks is None and all(is_plain_greedy(seq.params) for seq in sequences):
-        return [Sampled(int(token)) for token in raw.argmax(axis=-1)]
+    rows_of_all = logits if isinstance(logits, np.ndarray) else logits.numpy(force=True)
+    raw = rows_of_all[: len(sequences)]
+    if masks is None and all(map(_is_plain_greedy, sequences)):
+        return list(map(Sampled, raw.argmax(axis=-1).tolist()))
     scores = _penalised(raw, sequences)
     if masks is not None:
         _leave_out(scores, masks)
@@ -108,6 +111,13 @@ def is_plain_greedy(params: SamplingParams) -> bool:
     limits = params.min_tokens, params.logit_bias, params.allowed_token_ids, params.bad_words
     changes = any(limits) or has_penalties(params)
     return is_greedy(params) and params.logprobs is None and params.grammar is None and not changes
+
+
+def _is_plain_greedy(sequence: Sequence) -> bool:
+    """Asked for each token, so it is kept."""
+    if sequence.plain_greedy is None:
+        sequence.plain_greedy = is_plain_greedy(sequence.params)
+    return sequence.plain_greedy
 
 
 def held_back(sequence: Sequence) -> list[int]:

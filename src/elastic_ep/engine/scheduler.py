@@ -59,6 +59,8 @@ class Sequence:
     """Of the prompt's tokens the last ones, which are put out as if they were drawn: see `SamplingParams.given`."""
     untold: int = 0
     """How many of these have not been put out yet."""
+    plain_greedy: bool | None = None
+    """Whether its tokens are the largest logits, once somebody has looked (sampler.py)."""
 
     @classmethod
     def of(cls, assign: Assign, eos: frozenset[int], max_model_len: int) -> Sequence:

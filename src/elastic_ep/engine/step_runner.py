@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -109,6 +110,8 @@ class StepRunner(ABC):
     cannot be completed for the peers, if something known to be good fails too, or if there was no sequence.
     """
 
+    step_mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode
+    """In which a step is computed."""
     launches_ahead = False
     """Whether `_launch` returns before the work is done: the device then works while the host does other things."""
 
@@ -350,10 +353,10 @@ class StepRunner(ABC):
         if self._guiding.opening:
             self._settle()
         lost = self._guiding.begin_opened(self._scheduler.add)
-        result = self._step(step, schedule, launched)
+        with self.step_mode():
+            result = self._step(step, schedule, launched)
         return replace(result, failed=[*lost, *result.failed]) if lost else result
 
-    @torch.inference_mode()
     def _step(self, step: int, schedule: bool, launched: Callable[[], None]) -> StepResult:
         self._exchange.begin_step(step)
         self._take_done()

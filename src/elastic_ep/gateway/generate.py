@@ -68,6 +68,11 @@ class ChoiceReader:
         self.ended_by: int | None = None
         """The token that ended it, if one did."""
 
+    @property
+    def may_lag(self) -> bool:
+        """Whether no text of it can end it: only its last token does."""
+        return self._stops is None and not self.given and not self.nothing
+
     def feed(self, batch: tuple[Token, ...]) -> str:
         """The text that may be shown now."""
         shown = ""

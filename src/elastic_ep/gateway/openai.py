@@ -131,7 +131,7 @@ class OpenAiHandlers:
     async def _whole_choice(self, shape: Shape, run: Run) -> dict[str, Any]:
         reader, echo, output = run.reader, run.part.echo, run.output
         pieces, message = [echo], Message(output.form)
-        async for text in run.texts():
+        async for text in run.texts(whole=True):
             if output.form is None:
                 pieces.append(text)
             else:

@@ -32,14 +32,16 @@ class RoutedStream:
     """
 
     __slots__ = (
-        "_cancel", "_ended", "_ready", "_refusal", "_wake", "assigned_s", "cached_tokens", "failure",
-        "moved_s", "request_id",
+        "_came", "_cancel", "_ended", "_least", "_ready", "_refusal", "_wake", "assigned_s", "cached_tokens",
+        "failure", "moved_s", "request_id",
     )  # fmt: skip
 
     def __init__(self, request_id: int, cancel: Callable[[int], None]) -> None:
         self.request_id = request_id
         self._cancel = cancel
         self._ready: deque[Token] = deque()
+        self._least = 1
+        self._came: Callable[[int], None] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._ended = False
         self._refusal: ev.Refuse | None = None
@@ -52,14 +54,20 @@ class RoutedStream:
         return self
 
     async def __anext__(self) -> tuple[Token, ...]:
-        while not self._ready:
-            if self._ended:
-                raise StopAsyncIteration
+        while len(self._ready) < self._least and not self._ended:
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
+        if not self._ready:
+            raise StopAsyncIteration
         batch = tuple(self._ready)
         self._ready.clear()
         return batch
+
+    def gather(self, least: int, came: Callable[[int], None]) -> None:
+        """From now on a batch has `least` tokens or more, unless it is the last; `came` hears at once how many come."""
+        self._least, self._came = least, came
+        if self._ready:
+            came(len(self._ready))
 
     def cancel(self) -> None:
         """Stop generating and forget what is ready. Idempotent, and no error after the end."""
@@ -70,7 +78,10 @@ class RoutedStream:
 
     def _deliver(self, tokens: tuple[Token, ...]) -> None:
         self._ready.extend(tokens)
-        self._rouse()
+        if self._came is not None:
+            self._came(len(tokens))
+        if len(self._ready) >= self._least:
+            self._rouse()
 
     def _given_to_a_rank(self) -> None:
         now_s = time.monotonic()

@@ -27,6 +27,8 @@ from elastic_ep.wire.messages import FailureCode
 
 _T = TypeVar("_T")
 _AT_ONCE_BYTES = 1 << 18
+_GATHERED = 32
+"""Tokens of an answer that is sent as a whole for which its task is woken up: read in a fraction of a millisecond."""
 EVENT_STREAM = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -46,20 +48,22 @@ class Run:
     output: Output
     traces: Traces | None
 
-    async def texts(self) -> AsyncIterator[str]:
-        """What may be shown, piece by piece, until the end; a piece may be empty."""
+    async def texts(self, *, whole: bool = False) -> AsyncIterator[str]:
+        """What may be shown, piece by piece, until the end; a piece may be empty. `whole`: nobody waits for a piece."""
         reader = self.reader
+        if gathers := whole and reader.may_lag:
+            self.stream.gather(_GATHERED, self.clock.batch)
         async for batch in self.stream:
             drawn = len(batch) - reader.given
-            if drawn > 0 and not reader.nothing:
+            if drawn > 0 and not reader.nothing and not gathers:
                 self.clock.batch(drawn)
             yield reader.feed(batch)
             if reader.finish is not None:
                 return
 
-    async def deltas(self, message: Message) -> AsyncIterator[list[Delta]]:
+    async def deltas(self, message: Message, *, whole: bool = False) -> AsyncIterator[list[Delta]]:
         """The same, told apart. Raises `ApiError` if the choice was aborted."""
-        async for text in self.texts():
+        async for text in self.texts(whole=whole):
             if deltas := message.push(text):
                 yield deltas
         self.finished()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -341,6 +341,9 @@ class Stream(Protocol):
     def __aiter__(self) -> AsyncIterator[tuple[Token, ...]]: ...
 
     async def __anext__(self) -> tuple[Token, ...]: ...
+
+    def gather(self, least: int, came: Callable[[int], None]) -> None:
+        """From now on a batch has `least` tokens or more, unless it is the last; `came` hears at once how many come."""
 
     def cancel(self) -> None:
         """Stop generating. Idempotent, and no error after the end."""

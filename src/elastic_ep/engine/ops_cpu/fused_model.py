@@ -12,6 +12,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from elastic_ep.config import EngineLimits
@@ -71,7 +73,8 @@ class FusedModel:
             kind.heads * kind.head_dim,
         )
         qkv = attention + 2 * kind.kv_heads * kind.head_dim
-        self._logits = torch.zeros(limits.max_num_seqs, spec.vocab_size)
+        logits = torch.zeros(limits.max_num_seqs, spec.vocab_size)
+        self._logits: npt.NDArray[np.float32] = logits.numpy()
         self._kept: dict[str, Any] = {
             "embed": weights.embed,
             "final_norm": weights.final_norm.float(),
@@ -83,7 +86,7 @@ class FusedModel:
             "mixture": torch.zeros(tokens, hidden),
             "weights": torch.zeros(tokens, moe.top_k),
             "chosen": torch.zeros(tokens, moe.top_k, dtype=torch.int32),
-            "logits": self._logits,
+            "logits": logits,
             "wide": torch.zeros(tokens, max(qkv, 2 * moe.inner, hidden)),
             "narrow": torch.zeros(tokens, max(attention, moe.experts, moe.inner, hidden)),
             "line": torch.zeros(limits.sequence_pages * limits.page_size),
@@ -140,19 +143,20 @@ class FusedModel:
 
     def make_batch(self, chunks: Seq[Chunk]) -> FusedBatch:
         ids: list[int] = []
+        starts: list[int] = []
+        lengths: list[int] = []
         tables: list[int] = []
         pages: list[int] = []
         sampled: list[int] = []
-        for chunk in chunks:
-            sequence, start, length = chunk
+        for sequence, start, length in chunks:
             end = start + length
             ids += sequence.tokens[start:end]
+            starts.append(start)
+            lengths.append(length)
             tables.append(len(pages))
             pages += sequence.pages
-            if chunk.samples:
+            if end >= sequence.needed:  # as `Chunk.samples`
                 sampled.append(len(ids) - 1)
-        starts = [chunk.start for chunk in chunks]
-        lengths = [chunk.length for chunk in chunks]
         words = array("q", ids + starts + lengths + tables + pages + sampled)
         at = words.buffer_info()[0]
         tokens, count = len(ids), len(chunks)
@@ -161,7 +165,7 @@ class FusedModel:
             places.append(places[-1] + size * _WORD)
         return FusedBatch(BatchState(tokens, count, len(sampled), len(pages), *places), words)
 
-    def forward(self, batch: FusedBatch | None, exchange: FusedExchange) -> torch.Tensor:
+    def forward(self, batch: FusedBatch | None, exchange: FusedExchange) -> npt.NDArray[np.float32]:
         """Logits [samples, V] float32, until the next step. None: of no tokens.
 
         Raises RuntimeError, with the step's operations to be completed, for what is out of range.
@@ -179,7 +183,7 @@ class FusedModel:
         for index in range(self._state.mixed, self._layers):
             self._done(self._fused.mixture(self._at, exchange.at, index, 0))
 
-    def try_out(self, batch: FusedBatch) -> torch.Tensor:
+    def try_out(self, batch: FusedBatch) -> npt.NDArray[np.float32]:
         """A forward pass without peers, to which experts add nothing."""
         self._kept["mixture"].zero_()
         self._done(self._fused.begin(self._at, batch.state))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from elastic_ep.config import EngineLimits
 from elastic_ep.engine.expert_load import ExpertLoad
@@ -28,6 +30,8 @@ class FusedRunner(StepRunner):
     What a poisoned step leaves in the cache harms nobody: no key is read before its own token has been computed.
     """
 
+    step_mode = nullcontext  # torch computes nothing
+
     def __init__(
         self,
         fused: Fused,
@@ -47,7 +51,7 @@ class FusedRunner(StepRunner):
         load = ExpertLoad(placement, rank, self._model.loads)
         super().__init__(limits, weights, placement, rank, exchange, self._model.routing, load, memory, masks)
         self._open_memory(CpuPages(self._model.caches, self._model.layout))
-        self._logits: torch.Tensor | None = None
+        self._logits: npt.NDArray[np.float32] | None = None
 
     def _launch(self, chunks: list[Chunk]) -> None:
         self._model.begin()
@@ -64,7 +68,6 @@ class FusedRunner(StepRunner):
         assert self._logits is not None
         return sample(self._logits, sequences, self._guiding.masks())
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
         self.prove_well()
 

@@ -39,7 +39,7 @@ class MessagesHandlers:
             if job.stream:
                 return await self._stream(request, job, writer, run)
             message = Message(job.output.form)
-            async for deltas in run.deltas(message):
+            async for deltas in run.deltas(message, whole=True):
                 writer.push(deltas)
             self._end(job, writer, run)
             return await send(request, [writer.message()])
