@@ -39,7 +39,7 @@ from tests.kit.network import Network, network
 from tests.kit.served import http, server, summary, until_full, write_result
 from train.problems import held_out
 
-from bench.kit.command_line import command_line
+from bench.kit.command_line import command_line, source_tree
 from bench.kit.failover_analysis import Curves, read
 from bench.kit.failover_plot import draw
 from bench.kit.kills import SETTLE_S, Case, Load, compare, disturbed_run
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--false-alarms", type=float, metavar="MINUTES")
     parser.add_argument("--busy", type=int, default=16)
-    parser.add_argument("--old", type=Path, metavar="TREE")
+    parser.add_argument("--old", type=source_tree, metavar="TREE")
     options = parser.parse_args()
     questions = [problem.question for problem in held_out(options.questions)]
     if options.false_alarms or options.old:

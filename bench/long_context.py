@@ -137,7 +137,7 @@ def cost(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     arguments = [*server_arguments(options, scratch), *options.server_flags.split()]
     kept = [side("on", arguments), side("off", [*arguments, *NOTHING_KEPT])]
     if options.old:
-        kept.append(side("old", arguments, options.old.resolve()))
+        kept.append(side("old", arguments, options.old))
     rates: dict[str, list[float]] = {one.name: [] for one in kept}
     busy: dict[str, list[float]] = {one.name: [] for one in kept}
     for number in range(options.rounds):

@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     arguments = [*server_arguments(options, scratch), *named, *options.server_flags.split()]
     model = scratch / "model" if options.config_only else options.model
     result: dict[str, Any] = {}
-    trees = {"old": options.old.resolve()} if options.old else {}
+    trees = {"old": options.old} if options.old else {}
     for name, tree in {**trees, "new": ROOT}.items():
         print(name, flush=True)
         result[name] = ours(name, tree, arguments, options, scratch)

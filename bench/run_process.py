@@ -33,7 +33,7 @@ from tests.kit.bound import Bound
 from tests.kit.served import ROOT, await_ready, http, percentile, status, summary, until_full, write_result
 from train.problems import held_out
 
-from bench.kit.command_line import command_line
+from bench.kit.command_line import command_line, source_tree
 
 STREAMS = 64
 NEAR_S = 0.1
@@ -213,7 +213,7 @@ async def measure(sides: dict[str, Side], options: argparse.Namespace) -> None:
 def main() -> None:
     parser = command_line(__doc__, "run_process", ranks=4)
     add = parser.add_argument
-    add("--old", type=Path, help="a checkout of another commit")
+    add("--old", type=source_tree, help="a checkout of another commit")
     add("--new", type=Path, default=ROOT)
     add("--rounds", type=int, default=12)
     add("--requests", type=int, default=128, help="of each case, a round")

@@ -27,7 +27,7 @@ import torch
 from tests.kit.served import http, percentile, write_result
 from train.problems import held_out
 
-from bench.kit.command_line import command_line
+from bench.kit.command_line import command_line, source_tree
 from bench.kit.load import cpu_seconds
 from bench.kit.sides import Side, side
 from elastic_ep.run import BUNDLED_MODEL
@@ -100,14 +100,14 @@ def main() -> None:
     parser = command_line(__doc__, "throughput", ranks=8)
     parser.add_argument("--problems", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--old", type=Path, help="a source tree of another commit, measured beside this one")
+    parser.add_argument(
+        "--old", type=source_tree, help="a source tree of another commit, measured beside this one"
+    )
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     questions = [problem.question for problem in held_out(options.problems)]
     arguments = ["--ranks", str(options.ranks)]
-    sides = [side("new", arguments)] + (
-        [side("old", arguments, options.old.resolve())] if options.old else []
-    )
+    sides = [side("new", arguments)] + ([side("old", arguments, options.old)] if options.old else [])
     ours: dict[str, list[Sample]] = {one.name: [] for one in sides}
     theirs: list[float] = []
     theirs_sorted: list[float] = []

@@ -22,7 +22,7 @@ from tests.kit.page_cache import drop_from_cache
 from tests.kit.served import ROOT, write_result
 
 from bench.kit.bare_transfer import DEADLINE_S, LAYERS, measure_size, model, peer
-from bench.kit.command_line import command_line
+from bench.kit.command_line import command_line, source_tree
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.placement import Placement, launch_placement
 from elastic_ep.weights.bank import Weights, blank_weights, dummy_source, load_weights
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--joiner", action="store_true", help="only the joiner")
     parser.add_argument("--gib", type=float, default=2.0, help="bytes a size, in GiB")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--old", type=Path, metavar="CHECKOUT", help="its pulls of experts take turns")
+    parser.add_argument("--old", type=source_tree, metavar="CHECKOUT", help="its pulls of experts take turns")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()

@@ -14,6 +14,7 @@ from typing import Any
 from tests.kit.served import ROOT, Server, of_tree, server, shaped_model
 from tests.kit.shapes import layers_30b
 
+from bench.kit.command_line import source_tree
 from elastic_ep.run import BUNDLED_MODEL
 
 _FLAG = re.compile(r"--[a-z][a-z0-9-]*")
@@ -89,7 +90,7 @@ def add_model_options(parser: argparse.ArgumentParser, device: str) -> None:
 def add_side_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, "cpu")
     parser.add_argument(
-        "--old", type=Path, help="a source tree of an older commit, to be measured beside this one"
+        "--old", type=source_tree, help="a source tree of an older commit, to be measured beside this one"
     )
     parser.add_argument("--server-flags", default="", help="more of them, for all servers, in one string")
 
@@ -119,5 +120,5 @@ def server_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
 def sides(options: argparse.Namespace, scratch: Path) -> list[Side]:
     """Of `options`: the old one, if there is one, and the new one."""
     arguments = [*server_arguments(options, scratch), *options.server_flags.split()]
-    old = [side("old", arguments, options.old.resolve())] if options.old else []
+    old = [side("old", arguments, options.old)] if options.old else []
     return [*old, side("new", arguments)]
