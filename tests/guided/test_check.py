@@ -50,7 +50,8 @@ def test_the_part_of_a_schema_that_is_wrong(schema: Any, place: str, said: str) 
     ("schema", "place"),
     [
         ({"items": {"type": "integer", "minimum": 2**53 + 1}}, ".items.minimum"),
-        ({"minimum": -1e30, "maximum": -1e29}, ".minimum"),
+        ({"minimum": -1e30, "maximum": -1e29}, ".maximum"),
+        ({"type": "number", "multipleOf": 2**60}, ".multipleOf"),
         ({"properties": {"const": {"const": {"a": [-(2**63)]}}}}, ".properties.const.const"),
         ({"anyOf": [{"enum": ["x", 2**64]}]}, ".anyOf[0].enum"),
         ({"exclusiveMinimum": 0, "maximum": 0.5}, ".exclusiveMinimum"),
@@ -63,6 +64,23 @@ def test_what_would_not_be_kept_is_refused(schema: Any, place: str) -> None:
     with pytest.raises(BadGrammar) as raised:
         grammars.json_schema(schema)
     assert raised.value.place == place
+
+
+def test_a_range_of_64_bits_is_as_wide_as_whole_numbers_are_exact() -> None:
+    given = {
+        "type": "object",
+        "properties": {
+            "maximum": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+            "list": {"items": {"anyOf": [{"type": "number", "exclusiveMaximum": 1.7e308, "minimum": 0}]}},
+        },
+        "default": {"maximum": 1e300},
+    }
+    grammar = grammars.json_schema(given)
+    checker().check(grammar)
+    found = json.loads(grammar.text)
+    assert found["properties"]["maximum"] == {"type": "integer", "minimum": -(2**53), "maximum": 2**53}
+    assert found["properties"]["list"]["items"]["anyOf"][0]["exclusiveMaximum"] == 2**53
+    assert found["default"] == given["default"]
 
 
 _ENDS = (-1, -0.5, -0.001, 0, 0.001, 0.5, 1, 1.5, 2)

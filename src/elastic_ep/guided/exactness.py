@@ -11,7 +11,8 @@ from typing import Any, TypeGuard
 
 MOST = 2**53
 """Up to here every whole number is a double of its own."""
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+_BOUNDS = (*_LOWER, *_UPPER, "multipleOf")
 _VALUES = ("const", "enum")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Their members' names are the client's."""
@@ -19,6 +20,26 @@ _OTHERS = ("default", "examples")
 
 Fault = tuple[str, str]
 """What is wrong, and where: as `BadGrammar` has them."""
+
+
+def drawn_in(schema: Any) -> Any:
+    """The same with bounds nearer: what is left of a range as wide as 64 bits, which programs write into their schemas,
+    can be counted, and all in it fits."""
+    if isinstance(schema, list):
+        return [drawn_in(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {name: _drawn_in(name, value) for name, value in schema.items()}
+
+
+def _drawn_in(name: str, value: Any) -> Any:
+    if name in _LOWER and _is_number(value):
+        return max(value, -MOST)
+    if name in _UPPER and _is_number(value):
+        return min(value, MOST)
+    if name in _NAMED and isinstance(value, dict):
+        return {inner: drawn_in(one) for inner, one in value.items()}
+    return value if name in _VALUES or name in _OTHERS else drawn_in(value)
 
 
 def faults(schema: Any, place: str = "") -> Iterator[Fault]:

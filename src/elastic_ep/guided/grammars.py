@@ -55,7 +55,7 @@ def json_schema(schema: Any, *, whitespace: str | None = None, compact: bool = F
         raise BadGrammar("must be an object")
     if _OPTIONS in schema:
         raise BadGrammar("is not taken from clients", f".{_OPTIONS}")
-    _exact(schema)
+    schema = _exact(schema)
     pattern = "" if compact else WHITESPACE if whitespace is None else whitespace
     options = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
     try:
@@ -65,14 +65,16 @@ def json_schema(schema: Any, *, whitespace: str | None = None, compact: bool = F
     return Grammar(GrammarKind.JSON_SCHEMA, _short(text))
 
 
-def _exact(schema: dict[str, Any]) -> None:
+def _exact(schema: dict[str, Any]) -> dict[str, Any]:
     """Raises `BadGrammar`."""
     try:
-        fault = next(exactness.faults(schema), None)
+        nearer: dict[str, Any] = exactness.drawn_in(schema)
+        fault = next(exactness.faults(nearer), None)
     except RecursionError as error:
         raise BadGrammar("is nested too deeply") from error
     if fault is not None:
         raise BadGrammar(*fault)
+    return nearer
 
 
 def parsed(schema: Any) -> Any:
