@@ -328,7 +328,7 @@ def test_each_tools_schema_is_a_document_of_its_own() -> None:
     ("wrong", "place"),
     [
         ({"properties": {"a": {"type": "str"}}}, ".properties.a"),
-        ({"properties": {"a": {"maximum": 1e30}}}, ".properties.a.maximum"),
+        ({"properties": {"a": {"minimum": 1e30}}}, ".properties.a.minimum"),
         ({"type": "array"}, ".type"),
     ],
 )  # fmt: skip
