@@ -112,14 +112,17 @@ def test_small_experts_come_in_one_read_and_each_is_judged_by_itself(
     assert mine.checksum(0, 3) == second.checksum(0, 0)
 
 
+def not_served(address: StateAddress) -> StateAddress:
+    """The same process's, and memory that it does not serve."""
+    regions = tuple(region._replace(address=region.address - (1 << 40)) for region in address.regions)
+    return replace(address, regions=regions)
+
+
 def test_all_that_one_read_was_to_bring_fails_with_it(plane: TransferPlane) -> None:
     mine = weights_of(1)
     before = snapshot(mine)
     with source() as peer:
-        elsewhere = replace(
-            peer.address,
-            regions=tuple(r._replace(address=r.address - (1 << 40)) for r in peer.address.regions),
-        )
+        elsewhere = not_served(peer.address)
         outcomes = list(
             pull_experts(plane, mine, [ExpertPull(elsewhere, slot, 0, slot) for slot in (0, 1)], LONG_S)
         )
@@ -137,10 +140,7 @@ def test_memory_that_is_not_served_is_refused(plane: TransferPlane) -> None:
     mine = weights_of(1)
     before = snapshot(mine)
     with source() as peer:
-        elsewhere = replace(
-            peer.address,
-            regions=tuple(r._replace(address=r.address - (1 << 40)) for r in peer.address.regions),
-        )
+        elsewhere = not_served(peer.address)
         with pytest.raises(PullFailed, match="refused"):
             pull_expert(plane, mine, elsewhere, 0, 0, 0, None, LONG_S)
         with pytest.raises(PullFailed, match="no slot"):

@@ -267,9 +267,8 @@ class CudaRunner(StepRunner):
 
     def _told_later(self, chunks: list[Chunk]) -> LateTokens | None:
         assert self._ahead is not None
-        tokens = self._known = self._tokens.numpy()[
-            : len(chunks)
-        ].copy()  # the next step's come to the same place
+        # The next step's come to the same place.
+        tokens = self._known = self._tokens.numpy()[: len(chunks)].copy()
         if any((tokens == stop).any() for stop in self._ahead.stops):
             return None
         return LateTokens(len(chunks), lambda: self._note(chunks, tokens.tolist()))
