@@ -5,7 +5,8 @@
 
 Every side is started, loaded with each case, and stopped before the next is started: a GPU has room for one. Weights are
 random, of Qwen3-30B-A3B's shape with `--layers` layers, or of the `--model` that is given. A `--peer` is a name and a
-command for the shell; {model} and {port} are filled in, {name} is what to call the model.
+command for the shell; {model} and {port} are filled in, {name} is what to call the model. What it logs is kept beside the
+result. A side that fails leaves `failed: ...` in its place, and the others are measured all the same.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.kit.bound import Bound
-from tests.kit.served import MODEL, ROOT, server, write_result
+from tests.kit.served import MODEL, ROOT, server
 
 from bench.kit.closed_load import Case, put_on
 from bench.kit.command_line import command_line
-from bench.kit.sections import gpu
+from bench.kit.sections import Rows, Sections
 from bench.kit.sides import add_side_options, context_for, server_arguments, side
 from elastic_ep.config import PAGE_SIZE
 from elastic_ep.run import BUNDLED_MODEL
 
-PEER_START_S = 400.0
 POLL_S = 0.5
 STOP_S = 30.0
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -45,25 +46,30 @@ CASES = ("1:128:256", "16:128:256", "64:128:256", "256:128:256", "8:4096:32", "4
 
 @contextmanager
 def peer(command: str, model: Path, port: int, log: Path) -> Iterator[str]:
-    """Its URL, when it is ready."""
+    """Its URL, when it is ready. RuntimeError if it ends before. For how long to wait is the caller's matter."""
     line = command.format(model=model, port=port, name=MODEL)
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
         process = Bound(["bash", "-c", line], stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        limit = time.monotonic() + PEER_START_S
         while not _is_ready(url):
-            if process.poll() is not None or time.monotonic() > limit:
+            if process.poll() is not None:
                 raise RuntimeError(f"the peer does not come up: {log.read_text(errors='replace')[-2000:]}")
             time.sleep(POLL_S)
         yield url
     finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """With all that it started: what outlives it would hold the GPU's memory and the port."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _is_ready(url: str) -> bool:
@@ -88,53 +94,57 @@ def cache_tokens(url: str) -> int | None:
     return None
 
 
-def loaded(url: str, options: argparse.Namespace, ready_s: float) -> dict[str, Any]:
-    rows = []
+def loaded(url: str, options: argparse.Namespace, ready_s: float, rows: Rows) -> dict[str, Any]:
     for case in options.cases:
-        row = asyncio.run(
-            put_on(
-                url,
-                MODEL,
-                case,
-                vocabulary=options.prompt_vocabulary,
-                warm_s=options.warm,
-                seconds=options.seconds,
+        rows.add(
+            asyncio.run(
+                put_on(
+                    url,
+                    MODEL,
+                    case,
+                    vocabulary=options.prompt_vocabulary,
+                    warm_s=options.warm,
+                    seconds=options.seconds,
+                )
             )
         )
-        print(f"    {row}", flush=True)
-        rows.append(row)
-    return {"start_s": round(ready_s, 1), "cache_tokens": cache_tokens(url), "cases": rows}
+    return {"start_s": round(ready_s, 1), "cache_tokens": cache_tokens(url), "cases": rows.measured}
 
 
-def ours(
-    name: str, tree: Path, arguments: list[str], options: argparse.Namespace, scratch: Path
-) -> dict[str, Any]:
-    one = side(name, arguments, tree)
-    with server(one.arguments, scratch / "runs", tree=tree) as target:
-        return {**one.described(), **loaded(target.url, options, target.ready_s)}
-
-
-def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, scratch: Path, sections: Sections) -> None:
+    """Into `sections`: each side, and this commit's ratios to the others."""
     named = ("--served-model-name", MODEL)
     arguments = [*server_arguments(options, scratch), *named, *options.server_flags.split()]
     model = scratch / "model" if options.config_only else options.model
-    result: dict[str, Any] = {}
+    planned = [{"case": str(case)} for case in options.cases]
+
+    def ours(name: str, tree: Path) -> dict[str, Any]:
+        rows = sections.rows(name, planned)
+        one = side(name, arguments, tree)
+        with server(one.arguments, scratch / "runs", tree=tree) as target:
+            return {**one.described(), **loaded(target.url, options, target.ready_s, rows)}
+
+    def theirs(name: str, command: str) -> dict[str, Any]:
+        rows = sections.rows(name, planned)
+        log = options.out.with_suffix(f".{name}.log")
+        began = time.monotonic()
+        with peer(command, model, options.port, log) as url:
+            return {"command": command, **loaded(url, options, time.monotonic() - began, rows)}
+
     trees = {"old": options.old} if options.old else {}
-    for name, tree in {**trees, "new": ROOT}.items():
-        print(name, flush=True)
-        result[name] = ours(name, tree, arguments, options, scratch)
+    if not options.peers_only:
+        trees["new"] = ROOT
+    names = list(trees)
+    for name, tree in trees.items():
+        sections.run(name, partial(ours, name, tree), options.limit)
     for given in options.peer:
         name, command = given.split("=", 1)
-        print(name, flush=True)
-        began = time.monotonic()
-        with peer(command, model, options.port, scratch / f"{name}.log") as url:
-            result[name] = {"command": command, **loaded(url, options, time.monotonic() - began)}
-    result["ratios"] = {
-        name: ratios(result["new"]["cases"], value["cases"])
-        for name, value in result.items()
-        if name != "new"
-    }
-    return result
+        names.append(name)
+        sections.run(name, partial(theirs, name, command), options.limit)
+    done = {name: sections.result[name]["cases"] for name in names if name not in sections.failed}
+    if new := done.pop("new", None):
+        sections.result["ratios"] = {name: ratios(new, cases) for name, cases in done.items()}
+        sections.write()
 
 
 def ratios(new: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -162,6 +172,8 @@ def main() -> None:
     add = parser.add_argument
     add("--peer", action="append", default=[], metavar="NAME=COMMAND")
     add("--port", type=int, default=8002, help="of peers")
+    add("--peers-only", action="store_true", help="this commit is left out: it was measured in another run")
+    add("--limit", type=int, default=1200, help="seconds after which a side has failed, with its start")
     add(
         "--cases",
         type=_case,
@@ -175,12 +187,15 @@ def main() -> None:
     options = parser.parse_args()
     options.config_only |= options.model == BUNDLED_MODEL
     context_for(options, max(case.prompt + case.tokens for case in options.cases))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    sections = Sections(options.out, None, layers=options.layers, ranks=options.ranks)
     with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
-        result = measure(options, Path(scratch))
-    write_result(options.out, {"gpu": gpu(), "layers": options.layers, "ranks": options.ranks, **result})
-    for name, rows in result["ratios"].items():
+        measure(options, Path(scratch), sections)
+    for name, rows in sections.result.get("ratios", {}).items():
         for row in rows:
             print(f"new / {name}: {row}")
+    if sections.failed:
+        raise SystemExit(f"failed: {', '.join(sections.failed)}")
 
 
 if __name__ == "__main__":
