@@ -4,7 +4,10 @@ Sizes are those of DeepSeek-V3, Kimi-K2 and DeepSeek-V2-Lite: 128, 64 and 16 hea
 bfloat16. "copy_share" counts the latents once. With 128 heads a token's products take about as long as reading its
 latents, so beside it stands what they reach of a large product, "bf16_share". Each cut and plan is compared with plain
 torch in float64 before it is timed. Limits and times are measured as in kernels.py.
-`--tune` tries more plans, of decodes alone, within a minute.
+
+The usual cut and plan of every size is measured first, in this process. Others come after it, each in a process of its
+own, since a plan can break the device for the process that launched it; they compile side by side and take turns to
+measure. Each row is printed and written as it comes. `--tune` tries more plans of fewer sizes, within a minute.
 
     python -m bench.gpu_mla --out bench/results/gpu_mla.json
     TRITON_INTERPRET=1 python -m bench.gpu_mla --smoke --out /tmp/gpu_mla.json    # tries the script itself
@@ -13,8 +16,17 @@ torch in float64 before it is timed. Limits and times are measured as in kernels
 from __future__ import annotations
 
 import argparse
+import fcntl
+import json
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import astuple
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,15 +49,31 @@ SAID = {"rank": RANK, "scale": (NOPE + ROPE) ** -0.5}
 MOST_ERROR = 4e-3
 """Of the norm: what tests/engine/kernels/errors.py allows bfloat16."""
 Choice = tuple[Cut, LatentPlan | None]
+Size = tuple[int, int, int, int]
+"""Heads, sequences, context, new tokens of each sequence."""
 USUAL: Choice = LATENT_CUT, None
 OTHERS: tuple[Choice, ...] = ((Cut(512, 64), None), (Cut(2048, 64), None))
-TUNED: tuple[Choice, ...] = (
-    *((Cut(1024, 64), LatentPlan(rows, warps, 2)) for rows in (16, 32, 64) for warps in (4, 8)),
-    *((Cut(1024, 64), LatentPlan(rows, 8, stages)) for rows in (16, 64) for stages in (1, 3)),
-    *((Cut(split, 64), LatentPlan(rows, 8, 2)) for split in (512, 2048) for rows in (16, 32)),
-    *((Cut(1024, 32), LatentPlan(rows, 8, stages)) for rows in (16, 64) for stages in (2, 4)),
-    (Cut(1024, 128), LatentPlan(16, 8, 1)),
+DECODES: tuple[Size, ...] = tuple((heads, 32, 4096, 1) for heads in (16, 64, 128))
+PROMPTS: tuple[Size, ...] = ((128, 1, 4096, 4096), (16, 1, 4096, 4096))
+MORE: tuple[Size, ...] = (
+    *((128, sequences, context, 1) for sequences, context in ((1, 4096), (8, 4096), (128, 4096), (4, 32768))),
+    *PROMPTS,
+    (128, 1, 32768, 2048),
 )
+OVERLAPPED = LatentPlan(64, 8, 3, queries_left=True)
+TUNED: tuple[tuple[Size, Choice], ...] = (
+    *((size, (LATENT_CUT, OVERLAPPED)) for size in (*DECODES, PROMPTS[0])),
+    (DECODES[0], (LATENT_CUT, LatentPlan(16, 8, 1, ahead=True))),
+    (DECODES[1], (LATENT_CUT, LatentPlan(32, 8, 1, ahead=True))),
+    (DECODES[1], (LATENT_CUT, LatentPlan(64, 16, 3, queries_left=True))),
+    (PROMPTS[0], USUAL),
+    (DECODES[1], (Cut(512, 64), OVERLAPPED)),
+    (DECODES[0], (Cut(2048, 64), OVERLAPPED)),
+)
+AT_ONCE = 8
+"""Processes that compile."""
+SECONDS = 36.0
+"""Until the last of them must have ended."""
 
 
 class Latents:
@@ -59,8 +87,6 @@ class Latents:
         self.bounds = torch.arange(sequences + 1, dtype=torch.int32) * new
         self.q = torch.randn(sequences * new, heads, RANK + ROPE, dtype=BF16)
         self.new = new
-        pairs = sum(range(context - new + 1, context + 1)) * sequences
-        self.flops = 2.0 * heads * pairs * (RANK + ROPE + RANK)
 
     def run(self, choice: Choice) -> torch.Tensor:
         cut, plan = choice
@@ -77,53 +103,74 @@ class Latents:
         exact = plain_kernels.latent_attention(self.q[last].double(), self.cache.double(), *places, **SAID)
         return float((self.run(choice)[last].double() - exact).norm() / exact.norm())
 
+    def measured(self, choice: Choice, rounds: int, lock: Path) -> tuple[float, float]:
+        """Microseconds, with no other process at work, and the error; one run on the clock for 0 rounds."""
+        begun = time.perf_counter()
+        self.run(choice)
+        once = (time.perf_counter() - begun) * 1e6
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            error = self.error(choice)
+            assert error < MOST_ERROR * (1 if rounds else 2), error
+            return times({"it": partial(self.run, choice)}, rounds)["it"] if rounds else once, error
+
 
 class Bench:
-    def __init__(self, limits: dict[str, float], rounds: int, smoke: bool) -> None:
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, out: Path, lock: Path, limits: dict[str, float], rounds: int) -> None:
+        self._result: dict[str, Any] = {"torch": torch.__version__, "limits": limits, "rows": []}
+        if torch.cuda.is_available():
+            self._result["gpu"] = torch.cuda.get_device_name()
+        self._out = out
+        self._lock = lock
         self._limits = limits
         self._rounds = rounds
-        self._smoke = smoke
 
-    def _time(self, call: Call) -> float:
-        """Microseconds."""
-        if not self._smoke:
-            return times({"it": call}, self._rounds)["it"]
-        begun = time.perf_counter()
-        call()
-        return (time.perf_counter() - begun) * 1e6
-
-    def _add(self, name: str, call: Call, moved: float, flops: float, **more: Any) -> None:
-        us = self._time(call)
+    def _add(self, name: str, us: float, moved: float, flops: float, **more: Any) -> None:
         row = {"name": name, "us": round(us, 2), **more}
         row["copy_share"] = round(moved / us / 1e6 / self._limits["copy_tb_s"], 3)
         row["bf16_share"] = round(flops / us / 1e6 / self._limits["bf16_tflops"], 3)
-        self.rows.append(row)
         print(row, flush=True)
+        self._result["rows"].append(row)
+        write(self._out, self._result)
 
-    def attention(
-        self, heads: int, sequences: int, context: int, new: int = 1, others: tuple[Choice, ...] = ()
-    ) -> None:
-        latents = Latents(heads, sequences, context, new)
-        kind = "decode" if new == 1 else f"prompt of {new}"
-        for choice in (USUAL, *others):
-            cut, given = choice
-            plan = given or plan_of(heads if new == 1 else 64, BF16)
-            said = f"split={cut.split} block={cut.block} rows={plan.rows} warps={plan.warps} stages={plan.stages}"
-            try:
-                error = latents.error(choice)
-            except Exception as refused:  # more shared memory than there is
-                print(f"{said}: {str(refused).splitlines()[0]}", flush=True)
-                continue
-            assert error < MOST_ERROR * (1 + self._smoke), (said, error)
-            name = f"{kind}, {heads} heads, {sequences} x {context}, {said}"
-            self._add(
-                name,
-                partial(latents.run, choice),
-                latents.cache.nbytes,
-                latents.flops,
-                error=error,
-            )
+    def attention(self, size: Size) -> None:
+        self._attention(size, USUAL, Latents(*size).measured(USUAL, self._rounds, self._lock))
+
+    def _attention(self, size: Size, choice: Choice, measured: tuple[float, float]) -> None:
+        us, error = measured
+        heads, sequences, context, new = size
+        pairs = sum(range(context - new + 1, context + 1)) * sequences
+        flops = 2.0 * heads * pairs * (RANK + ROPE + RANK)
+        self._add(_name(size, choice), us, sequences * context * (RANK + ROPE) * 2, flops, error=error)
+
+    def others(self, tried: Sequence[tuple[Size, Choice]]) -> None:
+        """Each in a process of its own."""
+        end = time.monotonic() + SECONDS
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            running = {pool.submit(self._elsewhere, *one, end): one for one in tried}
+            for done in as_completed(running):
+                said = done.result()
+                if isinstance(said, str):
+                    print(f"{_name(*running[done])}: {said}", flush=True)
+                else:
+                    self._attention(*running[done], said)
+
+    def _elsewhere(self, size: Size, choice: Choice, end: float) -> tuple[float, float] | str:
+        """What `Latents.measured` gives, or why nothing came."""
+        cut, plan = choice
+        one = json.dumps([size, astuple(cut), plan and astuple(plan)])
+        command = [sys.executable, "-m", "bench.gpu_mla", "--one", one, "--lock", str(self._lock)]
+        command += ["--rounds", str(self._rounds)]
+        if time.monotonic() > end:
+            return "not begun in time"
+        try:
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=end - time.monotonic())
+        except subprocess.TimeoutExpired:
+            return "not ended in time"
+        if ended.returncode:
+            return (ended.stderr.strip().splitlines() or [f"exit {ended.returncode}"])[-1][:200]
+        us, error = json.loads(ended.stdout.splitlines()[-1])
+        return us, error
 
     def by_head(self, heads: int, rows: int) -> None:
         """Queries to what the latents see, and results back."""
@@ -135,42 +182,52 @@ class Bench:
         flops = 2.0 * rows * heads * NOPE * RANK
         moved = to_keys.numel() * 2.0
         name = f"by head, {heads} heads, {rows} rows"
-        self._add(
-            f"{name}, to keys", lambda: by_head(queries[..., :NOPE], to_keys, seen[..., :RANK]), moved, flops
-        )
-        self._add(f"{name}, to values", lambda: by_head(out, to_values), moved, flops)
+        sides: dict[str, Call] = {
+            "to keys": lambda: by_head(queries[..., :NOPE], to_keys, seen[..., :RANK]),
+            "to values": lambda: by_head(out, to_values),
+        }
+        for side, us in times(sides, self._rounds).items():
+            self._add(f"{name}, {side}", us, moved, flops)
+
+
+def _name(size: Size, choice: Choice) -> str:
+    heads, sequences, context, new = size
+    cut, plan = choice
+    plan = plan or plan_of(heads if new == 1 else 64, BF16)
+    kind = "decode" if new == 1 else f"prompt of {new}"
+    said = f"split={cut.split} block={cut.block} rows={plan.rows} warps={plan.warps} stages={plan.stages}"
+    said += " queries left" * plan.queries_left + " ahead" * plan.ahead
+    return f"{kind}, {heads} heads, {sequences} x {context}, {said}"
 
 
 def main() -> None:
     options = _options()
     torch.manual_seed(0)
-    if options.smoke:
-        bench = Bench({"copy_tb_s": 1.0, "bf16_tflops": 1.0}, 1, smoke=True)
-        bench.attention(3, 2, 64)
-        bench.attention(3, 1, 64, new=3)
-        bench.by_head(2, 3)
-        gpu = "none"
-    else:
+    if options.one:
+        size, cut, plan = json.loads(options.one)
+        choice = Cut(*cut), plan and LatentPlan(*plan)
+        if options.rounds:
+            torch.set_default_device("cuda")
+        print(json.dumps(Latents(*size).measured(choice, options.rounds, options.lock)))
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        lock = Path(file.name)
+        if options.smoke:
+            bench = Bench(options.out, lock, {"copy_tb_s": 1.0, "bf16_tflops": 1.0}, 0)
+            for size in ((3, 2, 64, 1), (3, 1, 64, 3)):
+                bench.attention(size)
+            bench.others([((3, 2, 64, 1), (LATENT_CUT, OVERLAPPED))])
+            return
         torch.set_default_device("cuda")
-        bench = Bench(measure_limits(options.rounds), options.rounds, smoke=False)
-        for heads in (128, 64, 16):
-            bench.attention(heads, 32, 4096, others=TUNED if options.tune else OTHERS)
+        bench = Bench(options.out, lock, measure_limits(options.rounds), options.rounds)
+        for size in DECODES if options.tune else (*DECODES, *MORE):
+            bench.attention(size)
         if options.tune:
-            bench.attention(128, 1, 4096, 4096, others=OTHERS)
-        else:
-            _others(bench)
-        gpu = torch.cuda.get_device_name()
-    result = {"gpu": gpu, "torch": torch.__version__, "limits": bench._limits, "rows": bench.rows}
-    write(options.out, result)
-
-
-def _others(bench: Bench) -> None:
-    for sequences, context in ((1, 4096), (8, 4096), (128, 4096), (4, 32768)):
-        bench.attention(128, sequences, context)
-    for heads, context, new in ((128, 4096, 4096), (128, 32768, 2048), (16, 4096, 4096)):
-        bench.attention(heads, 1, context, new, others=OTHERS if context == new else ())
-    for rows in (32, 2048):
-        bench.by_head(128, rows)
+            bench.others(TUNED)
+            return
+        for rows in (32, 2048):
+            bench.by_head(128, rows)
+        bench.others([(size, other) for size in (*DECODES, *PROMPTS) for other in OTHERS])
 
 
 def _options() -> argparse.Namespace:
@@ -178,6 +235,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

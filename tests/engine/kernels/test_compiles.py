@@ -16,6 +16,7 @@ from elastic_ep.engine.ops_cuda.kernels import (
     dense,
     expert_ffn,
     gate,
+    latent_attention,
     norm_rope,
     prefill_attention,
 )
@@ -161,6 +162,23 @@ def test_prefill_attention(dtype: torch.dtype, window: int) -> None:
     constants |= {"CHUNKED": False, "SINKS": window > 0}
     result = compiled(prefill_attention._prefill_kernel, types, constants, 8 if rows == 128 else 4, 3)
     assert uses_wgmma_alone(result) or dtype == torch.float32
+
+
+def test_latents_are_fetched_while_others_are_used() -> None:
+    """Two blocks have room, and one is still on its way when the other's products begin."""
+    plan, cut = latent_attention.LatentPlan(64, 8, 3, queries_left=True), latent_attention.LATENT_CUT
+    types = dict.fromkeys(("q", "latents", "out"), "*bf16")
+    types |= dict.fromkeys(("tables", "lengths", "ended"), "*i32")
+    types |= dict.fromkeys(("parts", "tops", "totals"), "*fp32")
+    types |= {"scale": "fp32"} | dict.fromkeys(("table_stride", "sequences", "splits"), "i32")
+    constants = {"HQ": 64, "G": 64, "KV": 512, "ROPE": 64, "BLOCK_KV": 512, "BLOCK_ROPE": 64, "R": plan.rows}
+    constants |= {"PAGE": 16, "SPLIT": cut.split, "BLOCK": cut.block, "BLOCK_B": 32, "COLUMNS": 128}
+    constants |= {"QUERIES_LEFT": plan.queries_left, "AHEAD": plan.ahead}
+    kernel = latent_attention._latent_decode_kernel
+    result = compiled(kernel, types, constants, plan.warps, plan.stages)
+    assert uses_wgmma_alone(result)
+    loop = result.asm["ptx"].split("cp.async.wait_group", 1)[1]
+    assert int(loop.split(";", 1)[0]) == 2, "one block is two loads"
 
 
 @pytest.mark.parametrize(("rows", "out"), [(16, 5120), (4096, 5120)])

@@ -48,6 +48,10 @@ class LatentPlan:
     rows: int
     warps: int
     stages: int
+    queries_left: bool = False
+    """In the product that makes scores: then, with 3 stages, a block of latents is fetched while another is used."""
+    ahead: bool = False
+    """The next block of latents waits in registers."""
 
 
 def plan_of(heads: int, dtype: torch.dtype) -> LatentPlan:
@@ -73,53 +77,95 @@ def _attend(
     R: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    QUERIES_LEFT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> tl.tensor:
     """Keys first..end for q [R, BLOCK_KV] and q_turned [R, BLOCK_ROPE], row r up to key `last_seen`[r]: sum, not yet
     divided by the total, [BLOCK_KV, R], maximum [R], total [R]. A row that sees none of the keys has sum 0, maximum
     -inf, total 0.
 
-    Latents are on the left of both products, so that there may be as few rows as 16 (see expert_ffn.py).
+    Latents are on the left of both products, so that there may be as few rows as 16 (see expert_ffn.py); with
+    `QUERIES_LEFT` queries are on the left of the first one, which takes 64 rows.
     """
-    lane = tl.arange(0, BLOCK_KV)
-    turned = tl.arange(0, BLOCK_ROPE)
     acc = tl.zeros([BLOCK_KV, R], tl.float32)
-    weight = tl.zeros([BLOCK, R], tl.float32)
+    KEYS: tl.constexpr = 1 if QUERIES_LEFT else 0
+    weight = tl.zeros([R, BLOCK] if QUERIES_LEFT else [BLOCK, R], tl.float32)
     top = tl.full([R], -float("inf"), tl.float32)
     seen = tl.max(last_seen, axis=0)
     page = pages_of(table, first, end, PAGE, BLOCK)
+    if AHEAD:
+        next_k, next_turned = _load(latents, page, first, end, KV, ROPE, BLOCK_KV, BLOCK_ROPE, PAGE, BLOCK)
+        page = pages_of(table, first + BLOCK, end, PAGE, BLOCK)
     for start in range(first, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
         exists = key < end
-        at = (page.to(tl.int64) * PAGE + key % PAGE)[:, None] * (KV + ROPE)
-        real = exists[:, None]
-        if KV == BLOCK_KV:
-            k = tl.load(latents + at + lane[None, :], mask=real, other=0.0)
+        if AHEAD:
+            k, k_turned = next_k, next_turned
+            next_k, next_turned = _load(
+                latents, page, start + BLOCK, end, KV, ROPE, BLOCK_KV, BLOCK_ROPE, PAGE, BLOCK
+            )
+            page = pages_of(table, start + 2 * BLOCK, end, PAGE, BLOCK)
         else:
-            k = tl.load(latents + at + lane[None, :], mask=real & (lane < KV)[None, :], other=0.0)
-        if ROPE == BLOCK_ROPE:
-            k_turned = tl.load(latents + KV + at + turned[None, :], mask=real, other=0.0)
-        else:
-            real = real & (turned < ROPE)[None, :]
-            k_turned = tl.load(latents + KV + at + turned[None, :], mask=real, other=0.0)
-        page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
-        p = tl.zeros([BLOCK, R], k.dtype)
+            k, k_turned = _load(latents, page, start, end, KV, ROPE, BLOCK_KV, BLOCK_ROPE, PAGE, BLOCK)
+            page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
+        p = tl.zeros(weight.shape, k.dtype)
         fade = tl.full([R], 1.0, tl.float32)
         # Always so. HAZARD: where the compiler sees that scores go into another product, each half of the warps computes
         # all of them, which takes as long as all else; it does not look out of a branch. Nor does it if the scores' two
         # products go into one another.
         if start <= seen:
-            zero = tl.zeros([BLOCK, R], tl.float32)
-            score = dot(k, tl.trans(q), zero) * scale + dot(k_turned, tl.trans(q_turned), zero) * scale
-            score = tl.where(exists[:, None] & (key[:, None] <= last_seen[None, :]), score, -float("inf"))
-            new_top = tl.maximum(top, tl.max(score, axis=0))
+            zero = tl.zeros(weight.shape, tl.float32)
+            if QUERIES_LEFT:
+                score = dot(q, tl.trans(k), zero) * scale + dot(q_turned, tl.trans(k_turned), zero) * scale
+            else:
+                score = dot(k, tl.trans(q), zero) * scale + dot(k_turned, tl.trans(q_turned), zero) * scale
+            key_there = tl.expand_dims(key, 1 - KEYS)
+            visible = tl.expand_dims(exists, 1 - KEYS) & (key_there <= tl.expand_dims(last_seen, KEYS))
+            score = tl.where(visible, score, -float("inf"))
+            new_top = tl.maximum(top, tl.max(score, axis=KEYS))
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
             fade = tl.exp2(top - base)
-            share = tl.exp2(score - base[None, :])
-            weight = tl.fma(weight, tl.broadcast_to(fade[None, :], [BLOCK, R]), share)
+            share = tl.exp2(score - tl.expand_dims(base, KEYS))
+            weight = tl.fma(weight, tl.broadcast_to(tl.expand_dims(fade, KEYS), weight.shape), share)
             top = new_top
             p = share.to(k.dtype)
+        elif QUERIES_LEFT:
+            # Never. Where latents go into products through one turned view that has several uses, the compiler keeps no
+            # spare block for products that are still running, of which there are none: so there is room for two blocks,
+            # and one is on its way while the other is used. With two uses here this holds of all of them.
+            weight = dot(q_turned, tl.trans(k_turned), weight)
+        if QUERIES_LEFT:
+            p = tl.trans(p)
         acc = dot(tl.trans(k), p, acc * fade[None, :])
-    return acc, top, exact_sum(weight, 0)
+    return acc, top, exact_sum(weight, KEYS)
+
+
+@jit
+def _load(
+    latents: tl.tensor,
+    page: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    KV: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Of a block of keys, in pages `page` [BLOCK]: [BLOCK, BLOCK_KV] and [BLOCK, BLOCK_ROPE], zeros from `end` on."""
+    lane = tl.arange(0, BLOCK_KV)
+    turned = tl.arange(0, BLOCK_ROPE)
+    key = start + tl.arange(0, BLOCK)
+    at = (page.to(tl.int64) * PAGE + key % PAGE)[:, None] * (KV + ROPE)
+    real = (key < end)[:, None]
+    if KV == BLOCK_KV:
+        k = tl.load(latents + at + lane[None, :], mask=real, other=0.0)
+    else:
+        k = tl.load(latents + at + lane[None, :], mask=real & (lane < KV)[None, :], other=0.0)
+    if ROPE != BLOCK_ROPE:
+        real = real & (turned < ROPE)[None, :]
+    return k, tl.load(latents + KV + at + turned[None, :], mask=real, other=0.0)
 
 
 @jit
@@ -148,6 +194,8 @@ def _latent_decode_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    QUERIES_LEFT: tl.constexpr,
+    AHEAD: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     GROUPS: tl.constexpr = (HQ + G - 1) // G
@@ -185,6 +233,8 @@ def _latent_decode_kernel(
             R,
             PAGE,
             BLOCK,
+            QUERIES_LEFT,
+            AHEAD,
         )
         acc = tl.trans(turned_acc)
         count = (length + SPLIT - 1) // SPLIT
@@ -237,13 +287,40 @@ def _merge_columns(
     acc = tl.zeros([R, COLUMNS], tl.float32)
     top = tl.full([R, 1], -float("inf"), tl.float32)
     total = tl.zeros([R, 1], tl.float32)
-    for split in range(count):
-        at = (query * splits + split)[:, None]
-        new_acc = tl.load(parts + at * BLOCK_KV + lane[None, :], mask=mask, other=0.0)
-        new_top = tl.load(tops + at, mask=mask, other=0.0)
-        new_total = tl.load(totals + at, mask=mask, other=0.0)
-        acc, top, total = merge(acc, top, total, new_acc, new_top, new_total)
+    at = (query * splits)[:, None]
+    for first in range(0, count, 4):
+        # All loads before the first use: one after the other they would take as many times as long.
+        acc_0, top_0, total_0 = _part(parts, tops, totals, at, first, count, lane, mask, BLOCK_KV)
+        acc_1, top_1, total_1 = _part(parts, tops, totals, at, first + 1, count, lane, mask, BLOCK_KV)
+        acc_2, top_2, total_2 = _part(parts, tops, totals, at, first + 2, count, lane, mask, BLOCK_KV)
+        acc_3, top_3, total_3 = _part(parts, tops, totals, at, first + 3, count, lane, mask, BLOCK_KV)
+        acc, top, total = merge(acc, top, total, acc_0, top_0, total_0)
+        if first + 1 < count:
+            acc, top, total = merge(acc, top, total, acc_1, top_1, total_1)
+        if first + 2 < count:
+            acc, top, total = merge(acc, top, total, acc_2, top_2, total_2)
+        if first + 3 < count:
+            acc, top, total = merge(acc, top, total, acc_3, top_3, total_3)
     _finish(acc, total, out + query[:, None] * KV + lane[None, :], mask & (lane < KV)[None, :])
+
+
+@jit
+def _part(
+    parts: tl.tensor,
+    tops: tl.tensor,
+    totals: tl.tensor,
+    at: tl.tensor,
+    split: tl.tensor,
+    count: tl.tensor,
+    lane: tl.tensor,
+    mask: tl.tensor,
+    BLOCK_KV: tl.constexpr,
+) -> tl.tensor:
+    """Columns `lane` of rows whose first parts lie at `at` [R, 1]: sum, maximum, total of a split, if there is such."""
+    at += split
+    mask = mask & (at * 0 + split < count)
+    acc = tl.load(parts + at * BLOCK_KV + lane[None, :], mask=mask, other=0.0)
+    return acc, tl.load(tops + at, mask=mask, other=0.0), tl.load(totals + at, mask=mask, other=0.0)
 
 
 @jit
@@ -277,6 +354,8 @@ def _latent_prefill_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    QUERIES_LEFT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
     GROUPS: tl.constexpr = (HQ + G - 1) // G
     sequence = tl.arange(0, BLOCK_B)
@@ -328,6 +407,8 @@ def _latent_prefill_kernel(
                 R,
                 PAGE,
                 BLOCK,
+                QUERIES_LEFT,
+                AHEAD,
             )
             if first > 0:
                 acc, top, total = merge(tl.load(spare), top, total, acc, new_top[None, :], new_total[None, :])
@@ -396,6 +477,8 @@ def latent_decode(
             SPLIT=cut.split,
             BLOCK=cut.block,
             BLOCK_B=power_of_2(count),
+            QUERIES_LEFT=plan.queries_left,
+            AHEAD=plan.ahead,
             COLUMNS=min(_COLUMNS, block_kv),
             num_warps=plan.warps,
             num_stages=plan.stages,
@@ -465,6 +548,8 @@ def latent_prefill(
         SPLIT=cut.split,
         BLOCK=cut.block,
         BLOCK_B=power_of_2(sequences),
+        QUERIES_LEFT=plan.queries_left,
+        AHEAD=plan.ahead,
         num_warps=plan.warps,
         num_stages=plan.stages,
         enable_fp_fusion=False,
