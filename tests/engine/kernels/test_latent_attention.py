@@ -104,8 +104,8 @@ def test_decode_and_prompts(
 def test_plans_that_overlap(device: torch.device, plan: LatentPlan) -> None:
     """More splits than are merged at a time; a context that ends in a block's middle, one that ends with a split."""
     heads, *shape = SHAPES[0] if INTERPRETED else SHAPES[-2]
-    cut = CUT if INTERPRETED else Cut(split=64, block=64)
-    latents = Latents(device, torch.bfloat16, (64 * 5 + 21, 64 * 2), *shape)
+    cut = Cut(split=128, block=32) if INTERPRETED else Cut(split=256, block=64)
+    latents = Latents(device, torch.bfloat16, (5 * cut.split + 85, 2 * cut.split), *shape)
     q = latents.queries(2, heads)
     prompt = latents.prefill(q, (1, 1), cut, plan)
     check("attention", prompt, latents.exact(q, (1, 1)))
