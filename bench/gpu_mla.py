@@ -5,9 +5,9 @@ bfloat16. "copy_share" counts the latents once. With 128 heads a token's product
 latents, so beside it stands what they reach of a large product, "bf16_share". Each cut and plan is compared with plain
 torch in float64 before it is timed. Limits and times are measured as in kernels.py.
 
-The usual cut and plan of every size is measured first, in this process. Others come after it, each in a process of its
-own, since a plan can break the device for the process that launched it; they compile side by side and take turns to
-measure. Each row is printed and written as it comes. `--tune` tries more plans of fewer sizes, within a minute.
+Each is measured in a process of its own, since a plan can break the device for the process that launched it; they
+compile side by side and take turns to measure, the usual cuts and plans first. Each row is printed and written as it
+comes. `--tune` tries more plans of fewer sizes, within a minute.
 
     python -m bench.gpu_mla --out bench/results/gpu_mla.json
     TRITON_INTERPRET=1 python -m bench.gpu_mla --smoke --out /tmp/gpu_mla.json    # tries the script itself
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -60,20 +61,21 @@ MORE: tuple[Size, ...] = (
     *PROMPTS,
     (128, 1, 32768, 2048),
 )
-OVERLAPPED = LatentPlan(64, 8, 3, queries_left=True)
+OVERLAPPED = LatentPlan(64, 8, 3, queries_left=True, ahead=True)
+FEW = LatentPlan(16, 8, 3, ahead=True)
 TUNED: tuple[tuple[Size, Choice], ...] = (
+    (DECODES[0], (LATENT_CUT, FEW)),
     *((size, (LATENT_CUT, OVERLAPPED)) for size in (*DECODES, PROMPTS[0])),
-    (DECODES[0], (LATENT_CUT, LatentPlan(16, 8, 1, ahead=True))),
-    (DECODES[1], (LATENT_CUT, LatentPlan(32, 8, 1, ahead=True))),
-    (DECODES[1], (LATENT_CUT, LatentPlan(64, 16, 3, queries_left=True))),
     (PROMPTS[0], USUAL),
+    (DECODES[1], (LATENT_CUT, LatentPlan(64, 16, 3, queries_left=True, ahead=True))),
+    (DECODES[0], (LATENT_CUT, LatentPlan(16, 4, 3, ahead=True))),
     (DECODES[1], (Cut(512, 64), OVERLAPPED)),
-    (DECODES[0], (Cut(2048, 64), OVERLAPPED)),
+    (DECODES[0], (Cut(512, 64), FEW)),
 )
-AT_ONCE = 8
-"""Processes that compile."""
-SECONDS = 36.0
-"""Until the last of them must have ended."""
+AT_ONCE = min(os.cpu_count() or 1, 16)
+"""Processes."""
+TUNED_WITHIN, WITHIN = 38.0, 400.0
+"""Seconds until the last of them must have ended."""
 
 
 class Latents:
@@ -133,9 +135,6 @@ class Bench:
         self._result["rows"].append(row)
         write(self._out, self._result)
 
-    def attention(self, size: Size) -> None:
-        self._attention(size, USUAL, Latents(*size).measured(USUAL, self._rounds, self._lock))
-
     def _attention(self, size: Size, choice: Choice, measured: tuple[float, float]) -> None:
         us, error = measured
         heads, sequences, context, new = size
@@ -143,9 +142,8 @@ class Bench:
         flops = 2.0 * heads * pairs * (RANK + ROPE + RANK)
         self._add(_name(size, choice), us, sequences * context * (RANK + ROPE) * 2, flops, error=error)
 
-    def others(self, tried: Sequence[tuple[Size, Choice]]) -> None:
-        """Each in a process of its own."""
-        end = time.monotonic() + SECONDS
+    def attention(self, tried: Sequence[tuple[Size, Choice]], within: float) -> None:
+        end = time.monotonic() + within
         with ThreadPoolExecutor(AT_ONCE) as pool:
             running = {pool.submit(self._elsewhere, *one, end): one for one in tried}
             for done in as_completed(running):
@@ -168,7 +166,10 @@ class Bench:
         except subprocess.TimeoutExpired:
             return "not ended in time"
         if ended.returncode:
-            return (ended.stderr.strip().splitlines() or [f"exit {ended.returncode}"])[-1][:200]
+            said = [
+                line for line in ended.stderr.rpartition("Traceback")[2].splitlines()[1:] if line[:1].strip()
+            ]
+            return (said or [f"exit {ended.returncode}"])[0][:200]
         us, error = json.loads(ended.stdout.splitlines()[-1])
         return us, error
 
@@ -214,20 +215,22 @@ def main() -> None:
         lock = Path(file.name)
         if options.smoke:
             bench = Bench(options.out, lock, {"copy_tb_s": 1.0, "bf16_tflops": 1.0}, 0)
-            for size in ((3, 2, 64, 1), (3, 1, 64, 3)):
-                bench.attention(size)
-            bench.others([((3, 2, 64, 1), (LATENT_CUT, OVERLAPPED))])
+            small = (3, 2, 64, 1), (3, 1, 64, 3)
+            bench.attention(
+                [(size, choice) for size in small for choice in (USUAL, (LATENT_CUT, FEW))], WITHIN
+            )
             return
         torch.set_default_device("cuda")
         bench = Bench(options.out, lock, measure_limits(options.rounds), options.rounds)
-        for size in DECODES if options.tune else (*DECODES, *MORE):
-            bench.attention(size)
         if options.tune:
-            bench.others(TUNED)
+            bench.attention([*((size, USUAL) for size in DECODES), *TUNED], TUNED_WITHIN)
             return
         for rows in (32, 2048):
             bench.by_head(128, rows)
-        bench.others([(size, other) for size in (*DECODES, *PROMPTS) for other in OTHERS])
+        usual = [(size, USUAL) for size in (*DECODES, *MORE)]
+        bench.attention(
+            [*usual, *((size, other) for size in (*DECODES, *PROMPTS) for other in OTHERS)], WITHIN
+        )
 
 
 def _options() -> argparse.Namespace:

@@ -99,7 +99,9 @@ def test_decode_and_prompts(
 
 
 @pytest.mark.parametrize(
-    "plan", [LatentPlan(64, 8, 3, queries_left=True), LatentPlan(16, 8, 1, ahead=True)], ids=["left", "ahead"]
+    "plan",
+    [LatentPlan(64, 8, 3, queries_left=True, ahead=True), LatentPlan(16, 8, 3, ahead=True)],
+    ids=["64", "16"],
 )
 def test_plans_that_overlap(device: torch.device, plan: LatentPlan) -> None:
     """More splits than are merged at a time; a context that ends in a block's middle, one that ends with a split."""

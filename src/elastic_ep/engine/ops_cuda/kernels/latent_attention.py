@@ -49,9 +49,11 @@ class LatentPlan:
     warps: int
     stages: int
     queries_left: bool = False
-    """In the product that makes scores: then, with 3 stages, a block of latents is fetched while another is used."""
+    """In the product that makes scores. Latents then go into both products turned, through one view with two uses, of
+    which the compiler does not see that they are products; so it keeps no spare block for products that are still
+    running, of which there are none, and 3 stages take two blocks: one is on its way while the other is used."""
     ahead: bool = False
-    """The next block of latents waits in registers."""
+    """What is in keys alone waits in registers for the next block, which saves room for all blocks but one."""
 
 
 def plan_of(heads: int, dtype: torch.dtype) -> LatentPlan:
@@ -94,19 +96,17 @@ def _attend(
     seen = tl.max(last_seen, axis=0)
     page = pages_of(table, first, end, PAGE, BLOCK)
     if AHEAD:
-        next_k, next_turned = _load(latents, page, first, end, KV, ROPE, BLOCK_KV, BLOCK_ROPE, PAGE, BLOCK)
-        page = pages_of(table, first + BLOCK, end, PAGE, BLOCK)
+        next_turned = _load_turned(latents, page, first, end, KV, ROPE, BLOCK_ROPE, PAGE, BLOCK)
     for start in range(first, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
         exists = key < end
+        k = _load(latents, page, start, end, KV, ROPE, BLOCK_KV, PAGE, BLOCK)
         if AHEAD:
-            k, k_turned = next_k, next_turned
-            next_k, next_turned = _load(
-                latents, page, start + BLOCK, end, KV, ROPE, BLOCK_KV, BLOCK_ROPE, PAGE, BLOCK
-            )
-            page = pages_of(table, start + 2 * BLOCK, end, PAGE, BLOCK)
+            k_turned = next_turned
+            page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
+            next_turned = _load_turned(latents, page, start + BLOCK, end, KV, ROPE, BLOCK_ROPE, PAGE, BLOCK)
         else:
-            k, k_turned = _load(latents, page, start, end, KV, ROPE, BLOCK_KV, BLOCK_ROPE, PAGE, BLOCK)
+            k_turned = _load_turned(latents, page, start, end, KV, ROPE, BLOCK_ROPE, PAGE, BLOCK)
             page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
         p = tl.zeros(weight.shape, k.dtype)
         fade = tl.full([R], 1.0, tl.float32)
@@ -129,11 +129,6 @@ def _attend(
             weight = tl.fma(weight, tl.broadcast_to(tl.expand_dims(fade, KEYS), weight.shape), share)
             top = new_top
             p = share.to(k.dtype)
-        elif QUERIES_LEFT:
-            # Never. Where latents go into products through one turned view that has several uses, the compiler keeps no
-            # spare block for products that are still running, of which there are none: so there is room for two blocks,
-            # and one is on its way while the other is used. With two uses here this holds of all of them.
-            weight = dot(q_turned, tl.trans(k_turned), weight)
         if QUERIES_LEFT:
             p = tl.trans(p)
         acc = dot(tl.trans(k), p, acc * fade[None, :])
@@ -149,23 +144,39 @@ def _load(
     KV: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """What is key and value of the keys from `start`, in pages `page` [BLOCK]: [BLOCK, BLOCK_KV], zeros from `end` on."""
+    key = start + tl.arange(0, BLOCK)
+    at = (page.to(tl.int64) * PAGE + key % PAGE)[:, None] * (KV + ROPE)
+    lane = tl.arange(0, BLOCK_KV)
+    real = (key < end)[:, None]
+    if KV != BLOCK_KV:
+        real = real & (lane < KV)[None, :]
+    return tl.load(latents + at + lane[None, :], mask=real, other=0.0)
+
+
+@jit
+def _load_turned(
+    latents: tl.tensor,
+    page: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    KV: tl.constexpr,
+    ROPE: tl.constexpr,
     BLOCK_ROPE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Of a block of keys, in pages `page` [BLOCK]: [BLOCK, BLOCK_KV] and [BLOCK, BLOCK_ROPE], zeros from `end` on."""
-    lane = tl.arange(0, BLOCK_KV)
-    turned = tl.arange(0, BLOCK_ROPE)
+    """What is key alone: [BLOCK, BLOCK_ROPE]."""
     key = start + tl.arange(0, BLOCK)
     at = (page.to(tl.int64) * PAGE + key % PAGE)[:, None] * (KV + ROPE)
+    lane = tl.arange(0, BLOCK_ROPE)
     real = (key < end)[:, None]
-    if KV == BLOCK_KV:
-        k = tl.load(latents + at + lane[None, :], mask=real, other=0.0)
-    else:
-        k = tl.load(latents + at + lane[None, :], mask=real & (lane < KV)[None, :], other=0.0)
     if ROPE != BLOCK_ROPE:
-        real = real & (turned < ROPE)[None, :]
-    return k, tl.load(latents + KV + at + turned[None, :], mask=real, other=0.0)
+        real = real & (lane < ROPE)[None, :]
+    return tl.load(latents + KV + at + lane[None, :], mask=real, other=0.0)
 
 
 @jit
