@@ -61,17 +61,13 @@ MORE: tuple[Size, ...] = (
     *PROMPTS,
     (128, 1, 32768, 2048),
 )
-OVERLAPPED = LatentPlan(64, 8, 3, queries_left=True, ahead=True)
-FEW = LatentPlan(16, 8, 3, ahead=True)
 TUNED: tuple[tuple[Size, Choice], ...] = (
-    (DECODES[0], (LATENT_CUT, FEW)),
-    *((size, (LATENT_CUT, OVERLAPPED)) for size in (*DECODES, PROMPTS[0])),
+    *((size, (LATENT_CUT, LatentPlan(32, 8, 2))) for size in DECODES),
+    *((size, (LATENT_CUT, LatentPlan(rows, 4, 2))) for size, rows in zip(DECODES, (16, 64, 64), strict=True)),
+    *((DECODES[0], (cut, plan)) for cut, plan in OTHERS),
     (PROMPTS[0], USUAL),
-    (DECODES[1], (LATENT_CUT, LatentPlan(64, 16, 3, queries_left=True, ahead=True))),
-    (DECODES[0], (LATENT_CUT, LatentPlan(16, 4, 3, ahead=True))),
-    (DECODES[1], (Cut(512, 64), OVERLAPPED)),
-    (DECODES[0], (Cut(512, 64), FEW)),
 )
+"""HAZARD: plans of 16 rows and 1 stage break the device (docs/measured.md)."""
 AT_ONCE = min(os.cpu_count() or 1, 16)
 """Processes."""
 TUNED_WITHIN, WITHIN = 38.0, 400.0
@@ -197,7 +193,6 @@ def _name(size: Size, choice: Choice) -> str:
     plan = plan or plan_of(heads if new == 1 else 64, BF16)
     kind = "decode" if new == 1 else f"prompt of {new}"
     said = f"split={cut.split} block={cut.block} rows={plan.rows} warps={plan.warps} stages={plan.stages}"
-    said += " queries left" * plan.queries_left + " ahead" * plan.ahead
     return f"{kind}, {heads} heads, {sequences} x {context}, {said}"
 
 
@@ -217,7 +212,8 @@ def main() -> None:
             bench = Bench(options.out, lock, {"copy_tb_s": 1.0, "bf16_tflops": 1.0}, 0)
             small = (3, 2, 64, 1), (3, 1, 64, 3)
             bench.attention(
-                [(size, choice) for size in small for choice in (USUAL, (LATENT_CUT, FEW))], WITHIN
+                [(size, choice) for size in small for choice in (USUAL, (LATENT_CUT, LatentPlan(32, 8, 2)))],
+                WITHIN,
             )
             return
         torch.set_default_device("cuda")

@@ -48,12 +48,6 @@ class LatentPlan:
     rows: int
     warps: int
     stages: int
-    queries_left: bool = False
-    """In the product that makes scores. Latents then go into both products turned, through one view with two uses, of
-    which the compiler does not see that they are products; so it keeps no spare block for products that are still
-    running, of which there are none, and 3 stages take two blocks: one is on its way while the other is used."""
-    ahead: bool = False
-    """What is in keys alone waits in registers for the next block, which saves room for all blocks but one."""
 
 
 def plan_of(heads: int, dtype: torch.dtype) -> LatentPlan:
@@ -79,104 +73,53 @@ def _attend(
     R: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    QUERIES_LEFT: tl.constexpr,
-    AHEAD: tl.constexpr,
 ) -> tl.tensor:
     """Keys first..end for q [R, BLOCK_KV] and q_turned [R, BLOCK_ROPE], row r up to key `last_seen`[r]: sum, not yet
     divided by the total, [BLOCK_KV, R], maximum [R], total [R]. A row that sees none of the keys has sum 0, maximum
     -inf, total 0.
 
-    Latents are on the left of both products, so that there may be as few rows as 16 (see expert_ffn.py); with
-    `QUERIES_LEFT` queries are on the left of the first one, which takes 64 rows.
+    Latents are on the left of both products, so that there may be as few rows as 16 (see expert_ffn.py).
     """
+    lane = tl.arange(0, BLOCK_KV)
+    turned = tl.arange(0, BLOCK_ROPE)
     acc = tl.zeros([BLOCK_KV, R], tl.float32)
-    KEYS: tl.constexpr = 1 if QUERIES_LEFT else 0
-    weight = tl.zeros([R, BLOCK] if QUERIES_LEFT else [BLOCK, R], tl.float32)
+    weight = tl.zeros([BLOCK, R], tl.float32)
     top = tl.full([R], -float("inf"), tl.float32)
     seen = tl.max(last_seen, axis=0)
     page = pages_of(table, first, end, PAGE, BLOCK)
-    if AHEAD:
-        next_turned = _load_turned(latents, page, first, end, KV, ROPE, BLOCK_ROPE, PAGE, BLOCK)
     for start in range(first, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
         exists = key < end
-        k = _load(latents, page, start, end, KV, ROPE, BLOCK_KV, PAGE, BLOCK)
-        if AHEAD:
-            k_turned = next_turned
-            page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
-            next_turned = _load_turned(latents, page, start + BLOCK, end, KV, ROPE, BLOCK_ROPE, PAGE, BLOCK)
+        at = (page.to(tl.int64) * PAGE + key % PAGE)[:, None] * (KV + ROPE)
+        real = exists[:, None]
+        if KV == BLOCK_KV:
+            k = tl.load(latents + at + lane[None, :], mask=real, other=0.0)
         else:
-            k_turned = _load_turned(latents, page, start, end, KV, ROPE, BLOCK_ROPE, PAGE, BLOCK)
-            page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
-        p = tl.zeros(weight.shape, k.dtype)
+            k = tl.load(latents + at + lane[None, :], mask=real & (lane < KV)[None, :], other=0.0)
+        if ROPE == BLOCK_ROPE:
+            k_turned = tl.load(latents + KV + at + turned[None, :], mask=real, other=0.0)
+        else:
+            real = real & (turned < ROPE)[None, :]
+            k_turned = tl.load(latents + KV + at + turned[None, :], mask=real, other=0.0)
+        page = pages_of(table, start + BLOCK, end, PAGE, BLOCK)
+        p = tl.zeros([BLOCK, R], k.dtype)
         fade = tl.full([R], 1.0, tl.float32)
         # Always so. HAZARD: where the compiler sees that scores go into another product, each half of the warps computes
         # all of them, which takes as long as all else; it does not look out of a branch. Nor does it if the scores' two
         # products go into one another.
         if start <= seen:
-            zero = tl.zeros(weight.shape, tl.float32)
-            if QUERIES_LEFT:
-                score = dot(q, tl.trans(k), zero) * scale + dot(q_turned, tl.trans(k_turned), zero) * scale
-            else:
-                score = dot(k, tl.trans(q), zero) * scale + dot(k_turned, tl.trans(q_turned), zero) * scale
-            key_there = tl.expand_dims(key, 1 - KEYS)
-            visible = tl.expand_dims(exists, 1 - KEYS) & (key_there <= tl.expand_dims(last_seen, KEYS))
-            score = tl.where(visible, score, -float("inf"))
-            new_top = tl.maximum(top, tl.max(score, axis=KEYS))
+            zero = tl.zeros([BLOCK, R], tl.float32)
+            score = dot(k, tl.trans(q), zero) * scale + dot(k_turned, tl.trans(q_turned), zero) * scale
+            score = tl.where(exists[:, None] & (key[:, None] <= last_seen[None, :]), score, -float("inf"))
+            new_top = tl.maximum(top, tl.max(score, axis=0))
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
             fade = tl.exp2(top - base)
-            share = tl.exp2(score - tl.expand_dims(base, KEYS))
-            weight = tl.fma(weight, tl.broadcast_to(tl.expand_dims(fade, KEYS), weight.shape), share)
+            share = tl.exp2(score - base[None, :])
+            weight = tl.fma(weight, tl.broadcast_to(fade[None, :], [BLOCK, R]), share)
             top = new_top
             p = share.to(k.dtype)
-        if QUERIES_LEFT:
-            p = tl.trans(p)
         acc = dot(tl.trans(k), p, acc * fade[None, :])
-    return acc, top, exact_sum(weight, KEYS)
-
-
-@jit
-def _load(
-    latents: tl.tensor,
-    page: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
-    KV: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """What is key and value of the keys from `start`, in pages `page` [BLOCK]: [BLOCK, BLOCK_KV], zeros from `end` on."""
-    key = start + tl.arange(0, BLOCK)
-    at = (page.to(tl.int64) * PAGE + key % PAGE)[:, None] * (KV + ROPE)
-    lane = tl.arange(0, BLOCK_KV)
-    real = (key < end)[:, None]
-    if KV != BLOCK_KV:
-        real = real & (lane < KV)[None, :]
-    return tl.load(latents + at + lane[None, :], mask=real, other=0.0)
-
-
-@jit
-def _load_turned(
-    latents: tl.tensor,
-    page: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
-    KV: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_ROPE: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """What is key alone: [BLOCK, BLOCK_ROPE]."""
-    key = start + tl.arange(0, BLOCK)
-    at = (page.to(tl.int64) * PAGE + key % PAGE)[:, None] * (KV + ROPE)
-    lane = tl.arange(0, BLOCK_ROPE)
-    real = (key < end)[:, None]
-    if ROPE != BLOCK_ROPE:
-        real = real & (lane < ROPE)[None, :]
-    return tl.load(latents + KV + at + lane[None, :], mask=real, other=0.0)
+    return acc, top, exact_sum(weight, 0)
 
 
 @jit
@@ -205,8 +148,6 @@ def _latent_decode_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    QUERIES_LEFT: tl.constexpr,
-    AHEAD: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     GROUPS: tl.constexpr = (HQ + G - 1) // G
@@ -244,8 +185,6 @@ def _latent_decode_kernel(
             R,
             PAGE,
             BLOCK,
-            QUERIES_LEFT,
-            AHEAD,
         )
         acc = tl.trans(turned_acc)
         count = (length + SPLIT - 1) // SPLIT
@@ -329,7 +268,7 @@ def _part(
 ) -> tl.tensor:
     """Columns `lane` of rows whose first parts lie at `at` [R, 1]: sum, maximum, total of a split, if there is such."""
     at += split
-    mask = mask & (at * 0 + split < count)
+    mask = mask & (split < count)
     acc = tl.load(parts + at * BLOCK_KV + lane[None, :], mask=mask, other=0.0)
     return acc, tl.load(tops + at, mask=mask, other=0.0), tl.load(totals + at, mask=mask, other=0.0)
 
@@ -365,8 +304,6 @@ def _latent_prefill_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    QUERIES_LEFT: tl.constexpr,
-    AHEAD: tl.constexpr,
 ) -> None:
     GROUPS: tl.constexpr = (HQ + G - 1) // G
     sequence = tl.arange(0, BLOCK_B)
@@ -418,8 +355,6 @@ def _latent_prefill_kernel(
                 R,
                 PAGE,
                 BLOCK,
-                QUERIES_LEFT,
-                AHEAD,
             )
             if first > 0:
                 acc, top, total = merge(tl.load(spare), top, total, acc, new_top[None, :], new_total[None, :])
@@ -488,8 +423,6 @@ def latent_decode(
             SPLIT=cut.split,
             BLOCK=cut.block,
             BLOCK_B=power_of_2(count),
-            QUERIES_LEFT=plan.queries_left,
-            AHEAD=plan.ahead,
             COLUMNS=min(_COLUMNS, block_kv),
             num_warps=plan.warps,
             num_stages=plan.stages,
@@ -559,8 +492,6 @@ def latent_prefill(
         SPLIT=cut.split,
         BLOCK=cut.block,
         BLOCK_B=power_of_2(sequences),
-        QUERIES_LEFT=plan.queries_left,
-        AHEAD=plan.ahead,
         num_warps=plan.warps,
         num_stages=plan.stages,
         enable_fp_fusion=False,
