@@ -28,7 +28,7 @@ CONFIG = ServeConfig(ranks=4, model=str(BUNDLED_MODEL), device="cpu")
     ("sequences", "tokens", "device", "expected"),
     [
         (None, None, "cpu", (16, 64)),
-        (None, None, "cuda", (256, 2048)),
+        (None, None, "cuda", (256, 4352)),
         (100, None, "cpu", (100, 100)),
         (None, 8, "cuda", (8, 8)),
         (4, 32, "cuda", (4, 32)),
@@ -140,8 +140,8 @@ def test_a_share_of_a_gpu_means_nothing_on_the_processor() -> None:
 def test_how_long_steps_may_get_is_for_gpus() -> None:
     with pytest.raises(ConfigError, match=r"--prompt-stretch: .*--max-num-batched-tokens"):
         make_plan(replace(CONFIG, prompt_stretch=8.0))
-    assert engine_limits(CONFIG, MODEL, "cuda").prompt_stretch == 2
-    assert engine_limits(replace(CONFIG, prompt_stretch=8.0), MODEL, "cuda").prompt_stretch == 8
+    assert engine_limits(CONFIG, MODEL, "cuda").prompt_stretch == 8
+    assert engine_limits(replace(CONFIG, prompt_stretch=3.0), MODEL, "cuda").prompt_stretch == 3
 
 
 def test_only_ranks_on_the_processor_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ class EngineLimits:
     max_num_batched_tokens: int = 64
     page_size: int = PAGE_SIZE
     num_pages: int = 1024
-    prompt_stretch: float = 2.0
+    prompt_stretch: float = 8.0
     """See engine/prompt_pace.py."""
 
     @property
@@ -268,10 +268,10 @@ class ServeConfig:
     max_model_len: int | None = _flag(None, "prompt plus generated tokens; the model's own if not given",
         within=(2, MOST_MODEL_LEN))
     max_num_seqs: int | None = _flag(None, "sequences that a rank runs at once (16, on a GPU 256)", within=(1, 4096))
-    max_num_batched_tokens: int | None = _flag(None, "tokens that a rank computes in one step (64, on a GPU 2048)",
+    max_num_batched_tokens: int | None = _flag(None, "tokens that a rank computes in one step (64, on a GPU 4352)",
         within=(1, 65536))
     prompt_stretch: float | None = _flag(None,
-        "on a GPU, how many times as long as a step of decodes alone one with prompts beside them may take (2)",
+        "on a GPU, how many times as long as a step of decodes alone one with prompts beside them may take (8)",
         within=(1, 1000))
     all2all_backend: str = _flag(ALL2ALL_BACKENDS[0],
         "what carries tokens between GPUs: each other's memory, or Mooncake EP", choices=ALL2ALL_BACKENDS)

@@ -49,9 +49,9 @@ MEMORY_UTILIZATION = 0.9
 _SEQUENCES = {"cpu": 16, "cuda": 256}
 """That a rank runs at once, unless the command line says how many. On a GPU one costs a step what 64 cost: so survivors
 have seats for a lost rank's requests, too."""
-_TOKENS = {"cpu": 64, "cuda": 2048}
-"""Of a step, likewise. On a GPU so many are computed while nobody decodes, else what leaves decodes their pace (see
-engine/prompt_pace.py)."""
+_TOKENS = {"cpu": 64, "cuda": 4096 + 256}
+"""Of a step, likewise. On a GPU a prompt of 4096 fits into one beside a decode in each seat. So many are computed while
+nobody decodes, else what leaves decodes their pace (see engine/prompt_pace.py)."""
 _TOKENS_SHARED = 512
 """Of ranks that share a GPU: the exchange's buffers and the experts' working memory grow with it, in each of them."""
 

@@ -119,7 +119,7 @@ def test_the_parts_of_long_contexts_are_counted_as_they_are_allocated(
 
     class Kernel:
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *tensors, **options: parts.append(sum(part.nbytes for part in tensors[5:8]))
+            return lambda *tensors, **options: parts.append(sum(part.nbytes for part in tensors[6:9]))
 
     monkeypatch.setattr(decode_attention, "_decode_kernel", Kernel())
     kind = TINY.grouped

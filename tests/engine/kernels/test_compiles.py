@@ -139,11 +139,12 @@ def test_expert_ffn(dtype: torch.dtype, rows: int, down: bool, parts: int) -> No
 def test_decode_attention(dtype: torch.dtype, cut: Cut | None, plan: DecodePlan) -> None:
     cut = cut or CUT[dtype]
     types = dict.fromkeys(("q", "keys", "values", "out"), _NAMES[dtype])
-    types |= dict.fromkeys(("tables", "lengths", "ended"), "*i32") | {"sinks": _NAMES[dtype]}
+    types |= dict.fromkeys(("tables", "bounds", "lengths", "ended"), "*i32") | {"sinks": _NAMES[dtype]}
     parts = dict.fromkeys(("parts", "tops", "totals"), "*fp32")
     numbers = {"scale": "fp32", "table_stride": "i32", "splits": "i32"}
     shape = {"HK": 4, "G": 8, "D": 64, "BLOCK_D": 64, "R": 16, "PAGE": 16}
-    choices = {"SPLIT": cut.split, "BLOCK": cut.block, "WINDOW": 0, "CHUNKED": False, "SINKS": False}
+    choices = {"SPLIT": cut.split, "BLOCK": cut.block, "WINDOW": 0}
+    choices |= dict.fromkeys(("CHUNKED", "SINKS", "ONES"), False)
     kernel = decode_attention._decode_kernel
     result = compiled(kernel, types | parts | numbers, shape | choices, plan.warps, plan.stages)
     assert uses_wgmma_alone(result) or dtype == torch.float32

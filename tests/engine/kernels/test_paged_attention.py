@@ -122,9 +122,9 @@ def test_every_plan_of_decode_is_right_and_repeatable(
 def test_prefill(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     heads, *rest = shape
     lengths, sizes = (
-        (5, 90, 17, LONG),
-        (5, 21, 0, 3),
-    )  # whole prompt, chunk behind a context, nothing, across splits
+        (5, 90, 17, LONG, LONG, 1),
+        (5, 21, 0, 3, 1, 1),
+    )  # whole prompt, chunk behind a context, nothing, across splits, one token beside them, and nothing before it
     cache = Cache(device, dtype, lengths, *rest)
     q = queries(cache, sum(sizes), heads)
     check("attention", cache.prefill(q, sizes), cache.exact(q, sizes))

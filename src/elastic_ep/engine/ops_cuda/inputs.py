@@ -16,7 +16,7 @@ from elastic_ep.engine.scheduler import Chunk
 
 TILE_ROWS = 16
 """Rows that are computed at least: the fewest that a product is as fast for as for one."""
-GRAPH_ROWS = 2048
+GRAPH_ROWS = 4352
 """Steps of more rows are computed eagerly: only there is the device busy for longer than the host takes to launch all
 that a step consists of, which in a busy process are tens of milliseconds."""
 _FINE_ROWS = 256

@@ -43,6 +43,7 @@ def _decode_kernel(
     keys: tl.tensor,
     values: tl.tensor,
     tables: tl.tensor,
+    bounds: tl.tensor,
     lengths: tl.tensor,
     parts: tl.tensor,
     tops: tl.tensor,
@@ -64,21 +65,27 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     CHUNKED: tl.constexpr,
     SINKS: tl.constexpr,
+    ONES: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
+    place = row
+    if ONES:
+        place = tl.load(bounds + row).to(tl.int64)
+        length = tl.where(tl.load(bounds + row + 1).to(tl.int64) == place + 1, length, 0)
     low = first_seen(tl.maximum(length - 1, 0), WINDOW, CHUNKED)
     count = tl.cdiv(length, SPLIT)
     begin = low // SPLIT
     lane = tl.arange(0, BLOCK_D)
     group = tl.arange(0, R)
     query = row * (HK * G) + head * G + group
+    at_query = (place * (HK * G) + head * G + group)[:, None] * D + lane[None, :]
     mask = (group < G)[:, None] & (lane < D)[None, :]
     for split in range(begin + tl.program_id(2), count, tl.num_programs(2)):
         first = split * SPLIT
         acc, top, total = attend_split(
-            tl.trans(tl.load(q + query[:, None] * D + lane[None, :], mask=mask, other=0.0)),
+            tl.trans(tl.load(q + at_query, mask=mask, other=0.0)),
             keys + head.to(tl.int64) * (PAGE * D),
             values + head.to(tl.int64) * (PAGE * D),
             tables + row * table_stride,
@@ -103,13 +110,26 @@ def _decode_kernel(
         if tl.atomic_add(ended + row * HK + head, 1) == count - begin - 1:
             sink_at = sinks + head * G + group
             _merge_group(
-                parts, tops, totals, out, query, sink_at, splits, begin, count, G, D, BLOCK_D, R, SINKS
+                parts,
+                tops,
+                totals,
+                out + at_query,
+                query,
+                sink_at,
+                splits,
+                begin,
+                count,
+                G,
+                D,
+                BLOCK_D,
+                R,
+                SINKS,
             )
             tl.store(ended + row * HK + head, 0)
-    padding = (length == 0) & (tl.program_id(2) == 0)
-    if padding:
-        nothing = tl.zeros([R, BLOCK_D], q.dtype.element_ty)
-        tl.store(out + query[:, None] * D + lane[None, :], nothing, mask=mask)
+    if not ONES:
+        padding = (length == 0) & (tl.program_id(2) == 0)
+        if padding:
+            tl.store(out + at_query, tl.zeros([R, BLOCK_D], q.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -129,7 +149,8 @@ def _merge_group(
     R: tl.constexpr,
     SINKS: tl.constexpr,
 ) -> None:
-    """The first G of the rows `query` [R] from the splits `begin` to `count`, each of which some program has stored."""
+    """The first G of the rows `query` [R] from the splits `begin` to `count`, each of which some program has stored, to
+    `out` [R, BLOCK_D], the place of each number."""
     lane = tl.arange(0, BLOCK_D)
     real = (tl.arange(0, R) < G)[:, None]
     acc = tl.zeros([R, BLOCK_D], tl.float32)
@@ -146,8 +167,7 @@ def _merge_group(
         nothing = tl.zeros([R, BLOCK_D], tl.float32)
         acc, top, total = merge(acc, top, total, nothing, sink, tl.full([R, 1], 1.0, tl.float32))
     result = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
-    at = query[:, None] * D + lane[None, :]
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=real & (lane < D)[None, :])
+    tl.store(out, result.to(out.dtype.element_ty), mask=real & (lane < D)[None, :])
 
 
 def decode_attention(
@@ -175,11 +195,54 @@ def decode_attention(
 
     However long the tables are, no more programs are launched than fill the device.
     """
-    sequences, heads, dim = q.shape
-    _, kv_heads, page, _ = keys.shape
     out = torch.empty_like(q)
-    if not sequences:
-        return out
+    if len(q):
+        places = block_tables, None, context_lens
+        _launch(q, keys, values, *places, out, scale=scale, window=window, sinks=sinks, cut=cut, plan=plan)
+    return out
+
+
+def decode_ones(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: Window | None = None,
+    sinks: torch.Tensor | None = None,
+    cut: Cut | None = None,
+) -> None:
+    """Of sequences as in `prefill_attention` those with one new token, into their rows of `out` alone."""
+    places = block_tables, cu_seqlens, context_lens
+    _launch(q, keys, values, *places, out, scale=scale, window=window, sinks=sinks, cut=cut, plan=_ONES)
+
+
+_ONES = DecodePlan(programs=4096)
+"""Most sequences beside prompts have none or many new tokens: their programs end at once."""
+
+
+def _launch(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    bounds: torch.Tensor | None,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float | None,
+    window: Window | None,
+    sinks: torch.Tensor | None,
+    cut: Cut | None,
+    plan: DecodePlan | None,
+) -> None:
+    """Row b of q is of sequence b, or with `bounds` that is where rows of sequence b begin."""
+    sequences, (_, heads, dim) = len(context_lens), q.shape
+    _, kv_heads, page, _ = keys.shape
     if sequences * kv_heads > COUNTERS:
         raise ValueError(f"{sequences} sequences of {kv_heads} key heads are more than {COUNTERS}")
     cut, plan = cut or CUT[q.dtype], plan or DecodePlan()
@@ -194,6 +257,7 @@ def decode_attention(
         keys,
         values,
         block_tables,
+        context_lens if bounds is None else bounds,
         context_lens,
         parts,
         tops,
@@ -215,8 +279,8 @@ def decode_attention(
         WINDOW=window.size if window else 0,
         CHUNKED=window is not None and window.chunked,
         SINKS=sinks is not None,
+        ONES=bounds is not None,
         num_warps=plan.warps,
         num_stages=plan.stages,
         enable_fp_fusion=False,
     )
-    return out

@@ -1,6 +1,7 @@
 """Chunked prefill: the newest tokens of each sequence, in tiles of one sequence's tokens.
 
-Which tiles there are follows from `cu_seqlens` on the device; the launch covers the most that there can be.
+Which tiles there are follows from `cu_seqlens` on the device; the launch covers the most that there can be. A sequence of
+one new token is left to decode, which gives the same bits: in a tile it would cost what many tokens do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from elastic_ep.engine.ops_cuda.kernels.decode_attention import decode_ones
 from elastic_ep.engine.ops_cuda.kernels.paged_attention import (
     CUT,
     LOG2_E,
@@ -59,7 +61,7 @@ def _prefill_kernel(
     known = sequence < sequences
     begin = tl.load(bounds + sequence, mask=known, other=0).to(tl.int32)
     size = tl.load(bounds + sequence + 1, mask=known, other=0).to(tl.int32) - begin
-    tiles = (size + TOKENS - 1) // TOKENS
+    tiles = tl.where(size == 1, 0, (size + TOKENS - 1) // TOKENS)
     end = tl.cumsum(tiles, axis=0)
     mine = tl.sum((end <= tile).to(tl.int32), axis=0)
     here = sequence == mine
@@ -136,7 +138,7 @@ def prefill_attention(
     `q` [T, Hq, D], contiguous: sequence b has rows `cu_seqlens`[b] to `cu_seqlens`[b + 1], none or more, and they are
     the last of its `context_lens`[b] tokens, whose keys and values are all in the cache. Both int32 or int64, [B + 1]
     and [B], B at most 1024. Rows beyond the last sequence are undefined. The rest, `scale`,
-    `sinks` and `cut`, as in `decode_attention`.
+    `sinks`, `cut` and errors, as in `decode_attention`.
     """
     tokens, heads, dim = q.shape
     _, kv_heads, page, _ = keys.shape
@@ -144,10 +146,9 @@ def prefill_attention(
     out = torch.empty_like(q)
     if not tokens or not sequences:
         return out
-    group = heads // kv_heads
+    group, cut = heads // kv_heads, cut or CUT[q.dtype]
     rows = max(power_of_2(group), _ROWS[q.dtype])
     per_tile = rows // group
-    cut = cut or CUT[q.dtype]
     _prefill_kernel[(kv_heads, triton.cdiv(tokens, per_tile) + sequences)](
         q,
         keys,
@@ -176,5 +177,18 @@ def prefill_attention(
         num_warps=8 if q.dtype == torch.bfloat16 else 4,
         num_stages=3 if q.dtype == torch.bfloat16 else 2,
         enable_fp_fusion=False,
+    )
+    decode_ones(
+        q,
+        keys,
+        values,
+        block_tables,
+        cu_seqlens,
+        context_lens,
+        out,
+        scale=scale,
+        window=window,
+        sinks=sinks,
+        cut=cut,
     )
     return out
