@@ -33,6 +33,7 @@ from tests.kit.served import MODEL, ROOT, server
 
 from bench.kit.closed_load import Case, put_on
 from bench.kit.command_line import command_line
+from bench.kit.peers_plot import draw_sides
 from bench.kit.sections import Rows, Sections
 from bench.kit.sides import add_side_options, context_for, server_arguments, side
 from elastic_ep.config import PAGE_SIZE
@@ -145,6 +146,8 @@ def measure(options: argparse.Namespace, scratch: Path, sections: Sections) -> N
     if new := done.pop("new", None):
         sections.result["ratios"] = {name: ratios(new, cases) for name, cases in done.items()}
         sections.write()
+    if done := {name: sections.result[name]["cases"] for name in names if name not in sections.failed}:
+        draw_sides(done, options.out.with_suffix(".png"))
 
 
 def ratios(new: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[dict[str, Any]]:
