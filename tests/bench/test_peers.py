@@ -60,3 +60,4 @@ def test_a_failed_peer_is_named_and_the_next_one_measured(
     assert "no such flag" in result["broken"]
     assert result["other"]["cases"][0]["tokens_per_s"] > 0
     assert (tmp_path / "result.broken.log").read_text() == "no such flag\n"
+    assert out.with_suffix(".png").stat().st_size > 0
