@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from tests.kit import plain_kernels
+from tests.kit.bound import run
 
 from bench.kit.command_line import command_line
 from bench.kit.kernel_timing import BF16, PAGE, Call, measure_limits, times, write
@@ -158,7 +159,7 @@ class Bench:
         if time.monotonic() > end:
             return "not begun in time"
         try:
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=end - time.monotonic())
+            ended = run(command, end - time.monotonic())
         except subprocess.TimeoutExpired:
             return "not ended in time"
         if ended.returncode:
