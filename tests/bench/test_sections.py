@@ -12,6 +12,7 @@ import pytest
 from bench.kit.sections import Expired, Sections
 
 from tests.kit.bound import run
+from tests.kit.served import summary, write_result
 
 PLANNED = [{"batch": 1}, {"batch": 16}, {"batch": 64}]
 MEASURED: list[dict[str, Any]] = [{"batch": 1, "tokens_per_s": 8.3}, {"batch": 16, "failed": "no memory"}]
@@ -60,3 +61,16 @@ def test_what_was_not_reached_is_named_only_by_a_section_that_fails(tmp_path: Pa
     else:
         assert result["theirs"] == MEASURED
         assert unfinished == {}
+
+
+def test_what_nothing_was_seen_of_is_null(tmp_path: Path) -> None:
+    """NaN is no JSON: other readers refuse the whole file."""
+    out = tmp_path / "result.json"
+    write_result(out, {"first_token_ms": summary([]), "cases": [{"ratio": float("nan")}, (1.5,)]})
+
+    def refused(word: str) -> None:
+        raise AssertionError(word)
+
+    result = json.loads(out.read_text(), parse_constant=refused)
+    assert result["first_token_ms"] == {"count": 0, "p50": None, "p90": None, "p99": None, "max": None}
+    assert result["cases"] == [{"ratio": None}, [1.5]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import platform
 import re
@@ -75,9 +76,18 @@ def _module_name() -> str:
 def write_result(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps({**provenance(), **result}, indent=1) + "\n")
+    new.write_text(json.dumps(only_finite({**provenance(), **result}), indent=1, allow_nan=False) + "\n")
     new.replace(path)  # whoever is killed meanwhile leaves the one before
     print(f"wrote {path}")
+
+
+def only_finite(value: Any) -> Any:
+    """None for what nothing was seen of: JSON has no NaN, and no infinity."""
+    if isinstance(value, dict):
+        return {key: only_finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [only_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def percentile(values: Sequence[float], share: float) -> float:
